@@ -1,0 +1,39 @@
+# Each target makes the one environment, .venv, from nothing if need be.
+
+PYTHON ?= python3
+BIN := .venv/bin
+CACHE := $(or $(LORAPR_CACHE),$(HOME)/.cache/lorapr_jax)
+MODEL := $(CACHE)/smollm2-135m-instruct
+# A finished run is never written over: each demo gets the next number.
+NEXT = $(shell n=1; while [ -e runs/demo-$$n/summary.json ]; do n=$$((n+1)); \
+	done; echo runs/demo-$$n)
+
+.PHONY: demo test test-slow lint clean
+
+demo: .venv/run $(MODEL)/config.json
+	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
+
+test: .venv/dev
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-slow: .venv/dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(MODEL)/config.json: | .venv/run
+	$(BIN)/python -m lorapr_jax convert demo:smollm2-135m-instruct $(MODEL)
+
+.venv/run: requirements.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/dev: requirements-dev.txt .venv/run
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,119 @@
+"""Every setting, with its default. The other configs start from this one.
+
+python train.py --config=configs/X.py --workdir=DIR --config.prune.target=0.3
+"""
+
+from ml_collections import config_dict
+
+
+def get_config() -> config_dict.ConfigDict:
+  """The defaults are the paper's where it has one (docs/method.md)."""
+  config = config_dict.ConfigDict()
+
+  config.model = config_dict.ConfigDict()
+  # A Hugging Face folder: llama, mistral without sliding window, or our own
+  # export. Empty: random weights of the sizes below.
+  config.model.path = ''
+  # The keys of a config.json, for random weights.
+  config.model.sizes = config_dict.ConfigDict()
+  # Of the frozen weights: float32, bfloat16, or auto: bfloat16 on GPU and TPU,
+  # float32 on CPU, whose bfloat16 products are slow.
+  config.model.base_dtype = 'auto'
+  # Of activations: float32, bfloat16, or auto as above. LoRA's weights, the
+  # optimiser and the scores are always float32.
+  config.model.compute_dtype = 'auto'
+  # What the backward pass keeps: blocks (each block's input: least memory) or
+  # dots (the projections' outputs too: a third fewer operations).
+  config.model.remat = 'blocks'
+
+  config.data = config_dict.ConfigDict()
+  # Data specs (lorapr_jax/data/sources.py): file:, demo:news:, synthetic:.
+  config.data.train = ''
+  # Whether windows are shuffled, anew in every epoch.
+  config.data.shuffle = True
+  # Held-out text; empty: no perplexities.
+  config.data.eval = ''
+  # Tokens a window of the held-out text; 0: train.seq_len.
+  config.data.eval_seq_len = 0
+  # At most so many windows of it; 0: all.
+  config.data.eval_windows = 0
+
+  config.lora = config_dict.ConfigDict()
+  config.lora.rank = 8
+  # The update is alpha / rank times A B.
+  config.lora.alpha = 16.0
+  # Of LoRA's input.
+  config.lora.dropout = 0.05
+  # all, or some of q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj.
+  config.lora.targets = 'all'
+
+  config.train = config_dict.ConfigDict()
+  config.train.steps = 1000
+  # Sequences a step, and sequences at a time.
+  config.train.batch_size = 128
+  config.train.micro_batch_size = 4
+  config.train.seq_len = 512
+  config.train.learning_rate = 1e-4
+  # linear or cosine (to 0 at the last step), or constant.
+  config.train.lr_schedule = 'linear'
+  # The gradients' largest global norm.
+  config.train.clip_norm = 1.0
+  # Of LoRA's initialisation, dropout and the order of the data.
+  config.train.seed = 0
+  # Tokens whose logits exist at the same time.
+  config.train.loss_chunk = 256
+  config.train.log_every = 10
+  config.train.checkpoint_every = 100
+  config.train.checkpoints_kept = 2
+
+  config.prune = config_dict.ConfigDict()
+  # lora, magnitude or random.
+  config.prune.criterion = 'lora'
+  # joint (prune while LoRA trains) or none (train LoRA alone).
+  config.prune.order = 'joint'
+  # The share to remove, of what `unit` says.
+  config.prune.target = 0.5
+  # Their own shares of groups, where they differ from target.
+  config.prune.heads_target = config_dict.placeholder(float)
+  config.prune.channels_target = config_dict.placeholder(float)
+  # groups (of the layers that are not protected) or params (of the model).
+  config.prune.unit = 'groups'
+  # kv_groups (KV heads with their query heads), queries (query heads, as many
+  # under every KV head) or none.
+  config.prune.heads = 'kv_groups'
+  # Whether channels of the feed-forward networks are pruned.
+  config.prune.channels = True
+  # Steps between maskings.
+  config.prune.every = 10
+  # Shares of the steps before and after the cubic ramp.
+  config.prune.warmup = 0.1
+  config.prune.cooldown = 0.1
+  # reference (the first tenth of the layers and the last one) or none.
+  config.prune.protect = 'reference'
+  # What is kept is a multiple of this (query heads a layer under queries).
+  config.prune.heads_multiple_of = 1
+  config.prune.channels_multiple_of = 1
+  # abs or square of the first-order term.
+  config.prune.score = 'abs'
+  # Whether each projection's group vector is divided by its L2 norm.
+  config.prune.norm = True
+  # Whether the guided gradient subtracts gA gB.
+  config.prune.cross_term = True
+  # Of the moving average over steps.
+  config.prune.decay = 0.9
+
+  config.mesh = config_dict.ConfigDict()
+  # Devices by axis; -1: the rest.
+  config.mesh.data = 1
+  config.mesh.fsdp = -1
+  config.mesh.tensor = 1
+
+  config.export = config_dict.ConfigDict()
+  # uniform (llama or mistral; every layer the same size), two_shape (remote
+  # code; layers may differ) or auto.
+  config.export.layout = 'auto'
+  # llama, mistral, or auto: llama wherever transformers takes it.
+  config.export.model_type = 'auto'
+  # float32, bfloat16, or auto: as the base was loaded.
+  config.export.dtype = 'auto'
+  return config

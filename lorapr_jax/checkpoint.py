@@ -1,0 +1,115 @@
+"""Checkpoints of the train state, by orbax; and the log that goes with them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.export import write_json
+from lorapr_jax.hf.load import read_json
+from lorapr_jax.steps import TrainState
+
+RUN_FILE = 'run.json'
+SUMMARY_FILE = 'summary.json'
+METRICS_FILE = 'metrics.jsonl'
+
+
+def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
+  """Refuses a workdir that is not new and not this run's.
+
+  Args:
+    workdir: the folder.
+    run: the resolved settings, as in run.json.
+
+  Raises:
+    UserError: if the folder holds a finished run, another run, or files of
+      something else.
+  """
+  if (workdir / SUMMARY_FILE).exists():
+    raise UserError(f'{workdir} holds a finished run: choose another --workdir')
+  path = workdir / RUN_FILE
+  if path.exists():
+    for difference in _differences(read_json(path), _plain(run)):
+      raise UserError(
+        f'{workdir} belongs to a run with another {difference}: choose '
+        'another --workdir, or go on with the settings in its run.json'
+      )
+  elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise UserError(
+      f'{workdir} exists and is no run of ours: choose another --workdir'
+    )
+
+
+def claim_workdir(workdir: Path, run: dict[str, Any]) -> None:
+  """Makes the workdir and its run.json, unless they are there."""
+  workdir.mkdir(parents=True, exist_ok=True)
+  if not (workdir / RUN_FILE).exists():
+    write_json(workdir / RUN_FILE, _plain(run))
+
+
+def _plain(run: dict[str, Any]) -> Any:
+  return json.loads(json.dumps(run))
+
+
+def _differences(old: Any, new: Any, at: str = '') -> list[str]:
+  if isinstance(old, dict) and isinstance(new, dict):
+    return [
+      difference
+      for key in sorted(old.keys() | new.keys())
+      for difference in _differences(
+        old.get(key), new.get(key), f'{at}.{key}' if at else key
+      )
+    ]
+  return [] if old == new else [f'{at} ({old!r}, now {new!r})']
+
+
+def trim_metrics(workdir: Path, step: int) -> None:
+  """Cuts the log back to what was logged before `step`."""
+  path = workdir / METRICS_FILE
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      break  # Cut short by the kill.
+    if record['step'] >= step:
+      break
+    kept.append(line + '\n')
+  path.write_text(''.join(kept), encoding='utf-8')
+
+
+class Checkpoints:
+  """The train states of a workdir: everything but the base."""
+
+  def __init__(self, workdir: Path, keep: int):
+    """Opens workdir/checkpoints; the newest `keep` are kept."""
+    self._manager = ocp.CheckpointManager(
+      (workdir / 'checkpoints').absolute(),
+      options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+    )
+
+  def restore(self, state: TrainState) -> TrainState:
+    """The newest complete checkpoint, or `state` if there is none."""
+    step = self._manager.latest_step()
+    if step is None:
+      return state
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+  def save(self, state: TrainState, step: int) -> None:
+    """Saves in the background; `state` may be donated once this returns."""
+    if step not in self._manager.all_steps():
+      # A copy: on CPU the writer would read the very buffers that the next
+      # step is given to write into.
+      state = jax.tree.map(jnp.copy, state)
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+
+  def close(self) -> None:
+    """Waits until everything is written."""
+    self._manager.close()

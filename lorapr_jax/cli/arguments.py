@@ -1,0 +1,30 @@
+"""What the commands' arguments have in common."""
+
+import argparse
+import json
+from typing import Any
+
+from lorapr_jax.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """Mistakes in arguments are one-line errors like any other."""
+
+  def __init__(self, command: str, description: str):
+    super().__init__(
+      prog=f'python -m lorapr_jax {command}', description=description
+    )
+
+  def error(self, message: str):
+    raise UserError(f'{message} ({self.prog} --help)')
+
+  def add_json(self) -> None:
+    """Adds --json."""
+    self.add_argument(
+      '--json', action='store_true', help='print one JSON object, nothing else'
+    )
+
+
+def print_json(value: Any) -> None:
+  """One JSON object on standard output."""
+  print(json.dumps(value))

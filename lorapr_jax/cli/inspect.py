@@ -1,0 +1,157 @@
+"""inspect: what is pruned together, and what a target would leave."""
+
+import dataclasses
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.hf.load import load_config
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.llama import block_axes
+from lorapr_jax.pruning.groups import (
+  CHANNELS,
+  HEAD_GROUPS,
+  KV_HEADS,
+  QUERIES,
+  Targets,
+  couplings,
+  group_size,
+  kind,
+  member_parameters,
+  plan_pruning,
+  protected_layers,
+)
+
+_BYTES = {'float32': 4, 'bfloat16': 2}
+
+
+def main(argv: list[str]) -> None:
+  """Prints the couplings, and with a target what would be left."""
+  parser = Parser('inspect', __doc__)
+  parser.add_argument(
+    '--model', required=True, help='a folder; only its config.json is read'
+  )
+  parser.add_argument('--dtype', choices=tuple(_BYTES), default='bfloat16')
+  for field in dataclasses.fields(Targets):
+    if field.name in ('channels', 'tensor_parallel'):
+      continue
+    is_float = field.name.endswith('target')
+    parser.add_argument(
+      f'--{field.name}',
+      type=float if is_float else type(field.default),
+      default=None if field.name == 'target' else field.default,
+      choices=tuple(HEAD_GROUPS) if field.name == 'heads' else None,
+      help=f'prune.{field.name}',
+    )
+  parser.add_argument(
+    '--channels',
+    choices=('true', 'false'),
+    default='true',
+    help='prune.channels',
+  )
+  parser.add_json()
+  args = parser.parse_args(argv)
+  config = load_config(args.model)
+  report = describe(config, args.protect, _BYTES[args.dtype])
+  asked = (args.target, args.heads_target, args.channels_target)
+  if any(value is not None for value in asked):
+    fields = {
+      field.name: getattr(args, field.name)
+      for field in dataclasses.fields(Targets)
+      if field.name != 'tensor_parallel'
+    }
+    fields |= {'channels': args.channels == 'true'}
+    fields |= {'target': args.target or 0.0}
+    report['plan'] = describe_plan(
+      config, Targets(**fields), _BYTES[args.dtype]
+    )
+  if args.json:
+    print_json(report)
+  else:
+    show(report)
+
+
+def describe(
+  config: LlamaConfig, protect: str, bytes_each: int
+) -> dict[str, Any]:
+  """Every group: its tensors with the axis that shrinks, counts and bytes.
+
+  Args:
+    config: the model's sizes.
+    protect: which layers are protected; see pruning.groups.
+    bytes_each: of a weight.
+  """
+  axes = block_axes()['params']
+  protected = protected_layers(len(config.layers), protect)
+  groups = {}
+  for group in (KV_HEADS, QUERIES, CHANNELS):
+    shapes = dict.fromkeys(config.layers)
+    groups[group] = {
+      'kind': kind(group),
+      'tensors': {name: list(names) for name, names in couplings(axes, group)},
+      'per_layer': [group_size(config, s, group) for s in config.layers],
+      'bytes_each': [
+        bytes_each * member_parameters(config, s, group) for s in shapes
+      ],
+    }
+  return {
+    'parameters': config.num_parameters,
+    'bytes': bytes_each * config.num_parameters,
+    'layers': len(config.layers),
+    'protected_layers': sorted(protected),
+    'groups': groups,
+  }
+
+
+def describe_plan(
+  config: LlamaConfig, targets: Targets, bytes_each: int
+) -> dict[str, Any]:
+  """What a target would leave, asked and reached."""
+  plan = plan_pruning(config, targets)
+  layer = plan.prunable_layers[0]
+  return {
+    'kept_per_layer': {g: kept[layer] for g, kept in plan.keep.items()},
+    'parameters': plan.pruned_config.num_parameters,
+    'bytes': bytes_each * plan.pruned_config.num_parameters,
+    'target': plan.targets_by_kind(),
+    'achieved': plan.sparsity(plan.keep),
+  }
+
+
+def show(report: dict[str, Any]) -> None:
+  """Prints a report for people."""
+  console = Console(highlight=False)
+  console.print(
+    f'{report["parameters"]:,} parameters, {report["bytes"] / 1e6:,.1f} MB, '
+    f'{report["layers"]} layers; protected: '
+    + (', '.join(map(str, report['protected_layers'])) or 'none')
+  )
+  for group, entry in report['groups'].items():
+    counts = sorted(set(entry['per_layer']))
+    sizes = sorted(set(entry['bytes_each']))
+    table = Table(
+      title=f'{group}: {"/".join(map(str, counts))} a layer'
+      + (' under each KV head' if group == QUERIES else '')
+      + f', {"/".join(f"{size:,}" for size in sizes)} bytes each',
+      title_justify='left',
+    )
+    table.add_column('tensor of a layer')
+    table.add_column('axes (those of the group in capitals)')
+    for name, axes in entry['tensors'].items():
+      ours = group.split(',')
+      marked = [axis.upper() if axis in ours else axis for axis in axes]
+      table.add_row(name, ' '.join(marked))
+    console.print(table)
+  if 'plan' in report:
+    plan = report['plan']
+    console.print(
+      f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
+    )
+    for group, kept in plan['kept_per_layer'].items():
+      console.print(f'{group}: {kept} kept in each layer not protected')
+    for name, achieved in plan['achieved'].items():
+      target = plan['target'][name]
+      asked = '' if target is None else f' (target {target:.2%})'
+      console.print(f'{name} removed: {achieved:.2%}{asked}')

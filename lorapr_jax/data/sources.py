@@ -1,0 +1,164 @@
+"""Where text comes from: one spec string each.
+
+  file:PATH            .txt: one document; LF line ends
+  file:PATH?lines      its stripped lines, joined by a blank line: one document
+  file:PATH            .jsonl (?field=text) or .csv (?column=text): a document
+                       a record
+  demo:news:train      the demo's news articles, all but the last tenth
+  demo:news:heldout    the last tenth
+  synthetic:SEED       token ids of a made-up language, for models without a
+                       tokenizer (?windows=256)
+PATH may have wildcards; the files are read in sorted order.
+"""
+
+import csv
+import dataclasses
+import glob
+import io
+import json
+from pathlib import Path
+
+from lorapr_jax.data.demo import news_split
+
+from lorapr_jax.errors import UserError
+
+_OPTIONS = {
+  '.txt': ('lines',),
+  '.jsonl': ('field',),
+  '.csv': ('column',),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+  """A data spec taken apart."""
+
+  text: str
+  scheme: str
+  path: str
+  options: dict[str, str]
+
+
+def parse_spec(spec: str) -> Spec:
+  """Takes SCHEME:PATH[?OPTION[=VALUE][&...]] apart and checks it.
+
+  Looks at file names, but reads nothing.
+
+  Raises:
+    UserError: if the spec is unknown or its file does not exist.
+  """
+  scheme, colon, rest = spec.partition(':')
+  path, _, query = rest.partition('?')
+  options = dict(
+    (option.partition('=')[::2]) for option in query.split('&') if option
+  )
+  if not colon or scheme not in ('file', 'demo', 'synthetic'):
+    raise UserError(
+      f'data spec {spec!r} is not known: use file:PATH, demo:news:train, '
+      'demo:news:heldout or synthetic:SEED'
+    )
+  known = ('windows',) if scheme == 'synthetic' else ()
+  if scheme == 'demo' and path not in ('news:train', 'news:heldout'):
+    raise UserError(
+      f'data spec {spec!r}: only demo:news:train and demo:news:heldout exist'
+    )
+  if scheme == 'synthetic':
+    for value in (path, *options.values()):
+      if not value.isdigit():
+        raise UserError(f'data spec {spec!r}: {value!r} is not a number')
+  if scheme == 'file':
+    suffixes = {file.suffix for file in _files(path)}
+    if len(suffixes) > 1 or not suffixes <= set(_OPTIONS):
+      raise UserError(
+        f'data spec {spec!r}: files of {", ".join(sorted(suffixes))}; give '
+        f'one kind of {", ".join(_OPTIONS)}'
+      )
+    known = _OPTIONS[suffixes.pop()]
+  unknown = sorted(set(options) - set(known))
+  if unknown:
+    raise UserError(
+      f'data spec {spec!r}: option {unknown[0]!r} is not known here'
+      + (f'; there is {", ".join(known)}' if known else '')
+    )
+  return Spec(spec, scheme, path, options)
+
+
+def _files(path: str) -> list[Path]:
+  if glob.has_magic(path):
+    files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+  else:
+    files = [Path(path)]
+  if not files:
+    raise UserError(f'{path} matches no file')
+  for file in files:
+    if not file.is_file():
+      raise UserError(f'{file} is not a file')
+  return files
+
+
+def read_documents(spec: str) -> list[str]:
+  """The documents of a spec, in order; documents without text are dropped.
+
+  Raises:
+    UserError: if a file cannot be read as what it should be, or no text is
+      left.
+  """
+  parsed = parse_spec(spec)
+  if parsed.scheme == 'synthetic':
+    raise UserError(
+      f'{spec} has token ids, no text: it needs a model without a tokenizer'
+    )
+  if parsed.scheme == 'demo':
+    documents = news_split(parsed.path.removeprefix('news:'))
+  else:
+    documents = [
+      document
+      for file in _files(parsed.path)
+      for document in _read_file(file, parsed.options)
+    ]
+  documents = [document for document in documents if document.strip()]
+  if not documents:
+    raise UserError(f'{spec} holds no text')
+  return documents
+
+
+def _read_file(file: Path, options: dict[str, str]) -> list[str]:
+  try:
+    text = file.read_text(encoding='utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(f'{file} is not UTF-8 text: {error}') from None
+  if file.suffix == '.jsonl':
+    return _read_jsonl(file, text, options.get('field', 'text'))
+  if file.suffix == '.csv':
+    return _read_csv(file, text, options.get('column', 'text'))
+  if 'lines' in options:
+    lines = (line.strip() for line in text.splitlines())
+    return ['\n\n'.join(line for line in lines if line)]
+  return [text]
+
+
+def _read_jsonl(file: Path, text: str, field: str) -> list[str]:
+  documents = []
+  for number, line in enumerate(text.splitlines(), 1):
+    if not line.strip():
+      continue
+    try:
+      documents.append(json.loads(line)[field])
+    except (json.JSONDecodeError, KeyError, TypeError):
+      raise UserError(
+        f'{file}:{number} is no JSON object with the field {field!r}'
+      ) from None
+    if not isinstance(documents[-1], str):
+      raise UserError(f'{file}:{number}: {field!r} is not a string')
+  return documents
+
+
+def _read_csv(file: Path, text: str, column: str) -> list[str]:
+  csv.field_size_limit(len(text) + 1)
+  reader = csv.DictReader(io.StringIO(text, newline=''))
+  if column not in (reader.fieldnames or ()):
+    raise UserError(
+      f'{file} has no column {column!r}; it has '
+      + ', '.join(reader.fieldnames or ())
+    )
+  return [row[column] or '' for row in reader]

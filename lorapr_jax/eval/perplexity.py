@@ -1,0 +1,98 @@
+"""Perplexity by the papers' protocol (docs/method.md, evaluation)."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorapr_jax.steps import StepSettings, compiler_options, token_losses
+
+
+@dataclasses.dataclass(frozen=True)
+class Perplexity:
+  """A perplexity, and what it was measured on.
+
+  Attributes:
+    perplexity: exp(nll).
+    nll: the mean negative log-likelihood of a predicted token, in nats.
+    tokens: the number of predicted tokens, seq_len - 1 a window.
+    windows: the number of windows.
+    seq_len: tokens a window; figures of different lengths do not compare.
+    data: the spec of the text.
+    tokens_per_second: the windows' tokens over the time of all but the first
+      batch, which compiles (over all the time if there is one batch).
+  """
+
+  perplexity: float
+  nll: float
+  tokens: int
+  windows: int
+  seq_len: int
+  data: str
+  tokens_per_second: float
+
+
+@functools.cache
+def _window_losses(settings: StepSettings) -> Callable[..., Any]:
+  def losses(params, tokens, weights, lora, masks):
+    each = token_losses(
+      params, tokens, weights, settings, lora=lora, masks=masks
+    )
+    return jnp.sum(each, axis=1)
+
+  return jax.jit(losses, compiler_options=compiler_options())
+
+
+def evaluate_perplexity(
+  params: Any,
+  windows: np.ndarray,
+  settings: StepSettings,
+  *,
+  data: str,
+  batch_size: int,
+  lora: Any = None,
+  masks: Any = None,
+) -> Perplexity:
+  """Scores each window alone: exp of the mean NLL of its T - 1 predictions.
+
+  Args:
+    params: the base.
+    windows: (W, T) ids. The last batch is filled up with windows that do not
+      count, so that everything compiles once.
+    settings: sizes and dtype.
+    data: the spec, for the result.
+    batch_size: windows at a time.
+    lora: adapters, or None.
+    masks: or None.
+  """
+  count, seq_len = windows.shape
+  batch_size = min(batch_size, count)
+  results, starts = [], []
+  for start in range(0, count, batch_size):
+    tokens = np.array(windows[start : start + batch_size])
+    missing = batch_size - len(tokens)
+    tokens = np.pad(tokens, ((0, missing), (0, 0)))
+    weights = np.ones(tokens.shape, np.float32)
+    starts.append(time.perf_counter())
+    losses = _window_losses(settings)(params, tokens, weights, lora, masks)
+    results.append(np.asarray(losses)[: batch_size - missing])
+  end = time.perf_counter()
+  timed = max(1, count - batch_size) * seq_len
+  begin = starts[1] if len(starts) > 1 else starts[0]
+  nll = float(np.concatenate(results).sum(dtype=np.float64))
+  tokens = count * (seq_len - 1)
+  return Perplexity(
+    perplexity=math.exp(nll / tokens),
+    nll=nll / tokens,
+    tokens=tokens,
+    windows=count,
+    seq_len=seq_len,
+    data=data,
+    tokens_per_second=timed / (end - begin),
+  )

@@ -1,0 +1,62 @@
+"""A GGUF file or a Hugging Face folder into a Hugging Face folder."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from lorapr_jax.data.demo import demo_gguf
+from lorapr_jax.hf.export import (
+  copy_companions,
+  hf_config,
+  new_folder,
+  write_json,
+  write_safetensors,
+)
+from lorapr_jax.hf.gguf import open_gguf
+from lorapr_jax.hf.load import Shards, check_tensors, load_config
+from lorapr_jax.models.config import LlamaConfig
+
+DEMO = 'demo:smollm2-135m-instruct'
+
+
+def convert(
+  source: str, destination: str | Path, dtype: str | None = None
+) -> LlamaConfig:
+  """Writes `source` as a Hugging Face folder that stock tools load.
+
+  Args:
+    source: a .gguf file, a folder that hf.load reads, or DEMO.
+    destination: to be made; it must not exist.
+    dtype: of the weights; None is float32 for a GGUF, else the source's.
+
+  Returns:
+    The model's sizes.
+
+  Raises:
+    UserError: if the destination exists or the source is not supported.
+  """
+  with new_folder(Path(destination)) as folder:
+    if source == DEMO or source.endswith('.gguf'):
+      model = open_gguf(demo_gguf() if source == DEMO else source)
+      model.write_tokenizer(folder)
+      config, tensors = model.config, model.tensors()
+      dtype = dtype or 'float32'
+    else:
+      config = load_config(source)
+      shards = Shards(source)
+      tensors = _folder_tensors(shards, config)
+      dtype = dtype or shards.dtype.name
+      copy_companions(Path(source), folder)
+    write_json(folder / 'config.json', hf_config(config, dtype, 'auto', 'auto'))
+    write_safetensors(
+      folder, ((name, x.astype(np.dtype(dtype))) for name, x in tensors)
+    )
+  return config
+
+
+def _folder_tensors(
+  shards: Shards, config: LlamaConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+  for name in check_tensors(shards, config):
+    yield name, shards.slice_of(name)[...]

@@ -1,0 +1,253 @@
+"""Writing a model as a folder that stock tools load.
+
+The folder is written under a temporary name and renamed when it is complete.
+"""
+
+from collections.abc import Iterable, Iterator
+import contextlib
+import json
+import os
+from pathlib import Path
+import shutil
+import tempfile
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.mapping import hf_name, letters_of, locate, to_hf_layout
+from lorapr_jax.models.config import LlamaConfig
+
+LAYOUTS = ('auto', 'uniform', 'two_shape')
+MODEL_TYPES = ('auto', 'llama', 'mistral')
+MAX_SHARD_BYTES = 5_000_000_000
+
+# Copied byte for byte from the base: a tokenizer that is saved again is not
+# the same file any more, and llama.cpp recognises it by its hash.
+COPIED = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'tokenizer.model',
+  'vocab.json',
+  'merges.txt',
+  'generation_config.json',
+  'LICENSE',
+  'LICENSE.txt',
+  'USE_POLICY.md',
+)
+_REMOTE_CODE = Path(__file__).parent / 'remote_code'
+
+
+def resolve_layout(config: LlamaConfig, layout: str) -> str:
+  """'uniform' or 'two_shape'.
+
+  Raises:
+    UserError: if the layout cannot hold this model.
+  """
+  if layout not in LAYOUTS:
+    raise UserError(
+      f'export.layout is {layout!r}: choose from {", ".join(LAYOUTS)}'
+    )
+  if layout == 'auto':
+    return 'uniform' if config.is_uniform else 'two_shape'
+  if layout == 'uniform' and not config.is_uniform:
+    raise UserError(
+      'export.layout=uniform needs layers of one size: prune with '
+      'prune.protect=none, or export with layout two_shape'
+    )
+  return layout
+
+
+def resolve_model_type(config: LlamaConfig, model_type: str) -> str:
+  """'llama', or 'mistral' where transformers would refuse a llama.
+
+  transformers 5.4 to 5.23 refuse a `llama` whose hidden size is no multiple
+  of its number of heads, even with an explicit head_dim (issue 46082). A
+  `mistral` without a sliding window is the same function.
+  """
+  if model_type not in MODEL_TYPES:
+    raise UserError(
+      f'export.model_type is {model_type!r}: choose from '
+      + ', '.join(MODEL_TYPES)
+    )
+  if model_type != 'auto':
+    return model_type
+  heads = config.layers[0].num_heads
+  return 'mistral' if config.embed_dim % heads else 'llama'
+
+
+def hf_config(
+  config: LlamaConfig, dtype: str, layout: str, model_type: str
+) -> dict[str, Any]:
+  """The config.json of an export.
+
+  Args:
+    config: the sizes.
+    dtype: of the weights, as torch names it.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES; the uniform layout's.
+  """
+  hf = config.to_hf()
+  if resolve_layout(config, layout) == 'two_shape':
+    head = {
+      'architectures': ['PrunedLlamaForCausalLM'],
+      'model_type': 'pruned_llama',
+      'auto_map': {
+        'AutoConfig': 'configuration_pruned_llama.PrunedLlamaConfig',
+        'AutoModelForCausalLM': 'modeling_pruned_llama.PrunedLlamaForCausalLM',
+      },
+    }
+    hf.setdefault('per_layer_config', {})
+  elif resolve_model_type(config, model_type) == 'llama':
+    head = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama'}
+    head |= {'attention_bias': False, 'mlp_bias': False}
+  else:
+    head = {'architectures': ['MistralForCausalLM'], 'model_type': 'mistral'}
+    # Absent, it would mean a window of 4096.
+    head |= {'sliding_window': None}
+    if config.vocab_size > 100_000:
+      # Without it transformers takes the tokenizer for one with a known flaw.
+      head |= {'transformers_version': '5.0.0'}
+  return {**head, **hf, 'torch_dtype': dtype}
+
+
+def hf_tensors(
+  params: Any, config: LlamaConfig, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor under Hugging Face's name and layout, one at a time."""
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path, layers = locate(key_path, config.stacks)
+    if layers is None:
+      yield hf_name(path), np.asarray(leaf).astype(dtype)
+      continue
+    for row, layer in enumerate(layers):
+      x = to_hf_layout(np.asarray(leaf[row]), letters_of(path))
+      yield hf_name(path, layer), x.astype(dtype)
+
+
+def write_safetensors(
+  folder: Path,
+  tensors: Iterable[tuple[str, np.ndarray]],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes shards of at most `max_shard_bytes`, and an index if several.
+
+  One shard's tensors are held at a time. The metadata is what transformers
+  asks for.
+  """
+  shards: list[list[str]] = []
+  held: dict[str, np.ndarray] = {}
+  total = 0
+
+  def flush():
+    path = folder / f'shard-{len(shards)}'
+    save_file(held, path, metadata={'format': 'pt'})
+    # safetensors makes files that only their owner can read.
+    path.chmod(0o644)
+    shards.append(list(held))
+    held.clear()
+
+  for name, x in tensors:
+    size = sum(array.nbytes for array in held.values())
+    if held and size + x.nbytes > max_shard_bytes:
+      flush()
+    held[name] = x
+    total += x.nbytes
+  flush()
+  if len(shards) == 1:
+    os.replace(folder / 'shard-0', folder / 'model.safetensors')
+    return
+  weight_map = {}
+  for i, names in enumerate(shards):
+    file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
+    os.replace(folder / f'shard-{i}', folder / file)
+    weight_map |= dict.fromkeys(names, file)
+  write_json(
+    folder / 'model.safetensors.index.json',
+    {'metadata': {'total_size': total}, 'weight_map': weight_map},
+  )
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes JSON with a final line end."""
+  text = json.dumps(value, indent=2, ensure_ascii=False)
+  path.write_text(text + '\n', encoding='utf-8')
+
+
+def export_model(
+  folder: str | Path,
+  params: Any,
+  config: LlamaConfig,
+  *,
+  layout: str = 'auto',
+  model_type: str = 'auto',
+  dtype: Any = None,
+  base: str | Path | None = None,
+  pruning: dict[str, Any] | None = None,
+  card: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a complete Hugging Face folder.
+
+  Args:
+    folder: to be made; it must not exist.
+    params: the merged weights.
+    config: their sizes.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES.
+    dtype: of the weights; None keeps theirs.
+    base: the folder whose tokenizer, generation config and licence are copied.
+    pruning: the contents of pruning.json.
+    card: the text of README.md.
+    max_shard_bytes: the largest size of one file.
+
+  Raises:
+    UserError: if the folder exists or the layout cannot hold the model.
+  """
+  dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
+  hf = hf_config(config, dtype.name, layout, model_type)
+  with new_folder(Path(folder)) as partial:
+    write_json(partial / 'config.json', hf)
+    if hf['model_type'] == 'pruned_llama':
+      for file in _REMOTE_CODE.glob('*.py'):
+        shutil.copyfile(file, partial / file.name)
+    if base is not None:
+      copy_companions(Path(base), partial)
+    if pruning is not None:
+      write_json(partial / 'pruning.json', pruning)
+    if card is not None:
+      (partial / 'README.md').write_text(card, encoding='utf-8')
+    write_safetensors(
+      partial, hf_tensors(params, config, dtype), max_shard_bytes
+    )
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+  """A temporary folder that gets its name once it is complete.
+
+  Raises:
+    UserError: if `folder` exists.
+  """
+  if folder.exists():
+    raise UserError(f'{folder} exists already; nothing is written over it')
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  with tempfile.TemporaryDirectory(
+    dir=folder.parent, prefix=f'.{folder.name}-'
+  ) as temporary:
+    partial = Path(temporary) / folder.name
+    partial.mkdir()
+    yield partial
+    os.replace(partial, folder)
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+  """Copies tokenizer, generation config and licence, byte for byte."""
+  for name in COPIED:
+    if (base / name).is_file():
+      shutil.copyfile(base / name, folder / name)

@@ -1,0 +1,190 @@
+"""Reading a Hugging Face folder: config.json, and weights by slices."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.mapping import (
+  IGNORED,
+  hf_name,
+  hf_shape,
+  letters_of,
+  locate,
+  read_slices,
+)
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.llama import param_shapes
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    UserError: if the file is missing or is not a JSON object.
+  """
+  try:
+    value = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    raise UserError(f'{path} does not exist') from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    raise UserError(f'{path} is not JSON: {error}') from None
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object')
+  return value
+
+
+def load_config(folder: str | Path) -> LlamaConfig:
+  """The sizes in a folder's config.json.
+
+  Raises:
+    UserError: if there is no folder or its model is not supported.
+  """
+  folder = Path(folder)
+  if not folder.is_dir():
+    raise UserError(
+      f'{folder} is not a folder; a Hugging Face folder with '
+      'config.json and *.safetensors is expected'
+    )
+  try:
+    return LlamaConfig.from_hf(read_json(folder / 'config.json'))
+  except UserError as error:
+    raise UserError(f'{folder}: {error}') from None
+
+
+class Shards:
+  """The tensors of one or many safetensors files, read by slices."""
+
+  def __init__(self, folder: str | Path):
+    """Opens the folder's files without reading any tensor.
+
+    Raises:
+      UserError: if there is no safetensors file, or one is damaged.
+    """
+    folder = Path(folder)
+    index = folder / 'model.safetensors.index.json'
+    if index.exists():
+      names = sorted(set(read_json(index)['weight_map'].values()))
+    else:
+      names = sorted(path.name for path in folder.glob('*.safetensors'))
+    if not names:
+      raise UserError(
+        f'{folder} holds no *.safetensors file (other formats are not read: '
+        'save the model with transformers and safe_serialization=True)'
+      )
+    self.folder = folder
+    self._files = {}
+    for name in names:
+      try:
+        file = safe_open(folder / name, framework='np')
+      except (SafetensorError, OSError) as error:
+        raise UserError(f'{folder / name} cannot be read: {error}') from None
+      self._files.update(dict.fromkeys(file.keys(), file))
+
+  @property
+  def names(self) -> set[str]:
+    """The tensors' names."""
+    return set(self._files)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype of the embeddings, which stands for all."""
+    return self.slice_of('model.embed_tokens.weight')[:1].dtype
+
+  def slice_of(self, name: str) -> Any:
+    """A tensor that is read when it is indexed; see `get_shape()`."""
+    return self._files[name].get_slice(name)
+
+
+def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
+  """Compares the names and shapes of the files with what config.json says.
+
+  Returns:
+    The names of the tensors that make up the model.
+
+  Raises:
+    UserError: naming the tensors that are missing, unknown or of wrong size.
+  """
+  expected = {}
+  shapes = param_shapes(config, np.float32)
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
+    path, layers = locate(key_path, config.stacks)
+    if layers is None:
+      expected[hf_name(path)] = leaf.shape
+    else:
+      shape = hf_shape(leaf.shape[1:], letters_of(path))
+      expected |= {hf_name(path, layer): shape for layer in layers}
+  missing = sorted(expected.keys() - shards.names)
+  # A tied model's file may repeat the embeddings as lm_head.
+  unknown = sorted(
+    name
+    for name in shards.names - expected.keys()
+    if not IGNORED.fullmatch(name)
+    and not (config.tie_embeddings and name == 'lm_head.weight')
+  )
+  for what, names in (('lacks', missing), ('has the unknown', unknown)):
+    if names:
+      raise UserError(
+        f'{shards.folder} {what} tensor {names[0]}'
+        + (f' and {len(names) - 1} more' if len(names) > 1 else '')
+      )
+  for name, shape in expected.items():
+    found = tuple(shards.slice_of(name).get_shape())
+    if found != shape:
+      raise UserError(
+        f'{shards.folder}: {name} has shape {found}, but config.json says '
+        f'{shape}'
+      )
+  return list(expected)
+
+
+def load_params(
+  folder: str | Path, config: LlamaConfig, shardings: Any, dtype: Any
+) -> Any:
+  """The weights of a folder, as sharded arrays.
+
+  Each process reads only the slices of its own devices, one tensor of a layer
+  at a time.
+
+  Args:
+    folder: with config.json and safetensors.
+    config: `load_config(folder)`.
+    shardings: a `NamedSharding` for every tensor.
+    dtype: to convert to.
+
+  Raises:
+    UserError: if the files do not hold what config.json says.
+  """
+  shards = Shards(folder)
+  check_tensors(shards, config)
+  shapes = param_shapes(config, dtype)
+
+  def load(key_path, leaf, sharding):
+    path, layers = locate(key_path, config.stacks)
+
+    def read_one(index):
+      return shards.slice_of(hf_name(path))[index].astype(dtype)
+
+    def read_stack(index):
+      lengths = [
+        len(range(*part.indices(size)))
+        for part, size in zip(index, leaf.shape, strict=True)
+      ]
+      out = np.empty(lengths, dtype)
+      for row, layer in enumerate(layers[index[0]]):
+        out[row] = read_slices(
+          shards.slice_of(hf_name(path, layer)),
+          leaf.shape[1:],
+          index[1:],
+          letters_of(path),
+        )
+      return out
+
+    read = read_one if layers is None else read_stack
+    return jax.make_array_from_callback(leaf.shape, sharding, read)
+
+  return jax.tree_util.tree_map_with_path(load, shapes, shardings)

@@ -1,0 +1,63 @@
+"""Low-rank algebra on LoRA factors: product, guided gradient, merge.
+
+A is (inputs..., r) and B is (r, outputs...), so that every product below has
+the axes of the weight that it belongs to.
+"""
+
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+
+def lora_product(a: Array, b: Array) -> Array:
+  """A B, in the shape of the weight."""
+  return jnp.tensordot(a, b, axes=1)
+
+
+def lora_guided_gradient(
+  a: Array, b: Array, grad_a: Array, grad_b: Array, *, cross_term: bool = True
+) -> Array:
+  """The gradient of A B, estimated from those of A and B.
+
+  A gB + gA B - gA gB (arXiv 2305.18403, eqs. 8-10), that is the step that A B
+  takes when A and B take a gradient step of size one:
+  A B - (A - gA)(B - gB). As one product of rank 2r, so that no second dense
+  array is made.
+
+  Args:
+    a, grad_a: (inputs..., r).
+    b, grad_b: (r, outputs...).
+    cross_term: whether gA gB, of second order, is subtracted.
+  """
+  right = b - grad_b if cross_term else b
+  return lora_product(
+    jnp.concatenate([a, grad_a], axis=-1),
+    jnp.concatenate([grad_b, right], axis=0),
+  )
+
+
+def merge_lora(stack: Any, lora: Any, scale: float) -> Any:
+  """W + s A B for every projection of a stack that has an adapter.
+
+  Summed in float32 and cast once to the weight's dtype, layer by layer.
+
+  Args:
+    stack: a block's `params`, with `layers` in front.
+    lora: the adapters of the same stack.
+    scale: s = alpha / r.
+  """
+
+  def merge_layer(trees):
+    params, lora = trees
+    merged = {part: dict(projections) for part, projections in params.items()}
+    for part, adapters in lora.items():
+      for name, adapter in adapters.items():
+        weight = params[part][name]['weight']
+        update = scale * lora_product(adapter['a'], adapter['b'])
+        total = weight.astype(jnp.float32) + update
+        merged[part][name] = {'weight': total.astype(weight.dtype)}
+    return merged
+
+  return jax.lax.map(merge_layer, (stack, lora))

@@ -1,0 +1,370 @@
+"""Sizes and axis names of a LLaMA-family model. No JAX here.
+
+The axis names are the heart of the project: sharding, importance, masks, the
+cut and the Hugging Face conversion all read them (docs/method.md).
+
+Letters, used in every einsum and shape of the package:
+  B batch          T query position   S key position   N tokens (B T flattened)
+  D embed          V vocab            F mlp            r rank
+  K kv_heads       G queries per KV head               H head_dim
+  L layers in a stack                 U groups of one kind
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import itertools
+import math
+from typing import Any, NamedTuple
+
+from lorapr_jax.errors import UserError
+
+AXIS_NAMES = {
+  'B': 'batch',
+  'D': 'embed',
+  'F': 'mlp',
+  'G': 'queries_per_kv',
+  'H': 'head_dim',
+  'K': 'kv_heads',
+  'L': 'layers',
+  'T': 'length',
+  'V': 'vocab',
+  'r': 'rank',
+}
+
+# Each projection of a block: input, weight -> output.
+PROJECTIONS = {
+  'self_attn': {
+    'q_proj': 'ND,DKGH->NKGH',
+    'k_proj': 'ND,DKH->NKH',
+    'v_proj': 'ND,DKH->NKH',
+    'o_proj': 'NKGH,KGHD->ND',
+  },
+  'mlp': {
+    'gate_proj': 'ND,DF->NF',
+    'up_proj': 'ND,DF->NF',
+    'down_proj': 'NF,FD->ND',
+  },
+}
+LORA_TARGETS = tuple(n for part in PROJECTIONS.values() for n in part)
+
+# The value each of these keys of a config.json must have, or be absent.
+_ONLY_SUPPORTED = {
+  'attention_bias': False,
+  'attention_dropout': 0.0,
+  'hidden_act': 'silu',
+  'mlp_bias': False,
+  'partial_rotary_factor': 1.0,
+  'quantization_config': None,
+  'sliding_window': None,
+}
+
+
+class Axes(tuple):
+  """The axis names of one tensor; a leaf, not a node, of a pytree."""
+
+  @classmethod
+  def of(cls, letters: str) -> 'Axes':
+    """`of('DF')` is Axes(('embed', 'mlp'))."""
+    return cls(AXIS_NAMES[letter] for letter in letters)
+
+
+class ProjectionLetters(NamedTuple):
+  """A projection's einsum taken apart."""
+
+  weight: str
+  inputs: str  # the weight's axes that are contracted with x
+  outputs: str  # the rest
+
+  @classmethod
+  def of(cls, spec: str) -> 'ProjectionLetters':
+    """`of('ND,DKH->NKH')` is weight DKH, inputs D, outputs KH."""
+    x, weight = spec.split('->')[0].split(',')
+    inputs = ''.join(c for c in weight if c in x)
+    return cls(weight, inputs, weight[len(inputs) :])
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+  """The sizes of a block that pruning changes."""
+
+  num_kv_heads: int
+  queries_per_kv: int
+  mlp_dim: int
+
+  @property
+  def num_heads(self) -> int:
+    """Query heads."""
+    return self.num_kv_heads * self.queries_per_kv
+
+
+class Stack(NamedTuple):
+  """A run of `size` equal layers, the first of which is layer `start`."""
+
+  start: int
+  size: int
+  shape: LayerShape
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """Llama 3's frequency scaling (rope_type `llama3`)."""
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position_embeddings: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Which projections get a low-rank update W + (alpha / rank) A B."""
+
+  rank: int = 8
+  alpha: float = 16.0
+  dropout: float = 0.0
+  targets: tuple[str, ...] = LORA_TARGETS
+
+  def __post_init__(self):
+    if self.rank < 1:
+      raise UserError(f'lora.rank is {self.rank}: it must be at least 1')
+    if not 0.0 <= self.dropout < 1.0:
+      raise UserError(f'lora.dropout is {self.dropout}: it must be in [0, 1)')
+    unknown = sorted(set(self.targets) - set(LORA_TARGETS))
+    if unknown or not self.targets:
+      raise UserError(
+        f'lora.targets has {unknown or "no projection"}: choose from '
+        + ', '.join(LORA_TARGETS)
+      )
+
+  @property
+  def scale(self) -> float:
+    """s = alpha / r."""
+    return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """A LLaMA-family model. Layers may differ in size once they are pruned."""
+
+  vocab_size: int
+  embed_dim: int
+  head_dim: int
+  layers: tuple[LayerShape, ...]
+  norm_eps: float = 1e-6
+  rope_theta: float = 10000.0
+  rope_scaling: RopeScaling | None = None
+  tie_embeddings: bool = False
+  max_positions: int = 2048
+  bos_token_id: int | None = None
+  eos_token_id: int | tuple[int, ...] | None = None
+  pad_token_id: int | None = None
+
+  @property
+  def stacks(self) -> tuple[Stack, ...]:
+    """Runs of equal layers, in order; each is one scan in the forward pass."""
+    stacks, start = [], 0
+    for shape, run in itertools.groupby(self.layers):
+      size = len(list(run))
+      stacks.append(Stack(start, size, shape))
+      start += size
+    return tuple(stacks)
+
+  @property
+  def is_uniform(self) -> bool:
+    """Whether every layer has the same size."""
+    return len(set(self.layers)) == 1
+
+  def sizes(self, shape: LayerShape) -> dict[str, int]:
+    """Axis name -> size, for the tensors of a layer of this shape."""
+    return {
+      'embed': self.embed_dim,
+      'head_dim': self.head_dim,
+      'kv_heads': shape.num_kv_heads,
+      'queries_per_kv': shape.queries_per_kv,
+      'mlp': shape.mlp_dim,
+      'vocab': self.vocab_size,
+    }
+
+  def layer_parameters(self, shape: LayerShape) -> int:
+    """The number of weights in a block of this shape."""
+    sizes = self.sizes(shape)
+    projections = [
+      math.prod(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight))
+      for part in PROJECTIONS.values()
+      for spec in part.values()
+    ]
+    return sum(projections) + 2 * self.embed_dim
+
+  @property
+  def num_parameters(self) -> int:
+    """The number of weights of the model; tied embeddings count once."""
+    embeddings = self.vocab_size * self.embed_dim
+    embeddings *= 1 if self.tie_embeddings else 2
+    blocks = sum(self.layer_parameters(shape) for shape in self.layers)
+    return embeddings + blocks + self.embed_dim
+
+  @classmethod
+  def from_hf(cls, hf: Mapping[str, Any]) -> 'LlamaConfig':
+    """Reads a config.json of `llama`, `mistral` or our own `pruned_llama`.
+
+    Args:
+      hf: the file's contents. The keys `rope_theta` + `rope_scaling` and the
+        newer `rope_parameters` are both understood.
+
+    Raises:
+      UserError: naming the key that asks for something unsupported.
+    """
+    _check_supported(hf)
+    layers = _read_layers(hf)
+    embed_dim = _required(hf, 'hidden_size')
+    theta, scaling = _read_rope(hf)
+    eos = hf.get('eos_token_id')
+    # Hugging Face's defaults, for the keys that old files leave out.
+    return cls(
+      vocab_size=_required(hf, 'vocab_size'),
+      embed_dim=embed_dim,
+      head_dim=hf.get('head_dim')
+      or embed_dim // _required(hf, 'num_attention_heads'),
+      layers=layers,
+      norm_eps=hf.get('rms_norm_eps', 1e-6),
+      rope_theta=theta,
+      rope_scaling=scaling,
+      tie_embeddings=hf.get('tie_word_embeddings', False),
+      max_positions=hf.get('max_position_embeddings', 2048),
+      bos_token_id=hf.get('bos_token_id'),
+      eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+      pad_token_id=hf.get('pad_token_id'),
+    )
+
+  def to_hf(self) -> dict[str, Any]:
+    """The keys of a config.json that this model's sizes decide.
+
+    The sizes at the top are those of the largest layer; layers that differ
+    are listed in `per_layer_config`. `architectures`, `model_type` and the
+    like belong to the export's layout (hf/export.py).
+    """
+    top = max(self.layers, key=self.layer_parameters)
+    eos = self.eos_token_id
+    hf = {
+      'vocab_size': self.vocab_size,
+      'hidden_size': self.embed_dim,
+      'head_dim': self.head_dim,
+      'num_hidden_layers': len(self.layers),
+      **_layer_to_hf(top),
+      'hidden_act': 'silu',
+      'max_position_embeddings': self.max_positions,
+      'rms_norm_eps': self.norm_eps,
+      'rope_theta': self.rope_theta,
+      'rope_scaling': None,
+      'tie_word_embeddings': self.tie_embeddings,
+      'bos_token_id': self.bos_token_id,
+      'eos_token_id': list(eos) if isinstance(eos, tuple) else eos,
+      'pad_token_id': self.pad_token_id,
+      'use_cache': True,
+    }
+    if self.rope_scaling:
+      scaling = dataclasses.asdict(self.rope_scaling)
+      hf['rope_scaling'] = {'rope_type': 'llama3', **scaling}
+    if not self.is_uniform:
+      hf['per_layer_config'] = {
+        str(i): _layer_to_hf(shape)
+        for i, shape in enumerate(self.layers)
+        if shape != top
+      }
+    return hf
+
+
+def _required(hf: Mapping[str, Any], key: str) -> int:
+  if not isinstance(hf.get(key), int):
+    raise UserError(f'config.json: {key} is {hf.get(key)!r}, not a number')
+  return hf[key]
+
+
+def _check_supported(hf: Mapping[str, Any]) -> None:
+  model_type = hf.get('model_type')
+  if model_type not in ('llama', 'mistral', 'pruned_llama'):
+    raise UserError(
+      f'config.json: model_type is {model_type!r}; only llama, mistral and '
+      'pruned_llama (our own export) are supported'
+    )
+  if model_type == 'mistral' and 'sliding_window' not in hf:
+    raise UserError(
+      'config.json: sliding_window is absent, which means 4096 for mistral; '
+      'only "sliding_window": null is supported'
+    )
+  for key, value in _ONLY_SUPPORTED.items():
+    if hf.get(key, value) != value:
+      raise UserError(
+        f'config.json: {key} is {hf[key]!r}; only {value!r} is supported'
+      )
+  if set(hf.get('layer_types') or ()) - {'full_attention'}:
+    raise UserError(
+      f'config.json: layer_types has {sorted(set(hf["layer_types"]))}; only '
+      'full_attention is supported'
+    )
+
+
+def _read_layers(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+  per_layer = hf.get('per_layer_config') or {}
+  if per_layer and hf['model_type'] != 'pruned_llama':
+    raise UserError(
+      'config.json: per_layer_config is only understood for model_type '
+      'pruned_llama'
+    )
+  # We write the keys as '3'; transformers 5, saving, as '03'.
+  by_index = {int(index): sizes for index, sizes in per_layer.items()}
+  return tuple(
+    _read_layer({**hf, **by_index.get(i, {})})
+    for i in range(_required(hf, 'num_hidden_layers'))
+  )
+
+
+def _read_layer(hf: Mapping[str, Any]) -> LayerShape:
+  heads = _required(hf, 'num_attention_heads')
+  kv_heads = hf.get('num_key_value_heads') or heads
+  if heads % kv_heads:
+    raise UserError(
+      f'config.json: num_attention_heads {heads} is not a multiple of '
+      f'num_key_value_heads {kv_heads}'
+    )
+  return LayerShape(
+    num_kv_heads=kv_heads,
+    queries_per_kv=heads // kv_heads,
+    mlp_dim=_required(hf, 'intermediate_size'),
+  )
+
+
+def _layer_to_hf(shape: LayerShape) -> dict[str, int]:
+  return {
+    'num_attention_heads': shape.num_heads,
+    'num_key_value_heads': shape.num_kv_heads,
+    'intermediate_size': shape.mlp_dim,
+  }
+
+
+def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+  key = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
+  rope = hf.get(key) or {}
+  theta = rope.get('rope_theta', hf.get('rope_theta', 10000.0))
+  if hf.get('rope_theta', theta) != theta:
+    raise UserError(
+      f'config.json: rope_theta is {hf["rope_theta"]} but '
+      f'{key}.rope_theta is {theta}'
+    )
+  if rope.get('partial_rotary_factor', 1.0) != 1.0:
+    raise UserError(
+      f'config.json: {key}.partial_rotary_factor is not supported'
+    )
+  kind = rope.get('rope_type', rope.get('type', 'default'))
+  if kind == 'default':
+    return float(theta), None
+  if kind != 'llama3':
+    raise UserError(
+      f'config.json: {key}.rope_type is {kind!r}; only default and llama3 '
+      'are supported'
+    )
+  fields = [field.name for field in dataclasses.fields(RopeScaling)]
+  missing = [field for field in fields if field not in rope]
+  if missing:
+    raise UserError(f'config.json: {key} lacks {", ".join(missing)}')
+  return float(theta), RopeScaling(**{field: rope[field] for field in fields})

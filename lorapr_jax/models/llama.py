@@ -1,0 +1,302 @@
+"""The LLaMA forward pass over stacks of equal layers. Letters: config.py.
+
+Trees:
+  params  {'embed_tokens', 'norm' and, untied, 'lm_head': {'weight'},
+           'stacks': (block, ...)}: frozen
+  lora    (block, ...): the adapters, in the same places as `params['stacks']`
+  masks   ({group: array}, ...): see pruning/groups.py
+A stack's arrays have the axis `layers` in front.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.config import (
+  PROJECTIONS,
+  Axes,
+  LayerShape,
+  LlamaConfig,
+  LoraConfig,
+  ProjectionLetters,
+)
+from lorapr_jax.models.layers import (
+  PROJECTION,
+  LoRAEinsum,
+  RMSNorm,
+  apply_rope,
+  dropout,
+  rope_frequencies,
+)
+from lorapr_jax.pruning.masks import apply_masks
+
+# What the backward pass keeps of a block's forward pass. No policy keeps the
+# masked weights: they would be a second copy of the model.
+REMAT_POLICIES = {
+  'blocks': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names(PROJECTION),
+}
+
+
+def _projections(part: str, config: LlamaConfig, shape: LayerShape, lora):
+  sizes = config.sizes(shape)
+  return {
+    name: LoRAEinsum(
+      spec=spec,
+      shape=tuple(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight)),
+      lora=lora if lora and name in lora.targets else None,
+      name=name,
+    )
+    for name, spec in PROJECTIONS[part].items()
+  }
+
+
+def _lora_input(module: nn.Module, x: Array, lora: LoraConfig | None) -> Array:
+  """x with LoRA's dropout where a dropout key was given.
+
+  Projections that read the same input share one draw.
+  """
+  if lora and lora.dropout and module.has_rng('dropout'):
+    return dropout(module.make_rng('dropout'), x, lora.dropout)
+  return x
+
+
+class Attention(nn.Module):
+  """Grouped-query self-attention over tokens (N, D) of sequences of T."""
+
+  config: LlamaConfig
+  shape: LayerShape
+  lora: LoraConfig | None
+
+  @nn.compact
+  def __call__(self, x: Array, angles: Array) -> Array:
+    project = _projections('self_attn', self.config, self.shape, self.lora)
+    lora_x = _lora_input(self, x, self.lora)
+
+    def sequences(tokens: Array) -> Array:
+      return tokens.reshape(-1, angles.shape[0], *tokens.shape[1:])
+
+    q = sequences(project['q_proj'](x, lora_x))
+    k = sequences(project['k_proj'](x, lora_x))
+    v = sequences(project['v_proj'](x, lora_x))
+    out = causal_attention(apply_rope(q, angles), apply_rope(k, angles), v)
+    out = out.reshape(-1, *out.shape[2:])
+    return project['o_proj'](out, _lora_input(self, out, self.lora))
+
+
+class MLP(nn.Module):
+  """down(silu(gate(x)) * up(x)) over tokens (N, D)."""
+
+  config: LlamaConfig
+  shape: LayerShape
+  lora: LoraConfig | None
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    project = _projections('mlp', self.config, self.shape, self.lora)
+    lora_x = _lora_input(self, x, self.lora)
+    gate = project['gate_proj'](x, lora_x)
+    hidden = nn.silu(gate) * project['up_proj'](x, lora_x)
+    return project['down_proj'](hidden, _lora_input(self, hidden, self.lora))
+
+
+class Block(nn.Module):
+  """One decoder layer over tokens (N, D); angles (T, H/2) fix T."""
+
+  config: LlamaConfig
+  shape: LayerShape
+  lora: LoraConfig | None = None
+
+  @nn.compact
+  def __call__(self, x: Array, angles: Array) -> Array:
+    sizes = (self.config, self.shape, self.lora)
+    norm = functools.partial(RMSNorm, self.config.norm_eps)
+    h = norm(name='input_layernorm')(x)
+    x = x + Attention(*sizes, name='self_attn')(h, angles)
+    h = norm(name='post_attention_layernorm')(x)
+    return x + MLP(*sizes, name='mlp')(h)
+
+
+def block_axes(lora_config: LoraConfig | None = None) -> dict[str, Any]:
+  """The axis names of one block: {'params': ..., 'lora': ...}."""
+  params: dict[str, Any] = {
+    'input_layernorm': {'weight': Axes.of('D')},
+    'post_attention_layernorm': {'weight': Axes.of('D')},
+  }
+  lora: dict[str, Any] = {}
+  for part, specs in PROJECTIONS.items():
+    letters = {n: ProjectionLetters.of(spec) for n, spec in specs.items()}
+    params[part] = {
+      n: {'weight': Axes.of(p.weight)} for n, p in letters.items()
+    }
+    adapters = {
+      n: {'a': Axes.of(p.inputs + 'r'), 'b': Axes.of('r' + p.outputs)}
+      for n, p in letters.items()
+      if lora_config and n in lora_config.targets
+    }
+    if adapters:
+      lora[part] = adapters
+  return {'params': params, 'lora': lora}
+
+
+def logical_axes(
+  config: LlamaConfig, lora_config: LoraConfig | None = None
+) -> dict[str, Any]:
+  """The axis names of every tensor: {'params': Axes, 'lora': Axes}.
+
+  The trees have the structure of the arrays', with an `Axes` for each.
+  """
+  block = jax.tree.map(
+    lambda axes: Axes(('layers', *axes)), block_axes(lora_config)
+  )
+  stacks = range(len(config.stacks))
+  params = {
+    'embed_tokens': {'weight': Axes.of('VD')},
+    'norm': {'weight': Axes.of('D')},
+    'stacks': tuple(block['params'] for _ in stacks),
+  }
+  if not config.tie_embeddings:
+    params['lm_head'] = {'weight': Axes.of('VD')}
+  return {'params': params, 'lora': tuple(block['lora'] for _ in stacks)}
+
+
+def param_shapes(config: LlamaConfig, dtype: Any) -> Any:
+  """A `jax.ShapeDtypeStruct` for every tensor of `params`."""
+  axes = logical_axes(config)['params']
+
+  def shapes(tree, sizes):
+    return jax.tree.map(
+      lambda axes: jax.ShapeDtypeStruct([sizes[a] for a in axes], dtype), tree
+    )
+
+  stacks = tuple(
+    shapes(tree, {**config.sizes(stack.shape), 'layers': stack.size})
+    for tree, stack in zip(axes.pop('stacks'), config.stacks, strict=True)
+  )
+  return {**shapes(axes, config.sizes(config.layers[0])), 'stacks': stacks}
+
+
+def output_weight(params: Any) -> Array:
+  """The (V, D) matrix that turns hidden states into logits."""
+  return params.get('lm_head', params['embed_tokens'])['weight']
+
+
+def rope_angles(config: LlamaConfig, length: int) -> Array:
+  """The angles of positions 0 to length - 1, (T, H/2)."""
+  frequencies = rope_frequencies(
+    config.head_dim, config.rope_theta, config.rope_scaling
+  )
+  return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+
+
+def hidden_states(
+  params: Any,
+  tokens: Array,
+  config: LlamaConfig,
+  *,
+  lora: Any = None,
+  lora_config: LoraConfig | None = None,
+  masks: Any = None,
+  dropout_key: Array | None = None,
+  remat: str = 'blocks',
+  dtype: Any = jnp.float32,
+) -> Array:
+  """The last layer's normalised output, (B, T, D), computed in `dtype`.
+
+  Args:
+    params: the frozen base.
+    tokens: (B, T) ids.
+    config: the sizes, of which `config.stacks` follows the trees.
+    lora: adapters, with `lora_config`; None runs the base alone.
+    masks: None where nothing is masked.
+    dropout_key: None for no dropout.
+    remat: a key of REMAT_POLICIES.
+  """
+  B, T = tokens.shape
+  angles = rope_angles(config, T)
+  if lora is None:
+    lora_config, lora = None, tuple({} for _ in config.stacks)
+  axes = block_axes(lora_config)
+  if masks is None:
+    masks = tuple({} for _ in config.stacks)
+  x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
+  for i, stack in enumerate(config.stacks):
+    layers = {'params': params['stacks'][i], 'lora': lora[i]}
+    keys = None
+    if dropout_key is not None:
+      keys = jax.random.split(
+        jax.random.fold_in(dropout_key, stack.start), stack.size
+      )
+    layer = _layer(Block(config, stack.shape, lora_config), axes, angles)
+    layer = jax.checkpoint(
+      layer, policy=REMAT_POLICIES[remat], prevent_cse=False
+    )
+    x, _ = jax.lax.scan(layer, x, (layers, masks[i], keys))
+  norm = RMSNorm(config.norm_eps)
+  return norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
+
+
+def _layer(block: Block, axes: Any, angles: Array) -> Callable[..., Any]:
+  def layer(x, inputs):
+    trees, masks, key = inputs
+    variables = {
+      name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
+    }
+    rngs = None if key is None else {'dropout': key}
+    return block.apply(variables, x, angles, rngs=rngs), None
+
+  return layer
+
+
+def logits(params: Any, hidden: Array) -> Array:
+  """(..., D) hidden states to (..., V) logits, in float32."""
+  weight = output_weight(params).astype(hidden.dtype)
+  return jnp.einsum(
+    '...D,VD->...V', hidden, weight, preferred_element_type=jnp.float32
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def init_params(key: Array, config: LlamaConfig, dtype: Any) -> Any:
+  """Random weights: normal with deviation 0.02, norms one."""
+  embed, head, blocks = jax.random.split(key, 3)
+  shape = (config.vocab_size, config.embed_dim)
+  params = {
+    'embed_tokens': {'weight': 0.02 * jax.random.normal(embed, shape)},
+    'norm': {'weight': jnp.ones(config.embed_dim)},
+    'stacks': _init_stacks(blocks, config, None, 'params'),
+  }
+  if not config.tie_embeddings:
+    params['lm_head'] = {'weight': 0.02 * jax.random.normal(head, shape)}
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'lora_config'))
+def init_lora(key: Array, config: LlamaConfig, lora_config: LoraConfig) -> Any:
+  """Fresh adapters: A Kaiming-uniform, B zero, in float32.
+
+  Linen's init makes the base's weights as well; they are unused here, so the
+  compiler drops them and the base is never materialised.
+  """
+  return _init_stacks(key, config, lora_config, 'lora')
+
+
+def _init_stacks(key, config, lora_config, collection) -> tuple[Any, ...]:
+  keys = jax.random.split(key, len(config.layers))
+  x = jnp.zeros((1, config.embed_dim))
+  stacks = []
+  for stack in config.stacks:
+    block = Block(config, stack.shape, lora_config)
+
+    def init(key, block=block):
+      rngs = {'params': key, 'lora': key}
+      return block.init(rngs, x, rope_angles(config, 1))[collection]
+
+    stacks.append(jax.vmap(init)(keys[stack.start : stack.start + stack.size]))
+  return tuple(stacks)

@@ -1,0 +1,177 @@
+"""How important each group is: criteria, reduction to groups, average.
+
+Everything here is for one layer; callers map it over a stack, so that the
+dense scores of at most one layer exist at a time.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.lora import lora_guided_gradient, lora_product
+from lorapr_jax.pruning.masks import carries, group_axes
+
+
+class Signals(NamedTuple):
+  """What a criterion may look at: one layer's trees, by part and projection.
+
+  Attributes:
+    params: {part: {projection: {'weight': W}}}.
+    lora: {part: {projection: {'a': A, 'b': B}}}, for the targets.
+    lora_grads: the gradients of `lora`.
+    layer: the layer's index in the model.
+  """
+
+  params: Any
+  lora: Any
+  lora_grads: Any
+  layer: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Criterion:
+  """How scores are made, and what becomes of them.
+
+  Attributes:
+    name: a key of CRITERIA.
+    score: 'abs' or 'square' of the first-order term (eq. 3 squares it).
+    cross_term: whether the guided gradient subtracts gA gB (eq. 10).
+    norm: whether each projection's group vector is divided by its L2 norm
+      before projections are added.
+    decay: of the moving average over steps (eq. 11).
+  """
+
+  name: str = 'lora'
+  score: str = 'abs'
+  cross_term: bool = True
+  norm: bool = True
+  decay: float = 0.9
+
+  def __post_init__(self):
+    if self.name not in CRITERIA:
+      raise UserError(
+        f'prune.criterion is {self.name!r}: choose from {", ".join(CRITERIA)}'
+      )
+    if self.score not in ('abs', 'square'):
+      raise UserError(f'prune.score is {self.score!r}: choose from abs, square')
+    if not 0.0 <= self.decay < 1.0:
+      raise UserError(f'prune.decay is {self.decay}: it must be in [0, 1)')
+
+
+def _effective_weight(
+  signals: Signals, part: str, name: str, scale: float
+) -> Array:
+  """W + s A B, or W for a projection without an adapter; in float32."""
+  weight = signals.params[part][name]['weight'].astype(jnp.float32)
+  adapter = signals.lora.get(part, {}).get(name)
+  if adapter is None:
+    return weight
+  return weight + scale * lora_product(adapter['a'], adapter['b'])
+
+
+def _lora(signals, part, name, scale, criterion):
+  adapter = signals.lora.get(part, {}).get(name)
+  if adapter is None:  # Nothing is known of this projection's gradient.
+    return None
+  grads = signals.lora_grads[part][name]
+  gradient = lora_guided_gradient(
+    adapter['a'],
+    adapter['b'],
+    grads['a'],
+    grads['b'],
+    cross_term=criterion.cross_term,
+  )
+  return gradient * _effective_weight(signals, part, name, scale)
+
+
+def _magnitude(signals, part, name, scale, criterion):
+  return _effective_weight(signals, part, name, scale)
+
+
+def _random(signals, part, name, scale, criterion):
+  # One number for each input of the two projections that leave the groups;
+  # the same at every step of every run, so that the average is constant.
+  if name not in ('o_proj', 'down_proj'):
+    return None
+  key = jax.random.fold_in(jax.random.key(0), signals.layer)
+  shape = signals.params[part][name]['weight'].shape
+  return jax.random.uniform(key, (*shape[:-1], 1))
+
+
+# Each gives the first-order term of every element of a projection, before
+# the absolute value or the square, or None where it has nothing to say.
+CRITERIA: dict[str, Callable[..., Array | None]] = {
+  'lora': _lora,
+  'magnitude': _magnitude,
+  'random': _random,
+}
+
+
+def element_scores(
+  signals: Signals, *, scale: float, criterion: Criterion
+) -> dict[str, dict[str, dict[str, Array]]]:
+  """|G (W + s A B)| of every element, or its square (eqs. 3 and 6).
+
+  The gradient term has no s, as in the reference. Returns the tree of
+  `signals.params`, without what is not a projection or has no score.
+  """
+  scores: dict[str, dict[str, dict[str, Array]]] = {}
+  for part, projections in signals.params.items():
+    for name in projections:
+      if name == 'weight':  # A norm.
+        continue
+      term = CRITERIA[criterion.name](signals, part, name, scale, criterion)
+      if term is not None:
+        shape = jnp.abs if criterion.score == 'abs' else jnp.square
+        scores.setdefault(part, {})[name] = {'weight': shape(term)}
+  return scores
+
+
+def group_scores(
+  scores: Any, masks: Mapping[str, Array], axes: Any, *, norm: bool
+) -> dict[str, Array]:
+  """Sums element scores over every axis but the group's (eq. 4).
+
+  Masked groups count nothing, not even in the norm, so that a run that has
+  cut them away computes the same.
+
+  Args:
+    scores: from `element_scores`.
+    masks: {group: array}.
+    axes: the axis names of the layer's parameters.
+    norm: divide each projection's vector v by ||v||_2 + 1e-8 before adding.
+  """
+  totals = {group: jnp.zeros_like(mask) for group, mask in masks.items()}
+  for part, projections in scores.items():
+    for name, leaf in projections.items():
+      names = axes[part][name]['weight']
+      for group, mask in masks.items():
+        if not carries(names, group):
+          continue
+        others = tuple(
+          i for i, axis in enumerate(names) if axis not in group_axes(group)
+        )
+        vector = mask * jnp.sum(leaf['weight'], axis=others)
+        if norm:
+          vector = vector / (jnp.linalg.norm(vector) + 1e-8)
+        totals[group] += vector
+  return totals
+
+
+def update_importance(
+  old: Mapping[str, Array],
+  scores: Any,
+  masks: Mapping[str, Array],
+  axes: Any,
+  *,
+  norm: bool,
+  decay: float,
+) -> dict[str, Array]:
+  """G_t = decay G_{t-1} + (1 - decay) Ghat_t, for each group (eq. 11)."""
+  new = group_scores(scores, masks, axes, norm=norm)
+  return {g: decay * old[g] + (1 - decay) * new[g] for g in old}

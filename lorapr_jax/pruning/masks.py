@@ -1,0 +1,115 @@
+"""Masks: which groups are alive. {group: array of 0 and 1}, by stack.
+
+A group is named by its axes, joined by commas: see pruning/groups.py. Arrays
+of a stack have `layers` in front of the group's axes. `axes` trees come in as
+arguments; they hold the axis names of each tensor, without `layers`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+import numpy as np
+
+
+def group_axes(group: str) -> tuple[str, ...]:
+  """The axis names of a group; the last is the one that is pruned."""
+  return tuple(group.split(','))
+
+
+def carries(axes: tuple[str, ...], group: str) -> bool:
+  """Whether a tensor belongs to a group: it has all of the group's axes."""
+  return set(group_axes(group)) <= set(axes)
+
+
+def align(values: Array, group: str, axes: tuple[str, ...]) -> Array:
+  """Reshapes a group's array so that it broadcasts along a tensor's axes.
+
+  The tensor's axes outside the group get size 1.
+  """
+  sizes = dict(zip(group_axes(group), values.shape, strict=True))
+  return values.reshape([sizes.get(name, 1) for name in axes])
+
+
+def initial_masks(
+  groups: tuple[str, ...], stacks: tuple[tuple[int, Mapping[str, int]], ...]
+) -> tuple[dict[str, Array], ...]:
+  """Everything alive.
+
+  Args:
+    groups: the groups that will be pruned.
+    stacks: for each stack its number of layers and its axis sizes.
+  """
+  return tuple(
+    {
+      group: jnp.ones((layers, *(sizes[axis] for axis in group_axes(group))))
+      for group in groups
+    }
+    for layers, sizes in stacks
+  )
+
+
+def select_masks(
+  importance: Mapping[str, Array],
+  masks: Mapping[str, Array],
+  keep: Mapping[str, Array],
+) -> dict[str, Array]:
+  """Masks the least important groups of every layer of a stack (eq. 12).
+
+  A group once masked stays masked, and exactly `keep` stay alive: among the
+  first `keep` survivors in order of importance, ties to the lower index.
+
+  Args:
+    importance: {group: (L, ...)}, ranked along the last axis.
+    masks: {group: (L, ...)}, the masks so far.
+    keep: {group: (L,)}, how many stay alive along the last axis. It must not
+      exceed what is alive.
+  """
+
+  def select(importance: Array, mask: Array, keep: Array) -> Array:
+    alive_first = jnp.where(mask > 0, importance, -jnp.inf)
+    order = jnp.argsort(alive_first, axis=-1, descending=True, stable=True)
+    rank = jnp.argsort(order, axis=-1)
+    keep = keep.reshape(-1, *(1 for _ in range(mask.ndim - 1)))
+    return mask * (rank < keep)
+
+  return {
+    group: select(importance[group], mask, keep[group])
+    for group, mask in masks.items()
+  }
+
+
+def alive_counts(
+  masks: tuple[Mapping[str, Array], ...],
+) -> dict[str, tuple[int, ...]]:
+  """How many are alive along the pruned axis, {group: by layer of the model}.
+
+  Copies the masks to the host.
+  """
+  counts: dict[str, tuple[int, ...]] = {}
+  for stack in masks:
+    for group, mask in stack.items():
+      rows = np.asarray(mask).sum(axis=-1).reshape(len(mask), -1)
+      alive = tuple(int(count) for count in rows[:, 0])
+      counts[group] = counts.get(group, ()) + alive
+  return counts
+
+
+def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
+  """Multiplies every tensor of a block by the masks of its groups.
+
+  Args:
+    tree: a block's parameters or adapters, one layer.
+    masks: {group: array}, one layer.
+    axes: the axis names of `tree`.
+  """
+
+  def apply(x: Array, axes: tuple[str, ...]) -> Array:
+    for group, mask in masks.items():
+      if carries(axes, group):
+        x = x * align(mask, group, axes).astype(x.dtype)
+    return x
+
+  return jax.tree.map(apply, tree, axes)

@@ -1,0 +1,85 @@
+"""When groups are masked, and how many: the cubic ramp."""
+
+import dataclasses
+import math
+
+from lorapr_jax.errors import UserError
+
+
+def cubic_sparsity(
+  step: float,
+  *,
+  total_steps: int,
+  warmup: float,
+  cooldown: float,
+  initial: float = 0.0,
+  final: float = 1.0,
+) -> float:
+  """The sparsity that is due at a step.
+
+  s(t) = s_f + (s_0 - s_f) (1 - (t - t_w) / (T - t_w - t_c))^3 between the end
+  t_w of the warm-up and the start T - t_c of the cool-down; s_0 before and s_f
+  after (Zhu and Gupta, arXiv 1710.01878, with the shares of arXiv 2305.18403).
+
+  Args:
+    step: t, counted from 0.
+    total_steps: T.
+    warmup: t_w / T.
+    cooldown: t_c / T.
+    initial: s_0.
+    final: s_f.
+  """
+  start, end = warmup * total_steps, (1 - cooldown) * total_steps
+  if step >= end:
+    return final
+  left = 1 - max(0.0, step - start) / (end - start)
+  return final + (initial - final) * left**3
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneSchedule:
+  """The pruning steps of a run.
+
+  Steps divisible by `every` between the end of the warm-up and the end of the
+  ramp, and the first step at or after the ramp's end (the run's last step if
+  there is none), at which the target is reached exactly.
+  """
+
+  total_steps: int
+  every: int
+  warmup: float
+  cooldown: float
+
+  def __post_init__(self):
+    if self.every < 1:
+      raise UserError(f'prune.every is {self.every}: it must be at least 1')
+    if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= 1:
+      raise UserError(
+        f'prune.warmup {self.warmup} and prune.cooldown {self.cooldown} are '
+        'shares of the steps: neither negative, and less than 1 together'
+      )
+
+  @property
+  def ramp_end(self) -> int:
+    """The step at which the target is reached."""
+    # Rounded first: 0.9 x 100 is a hair above 90 for some shares.
+    end = math.ceil(round((1 - self.cooldown) * self.total_steps, 6))
+    return min(end, self.total_steps - 1)
+
+  def is_pruning_step(self, step: int) -> bool:
+    """Whether groups are masked at this step."""
+    if step == self.ramp_end:
+      return True
+    started = step >= self.warmup * self.total_steps
+    return started and step < self.ramp_end and step % self.every == 0
+
+  def progress(self, step: int) -> float:
+    """The share of the target that is due, from 0 to exactly 1."""
+    if step >= self.ramp_end:
+      return 1.0
+    return cubic_sparsity(
+      step,
+      total_steps=self.total_steps,
+      warmup=self.warmup,
+      cooldown=self.cooldown,
+    )

@@ -1,0 +1,194 @@
+"""The end of a run: summary.json's contents and the table for people."""
+
+from collections.abc import Mapping
+from importlib import metadata
+import platform
+import resource
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from lorapr_jax.eval.perplexity import Perplexity
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.groups import PruningPlan, group_size
+from lorapr_jax.pruning.shrink import Kept
+from lorapr_jax.settings import RunSettings
+
+_PACKAGES = (
+  'lorapr-jax',
+  'jax',
+  'flax',
+  'optax',
+  'orbax-checkpoint',
+  'transformers',
+)
+
+
+def versions() -> dict[str, str]:
+  """Of Python and of the packages that decide a run's numbers."""
+  found = {'python': platform.python_version()}
+  for name in _PACKAGES:
+    try:
+      found[name] = metadata.version(name)
+    except metadata.PackageNotFoundError:  # Run from a checkout.
+      continue
+  return found
+
+
+def peak_memory_bytes() -> int:
+  """The process's peak resident memory."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def sparsity_report(plan: PruningPlan | None) -> dict[str, Any]:
+  """{heads, channels, params: {target, achieved}}, as shares that are gone."""
+  if plan is None:
+    none = {'target': 0.0, 'achieved': 0.0}
+    return {'heads': none, 'channels': none, 'params': none}
+  achieved = plan.sparsity(plan.keep)
+  return {
+    kind: {'target': target, 'achieved': achieved[kind]}
+    for kind, target in plan.targets_by_kind().items()
+  }
+
+
+def sparsity_entry(
+  plan: PruningPlan | None, alive: Mapping[str, tuple[int, ...]]
+) -> dict[str, float]:
+  """The sparsity fields of a line of metrics.jsonl."""
+  gone = {'heads': 0.0, 'channels': 0.0, 'params': 0.0}
+  if plan:
+    gone = plan.sparsity(alive)
+  return {
+    'heads_sparsity': gone['heads'],
+    'channels_sparsity': gone['channels'],
+    'params_kept': 1 - gone['params'],
+  }
+
+
+def perplexity_entry(measured: Perplexity) -> dict[str, Any]:
+  """A perplexity with what it was measured on, for summary.json."""
+  return {
+    'value': measured.perplexity,
+    'data': measured.data,
+    'split': measured.data.rpartition(':')[2],
+    'seq_len': measured.seq_len,
+    'windows': measured.windows,
+  }
+
+
+def print_plan(settings: RunSettings, console: Console) -> None:
+  """What a run is about to do: counts and sizes, target and achieved."""
+  config, plan = settings.step.config, settings.plan
+  console.print(
+    f'{len(config.layers)} layers, {config.num_parameters:,} parameters'
+  )
+  if plan is None:
+    console.print('nothing is pruned (prune.order=none)')
+    return
+  layer = plan.prunable_layers[0]
+  protected = len(config.layers) - len(plan.prunable_layers)
+  for group, kept in plan.keep.items():
+    size = group_size(config, config.layers[layer], group)
+    console.print(f'{group}: {kept[layer]} of {size} kept in each layer')
+  console.print(
+    f'{protected} layers protected; '
+    f'{plan.pruned_config.num_parameters:,} parameters will be left'
+  )
+  for kind, share in sparsity_report(plan).items():
+    console.print(f'{kind} to remove: {_share(share)}')
+
+
+def _share(share: dict[str, float | None]) -> str:
+  asked = share['target']
+  goal = '' if asked is None else f' (target {asked:.2%})'
+  return f'{share["achieved"]:.2%}{goal}'
+
+
+def pruning_report(
+  plan: PruningPlan | None, kept: Kept, base: dict[str, Any], settings: Any
+) -> dict[str, Any]:
+  """The contents of pruning.json.
+
+  Args:
+    plan: what was asked for and reached.
+    kept: by layer, the indices in the base's numbering. Query heads are
+      listed by KV head.
+    base: the base model's name and hash.
+    settings: of the method.
+  """
+  return {
+    'base': base,
+    'sparsity': sparsity_report(plan),
+    'kept': [
+      {group: indices.tolist() for group, indices in layer.items()}
+      for layer in kept
+    ],
+    'settings': settings,
+  }
+
+
+def model_card(name: str, plan: PruningPlan | None, sizes: LlamaConfig) -> str:
+  """A README.md for an exported folder."""
+  shares = ', '.join(
+    f'{share["achieved"]:.1%} of the {kind}'
+    for kind, share in sparsity_report(plan).items()
+  )
+  load = "AutoModelForCausalLM.from_pretrained('.'"
+  load += ')' if sizes.is_uniform else ', trust_remote_code=True)'
+  return f"""---
+base_model: {name}
+library_name: transformers
+tags: [pruned, lorapr_jax]
+---
+{name}, pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403): {shares} removed
+(heads and channels as shares of the layers that were pruned), which leaves
+{sizes.num_parameters:,} parameters. What was kept is in pruning.json.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = {load}
+tokenizer = AutoTokenizer.from_pretrained('.')
+```
+"""
+
+
+def print_summary(summary: dict[str, Any]) -> None:
+  """The table at the end of a run: the dense and the pruned model."""
+  table = Table(title=f'{summary["model"]}, pruned')
+  for column in ('', 'dense', 'pruned', 'change'):
+    table.add_column(column, justify='right' if column else 'left')
+
+  def row(name, dense, pruned, form):
+    change = f'{pruned / dense - 1:+.1%}'
+    table.add_row(name, form.format(dense), form.format(pruned), change)
+
+  row('parameters', summary['params_dense'], summary['params_pruned'], '{:,}')
+  if summary['perplexity']:
+    dense, pruned = (summary['perplexity'][k] for k in ('dense', 'pruned'))
+    name = (
+      f'perplexity, {dense["data"]}, {dense["windows"]} x {dense["seq_len"]}'
+    )
+    row(name, dense['value'], pruned['value'], '{:.2f}')
+  latency = summary['latency']
+  name = (
+    f'latency, prefill of {latency["batch_size"]} x {latency["seq_len"]}, ms'
+  )
+  row(name, 1e3 * latency['dense'], 1e3 * latency['pruned'], '{:.1f}')
+  console = Console()
+  console.print(table)
+  for kind, share in summary['sparsity'].items():
+    console.print(f'{kind} removed: {_share(share)}')
+  seconds = ', '.join(f'{k} {v:.0f} s' for k, v in summary['seconds'].items())
+  console.print(f'time: {seconds}')
+  console.print(
+    f'training {summary["tokens_per_second"]:,.0f} tokens/s, peak memory '
+    f'{summary["peak_memory_bytes"] / 1e9:.2f} GB'
+  )
+  console.print(
+    f'export: {summary["export"]["folder"]}, read back, logits differ by at '
+    f'most {summary["export"]["max_logit_difference"]:.1e}'
+  )

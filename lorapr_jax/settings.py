@@ -1,0 +1,260 @@
+"""A ConfigDict (configs/default.py) split into frozen dataclasses, checked.
+
+Nothing here reads weights or text: a mistake stops a run before any work.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from lorapr_jax.data.sources import parse_spec
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.export import resolve_layout, resolve_model_type
+from lorapr_jax.hf.load import load_config
+from lorapr_jax.models.config import LORA_TARGETS, LlamaConfig, LoraConfig
+from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
+from lorapr_jax.optimizer import LR_SCHEDULES
+from lorapr_jax.pruning.groups import (
+  PruningPlan,
+  Targets,
+  couplings,
+  kind,
+  plan_pruning,
+)
+from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.sharding import mesh_sizes
+from lorapr_jax.steps import StepSettings
+
+ORDERS = ('joint', 'none')
+_DTYPES = ('auto', 'float32', 'bfloat16')
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+  """The `data.*` keys, with the defaults that depend on others filled in."""
+
+  train: str
+  shuffle: bool
+  eval: str
+  eval_seq_len: int
+  eval_windows: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+  """The `train.*` keys; see configs/default.py."""
+
+  steps: int
+  batch_size: int
+  micro_batch_size: int
+  seq_len: int
+  learning_rate: float
+  lr_schedule: str
+  clip_norm: float
+  seed: int
+  loss_chunk: int
+  log_every: int
+  checkpoint_every: int
+  checkpoints_kept: int
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if field.name not in ('seed', 'lr_schedule') and value <= 0:
+        raise UserError(f'train.{field.name} is {value}: it must be positive')
+    if self.seq_len < 2:
+      raise UserError('train.seq_len is 1: there is nothing to predict')
+    if self.batch_size % self.micro_batch_size:
+      raise UserError(
+        f'train.batch_size {self.batch_size} is not a multiple of '
+        f'train.micro_batch_size {self.micro_batch_size}'
+      )
+    _choose('train.lr_schedule', self.lr_schedule, LR_SCHEDULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportSettings:
+  """The `export.*` keys."""
+
+  layout: str
+  model_type: str
+  dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSettings:
+  """All that a run depends on.
+
+  Attributes:
+    model_path: the base's folder, or None for random weights.
+    base_dtype: of the frozen weights.
+    step: what the compiled functions are specialised to.
+    plan: what will be left; None if nothing is pruned.
+    schedule: of the pruning.
+    mesh: sizes of data, fsdp, tensor.
+  """
+
+  model_path: Path | None
+  base_dtype: Any
+  step: StepSettings
+  data: DataSettings
+  train: TrainSettings
+  plan: PruningPlan | None
+  schedule: PruneSchedule
+  criterion: Criterion
+  mesh: dict[str, int]
+  export: ExportSettings
+
+
+def _choose(key: str, value: Any, choices: Any) -> Any:
+  if value not in choices:
+    raise UserError(f'{key} is {value!r}: choose from {", ".join(choices)}')
+  return value
+
+
+def resolve_dtype(key: str, name: str) -> Any:
+  """A dtype by name; `auto` is float32 on CPU and bfloat16 elsewhere."""
+  _choose(key, name, _DTYPES)
+  if name == 'auto':
+    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
+
+
+def split_config(config: config_dict.ConfigDict) -> RunSettings:
+  """Splits and checks a config.
+
+  Raises:
+    UserError: naming the key whose value is impossible.
+  """
+  model, prune = config.model, config.prune
+  sizes = _model_sizes(model)
+  train = TrainSettings(**config.train)
+  data = _data_settings(config.data, train)
+  for key, length in (
+    ('train.seq_len', train.seq_len),
+    ('data.eval_seq_len', data.eval_seq_len),
+  ):
+    if length > sizes.max_positions:
+      raise UserError(
+        f'{key} is {length}, but the model has {sizes.max_positions} '
+        'positions (max_position_embeddings)'
+      )
+  lora = LoraConfig(
+    rank=config.lora.rank,
+    alpha=config.lora.alpha,
+    dropout=config.lora.dropout,
+    targets=_lora_targets(config.lora.targets),
+  )
+  criterion = Criterion(
+    name=prune.criterion,
+    score=prune.score,
+    cross_term=prune.cross_term,
+    norm=prune.norm,
+    decay=prune.decay,
+  )
+  mesh = mesh_sizes(**config.mesh)
+  plan = _plan(sizes, prune, mesh['tensor'], lora)
+  export = ExportSettings(**config.export)
+  _choose('export.dtype', export.dtype, _DTYPES)
+  final = plan.pruned_config if plan else sizes
+  if resolve_layout(final, export.layout) == 'uniform':
+    resolve_model_type(final, export.model_type)
+  step = StepSettings(
+    config=sizes,
+    lora=lora,
+    dtype=resolve_dtype('model.compute_dtype', model.compute_dtype),
+    remat=_choose('model.remat', model.remat, tuple(REMAT_POLICIES)),
+    loss_chunk=train.loss_chunk,
+    clip_norm=train.clip_norm,
+  )
+  return RunSettings(
+    model_path=Path(model.path) if model.path else None,
+    base_dtype=resolve_dtype('model.base_dtype', model.base_dtype),
+    step=step,
+    data=data,
+    train=train,
+    plan=plan,
+    schedule=PruneSchedule(
+      train.steps, prune.every, prune.warmup, prune.cooldown
+    ),
+    criterion=criterion,
+    mesh=mesh,
+    export=export,
+  )
+
+
+def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
+  if bool(model.path) == bool(model.sizes):
+    raise UserError(
+      'model.path is a Hugging Face folder, or empty with model.sizes for '
+      'random weights: set one of them'
+    )
+  if model.path:
+    return load_config(model.path)
+  return LlamaConfig.from_hf(model.sizes.to_dict())
+
+
+def _data_settings(
+  data: config_dict.ConfigDict, train: TrainSettings
+) -> DataSettings:
+  for key in ('train', 'eval'):
+    if data[key]:
+      parse_spec(data[key])
+  if not data.train:
+    raise UserError('data.train is empty: give a data spec such as file:PATH')
+  if min(data.eval_seq_len, data.eval_windows) < 0 or data.eval_seq_len == 1:
+    raise UserError(
+      f'data.eval_seq_len {data.eval_seq_len} and data.eval_windows '
+      f'{data.eval_windows}: 0, or a length above 1 and a number of windows'
+    )
+  return DataSettings(
+    train=data.train,
+    shuffle=data.shuffle,
+    eval=data.eval,
+    eval_seq_len=data.eval_seq_len or train.seq_len,
+    eval_windows=data.eval_windows,
+  )
+
+
+def _lora_targets(names: str) -> tuple[str, ...]:
+  if names == 'all':
+    return LORA_TARGETS
+  return tuple(name.strip() for name in names.split(',') if name.strip())
+
+
+def _plan(
+  sizes: LlamaConfig,
+  prune: config_dict.ConfigDict,
+  tensor_parallel: int,
+  lora: LoraConfig,
+) -> PruningPlan | None:
+  targets = Targets(
+    tensor_parallel=tensor_parallel,
+    **{
+      field.name: prune[field.name]
+      for field in dataclasses.fields(Targets)
+      if field.name != 'tensor_parallel'
+    },
+  )
+  if _choose('prune.order', prune.order, ORDERS) == 'none':
+    return None
+  plan = plan_pruning(sizes, targets)
+  if not plan.keep:
+    raise UserError(
+      'prune.target is 0: nothing would be pruned; for tuning alone use '
+      'prune.order=none'
+    )
+  if prune.criterion == 'lora':
+    adapters = block_axes(lora)['lora']
+    for group in plan.keep:
+      if not any(couplings(adapters, group)):
+        raise UserError(
+          f'lora.targets {",".join(lora.targets)} has no projection of the '
+          f'{kind(group)}: prune.criterion=lora cannot rank them'
+        )
+  return plan

@@ -1,0 +1,92 @@
+"""Axis names to mesh axes: one table, and the shardings that follow."""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorapr_jax.errors import UserError
+
+# Where each axis of a tensor lies on the mesh. A name that is not here is an
+# error, so that a new tensor cannot be replicated by accident.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+  'accumulation': None,
+  'batch': ('data', 'fsdp'),
+  'embed': 'fsdp',
+  'head_dim': None,
+  'kv_heads': 'tensor',
+  'layers': None,
+  'length': None,
+  'mlp': 'tensor',
+  'queries_per_kv': None,
+  'rank': None,
+  'vocab': 'tensor',
+}
+
+
+def mesh_sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
+  """The size of each mesh axis; one may be -1, the devices that are left.
+
+  Raises:
+    UserError: if the sizes do not multiply to the number of devices.
+  """
+  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+  devices = jax.device_count()
+  given = math.prod(size for size in sizes.values() if size != -1)
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) == 1 and given > 0:
+    sizes[free[0]] = devices // given
+  if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
+    raise UserError(
+      f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not '
+      f'multiply to the {devices} devices that there are'
+    )
+  return sizes
+
+
+def make_mesh(sizes: dict[str, int]) -> Mesh:
+  """A mesh of all devices with the sizes from `mesh_sizes`."""
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * len(sizes),
+  )
+
+
+def sharding(
+  mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None
+) -> NamedSharding:
+  """The sharding of a tensor with these axis names.
+
+  Args:
+    mesh: the mesh.
+    axes: the axis names.
+    shape: if given, its sizes are checked against the mesh.
+
+  Raises:
+    UserError: naming the axis, its size and the mesh axis that does not
+      divide it.
+  """
+  spec = P(*(RULES[name] for name in axes))
+  for name, places, size in zip(axes, spec, shape or (), strict=False):
+    names = (places,) if isinstance(places, str) else places or ()
+    parts = math.prod(mesh.shape[place] for place in names)
+    if size % parts:
+      raise UserError(
+        f'{name} has size {size}, which mesh.{"*".join(names)}={parts} does '
+        f'not divide: choose a divisor of {size}'
+      )
+  return NamedSharding(mesh, spec)
+
+
+def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
+  """The sharding of every tensor of a tree, sizes checked.
+
+  Args:
+    mesh: the mesh.
+    axes: a tree of axis names.
+    shapes: a tree of arrays or `jax.ShapeDtypeStruct` of the same structure.
+  """
+  return jax.tree.map(lambda a, x: sharding(mesh, a, x.shape), axes, shapes)

@@ -1,0 +1,296 @@
+"""The jitted functions of the loop: gradients, importance, masks, update.
+
+Each is made once from the run's static settings and compiled once: the state
+comes out with the sharding it goes in with. The base is an argument: never
+differentiated, never donated, never in the state.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+from flax import struct
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Sharding
+import numpy as np
+import optax
+
+from lorapr_jax.loss import chunked_cross_entropy
+from lorapr_jax.models import llama
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.pruning import importance as importance_lib
+from lorapr_jax.pruning.masks import initial_masks, select_masks
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes. Checkpointed whole.
+
+  Attributes:
+    step: the next step, from 0.
+    lora: the adapters, by stack.
+    opt_state: optax's state for `lora`.
+    masks: {group: 0 or 1}, by stack.
+    importance: the moving average, as `masks`.
+    skipped: steps whose gradients or scores were not finite, in all.
+    skipped_in_a_row: the same, since the last good step.
+  """
+
+  step: Array
+  lora: Any
+  opt_state: Any
+  masks: Any
+  importance: Any
+  skipped: Array
+  skipped_in_a_row: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+  """What the compiled functions are specialised to.
+
+  Attributes:
+    config: the model's sizes.
+    lora: the adapters'.
+    dtype: of the computation (weights, LoRA and scores keep their own).
+    remat: a key of llama.REMAT_POLICIES.
+    loss_chunk: tokens whose logits exist at the same time.
+    clip_norm: the gradients' largest global norm.
+  """
+
+  config: LlamaConfig
+  lora: LoraConfig = LoraConfig()
+  dtype: Any = jnp.float32
+  remat: str = 'blocks'
+  loss_chunk: int = 256
+  clip_norm: float = 1.0
+
+
+def compiler_options() -> dict[str, Any]:
+  """XLA options of the functions that run the model.
+
+  On CPU, XLA moves the conversion of a bf16 base to float32 out of the scan
+  over layers, which makes a second, larger copy of the model.
+  """
+  if jax.default_backend() == 'cpu':
+    return {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
+  return {}
+
+
+def init_state(
+  key: Array,
+  settings: StepSettings,
+  groups: tuple[str, ...],
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """Step 0: fresh adapters, nothing masked, no importance known."""
+  config = settings.config
+  lora = llama.init_lora(key, config, settings.lora)
+  masks = initial_masks(
+    groups, tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
+  )
+  return TrainState(
+    step=jnp.int32(0),
+    lora=lora,
+    opt_state=optimizer.init(lora),
+    masks=masks,
+    importance=jax.tree.map(jnp.zeros_like, masks),
+    skipped=jnp.int32(0),
+    skipped_in_a_row=jnp.int32(0),
+  )
+
+
+def token_losses(
+  params: Any,
+  tokens: Array,
+  token_weights: Array,
+  settings: StepSettings,
+  **model: Any,
+) -> Array:
+  """The weighted negative log-likelihood of each predicted token, (B, T).
+
+  Position t predicts token t + 1; the last position has no target and loses
+  nothing.
+
+  Args:
+    params: the base.
+    tokens: (B, T).
+    token_weights: (B, T), the weight of each token as a target.
+    settings: of the run.
+    **model: lora, masks, dropout_key of `llama.hidden_states`.
+  """
+  hidden = llama.hidden_states(
+    params,
+    tokens,
+    settings.config,
+    lora_config=settings.lora,
+    remat=settings.remat,
+    dtype=settings.dtype,
+    **model,
+  )
+  targets = jnp.roll(tokens, -1, axis=1)
+  weights = jnp.roll(token_weights, -1, axis=1).at[:, -1].set(0.0)
+  losses = chunked_cross_entropy(
+    hidden.reshape(-1, hidden.shape[-1]),
+    llama.output_weight(params),
+    targets.reshape(-1),
+    weights.reshape(-1),
+    settings.loss_chunk,
+  )
+  return losses.reshape(tokens.shape)
+
+
+def make_lora_gradients(
+  settings: StepSettings, out_sharding: Sharding
+) -> Callable[..., Any]:
+  """The jitted step: (params, lora, masks, batch, key) -> (metrics, grads).
+
+  `batch` is {'tokens', 'weights'}, each (M, B, T): M micro-batches whose
+  gradients are summed inside, so that one micro-batch's activations exist at
+  a time. The loss is the mean over all the batch's target tokens. `grads`
+  has the structure of `lora`, clipped to `clip_norm`; `metrics` has `loss`,
+  `grad_norm` (before clipping) and `tokens`.
+  """
+  use_dropout = settings.lora.dropout > 0
+
+  def gradients(params, lora, masks, batch, key):
+    count = jnp.maximum(jnp.sum(batch['weights'][..., 1:]), 1.0)
+
+    def loss(lora, micro, key):
+      losses = token_losses(
+        params,
+        micro['tokens'],
+        micro['weights'],
+        settings,
+        lora=lora,
+        masks=masks,
+        dropout_key=key if use_dropout else None,
+      )
+      return jnp.sum(losses) / count
+
+    def accumulate(total, inputs):
+      value_and_grads = jax.value_and_grad(loss)(lora, *inputs)
+      return jax.tree.map(jnp.add, total, value_and_grads), None
+
+    micro_batches = batch['tokens'].shape[0]
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
+    (value, grads), _ = jax.lax.scan(
+      accumulate, zeros, (batch, jax.random.split(key, micro_batches))
+    )
+    norm = optax.global_norm(grads)
+    clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
+    grads = jax.tree.map(lambda g: g * clip, grads)
+    return {'loss': value, 'grad_norm': norm, 'tokens': count}, grads
+
+  return jax.jit(
+    gradients,
+    out_shardings=out_sharding,
+    compiler_options=compiler_options(),
+  )
+
+
+def make_update_importance(
+  settings: StepSettings,
+  criterion: importance_lib.Criterion,
+  out_sharding: Sharding,
+) -> Callable[..., Any]:
+  """(importance, params, lora, grads, masks, grad_norm) -> (importance, ok).
+
+  The moving average goes layer by layer: the dense scores of one layer exist
+  at a time. Where the gradients or the new scores are not finite, the old
+  average stays and `ok` is False. The old importance is donated.
+  """
+  axes = llama.block_axes(settings.lora)['params']
+  stacks = settings.config.stacks
+
+  def update_layer(inputs):
+    old, signals, masks = inputs
+    scores = importance_lib.element_scores(
+      signals, scale=settings.lora.scale, criterion=criterion
+    )
+    return importance_lib.update_importance(
+      old, scores, masks, axes, norm=criterion.norm, decay=criterion.decay
+    )
+
+  def update(importance, params, lora, grads, masks, grad_norm):
+    new = tuple(
+      jax.lax.map(
+        update_layer,
+        (
+          importance[i],
+          importance_lib.Signals(
+            params['stacks'][i],
+            lora[i],
+            grads[i],
+            stack.start + jnp.arange(stack.size),
+          ),
+          masks[i],
+        ),
+      )
+      for i, stack in enumerate(stacks)
+    )
+    ok = jnp.isfinite(grad_norm)
+    for leaf in jax.tree.leaves(new):
+      ok &= jnp.all(jnp.isfinite(leaf))
+    return _where(ok, new, importance), ok
+
+  return jax.jit(
+    update,
+    donate_argnums=0,
+    out_shardings=out_sharding,
+    compiler_options=compiler_options(),
+  )
+
+
+@jax.jit
+def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
+  """`select_masks` for every stack; `keep` is {group: (L,)}, by stack."""
+  return tuple(
+    select_masks(i, m, k)
+    for i, m, k in zip(importance, masks, keep, strict=True)
+  )
+
+
+def make_apply_update(
+  optimizer: optax.GradientTransformation, out_sharding: Sharding
+) -> Callable[..., Any]:
+  """(state, grads, ok) -> the state after one optimiser step. Donates.
+
+  Where `ok` is False the adapters and moments stay, and that is counted.
+  """
+
+  def apply(state, grads, ok):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    lora = optax.apply_updates(state.lora, updates)
+    lora, opt_state = _where(
+      ok, (lora, opt_state), (state.lora, state.opt_state)
+    )
+    bad = (~ok).astype(jnp.int32)
+    return state.replace(
+      step=state.step + 1,
+      lora=lora,
+      opt_state=opt_state,
+      skipped=state.skipped + bad,
+      skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
+    )
+
+  return jax.jit(apply, donate_argnums=0, out_shardings=out_sharding)
+
+
+def by_stack(
+  keep: Mapping[str, tuple[int, ...]], config: LlamaConfig
+) -> tuple[dict[str, np.ndarray], ...]:
+  """Counts by layer, cut into the stacks that `select_stack_masks` takes."""
+  return tuple(
+    {
+      group: np.asarray(counts[stack.start : stack.start + stack.size])
+      for group, counts in keep.items()
+    }
+    for stack in config.stacks
+  )
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

@@ -1,0 +1,372 @@
+"""LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
+
+from collections.abc import Callable
+import hashlib
+import json
+from pathlib import Path
+import shlex
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import config_dict
+import numpy as np
+from rich.console import Console
+
+from lorapr_jax import checkpoint, optimizer, sharding, steps
+from lorapr_jax.data import pipeline
+from lorapr_jax.eval.latency import paired_latency
+from lorapr_jax.eval.perplexity import evaluate_perplexity
+from lorapr_jax.hf.export import export_model, write_json
+from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.lora import merge_lora
+from lorapr_jax.models import llama
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.masks import alive_counts
+from lorapr_jax.pruning.shrink import Kept, kept_groups, shrink, shrunk_config
+from lorapr_jax.report import metrics, summary
+from lorapr_jax.settings import RunSettings, split_config
+
+# Tokens on which an export that was read back is compared.
+_CHECK_LENGTH = 32
+_LATENCY = {'batch_size': 1, 'seq_len': 128}
+
+
+def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
+  """Prunes a model by a config; everything it makes lies in `workdir`.
+
+  A run that was cut short goes on from its last checkpoint when it is called
+  again with the same config and workdir.
+
+  Args:
+    config: see configs/default.py.
+    workdir: new, or of the same run.
+
+  Returns:
+    What summary.json holds.
+
+  Raises:
+    UserError: for a mistake in config, data, model or workdir.
+  """
+  workdir = Path(workdir)
+  console = Console(stderr=True, highlight=False)
+  clock = Clock(console)
+
+  # --- Config: every mistake that shows without reading weights or text.
+  settings = split_config(config)
+  mesh = sharding.make_mesh(settings.mesh)
+  checkpoint.check_workdir(workdir, {'config': config.to_dict()})
+
+  # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
+  clock.start('data')
+  batch_at, held_out = load_data(settings)
+  checkpoint.claim_workdir(workdir, {'config': config.to_dict()})
+  summary.print_plan(settings, console)
+
+  # --- Model: the base is frozen; the state is small.
+  clock.start('load')
+  params = load_base(settings, mesh)
+
+  def perplexity(params, step, **adapters):
+    if held_out is None:
+      return None
+    return evaluate_perplexity(
+      params,
+      held_out,
+      step,
+      data=settings.data.eval,
+      batch_size=settings.train.micro_batch_size,
+      **adapters,
+    )
+
+  clock.start('evaluate')
+  dense = perplexity(params, settings.step)
+
+  clock.start('prune')
+  state = train_and_prune(settings, mesh, params, batch_at, workdir, console)
+
+  # --- Cut and merge: what is left is a smaller, ordinary LLaMA.
+  clock.start('cut')
+  small, small_config, kept = cut(settings, params, state)
+  small_step = steps.StepSettings(small_config, dtype=settings.step.dtype)
+
+  clock.start('evaluate')
+  pruned = perplexity(small, small_step)
+  latency = paired_latency(
+    {'dense': (params, settings.step), 'pruned': (small, small_step)},
+    **_LATENCY,
+  )
+
+  clock.start('export')
+  export = export_and_compare(
+    settings, workdir, small, small_config, kept, config.prune.to_dict()
+  )
+  clock.stop()
+
+  # --- Summary.
+  log = (workdir / checkpoint.METRICS_FILE).read_text().splitlines()
+  speeds = [json.loads(line)['tokens_per_second'] for line in log]
+  result = {
+    'model': model_name(settings),
+    'params_dense': settings.step.config.num_parameters,
+    'params_pruned': small_config.num_parameters,
+    'sparsity': summary.sparsity_report(settings.plan),
+    'perplexity': {
+      name: summary.perplexity_entry(measured)
+      for name, measured in (('dense', dense), ('pruned', pruned))
+      if measured
+    },
+    'latency': {**latency, **_LATENCY},
+    'seconds': clock.seconds,
+    'tokens_per_second': statistics.median(speeds),
+    'peak_memory_bytes': summary.peak_memory_bytes(),
+    'export': export,
+    'versions': summary.versions(),
+    'command': shlex.join(sys.argv),
+  }
+  write_json(workdir / checkpoint.SUMMARY_FILE, result)
+  return result
+
+
+def load_data(
+  settings: RunSettings,
+) -> tuple[Callable[[int], Any], np.ndarray | None]:
+  """The function t -> batch t, and the held-out windows if there are any."""
+  train, data = settings.train, settings.data
+  path, vocab = settings.model_path, settings.step.config.vocab_size
+  tokenizer = pipeline.Tokenizer(path) if path else None
+  batch_at = pipeline.batches(
+    pipeline.training_windows(data.train, tokenizer, train.seq_len, vocab),
+    batch_size=train.batch_size,
+    micro_batch_size=train.micro_batch_size,
+    seed=train.seed,
+    shuffle=data.shuffle,
+  )
+  if not data.eval:
+    return batch_at, None
+  held_out = pipeline.evaluation_windows(
+    data.eval, tokenizer, data.eval_seq_len, vocab
+  )
+  return batch_at, held_out[: data.eval_windows or None]
+
+
+def load_base(settings: RunSettings, mesh: Mesh) -> Any:
+  """The frozen weights, sharded: from the folder, or random."""
+  config, dtype = settings.step.config, settings.base_dtype
+  axes = llama.logical_axes(config)['params']
+  places = sharding.shardings(mesh, axes, llama.param_shapes(config, dtype))
+  if settings.model_path:
+    return load_params(settings.model_path, config, places, dtype)
+  key = jax.random.key(settings.train.seed)
+  return jax.device_put(llama.init_params(key, config, dtype), places)
+
+
+def train_and_prune(
+  settings: RunSettings,
+  mesh: Mesh,
+  params: Any,
+  batch_at: Callable[[int], Any],
+  workdir: Path,
+  console: Console,
+) -> steps.TrainState:
+  """The paper's algorithm, from the last checkpoint to the last step."""
+  train, plan = settings.train, settings.plan
+  everywhere = NamedSharding(mesh, P())
+  learning_rate = optimizer.learning_rate(
+    train.lr_schedule, train.learning_rate, train.steps
+  )
+  adamw = optimizer.make_optimizer(learning_rate)
+  lora_gradients = steps.make_lora_gradients(settings.step, everywhere)
+  update_importance = steps.make_update_importance(
+    settings.step, settings.criterion, everywhere
+  )
+  apply_update = steps.make_apply_update(adamw, everywhere)
+  init_key, step_key = jax.random.split(jax.random.key(train.seed))
+  state = steps.init_state(
+    init_key, settings.step, tuple(plan.keep) if plan else (), adamw
+  )
+  state = jax.device_put(state, everywhere)
+  micro_batches = sharding.sharding(
+    mesh,
+    ('accumulation', 'batch', 'length'),
+    (1, train.micro_batch_size, train.seq_len),
+  )
+
+  # --- Resume: all is in the state, and the data's position is its step.
+  checkpoints = checkpoint.Checkpoints(workdir, train.checkpoints_kept)
+  state = checkpoints.restore(state)
+  first_step = int(state.step)
+  checkpoint.trim_metrics(workdir, first_step)
+  if first_step:
+    console.print(f'resuming at step {first_step} of {train.steps}')
+
+  # --- Loop. Nothing in it waits for the device but the logging.
+  with metrics.Log(workdir / checkpoint.METRICS_FILE, train, first_step) as log:
+    for step in range(first_step, train.steps):
+      batch = jax.device_put(batch_at(step), micro_batches)
+      results, grads = lora_gradients(
+        params,
+        state.lora,
+        state.masks,
+        batch,
+        jax.random.fold_in(step_key, step),
+      )
+      importance, ok = update_importance(
+        state.importance,
+        params,
+        state.lora,
+        grads,
+        state.masks,
+        results['grad_norm'],
+      )
+      masks = state.masks
+      if plan and settings.schedule.is_pruning_step(step):
+        keep = plan.keep_at(settings.schedule.progress(step))
+        masks = steps.select_stack_masks(
+          importance, masks, steps.by_stack(keep, settings.step.config)
+        )
+      state = state.replace(importance=importance, masks=masks)
+      state = apply_update(state, grads, ok)
+
+      last = step + 1 == train.steps
+      if last or (step + 1) % train.log_every == 0:
+        log.write(
+          step,
+          lr=float(learning_rate(step)),
+          **{name: float(value) for name, value in results.items()},
+          **summary.sparsity_entry(plan, alive_counts(state.masks)),
+          skipped=int(state.skipped),
+        )
+        metrics.check_finite(step, state, console)
+      if last or (step + 1) % train.checkpoint_every == 0:
+        checkpoints.save(state, step + 1)
+  checkpoints.close()
+  return state
+
+
+def cut(
+  settings: RunSettings, params: Any, state: steps.TrainState
+) -> tuple[Any, LlamaConfig, Kept]:
+  """Takes the masked groups away and merges LoRA: smaller dense weights."""
+  config, lora_config = settings.step.config, settings.step.lora
+  axes = llama.block_axes(lora_config)
+  stacks, lora, kept = params['stacks'], state.lora, ()
+  small_config = config
+  if settings.plan:
+    kept = kept_groups(state.masks)
+    small_config = shrunk_config(config, kept)
+    stacks = shrink(stacks, axes['params'], kept, config)
+    lora = shrink(lora, axes['lora'], kept, config)
+  merge = jax.jit(merge_lora, static_argnums=2)
+  stacks = tuple(
+    merge(stack, adapters, lora_config.scale)
+    for stack, adapters in zip(stacks, lora, strict=True)
+  )
+  return {**params, 'stacks': stacks}, small_config, kept
+
+
+def export_and_compare(
+  settings: RunSettings,
+  workdir: Path,
+  params: Any,
+  config: LlamaConfig,
+  kept: Kept,
+  prune_settings: dict[str, Any],
+) -> dict[str, Any]:
+  """Writes workdir/export, reads it back and compares its logits.
+
+  Raises:
+    RuntimeError: if what was read back computes something else.
+  """
+  folder, base = workdir / 'export', settings.model_path
+  name, dtype = model_name(settings), settings.export.dtype
+  if dtype == 'auto':
+    dtype = settings.base_dtype.name
+  if folder.exists():  # Of this run, killed before its summary was written.
+    folder.rename(folder.with_name(f'export-{time.time_ns()}'))
+  export_model(
+    folder,
+    params,
+    config,
+    layout=settings.export.layout,
+    model_type=settings.export.model_type,
+    dtype=dtype,
+    base=base,
+    pruning=summary.pruning_report(
+      settings.plan,
+      kept,
+      {'name': name, 'sha256': base_hash(base)},
+      prune_settings,
+    ),
+    card=summary.model_card(name, settings.plan, config),
+  )
+  read_config = load_config(folder)
+  places = jax.tree.map(lambda x: x.sharding, params)
+  read = load_params(folder, read_config, places, settings.base_dtype)
+  tokens = jax.random.randint(
+    jax.random.key(0), (1, _CHECK_LENGTH), 0, config.vocab_size
+  )
+
+  @jax.jit
+  def logits(params):
+    hidden = llama.hidden_states(
+      params, tokens, config, dtype=settings.step.dtype
+    )
+    return llama.logits(params, hidden)
+
+  difference = float(abs(logits(read) - logits(params)).max())
+  if read_config != config or (
+    dtype == settings.base_dtype.name and not difference < 1e-4
+  ):
+    raise RuntimeError(
+      f'{folder} was written, but read back its logits differ by {difference}'
+    )
+  return {
+    'folder': str(folder),
+    'dtype': dtype,
+    'max_logit_difference': difference,
+  }
+
+
+def model_name(settings: RunSettings) -> str:
+  """The base's folder's name."""
+  path = settings.model_path
+  return path.resolve().name if path else 'random weights'
+
+
+def base_hash(folder: Path | None) -> str | None:
+  """The SHA-256 of a folder's config and weights; None for random weights."""
+  if folder is None:
+    return None
+  digest = hashlib.sha256()
+  for path in [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]:
+    with open(path, 'rb') as file:
+      digest.update(hashlib.file_digest(file, 'sha256').digest())
+  return digest.hexdigest()
+
+
+class Clock:
+  """Adds up the seconds of each phase, and says when one starts."""
+
+  def __init__(self, console: Console):
+    self.seconds: dict[str, float] = {}
+    self._console = console
+    self._phase: str | None = None
+    self._begin = 0.0
+
+  def start(self, phase: str) -> None:
+    """Ends the phase before and starts this one."""
+    self.stop()
+    self._console.print(f'[bold]{phase}[/bold]')
+    self._phase, self._begin = phase, time.perf_counter()
+
+  def stop(self) -> None:
+    """Ends the phase."""
+    if self._phase:
+      spent = time.perf_counter() - self._begin
+      self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+    self._phase = None
