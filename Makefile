@@ -27,6 +27,8 @@ $(MODEL)/config.json: | .venv/run
 	$(BIN)/python -m lorapr_jax convert demo:smollm2-135m-instruct $(MODEL)
 
 .venv/run: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+	  "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@

@@ -20,13 +20,13 @@ def get_config() -> config_dict.ConfigDict:
   config.data.train = 'demo:news:train'
   config.data.eval = 'demo:news:heldout'
   config.data.eval_windows = 80
-  config.train.steps = 100
+  config.train.steps = 60
   config.train.batch_size = 8
   config.train.micro_batch_size = 8
   config.train.seq_len = 128
   config.train.learning_rate = 1e-3
   config.train.log_every = 2
-  config.train.checkpoint_every = 50
+  config.train.checkpoint_every = 30
   # Whole KV heads are coarse here: there are three. Their query heads, three
   # under each, are finer and leave the KV cache's shape as it is.
   config.prune.heads = 'queries'

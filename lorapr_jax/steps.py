@@ -150,8 +150,8 @@ def make_lora_gradients(
   `batch` is {'tokens', 'weights'}, each (M, B, T): M micro-batches whose
   gradients are summed inside, so that one micro-batch's activations exist at
   a time. The loss is the mean over all the batch's target tokens. `grads`
-  has the structure of `lora`, clipped to `clip_norm`; `metrics` has `loss`,
-  `grad_norm` (before clipping) and `tokens`.
+  has the structure of `lora`, clipped to `clip_norm`; `metrics` has `loss`
+  and `grad_norm` (before clipping).
   """
   use_dropout = settings.lora.dropout > 0
 
@@ -182,7 +182,7 @@ def make_lora_gradients(
     norm = optax.global_norm(grads)
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
-    return {'loss': value, 'grad_norm': norm, 'tokens': count}, grads
+    return {'loss': value, 'grad_norm': norm}, grads
 
   return jax.jit(
     gradients,

@@ -1,17 +1,16 @@
 """LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
 
 from collections.abc import Callable
-import hashlib
 import json
 from pathlib import Path
 import shlex
 import statistics
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import config_dict
 import numpy as np
@@ -22,7 +21,7 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.hf.export import export_model, write_json
-from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.load import content_hash, load_config, load_params
 from lorapr_jax.lora import merge_lora
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
@@ -54,11 +53,11 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   """
   workdir = Path(workdir)
   console = Console(stderr=True, highlight=False)
-  clock = Clock(console)
+  clock = metrics.Clock(console)
 
   # --- Config: every mistake that shows without reading weights or text.
   settings = split_config(config)
-  mesh = sharding.make_mesh(settings.mesh)
+  places = Places.of(settings)
   checkpoint.check_workdir(workdir, {'config': config.to_dict()})
 
   # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
@@ -69,25 +68,24 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   # --- Model: the base is frozen; the state is small.
   clock.start('load')
-  params = load_base(settings, mesh)
+  params = load_base(settings, places)
 
-  def perplexity(params, step, **adapters):
+  def perplexity(params, step_settings):
     if held_out is None:
       return None
     return evaluate_perplexity(
       params,
       held_out,
-      step,
+      step_settings,
       data=settings.data.eval,
       batch_size=settings.train.micro_batch_size,
-      **adapters,
     )
 
   clock.start('evaluate')
   dense = perplexity(params, settings.step)
 
   clock.start('prune')
-  state = train_and_prune(settings, mesh, params, batch_at, workdir, console)
+  state = train_and_prune(settings, places, params, batch_at, workdir, console)
 
   # --- Cut and merge: what is left is a smaller, ordinary LLaMA.
   clock.start('cut')
@@ -154,20 +152,51 @@ def load_data(
   return batch_at, held_out[: data.eval_windows or None]
 
 
-def load_base(settings: RunSettings, mesh: Mesh) -> Any:
+class Places(NamedTuple):
+  """Where things lie on the mesh.
+
+  Attributes:
+    base: a sharding for every tensor of the base.
+    batch: of (micro-batches, sequences, tokens).
+    state: replicated: the state is small.
+  """
+
+  base: Any
+  batch: NamedSharding
+  state: NamedSharding
+
+  @classmethod
+  def of(cls, settings: RunSettings) -> 'Places':
+    """Refuses sizes that the mesh does not divide, before any work."""
+    mesh = sharding.make_mesh(settings.mesh)
+    config, train = settings.step.config, settings.train
+    return cls(
+      base=sharding.shardings(
+        mesh,
+        llama.logical_axes(config)['params'],
+        llama.param_shapes(config, settings.base_dtype),
+      ),
+      batch=sharding.sharding(
+        mesh,
+        ('accumulation', 'batch', 'length'),
+        (1, train.micro_batch_size, train.seq_len),
+      ),
+      state=NamedSharding(mesh, P()),
+    )
+
+
+def load_base(settings: RunSettings, places: Places) -> Any:
   """The frozen weights, sharded: from the folder, or random."""
   config, dtype = settings.step.config, settings.base_dtype
-  axes = llama.logical_axes(config)['params']
-  places = sharding.shardings(mesh, axes, llama.param_shapes(config, dtype))
   if settings.model_path:
-    return load_params(settings.model_path, config, places, dtype)
+    return load_params(settings.model_path, config, places.base, dtype)
   key = jax.random.key(settings.train.seed)
-  return jax.device_put(llama.init_params(key, config, dtype), places)
+  return jax.device_put(llama.init_params(key, config, dtype), places.base)
 
 
 def train_and_prune(
   settings: RunSettings,
-  mesh: Mesh,
+  places: Places,
   params: Any,
   batch_at: Callable[[int], Any],
   workdir: Path,
@@ -175,26 +204,20 @@ def train_and_prune(
 ) -> steps.TrainState:
   """The paper's algorithm, from the last checkpoint to the last step."""
   train, plan = settings.train, settings.plan
-  everywhere = NamedSharding(mesh, P())
   learning_rate = optimizer.learning_rate(
     train.lr_schedule, train.learning_rate, train.steps
   )
   adamw = optimizer.make_optimizer(learning_rate)
-  lora_gradients = steps.make_lora_gradients(settings.step, everywhere)
+  lora_gradients = steps.make_lora_gradients(settings.step, places.state)
   update_importance = steps.make_update_importance(
-    settings.step, settings.criterion, everywhere
+    settings.step, settings.criterion, places.state
   )
-  apply_update = steps.make_apply_update(adamw, everywhere)
+  apply_update = steps.make_apply_update(adamw, places.state)
   init_key, step_key = jax.random.split(jax.random.key(train.seed))
   state = steps.init_state(
     init_key, settings.step, tuple(plan.keep) if plan else (), adamw
   )
-  state = jax.device_put(state, everywhere)
-  micro_batches = sharding.sharding(
-    mesh,
-    ('accumulation', 'batch', 'length'),
-    (1, train.micro_batch_size, train.seq_len),
-  )
+  state = jax.device_put(state, places.state)
 
   # --- Resume: all is in the state, and the data's position is its step.
   checkpoints = checkpoint.Checkpoints(workdir, train.checkpoints_kept)
@@ -207,7 +230,7 @@ def train_and_prune(
   # --- Loop. Nothing in it waits for the device but the logging.
   with metrics.Log(workdir / checkpoint.METRICS_FILE, train, first_step) as log:
     for step in range(first_step, train.steps):
-      batch = jax.device_put(batch_at(step), micro_batches)
+      batch = jax.device_put(batch_at(step), places.batch)
       results, grads = lora_gradients(
         params,
         state.lora,
@@ -299,7 +322,7 @@ def export_and_compare(
     pruning=summary.pruning_report(
       settings.plan,
       kept,
-      {'name': name, 'sha256': base_hash(base)},
+      {'name': name, 'sha256': base and content_hash(base)},
       prune_settings,
     ),
     card=summary.model_card(name, settings.plan, config),
@@ -336,37 +359,3 @@ def model_name(settings: RunSettings) -> str:
   """The base's folder's name."""
   path = settings.model_path
   return path.resolve().name if path else 'random weights'
-
-
-def base_hash(folder: Path | None) -> str | None:
-  """The SHA-256 of a folder's config and weights; None for random weights."""
-  if folder is None:
-    return None
-  digest = hashlib.sha256()
-  for path in [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]:
-    with open(path, 'rb') as file:
-      digest.update(hashlib.file_digest(file, 'sha256').digest())
-  return digest.hexdigest()
-
-
-class Clock:
-  """Adds up the seconds of each phase, and says when one starts."""
-
-  def __init__(self, console: Console):
-    self.seconds: dict[str, float] = {}
-    self._console = console
-    self._phase: str | None = None
-    self._begin = 0.0
-
-  def start(self, phase: str) -> None:
-    """Ends the phase before and starts this one."""
-    self.stop()
-    self._console.print(f'[bold]{phase}[/bold]')
-    self._phase, self._begin = phase, time.perf_counter()
-
-  def stop(self) -> None:
-    """Ends the phase."""
-    if self._phase:
-      spent = time.perf_counter() - self._begin
-      self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
-    self._phase = None

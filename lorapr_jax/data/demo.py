@@ -57,17 +57,25 @@ def demo_gguf() -> Path:
   return fetch(_MODEL)
 
 
-def news_articles() -> list[str]:
-  """News articles of 2016 and 2017 in the file's order, each text once.
+def all_news_texts() -> list[str]:
+  """The text of every row of the news articles, in the file's order.
 
   Raises:
     UserError: where they cannot be fetched.
   """
   with zipfile.ZipFile(fetch(_NEWS)) as archive:
     text = archive.read('NewsArticles.csv').decode('utf-8')
-  rows = csv.DictReader(io.StringIO(text))
-  articles = dict.fromkeys(row['text'] for row in rows)
-  return [article for article in articles if article.strip()]
+  return [row['text'] for row in csv.DictReader(io.StringIO(text))]
+
+
+def news_articles() -> list[str]:
+  """News articles of 2016 and 2017 in the file's order, each text once.
+
+  Raises:
+    UserError: where they cannot be fetched.
+  """
+  texts = dict.fromkeys(all_news_texts())
+  return [text for text in texts if text.strip()]
 
 
 def news_split(name: str) -> list[str]:

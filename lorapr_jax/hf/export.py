@@ -99,6 +99,7 @@ def hf_config(
       'model_type': 'pruned_llama',
       'auto_map': {
         'AutoConfig': 'configuration_pruned_llama.PrunedLlamaConfig',
+        'AutoModel': 'modeling_pruned_llama.PrunedLlamaModel',
         'AutoModelForCausalLM': 'modeling_pruned_llama.PrunedLlamaForCausalLM',
       },
     }

@@ -1,5 +1,6 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -188,3 +189,12 @@ def load_params(
     return jax.make_array_from_callback(leaf.shape, sharding, read)
 
   return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def content_hash(folder: Path) -> str:
+  """The SHA-256 of a folder's config.json and weights."""
+  digest = hashlib.sha256()
+  for path in [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]:
+    with open(path, 'rb') as file:
+      digest.update(hashlib.file_digest(file, 'sha256').digest())
+  return digest.hexdigest()

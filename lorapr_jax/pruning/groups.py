@@ -300,13 +300,13 @@ def _solve_parameters(
   dense = plan.config.num_parameters
   prunable = len(plan.prunable_layers)
   shape = plan.config.layers[0]
+  cost = {
+    c.group: member_parameters(plan.config, shape, c.group) for c in choices
+  }
 
   def removed(kept: Mapping[str, float]) -> float:
     # Every projection is linear in each group's count, so that this holds for
     # counts that are not whole too.
-    cost = {
-      c.group: member_parameters(plan.config, shape, c.group) for c in choices
-    }
     gone = sum((c.size - kept[c.group]) * cost[c.group] for c in choices)
     return prunable * gone / dense
 

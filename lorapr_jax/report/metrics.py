@@ -101,3 +101,26 @@ def check_finite(step: int, state: TrainState, console: Console) -> None:
       f'step {step}: lower train.learning_rate, or use '
       'model.compute_dtype=float32'
     )
+
+
+class Clock:
+  """Adds up the seconds of each phase, and says when one starts."""
+
+  def __init__(self, console: Console):
+    self.seconds: dict[str, float] = {}
+    self._console = console
+    self._phase: str | None = None
+    self._begin = 0.0
+
+  def start(self, phase: str) -> None:
+    """Ends the phase before and starts this one."""
+    self.stop()
+    self._console.print(f'[bold]{phase}[/bold]')
+    self._phase, self._begin = phase, time.perf_counter()
+
+  def stop(self) -> None:
+    """Ends the phase."""
+    if self._phase:
+      spent = time.perf_counter() - self._begin
+      self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
+    self._phase = None

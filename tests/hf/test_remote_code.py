@@ -174,32 +174,6 @@ def _logits(model, config: LlamaConfig) -> torch.Tensor:
   return model(_tokens(config)).logits
 
 
-@pytest.fixture(autouse=True, scope='module')
-def _modules_cache(tmp_path_factory):
-  """Keeps transformers' copies of the code out of the home folder.
-
-  HF_MODULES_CACHE is read when transformers is imported, which may be long
-  before these tests; hence the module's own variable.
-  """
-  with pytest.MonkeyPatch.context() as patch:
-    cache = str(tmp_path_factory.mktemp('modules'))
-    variable = 'transformers.dynamic_module_utils.HF_MODULES_CACHE'
-    patch.setattr(variable, cache)
-    patch.setattr(sys, 'path', list(sys.path))
-    yield
-  for name in [n for n in sys.modules if n.startswith('transformers_modules')]:
-    del sys.modules[name]
-
-
-@pytest.fixture(autouse=True, scope='module')
-def _one_thread():
-  """These tensors are tiny: on a busy machine threads only wait in them."""
-  threads = torch.get_num_threads()
-  torch.set_num_threads(1)
-  yield
-  torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=CONFIGS)
 def config(request):
   return CONFIGS[request.param]
@@ -345,7 +319,9 @@ def test_saved_again_it_loads_with_equal_logits(name, tmp_path):
   assert torch.equal(_logits(_load(saved), config), _logits(model, config))
 
 
-def test_a_saved_config_is_read_by_lorapr_jax(config, tmp_path):
+@pytest.mark.parametrize('name', [*CONFIGS, 'deep'])
+def test_a_saved_config_is_read_by_lorapr_jax(name, tmp_path):
+  config = CONFIGS.get(name, DEEP)
   model = _load(_write(tmp_path / 'export', config))
   model.config.save_pretrained(tmp_path / 'saved')
   hf = json.loads((tmp_path / 'saved/config.json').read_text())

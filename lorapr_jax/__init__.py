@@ -1,0 +1,1 @@
+"""Structured pruning of LLaMA models, guided by LoRA: LoRAPrune in JAX."""

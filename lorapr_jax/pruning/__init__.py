@@ -1,0 +1,1 @@
+"""Groups, targets, schedule, importance, masks, and the cut."""

@@ -1,0 +1,201 @@
+"""inspect: couplings, counts, bytes, and what a target would leave."""
+
+import json
+import re
+
+import pytest
+
+from lorapr_jax.cli.main import main
+from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.pruning.groups import Targets, plan_pruning
+
+CONFIG = LlamaConfig(
+  vocab_size=96,
+  embed_dim=32,
+  head_dim=8,
+  layers=(LayerShape(num_kv_heads=4, queries_per_kv=2, mlp_dim=48),) * 10,
+)
+KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'
+
+
+def write(folder, config, model_type='llama'):
+  """A folder that holds sizes and nothing else."""
+  folder.mkdir()
+  text = json.dumps({'model_type': model_type, **config.to_hf()})
+  (folder / 'config.json').write_text(text)
+  return folder
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return write(tmp_path / 'model', CONFIG)
+
+
+def inspect(capsys, folder, *args):
+  """What the command prints with --json, parsed."""
+  assert main(['inspect', '--model', str(folder), *args, '--json']) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+def test_json_has_every_coupling_with_counts_and_bytes(capsys, folder):
+  report = inspect(capsys, folder, '--dtype', 'float32')
+  # Embeddings and output, and by layer q and o, k and v, the MLP, two norms.
+  by_layer = 2 * 32 * 64 + 2 * 32 * 32 + 3 * 32 * 48 + 2 * 32
+  parameters = 2 * 96 * 32 + 10 * by_layer + 32
+  assert report['parameters'] == parameters
+  assert report['bytes'] == 4 * parameters
+  assert report['layers'] == 10
+  assert report['protected_layers'] == [0, 9]
+  assert 'plan' not in report
+
+  groups = report['groups']
+  assert groups.keys() == {KV_HEADS, QUERIES, CHANNELS}
+  q = ['embed', 'kv_heads', 'queries_per_kv', 'head_dim']
+  o = ['kv_heads', 'queries_per_kv', 'head_dim', 'embed']
+  k = v = ['embed', 'kv_heads', 'head_dim']
+  assert groups[KV_HEADS]['tensors'] == {
+    'self_attn.q_proj.weight': q,
+    'self_attn.k_proj.weight': k,
+    'self_attn.v_proj.weight': v,
+    'self_attn.o_proj.weight': o,
+  }
+  assert groups[QUERIES]['tensors'] == {
+    'self_attn.q_proj.weight': q,
+    'self_attn.o_proj.weight': o,
+  }
+  assert groups[CHANNELS]['tensors'] == {
+    'mlp.gate_proj.weight': ['embed', 'mlp'],
+    'mlp.up_proj.weight': ['embed', 'mlp'],
+    'mlp.down_proj.weight': ['mlp', 'embed'],
+  }
+  assert groups[KV_HEADS]['per_layer'] == [4] * 10
+  assert groups[QUERIES]['per_layer'] == [2] * 10
+  assert groups[CHANNELS]['per_layer'] == [48] * 10
+  # Two query heads, a key and a value of 32 x 8 each, and o's rows.
+  assert groups[KV_HEADS]['bytes_each'] == [4 * 32 * 8 * (2 + 1 + 1 + 2)]
+  assert groups[CHANNELS]['bytes_each'] == [4 * 3 * 32]
+  assert [groups[g]['kind'] for g in (KV_HEADS, QUERIES, CHANNELS)] == [
+    'heads',
+    'heads',
+    'channels',
+  ]
+
+
+def test_bytes_follow_the_dtype(capsys, folder):
+  single = inspect(capsys, folder, '--dtype', 'float32', '--target', '0.5')
+  half = inspect(capsys, folder, '--target', '0.5')
+  assert single['bytes'] == 2 * half['bytes']
+  assert single['plan']['bytes'] == 2 * half['plan']['bytes']
+
+
+@pytest.mark.parametrize(
+  'args, targets, kept',
+  [
+    (['--target', '0.5'], Targets(), {KV_HEADS: 2, CHANNELS: 24}),
+    (
+      ['--target', '0.5', '--protect', 'none'],
+      Targets(protect='none'),
+      {KV_HEADS: 2, CHANNELS: 24},
+    ),
+    (
+      ['--heads_target', '0.5', '--channels_target', '0.3', '--heads=queries'],
+      Targets(heads='queries', heads_target=0.5, channels_target=0.3),
+      {QUERIES: 1, CHANNELS: 34},
+    ),
+    (
+      ['--target', '0.3', '--channels_multiple_of', '16', '--heads', 'none'],
+      Targets(target=0.3, channels_multiple_of=16, heads='none'),
+      {CHANNELS: 32},
+    ),
+    (
+      ['--target', '0.25', '--channels', 'false'],
+      Targets(target=0.25, channels=False),
+      {KV_HEADS: 3},
+    ),
+    (
+      ['--target', '0.3', '--unit', 'params'],
+      Targets(target=0.3, unit='params'),
+      None,
+    ),
+  ],
+)
+def test_json_has_what_a_target_would_leave(
+  capsys, folder, args, targets, kept
+):
+  found = inspect(capsys, folder, *args)['plan']
+  plan = plan_pruning(CONFIG, targets)
+  if kept is not None:
+    assert found['kept_per_layer'] == kept
+  assert found['parameters'] == plan.pruned_config.num_parameters
+  assert found['bytes'] == 2 * found['parameters']
+  assert found['achieved'] == plan.sparsity(plan.keep)
+  assert found['target'] == plan.targets_by_kind()
+  if targets.unit == 'params':
+    assert found['achieved']['params'] == pytest.approx(0.3, abs=0.005)
+
+
+def test_people_see_couplings_counts_bytes_and_the_plan(
+  capsys, monkeypatch, folder
+):
+  monkeypatch.setenv('COLUMNS', '100')
+  argv = ['inspect', '--model', str(folder), '--target', '0.5']
+  assert main(argv) == 0
+  out, err = capsys.readouterr()
+  assert err == ''
+  # Without the tables' frames.
+  lines = [re.sub('[ │]+', ' ', line).strip() for line in out.splitlines()]
+  plan = plan_pruning(CONFIG, Targets())
+  assert f'{CONFIG.num_parameters:,} parameters' in lines[0]
+  assert lines[0].endswith('10 layers; protected: 0, 9')
+  assert 'kv_heads: 4 a layer, 3,072 bytes each' in lines
+  assert 'mlp: 48 a layer, 192 bytes each' in lines
+  q = 'self_attn.q_proj.weight embed KV_HEADS'
+  assert f'{q} queries_per_kv head_dim' in lines
+  assert f'{q} QUERIES_PER_KV head_dim' in lines
+  assert 'mlp.down_proj.weight MLP embed' in lines
+  left = plan.pruned_config.num_parameters
+  assert f'left: {left:,} parameters, {2 * left / 1e6:,.1f} MB' in lines
+  assert 'kv_heads: 2 kept in each layer not protected' in lines
+  assert 'mlp: 24 kept in each layer not protected' in lines
+  assert 'heads removed: 50.00% (target 50.00%)' in lines
+  share = plan.sparsity(plan.keep)['params']
+  assert f'params removed: {share:.2%}' in lines
+
+
+def test_a_model_that_is_pruned_already_is_shown_layer_by_layer(
+  capsys, tmp_path
+):
+  pruned = plan_pruning(CONFIG, Targets()).pruned_config
+  folder = write(tmp_path / 'pruned', pruned, 'pruned_llama')
+  report = inspect(capsys, folder)
+  assert report['parameters'] == pruned.num_parameters
+  groups = report['groups']
+  assert groups[KV_HEADS]['per_layer'] == [4, *[2] * 8, 4]
+  assert groups[CHANNELS]['per_layer'] == [48, *[24] * 8, 48]
+  assert main(['inspect', '--model', str(folder), '--target', '0.5']) == 1
+  assert 'it is pruned already' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'args, message',
+  [
+    (['--target', '1.2'], 'prune.target is 1.2: it must be in [0, 1)'),
+    (['--target', 'half'], "--target: invalid float value: 'half'"),
+    (['--target', '0.001'], 'the nearest that works is 0.25'),
+    (['--heads', 'all'], "--heads: invalid choice: 'all'"),
+    (['--target', '0.5', '--protect', 'last'], "prune.protect is 'last'"),
+    (['--protect', 'last'], 'last'),
+    (['--target', '0.5', '--unit', 'flops'], "prune.unit is 'flops'"),
+    (['--target', '0.99', '--unit', 'params'], 'beyond what can be pruned'),
+    (['--layers', '3'], 'unrecognized arguments: --layers 3'),
+    (['--model', 'nowhere'], 'nowhere is not a folder'),
+  ],
+)
+def test_a_mistake_is_one_line_and_exit_status_one(
+  capsys, folder, args, message
+):
+  assert main(['inspect', '--model', str(folder), '--json', *args]) == 1
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert err.startswith('error: ') and err.count('\n') == 1
+  assert message in err

@@ -1,0 +1,309 @@
+"""Flags to settings, and every mistake that stops a run before any work."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from lorapr_jax.cli.main import main
+from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LORA_TARGETS
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.settings import split_config
+
+CONFIGS = Path(__file__).parents[2] / 'configs'
+TINY = f'--config={CONFIGS}/tiny.py'
+DEFAULT = f'--config={CONFIGS}/default.py'
+
+
+def parse(*overrides):
+  config, workdir = parse_flags([TINY, '--workdir=somewhere', *overrides])
+  assert workdir == 'somewhere'
+  return config
+
+
+def settings(*overrides):
+  return split_config(parse(*overrides))
+
+
+def flat(tree, prefix=''):
+  """{'train.steps': 60, ...}"""
+  leaves = {}
+  for key, value in tree.items():
+    inner = isinstance(value, dict)
+    leaves |= flat(value, f'{prefix}{key}.') if inner else {prefix + key: value}
+  return leaves
+
+
+@pytest.mark.parametrize(
+  'override, expected',
+  [
+    ('train.steps=7', 7),
+    ('train.learning_rate=3e-4', 3e-4),
+    ('prune.target=0', 0.0),
+    ('prune.heads_target=0.25', 0.25),
+    ('prune.channels=false', False),
+    ('prune.norm=True', True),
+    ('prune.heads=queries', 'queries'),
+    ('lora.targets=q_proj,v_proj', 'q_proj,v_proj'),
+    ('data.train=synthetic:3?windows=64', 'synthetic:3?windows=64'),
+    ('model.sizes.hidden_size=32', 32),
+    ('mesh.data=-1', -1),
+  ],
+)
+def test_an_override_has_the_type_of_its_setting(override, expected):
+  key, _, _ = override.partition('=')
+  found = flat(parse(f'--config.{override}').to_dict())
+  assert found == flat(parse().to_dict()) | {key: expected}
+  assert type(found[key]) is type(expected)
+
+
+def test_the_defaults_are_filled_in():
+  found = settings()
+  assert found.model_path is None
+  assert found.step.lora.targets == LORA_TARGETS
+  assert found.step.config.num_parameters < 300_000
+  assert (found.data.eval_seq_len, found.train.seq_len) == (32, 32)
+  assert found.base_dtype == found.step.dtype == jnp.float32
+  assert found.schedule.total_steps == 60
+  # Layer 3, the last, is protected.
+  assert found.plan.keep == {
+    KV_HEADS: (2, 2, 2, 4),
+    CHANNELS: (64, 64, 64, 128),
+  }
+
+
+def test_settings_follow_the_overrides():
+  found = settings(
+    '--config.prune.heads=queries',
+    '--config.prune.channels_target=0.25',
+    '--config.prune.protect=none',
+    '--config.prune.every=3',
+    '--config.prune.score=square',
+    '--config.prune.criterion=magnitude',
+    '--config.lora.targets=q_proj, up_proj',
+    '--config.lora.rank=4',
+    '--config.model.compute_dtype=bfloat16',
+    '--config.data.eval_seq_len=16',
+    '--config.train.batch_size=24',
+    '--config.export.layout=uniform',
+  )
+  assert found.plan.keep == {QUERIES: (1,) * 4, CHANNELS: (96,) * 4}
+  assert found.schedule.every == 3
+  assert (found.criterion.name, found.criterion.score) == (
+    'magnitude',
+    'square',
+  )
+  assert found.step.lora.targets == ('q_proj', 'up_proj')
+  assert found.step.lora.scale == 4.0
+  assert found.step.dtype == jnp.bfloat16 and found.base_dtype == jnp.float32
+  assert found.data.eval_seq_len == 16
+  assert found.train.batch_size == 24
+  assert found.export.layout == 'uniform'
+
+
+def test_tuning_alone_has_no_plan():
+  assert settings('--config.prune.order=none').plan is None
+
+
+def refusal(capsys, workdir, *argv):
+  """The line that `train` prints for a mistake."""
+  assert main(['train', *argv]) == 1
+  out, err = capsys.readouterr()
+  assert out == ''
+  assert not workdir.exists()
+  *progress, line = err.splitlines()
+  # At most it says that it reads the data.
+  assert progress in ([], ['data'])
+  assert line.startswith('error: ')
+  return line
+
+
+@pytest.mark.parametrize(
+  'override, message',
+  [
+    # Keys.
+    (
+      'prune.tarot=0.3',
+      'config.prune.tarot; did you mean config.prune.target?',
+    ),
+    ('purne.target=0.3', 'config.purne.target; did you mean config.prune?'),
+    ('zzz=1', 'unknown setting --config.zzz; config has model, data, lora'),
+    ('train.steps.many=1', 'unknown setting --config.train.steps.many'),
+    # Types.
+    ('train.steps=many', 'config.train.steps'),
+    ('train.steps=1.5', 'config.train.steps'),
+    ('lora.rank=8.5', 'config.lora.rank'),
+    ('prune.target=half', 'config.prune.target'),
+    ('prune.heads_target=half', 'config.prune.heads_target'),
+    ('prune.channels=maybe', 'config.prune.channels'),
+    ('prune=3', 'config.prune'),
+    # Data and model.
+    ('data.train=', 'data.train is empty'),
+    ('data.train=file:nowhere.txt', 'nowhere.txt is not a file'),
+    ('data.eval=file:nowhere.txt', 'nowhere.txt is not a file'),
+    ('data.eval=wikitext2', "data spec 'wikitext2' is not known"),
+    ('data.train=synthetic:1?windows=15', 'fewer than one batch of 16'),
+    ('data.train=synthetic:1?windows=0', 'fewer than one batch of 16'),
+    (f'data.train=file:{__file__}', 'files of .py'),
+    (
+      'data.eval_seq_len=129',
+      'data.eval_seq_len is 129, but the model has 128',
+    ),
+    ('data.eval_seq_len=1', 'data.eval_seq_len 1'),
+    ('data.eval_windows=-1', 'data.eval_windows -1'),
+    ('model.path=nowhere', 'set one of them'),
+    ('model.remat=all', "model.remat is 'all': choose from blocks, dots"),
+    ('model.base_dtype=int8', "model.base_dtype is 'int8': choose from auto"),
+    ('model.sizes.model_type=qwen2', "model_type is 'qwen2'"),
+    # Training.
+    ('train.seq_len=129', 'train.seq_len is 129, but the model has 128 posit'),
+    ('train.seq_len=1', 'train.seq_len is 1'),
+    ('train.steps=0', 'train.steps is 0: it must be positive'),
+    ('train.learning_rate=-1', 'train.learning_rate is -1.0: it must be pos'),
+    ('train.lr_schedule=step', "train.lr_schedule is 'step': choose from lin"),
+    (
+      'train.micro_batch_size=5',
+      'train.batch_size 16 is not a multiple of train.micro_batch_size 5',
+    ),
+    ('lora.rank=0', 'lora.rank is 0'),
+    ('lora.dropout=1', 'lora.dropout is 1.0'),
+    ('lora.targets=qproj', "lora.targets has ['qproj']: choose from q_proj"),
+    ('lora.targets=', 'lora.targets has no projection'),
+    ('mesh.tensor=3', 'mesh.tensor=3 do not multiply to the'),
+    # Pruning.
+    ('prune.target=1.2', 'prune.target is 1.2: it must be in [0, 1)'),
+    ('prune.target=nan', 'prune.target is nan'),
+    ('prune.target=0', 'prune.target is 0: nothing would be pruned'),
+    ('prune.target=0.001', 'rounds to nothing pruned; the nearest that works'),
+    ('prune.order=later', "prune.order is 'later': choose from joint"),
+    ('prune.criterion=taylor', "prune.criterion is 'taylor': choose from lora"),
+    ('prune.score=cube', "prune.score is 'cube'"),
+    ('prune.unit=flops', "prune.unit is 'flops'"),
+    ('prune.every=0', 'prune.every is 0'),
+    ('prune.warmup=0.95', 'prune.warmup 0.95 and prune.cooldown 0.1'),
+    ('prune.heads_multiple_of=0', 'prune.heads_multiple_of is 0'),
+    (
+      'lora.targets=gate_proj',
+      'lora.targets gate_proj has no projection of the heads',
+    ),
+    (
+      'lora.targets=q_proj,o_proj',
+      'has no projection of the channels: prune.criterion=lora cannot rank',
+    ),
+    # Export.
+    ('export.layout=uniform', 'prune with prune.protect=none, or export with'),
+    ('export.layout=zip', "export.layout is 'zip': choose from auto"),
+    ('export.dtype=int8', "export.dtype is 'int8'"),
+  ],
+)
+def test_a_mistake_is_one_line_before_any_work(
+  capsys, tmp_path, override, message
+):
+  workdir = tmp_path / 'run'
+  argv = [TINY, f'--workdir={workdir}', f'--config.{override}']
+  assert message in refusal(capsys, workdir, *argv)
+
+
+def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
+  workdir = tmp_path / 'run'
+  place = f'--workdir={workdir}'
+  for argv, message in (
+    ([TINY], 'train needs --config=configs/X.py and --workdir=DIR'),
+    ([place], 'train needs --config=configs/X.py and --workdir=DIR'),
+    ([place, f'--config={tmp_path}/none.py'], 'none.py'),
+    ([place, TINY, '--steps=3'], "'steps'"),
+    ([place, TINY, 'more'], "train takes flags only, not 'more'"),
+  ):
+    assert message in refusal(capsys, workdir, *argv)
+
+
+def test_queries_alone_need_a_projection_of_queries():
+  # The keys belong to whole KV heads, but to no single query head.
+  overrides = ('--config.prune.channels=false', '--config.lora.targets=k_proj')
+  assert settings(*overrides).plan.keep.keys() == {KV_HEADS}
+  with pytest.raises(UserError, match='has no projection of the heads'):
+    settings(*overrides, '--config.prune.heads=queries')
+  # A criterion that needs no gradients ranks them all the same.
+  magnitude = '--config.prune.criterion=magnitude'
+  queries = settings(*overrides, '--config.prune.heads=queries', magnitude)
+  assert queries.plan.keep.keys() == {QUERIES}
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Sizes and a tokenizer, but no weights: nothing gets that far."""
+  folder = tmp_path / 'model'
+  folder.mkdir()
+  sizes = parse().model.sizes.to_dict()
+  (folder / 'config.json').write_text(json.dumps(sizes))
+  vocab = {'<eos>': 0, '<unk>': 1, 'word': 2}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
+  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'eos_token': '<eos>'}
+  (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+  return folder
+
+
+@pytest.mark.parametrize(
+  'text, message',
+  [
+    (' \n', 'corpus.txt holds no text'),
+    ('word ' * 50, 'has 51 tokens: fewer than one window of 64'),
+    ('word ' * 200, '3 windows of 64 tokens: fewer than one batch of 4'),
+  ],
+)
+def test_a_corpus_that_is_too_short_stops_before_any_work(
+  capsys, tmp_path, monkeypatch, folder, text, message
+):
+  monkeypatch.setenv('LORAPR_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'corpus.txt').write_text(text)
+  workdir = tmp_path / 'run'
+  argv = [
+    DEFAULT,
+    f'--workdir={workdir}',
+    f'--config.model.path={folder}',
+    f'--config.data.train=file:{tmp_path}/corpus.txt',
+    '--config.train.seq_len=64',
+    '--config.train.batch_size=4',
+  ]
+  assert message in refusal(capsys, workdir, *argv)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    (lambda folder: (folder / 'config.json').unlink(), 'config.json does not'),
+    (lambda folder: (folder / 'config.json').write_text('{'), 'is not JSON'),
+    (
+      lambda folder: (folder / 'config.json').write_text(
+        '{"model_type": "qwen2"}'
+      ),
+      "model_type is 'qwen2'",
+    ),
+    (lambda folder: (folder / 'tokenizer.json').unlink(), 'tokenizer'),
+    (lambda folder: folder.rename(folder.parent / 'moved'), 'is not a folder'),
+  ],
+  ids=['no config', 'no JSON', 'qwen2', 'no tokenizer', 'no folder'],
+)
+def test_a_wrong_folder_stops_before_any_work(
+  capsys, tmp_path, monkeypatch, folder, change, message
+):
+  monkeypatch.setenv('LORAPR_CACHE', str(tmp_path / 'cache'))
+  (tmp_path / 'corpus.txt').write_text('word ' * 10_000)
+  change(folder)
+  workdir = tmp_path / 'run'
+  argv = [
+    DEFAULT,
+    f'--workdir={workdir}',
+    f'--config.model.path={folder}',
+    f'--config.data.train=file:{tmp_path}/corpus.txt',
+    '--config.train.seq_len=64',
+    '--config.train.batch_size=4',
+  ]
+  assert message in refusal(capsys, workdir, *argv)

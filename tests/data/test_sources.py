@@ -1,0 +1,149 @@
+"""Every form of a data spec, and what is refused."""
+
+import csv
+import json
+import zipfile
+
+import pytest
+
+from lorapr_jax.data.sources import parse_spec, read_documents
+from lorapr_jax.errors import UserError
+
+
+def write(path, text):
+  path.write_bytes(text.encode())
+  return path
+
+
+def test_a_text_file_is_one_document_with_lf_line_ends(tmp_path):
+  path = write(tmp_path / 'a.txt', ' first\r\nsecond \n\n\rthird ß\n')
+  assert read_documents(f'file:{path}') == [' first\nsecond \n\n\nthird ß\n']
+
+
+def test_lines_are_stripped_and_joined_by_a_blank_line(tmp_path):
+  path = write(tmp_path / 'a.txt', ' the cat \r\n\n \tsat\n on it')
+  assert read_documents(f'file:{path}?lines') == ['the cat\n\nsat\n\non it']
+
+
+@pytest.mark.parametrize('option, field', [('', 'text'), ('?field=t', 't')])
+def test_a_jsonl_record_is_a_document(tmp_path, option, field):
+  texts = ['one\ntwo', 'ß "quoted"', ' ', 'a\u2028b\x85c\x1cd']
+  lines = [
+    json.dumps({'other': 1, field: text}, ensure_ascii=False) for text in texts
+  ]
+  path = write(tmp_path / 'a.jsonl', '\n'.join([*lines, '', ' ']) + '\r\n')
+  # Documents without text are dropped.
+  assert read_documents(f'file:{path}{option}') == [*texts[:2], texts[3]]
+
+
+@pytest.mark.parametrize('option, column', [('', 'text'), ('?column=t', 't')])
+def test_a_csv_record_is_a_document(tmp_path, option, column):
+  texts = ['one, "two"\n\nthree', '', 'ß', 'x' * 200_000]
+  with open(tmp_path / 'a.csv', 'w', newline='', encoding='utf-8') as file:
+    rows = csv.writer(file)
+    rows.writerow(['id', column])
+    rows.writerows(enumerate(texts))
+    rows.writerow(['cut short'])
+  documents = read_documents(f'file:{tmp_path / "a.csv"}{option}')
+  assert documents == [texts[0], *texts[2:]]
+
+
+def test_wildcards_read_the_files_in_sorted_order(tmp_path):
+  (tmp_path / 'deep').mkdir()
+  for name in ('b.txt', 'a.txt', 'c.txt', 'deep/d.txt'):
+    write(tmp_path / name, name)
+  assert read_documents(f'file:{tmp_path}/[ac].txt') == ['a.txt', 'c.txt']
+  assert read_documents(f'file:{tmp_path}/*.txt') == ['a.txt', 'b.txt', 'c.txt']
+  assert read_documents(f'file:{tmp_path}/**/*.txt') == [
+    'a.txt',
+    'b.txt',
+    'c.txt',
+    'deep/d.txt',
+  ]
+
+
+def test_the_demos_news_come_by_split(tmp_path, monkeypatch):
+  monkeypatch.setenv('LORAPR_CACHE', str(tmp_path))
+  with zipfile.ZipFile(tmp_path / 'NewsArticles.zip', 'w') as archive:
+    text = 'text\n' + ''.join(f'article {i}\n' for i in range(20))
+    archive.writestr('NewsArticles.csv', text)
+  articles = [f'article {i}' for i in range(20)]
+  assert read_documents('demo:news:train') == articles[:18]
+  assert read_documents('demo:news:heldout') == articles[18:]
+
+
+def test_a_spec_is_taken_apart():
+  spec = parse_spec('synthetic:3?windows=12')
+  assert (spec.scheme, spec.path) == ('synthetic', '3')
+  assert spec.options == {'windows': '12'}
+  assert parse_spec('demo:news:train').path == 'news:train'
+
+
+def test_parsing_looks_at_names_and_reads_nothing(tmp_path):
+  path = tmp_path / 'a.jsonl'
+  path.write_bytes(b'\xff no JSON, and no UTF-8')
+  spec = parse_spec(f'file:{path}?field=body')
+  assert (spec.path, spec.options) == (str(path), {'field': 'body'})
+
+
+@pytest.mark.parametrize(
+  'spec, message',
+  [
+    ('', 'is not known: use file:PATH'),
+    ('wikitext2', "'wikitext2' is not known: use file:PATH"),
+    ('http://example.com/a.txt', 'is not known: use file:PATH'),
+    ('demo:news', 'only demo:news:train and demo:news:heldout exist'),
+    ('demo:news:test', 'only demo:news:train and demo:news:heldout exist'),
+    ('demo:news:train?lines', "option 'lines' is not known here"),
+    ('synthetic:', "'' is not a number"),
+    ('synthetic:one', "'one' is not a number"),
+    ('synthetic:1?windows=-3', "'-3' is not a number"),
+    ('synthetic:1?lines=3', "option 'lines' is not known here; there is windo"),
+    ('file:{}/none.txt', 'none.txt is not a file'),
+    ('file:{}/none*.txt', 'none.* matches no file'),
+    ('file:{}', 'is not a file'),
+    ('file:{}/a.md', 'files of .md; give one kind of .txt, .jsonl, .csv'),
+    ('file:{}/a.*', 'files of .csv, .jsonl, .md, .txt; give one kind'),
+    ('file:{}/a.txt?field=x', "option 'field' is not known here; there is lin"),
+    ('file:{}/a.csv?lines', "option 'lines' is not known here; there is colum"),
+    ('file:{}/a.jsonl?line', "option 'line' is not known here; there is field"),
+  ],
+)
+def test_a_spec_that_cannot_be_is_refused_unread(tmp_path, spec, message):
+  for suffix in ('txt', 'jsonl', 'csv', 'md'):
+    write(tmp_path / f'a.{suffix}', 'text')
+  with pytest.raises(UserError, match=message) as error:
+    parse_spec(spec.format(tmp_path))
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  'name, content, message',
+  [
+    ('a.txt', b'caf\xe9', 'a.txt is not UTF-8 text'),
+    ('a.txt', b' \n\n\t', 'a.txt holds no text'),
+    ('a.txt?lines', b' \n\n\t', r'a.txt\?lines holds no text'),
+    ('a.jsonl', b'', 'a.jsonl holds no text'),
+    ('a.jsonl', b'{"text": "a"}\n{"text"', "a.jsonl:2 is no .* field 'text'"),
+    ('a.jsonl', b'{"text": "a"}\n\n{"t": ""}', "jsonl:3 is no .* field 'text'"),
+    ('a.jsonl', b'["text"]', 'a.jsonl:1 is no JSON object'),
+    ('a.jsonl', b'"text"', 'a.jsonl:1 is no JSON object'),
+    ('a.jsonl?field=n', b'{"n": 3}', "a.jsonl:1: 'n' is not a string"),
+    ('a.csv', b'id,body\n1,x\n', "no column 'text'; it has id, body"),
+    ('a.csv?column=x', b'text\ny\n', "no column 'x'; it has text"),
+    ('a.csv', b'', "a.csv has no column 'text'"),
+    ('a.csv', b'text\n\n""\n', 'a.csv holds no text'),
+  ],
+)
+def test_a_file_that_is_not_what_it_should_be_is_refused(
+  tmp_path, name, content, message
+):
+  (tmp_path / name.partition('?')[0]).write_bytes(content)
+  with pytest.raises(UserError, match=message) as error:
+    read_documents(f'file:{tmp_path}/{name}')
+  assert '\n' not in str(error.value)
+
+
+def test_synthetic_data_has_no_text():
+  with pytest.raises(UserError, match='it needs a model without a tokenizer'):
+    read_documents('synthetic:1')

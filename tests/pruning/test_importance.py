@@ -1,0 +1,307 @@
+"""Importance against the NumPy transcription of method.md in reference.py."""
+
+import itertools
+
+import jax
+from jax.sharding import SingleDeviceSharding
+import numpy as np
+import pytest
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.llama import block_axes, init_lora, init_params
+from lorapr_jax.pruning.importance import (
+  Criterion,
+  Signals,
+  element_scores,
+  update_importance,
+)
+from lorapr_jax.pruning.masks import group_axes, initial_masks
+from lorapr_jax.steps import StepSettings, make_update_importance
+from tests.pruning import reference
+
+GROUPS = ('kv_heads', 'kv_heads,queries_per_kv', 'mlp')
+SIZES = dict(K=2, G=3, H=4, F=5)
+SHAPE = LayerShape(num_kv_heads=2, queries_per_kv=3, mlp_dim=5)
+WIDE = LayerShape(num_kv_heads=3, queries_per_kv=2, mlp_dim=7)
+LORA = LoraConfig(rank=2, alpha=3.0)
+PARTS = {'q_proj': 1, 'k_proj': 1, 'v_proj': 1, 'gate_proj': 1, 'up_proj': 1}
+PARTS |= {'o_proj': -1, 'down_proj': -1}
+
+
+def model(*layers):
+  return LlamaConfig(vocab_size=11, embed_dim=6, head_dim=4, layers=layers)
+
+
+def randomise(tree, seed, scale=0.3):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: np.asarray(scale * rng.normal(size=x.shape), np.float32), tree
+  )
+
+
+def random_model(config, lora_config, seed):
+  """Weights, adapters (B not zero) and gradients, none of them small."""
+  key = jax.random.key(0)
+  params = randomise(init_params(key, config, 'float32'), seed)
+  lora = randomise(init_lora(key, config, lora_config), seed + 1)
+  return params, lora, randomise(lora, seed + 2)
+
+
+def matrix(x, inputs):
+  """Merges the first `inputs` axes (from the end if negative), and the rest."""
+  x = np.asarray(x, np.float64)
+  return x.reshape(int(np.prod(x.shape[:inputs])), -1)
+
+
+def reference_scores(params, lora, grads, criterion, lora_config):
+  """{projection: element scores} of one layer."""
+  scores = {}
+  for part in ('self_attn', 'mlp'):
+    for name, adapter in lora.get(part, {}).items():
+      split, grad = PARTS[name], grads[part][name]
+      scores[name] = reference.element_scores(
+        matrix(params[part][name]['weight'], split),
+        matrix(adapter['a'], -1),
+        matrix(adapter['b'], 1),
+        matrix(grad['a'], -1),
+        matrix(grad['b'], 1),
+        s=lora_config.alpha / lora_config.rank,
+        score=criterion.score,
+        cross_term=criterion.cross_term,
+      )
+  return scores
+
+
+def reference_update(
+  old, params, lora, grads, masks, criterion, lora_config, shape
+):
+  """One step of the moving average of one layer, {group: (U,)}."""
+  scores = reference_scores(params, lora, grads, criterion, lora_config)
+  sizes = {'K': shape.num_kv_heads, 'G': shape.queries_per_kv, 'H': 4}
+  new = {}
+  for group, mask in masks.items():
+    members = reference.members(group, **sizes, F=shape.mlp_dim)
+    mask = np.ravel(mask)
+    ghat = reference.group_scores(scores, mask, members, norm=criterion.norm)
+    new[group] = reference.moving_average(
+      old[group], ghat, decay=criterion.decay
+    )
+  return new
+
+
+def layer_of(tree, i):
+  return jax.tree.map(lambda x: x[i], tree)
+
+
+def mask_one(mask, step):
+  """Masks one more member at every step, a different one in each row."""
+  mask = np.array(mask)
+  rows = mask.reshape(-1, mask.shape[-1])
+  for r, row in enumerate(rows):
+    if row.sum() > 1:
+      row[np.flatnonzero(row)[(step + r) % int(row.sum())]] = 0
+  return mask
+
+
+OPTIONS = [
+  Criterion(score=score, norm=norm, cross_term=cross_term)
+  for score, norm, cross_term in itertools.product(
+    ('abs', 'square'), (True, False), (True, False)
+  )
+]
+
+
+def run_steps(group, criterion, steps=3, targets=LORA.targets):
+  """The package's and the reference's average after every step."""
+  lora_config = LoraConfig(rank=2, alpha=3.0, targets=targets)
+  axes = block_axes(lora_config)['params']
+  sizes = model(SHAPE).sizes(SHAPE)
+  mask = np.ones([sizes[axis] for axis in group_axes(group)], np.float32)
+  ours, truth = {group: np.zeros_like(mask)}, {group: np.zeros(mask.size)}
+  history = []
+  for step in range(steps):
+    params, lora, grads = random_model(model(SHAPE), lora_config, 10 * step)
+    trees = [layer_of(x[0], 0) for x in (params['stacks'], lora, grads)]
+    scores = element_scores(
+      Signals(*trees, layer=0), scale=lora_config.scale, criterion=criterion
+    )
+    ours = update_importance(
+      ours,
+      scores,
+      {group: mask},
+      axes,
+      norm=criterion.norm,
+      decay=criterion.decay,
+    )
+    truth = reference_update(
+      truth, *trees, {group: mask}, criterion, lora_config, SHAPE
+    )
+    history.append((np.ravel(ours[group]), truth[group]))
+    mask = mask_one(mask, step)
+  return history
+
+
+@pytest.mark.parametrize('group', GROUPS)
+@pytest.mark.parametrize('criterion', OPTIONS, ids=str)
+def test_the_average_is_the_methods(group, criterion):
+  for ours, truth in run_steps(group, criterion):
+    np.testing.assert_allclose(ours, truth, rtol=2e-5)
+
+
+@pytest.mark.parametrize('group', GROUPS)
+def test_every_option_makes_a_difference(group):
+  ends = [run_steps(group, criterion)[-1][1] for criterion in OPTIONS]
+  for one, other in itertools.combinations(ends, 2):
+    assert not np.allclose(one, other, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+  'group, targets',
+  [
+    ('kv_heads', ('q_proj', 'v_proj')),
+    ('kv_heads', ('k_proj', 'down_proj')),
+    ('kv_heads,queries_per_kv', ('o_proj', 'k_proj')),
+    ('mlp', ('up_proj', 'q_proj')),
+  ],
+)
+def test_projections_without_an_adapter_do_not_count(group, targets):
+  for ours, truth in run_steps(group, Criterion(), targets=targets):
+    assert truth.min() >= 0 and truth.max() > 0
+    np.testing.assert_allclose(ours, truth, rtol=2e-5)
+
+
+def make_step(config, criterion, lora_config=LORA):
+  return make_update_importance(
+    StepSettings(config, lora_config),
+    criterion,
+    SingleDeviceSharding(jax.devices()[0]),
+  )
+
+
+def stack_masks(config, groups):
+  stacks = tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
+  return jax.tree.map(np.asarray, initial_masks(groups, stacks))
+
+
+@pytest.mark.parametrize('heads', GROUPS[:2])
+@pytest.mark.parametrize('criterion', [OPTIONS[0], OPTIONS[-1]], ids=str)
+def test_the_jitted_step_is_the_methods_in_every_layer(heads, criterion):
+  config = model(WIDE, SHAPE, SHAPE)
+  step = make_step(config, criterion)
+  masks = stack_masks(config, (heads, 'mlp'))
+  importance = jax.tree.map(np.zeros_like, masks)
+  truth = [
+    {group: np.zeros(mask[0].size) for group, mask in masks[i].items()}
+    for i in (0, 1, 1)
+  ]
+  for t in range(3):
+    params, lora, grads = random_model(config, LORA, 10 * t)
+    importance, ok = step(importance, params, lora, grads, masks, 1.0)
+    assert ok
+    for layer, (i, row) in enumerate(((0, 0), (1, 0), (1, 1))):
+      trees = [layer_of(x[i], row) for x in (params['stacks'], lora, grads)]
+      truth[layer] = reference_update(
+        truth[layer],
+        *trees,
+        layer_of(masks[i], row),
+        criterion,
+        LORA,
+        config.layers[layer],
+      )
+      for group, expected in truth[layer].items():
+        np.testing.assert_allclose(
+          np.ravel(importance[i][group][row]), expected, rtol=2e-5
+        )
+    masks = jax.tree.map(lambda m, t=t: mask_one(m, t), masks)
+
+
+def one_step(config, name, seed, **options):
+  """The scores of one step under a criterion, by stack."""
+  step = make_step(config, Criterion(name=name, decay=0.0, **options))
+  masks = stack_masks(config, ('kv_heads', 'mlp'))
+  importance, ok = step(
+    jax.tree.map(np.zeros_like, masks),
+    *random_model(config, LORA, seed),
+    masks,
+    1.0,
+  )
+  assert ok
+  return importance
+
+
+def test_magnitude_is_the_sum_of_the_weights_that_would_go():
+  config = model(SHAPE, SHAPE)
+  importance = one_step(config, 'magnitude', 0, norm=False)[0]
+  params, lora, _ = random_model(config, LORA, 0)
+  for layer in range(2):
+    block, adapters = (
+      layer_of(x, layer) for x in (params['stacks'][0], lora[0])
+    )
+    scores = {}
+    for part in ('self_attn', 'mlp'):
+      for name, adapter in adapters[part].items():
+        update = matrix(adapter['a'], -1) @ matrix(adapter['b'], 1)
+        weight = matrix(block[part][name]['weight'], PARTS[name])
+        scores[name] = np.abs(weight + 1.5 * update)
+    for group, found in importance.items():
+      expected = reference.group_scores(
+        scores,
+        np.ones(found[layer].size),
+        reference.members(group, **SIZES),
+        norm=False,
+      )
+      np.testing.assert_allclose(found[layer], expected, rtol=2e-5)
+
+
+def test_random_scores_depend_on_nothing_but_the_layer():
+  here = one_step(model(SHAPE, SHAPE, SHAPE), 'random', 0)[0]
+  there = one_step(model(WIDE, SHAPE, SHAPE), 'random', 7)[1]
+  for group in ('kv_heads', 'mlp'):
+    np.testing.assert_array_equal(here[group][1:], there[group])
+
+
+def test_random_scores_differ_by_layer_and_have_no_ties():
+  layers = 4
+  big = LayerShape(num_kv_heads=8, queries_per_kv=1, mlp_dim=64)
+  for group, scores in one_step(model(*[big] * layers), 'random', 0)[0].items():
+    assert [len(set(row)) for row in np.asarray(scores)] == (
+      [8 if group == 'kv_heads' else 64] * layers
+    )
+    orders = {tuple(np.argsort(row)) for row in np.asarray(scores)}
+    assert len(orders) == layers
+
+
+@pytest.mark.parametrize(
+  'bad', ['a nan in one gradient', 'a norm that is not finite', 'overflow']
+)
+def test_what_is_not_finite_keeps_the_old_average(bad):
+  config = model(SHAPE, SHAPE)
+  step = make_step(config, Criterion(score='square'))
+  masks = stack_masks(config, ('kv_heads', 'mlp'))
+  old = randomise(masks, 3)
+  params, lora, grads = random_model(config, LORA, 0)
+  norm = 1.0
+  if bad == 'a nan in one gradient':
+    grads[0]['mlp']['up_proj']['b'][1, 0, 2] = np.nan
+  elif bad == 'overflow':
+    grads[0]['self_attn']['o_proj']['a'][0, 1] = 1e30
+  else:
+    norm = np.inf
+  kept, ok = step(old, params, lora, grads, masks, norm)
+  assert not ok
+  jax.tree.map(np.testing.assert_array_equal, kept, old)
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    ({'name': 'taylor'}, "prune.criterion is 'taylor'.*lora, magnitude"),
+    ({'score': 'cube'}, "prune.score is 'cube'.*abs, square"),
+    ({'decay': 1.0}, 'prune.decay is 1.0'),
+    ({'decay': -0.1}, 'prune.decay is -0.1'),
+  ],
+)
+def test_what_is_not_a_criterion_is_refused(options, message):
+  with pytest.raises(UserError, match=message):
+    Criterion(**options)

@@ -1,0 +1,340 @@
+"""The cut: masked == shrunk == padded and merged == unmerged, on logits."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lorapr_jax.lora import merge_lora
+from lorapr_jax.models.config import Axes, LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.llama import block_axes, hidden_states, logits
+from lorapr_jax.optimizer import make_optimizer
+from lorapr_jax.pruning.groups import (
+  CHANNELS,
+  KV_HEADS,
+  QUERIES,
+  Targets,
+  plan_pruning,
+)
+from lorapr_jax.pruning.importance import (
+  Criterion,
+  Signals,
+  element_scores,
+  update_importance,
+)
+from lorapr_jax.pruning.masks import apply_masks, group_axes, initial_masks
+from lorapr_jax.pruning.shrink import (
+  kept_groups,
+  pad,
+  shrink,
+  shrunk_config,
+  take_kept,
+)
+from lorapr_jax.steps import by_stack, select_stack_masks
+
+LORA = LoraConfig(rank=2, alpha=3.0)
+AXES = block_axes(LORA)
+TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5))
+
+
+def model(layers, *shape):
+  return LlamaConfig(
+    vocab_size=11,
+    embed_dim=8,
+    head_dim=4,
+    layers=(LayerShape(*shape),) * layers,
+  )
+
+
+MHA, GQA = model(3, 4, 1, 6), model(3, 2, 3, 6)
+DEEP = model(10, 2, 3, 6)  # Layers 0 and 9 are protected.
+
+CASES = {
+  'mha_heads_and_channels': (MHA, dict(protect='none')),
+  'gqa_heads_and_channels': (GQA, dict(protect='none')),
+  'queries_and_channels': (GQA, dict(protect='none', heads='queries')),
+  'heads_alone': (GQA, dict(protect='none', channels=False)),
+  'queries_alone': (GQA, dict(heads='queries', channels=False)),
+  'channels_alone': (MHA, dict(protect='none', heads='none')),
+  'protected_layers': (DEEP, dict(heads_target=0.5)),
+  'nothing': (GQA, dict(target=0.0)),
+}
+
+
+def randomise(tree, seed, scale=0.3):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+    lambda x: jnp.asarray(scale * rng.normal(size=x.shape), jnp.float32), tree
+  )
+
+
+def random_masks(config, keep, seed=0):
+  """Masks that keep what random importance says, {group: count by layer}."""
+  stacks = tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
+  masks = initial_masks(tuple(keep), stacks)
+  importance = randomise(masks, seed)
+  return select_stack_masks(importance, masks, by_stack(keep, config))
+
+
+@pytest.fixture
+def make_model(random_params, random_lora):
+  """Parameters and adapters of a config, all of them random, B too."""
+  return lambda config: (random_params(config), random_lora(config, LORA))
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def run(params, config, lora=None, masks=None):
+  hidden = hidden_states(
+    params, TOKENS, config, lora=lora, lora_config=LORA, masks=masks
+  )
+  return logits(params, hidden)
+
+
+def cut(params, lora, kept, config, change=shrink):
+  stacks = change(params['stacks'], AXES['params'], kept, config)
+  return {**params, 'stacks': stacks}, change(lora, AXES['lora'], kept, config)
+
+
+def merged(params, lora):
+  stacks = zip(params['stacks'], lora, strict=True)
+  return {
+    **params,
+    'stacks': tuple(merge_lora(*stack, LORA.scale) for stack in stacks),
+  }
+
+
+def assert_close(found, expected):
+  assert np.abs(expected).max() > 0.1
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('case', CASES)
+def test_masked_is_shrunk_is_padded_is_merged(case, make_model):
+  config, options = CASES[case]
+  plan = plan_pruning(config, Targets(**options))
+  params, lora = make_model(config)
+  expected = run(params, config, lora, None)
+  masks = None
+  kept = tuple({} for _ in config.layers)
+  if plan.keep:
+    masks = random_masks(config, plan.keep)
+    kept = kept_groups(masks)
+    dense = expected
+    expected = run(params, config, lora, masks)
+    assert np.abs(expected - dense).max() > 1e-2
+
+  small = shrunk_config(config, kept)
+  assert small == plan.pruned_config
+  small_params, small_lora = cut(params, lora, kept, config)
+  assert_close(run(small_params, small, small_lora), expected)
+  assert_close(run(merged(small_params, small_lora), small), expected)
+  assert_close(run(merged(params, lora), config, None, masks), expected)
+
+  padded_params, padded_lora = cut(small_params, small_lora, kept, config, pad)
+  assert_close(run(padded_params, config, padded_lora), expected)
+
+
+def test_layers_may_keep_different_numbers(make_model):
+  config = model(4, 2, 3, 6)
+  keep = {QUERIES: (3, 2, 2, 1), CHANNELS: (6, 4, 4, 4)}
+  masks = random_masks(config, keep)
+  params, lora = make_model(config)
+  expected = run(params, config, lora, masks)
+  kept = kept_groups(masks)
+  small = shrunk_config(config, kept)
+  assert small.layers == (
+    LayerShape(2, 3, 6),
+    LayerShape(2, 2, 4),
+    LayerShape(2, 2, 4),
+    LayerShape(2, 1, 4),
+  )
+  assert [stack.size for stack in small.stacks] == [1, 2, 1]
+  small_params, small_lora = cut(params, lora, kept, config)
+  assert_close(run(small_params, small, small_lora), expected)
+
+  # And once more, from what is left: its stacks are not those of the start.
+  again = {QUERIES: (1, 1, 1, 1), CHANNELS: (2, 2, 2, 3)}
+  masks = random_masks(small, again, seed=1)
+  expected = run(small_params, small, small_lora, masks)
+  kept = kept_groups(masks)
+  smaller = shrunk_config(small, kept)
+  assert [stack.size for stack in smaller.stacks] == [3, 1]
+  trees = cut(small_params, small_lora, kept, small)
+  assert_close(run(trees[0], smaller, trees[1]), expected)
+
+
+def shapes(tree):
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='.'): x.shape
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def test_arrays_are_smaller(make_model):
+  plan = plan_pruning(DEEP, Targets(target=0.5))
+  kept = kept_groups(random_masks(DEEP, plan.keep))
+  params, lora = cut(*make_model(DEEP), kept, DEEP)
+  first, middle, last = params['stacks']
+  dense = {
+    'input_layernorm.weight': (1, 8),
+    'mlp.down_proj.weight': (1, 6, 8),
+    'mlp.gate_proj.weight': (1, 8, 6),
+    'mlp.up_proj.weight': (1, 8, 6),
+    'post_attention_layernorm.weight': (1, 8),
+    'self_attn.k_proj.weight': (1, 8, 2, 4),
+    'self_attn.o_proj.weight': (1, 2, 3, 4, 8),
+    'self_attn.q_proj.weight': (1, 8, 2, 3, 4),
+    'self_attn.v_proj.weight': (1, 8, 2, 4),
+  }
+  assert shapes(first) == shapes(last) == dense
+  assert shapes(middle) == {
+    'input_layernorm.weight': (8, 8),
+    'mlp.down_proj.weight': (8, 3, 8),
+    'mlp.gate_proj.weight': (8, 8, 3),
+    'mlp.up_proj.weight': (8, 8, 3),
+    'post_attention_layernorm.weight': (8, 8),
+    'self_attn.k_proj.weight': (8, 8, 1, 4),
+    'self_attn.o_proj.weight': (8, 1, 3, 4, 8),
+    'self_attn.q_proj.weight': (8, 8, 1, 3, 4),
+    'self_attn.v_proj.weight': (8, 8, 1, 4),
+  }
+  assert shapes(lora[1]['self_attn']) == {
+    'k_proj.a': (8, 8, 2),
+    'k_proj.b': (8, 2, 1, 4),
+    'o_proj.a': (8, 1, 3, 4, 2),
+    'o_proj.b': (8, 2, 8),
+    'q_proj.a': (8, 8, 2),
+    'q_proj.b': (8, 2, 1, 3, 4),
+    'v_proj.a': (8, 8, 2),
+    'v_proj.b': (8, 2, 1, 4),
+  }
+
+
+def test_fewer_queries_leave_keys_and_values_alone(make_model):
+  plan = plan_pruning(GQA, Targets(heads='queries', protect='none'))
+  kept = kept_groups(random_masks(GQA, plan.keep))
+  params, _ = cut(*make_model(GQA), kept, GQA)
+  found = shapes(params['stacks'][0]['self_attn'])
+  assert found == {
+    'k_proj.weight': (3, 8, 2, 4),
+    'o_proj.weight': (3, 2, 2, 4, 8),
+    'q_proj.weight': (3, 8, 2, 2, 4),
+    'v_proj.weight': (3, 8, 2, 4),
+  }
+
+
+@pytest.mark.parametrize(
+  'config, options',
+  [(GQA, dict(heads='queries', protect='none')), (DEEP, dict(target=0.5))],
+  ids=['queries', 'protected'],
+)
+def test_every_tree_of_the_state_is_cut_and_padded_alike(
+  config, options, make_model
+):
+  keep = plan_pruning(config, Targets(**options)).keep
+  masks = random_masks(config, keep)
+  kept = kept_groups(masks)
+  _, lora = make_model(config)
+  moments = make_optimizer(1e-3).init(lora)[0]
+  group_tree = {group: Axes(group_axes(group)) for group in keep}
+  trees = {
+    'lora': (lora, AXES['lora']),
+    'mu': (randomise(moments.mu, 3), AXES['lora']),
+    'nu': (randomise(moments.nu, 4), AXES['lora']),
+    'masks': (masks, group_tree),
+    'importance': (randomise(masks, 5), group_tree),
+  }
+  for name, (stacks, axes) in trees.items():
+    small = shrink(stacks, axes, kept, config)
+    masked = tuple(
+      jax.vmap(lambda x, m, axes=axes: apply_masks(x, m, axes))(stack, mask)
+      for stack, mask in zip(stacks, masks, strict=True)
+    )
+    again = pad(small, axes, kept, config)
+    jax.tree.map(np.testing.assert_array_equal, again, masked)
+    jax.tree.map(
+      np.testing.assert_array_equal, shrink(again, axes, kept, config), small
+    )
+    assert sum(x.size for x in jax.tree.leaves(small)) < sum(
+      x.size for x in jax.tree.leaves(stacks)
+    ), name
+    if name == 'masks':
+      assert all(np.all(x == 1) for x in jax.tree.leaves(small))
+
+
+def test_take_kept_takes_the_named_members():
+  tree = {'q_proj': jnp.arange(12).reshape(1, 2, 3, 2)}
+  axes = {'q_proj': Axes.of('DKGH')}
+  by_kv_head = take_kept(tree, axes, {KV_HEADS: jnp.asarray([1])})
+  assert by_kv_head['q_proj'].tolist() == [[[[6, 7], [8, 9], [10, 11]]]]
+  queries = {QUERIES: jnp.asarray([[0, 2], [1, 2]])}
+  assert take_kept(tree, axes, queries)['q_proj'].tolist() == [
+    [[[0, 1], [4, 5]], [[8, 9], [10, 11]]]
+  ]
+
+
+def test_kept_groups_are_the_indices_by_layer():
+  masks = (
+    {CHANNELS: np.array([[1.0, 0, 1, 1]]), KV_HEADS: np.array([[1.0, 1]])},
+    {CHANNELS: np.array([[0.0, 0, 0, 1]]), KV_HEADS: np.array([[0.0, 1]])},
+  )
+  found = [{g: i.tolist() for g, i in x.items()} for x in kept_groups(masks)]
+  assert found == [
+    {CHANNELS: [0, 2, 3], KV_HEADS: [0, 1]},
+    {CHANNELS: [3], KV_HEADS: [1]},
+  ]
+  queries = np.array([[[1.0, 0, 1], [0, 1, 1]]])
+  [layer] = kept_groups(({QUERIES: queries},))
+  assert layer[QUERIES].tolist() == [[0, 2], [1, 2]]
+
+
+def test_kv_heads_with_different_numbers_of_queries_are_no_model():
+  queries = np.array([[[1.0, 0, 1], [0, 1, 0]]])
+  with pytest.raises(ValueError, match='different numbers'):
+    kept_groups(({QUERIES: queries},))
+
+
+@pytest.mark.parametrize('heads', ['kv_groups', 'queries'])
+@pytest.mark.parametrize('norm', [True, False])
+def test_importance_goes_on_after_a_cut_as_if_only_masked(
+  heads, norm, make_model
+):
+  plan = plan_pruning(GQA, Targets(heads=heads, protect='none'))
+  masks = random_masks(GQA, plan.keep)
+  kept = kept_groups(masks)
+  params, lora = make_model(GQA)
+  grads = randomise(lora, 6)
+  group_tree = {group: Axes(group_axes(group)) for group in plan.keep}
+  importance = randomise(masks, 7)
+
+  def update(stacks, lora, grads, importance, masks):
+    def layer(inputs):
+      params, lora, grads, old, mask = inputs
+      scores = element_scores(
+        Signals(params, lora, grads, 0),
+        scale=LORA.scale,
+        criterion=Criterion(),
+      )
+      return update_importance(
+        old, scores, mask, AXES['params'], norm=norm, decay=0.9
+      )
+
+    trees = (stacks[0], lora[0], grads[0], importance[0], masks[0])
+    return (jax.lax.map(layer, trees),)
+
+  whole = update(params['stacks'], lora, grads, importance, masks)
+  small_params, small_lora = cut(params, lora, kept, GQA)
+  small = update(
+    small_params['stacks'],
+    small_lora,
+    shrink(grads, AXES['lora'], kept, GQA),
+    shrink(importance, group_tree, kept, GQA),
+    shrink(masks, group_tree, kept, GQA),
+  )
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5),
+    small,
+    shrink(whole, group_tree, kept, GQA),
+  )

@@ -1,0 +1,171 @@
+"""Imports point one way. Read from the syntax tree; nothing is run."""
+
+import ast
+from pathlib import Path
+import subprocess
+import sys
+
+import pytest
+
+import lorapr_jax
+
+PACKAGE = Path(lorapr_jax.__path__[0])
+
+# Lowest first. A module imports from levels below its own, and from no other.
+# An entry stands for the module, or for all modules of that folder that have
+# no entry of their own.
+LEVELS = (
+  ('errors',),
+  (
+    'cli.arguments',
+    'data.demo',
+    'loss',
+    'lora',
+    'models.attention',
+    'models.config',
+    'optimizer',
+    'pruning.masks',
+    'pruning.schedule',
+    'sharding',
+  ),
+  (
+    'data.sources',
+    'hf.mapping',
+    'models.layers',
+    'pruning.groups',
+    'pruning.importance',
+  ),
+  ('data.pipeline', 'hf.export', 'hf.gguf', 'models.llama', 'pruning.shrink'),
+  ('hf.load', 'steps'),
+  ('checkpoint', 'eval', 'hf.convert', 'settings'),
+  ('report',),
+  ('train',),
+  ('cli',),
+  ('__main__',),
+)
+# Copied beside an export; not part of the package.
+REMOTE_CODE = 'hf.remote_code'
+
+
+def module_name(path):
+  return '.'.join(path.relative_to(PACKAGE).with_suffix('').parts)
+
+
+def imported(path):
+  """The full names that a file imports: modules, or names in modules."""
+  for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      module = '.' * node.level + (node.module or '')
+      yield from (f'{module}.{alias.name}' for alias in node.names)
+
+
+def in_package(names, modules):
+  """Those of our own modules, without what is imported out of them."""
+  for name in names:
+    if name == 'lorapr_jax' or not name.startswith('lorapr_jax.'):
+      continue
+    name = name.removeprefix('lorapr_jax.')
+    yield name if name in modules else name.rpartition('.')[0]
+
+
+MODULES = {
+  module_name(path): path
+  for path in sorted(PACKAGE.rglob('*.py'))
+  if not module_name(path).startswith(REMOTE_CODE)
+}
+IMPORTS = {
+  name: set(in_package(imported(path), MODULES))
+  for name, path in MODULES.items()
+}
+
+
+def level(module):
+  """The index in LEVELS of a module, by its longest prefix there."""
+  found = {
+    len(entry): i
+    for i, entries in enumerate(LEVELS)
+    for entry in entries
+    if module == entry or module.startswith(f'{entry}.')
+  }
+  assert found, f'{module} has no level: add it to LEVELS'
+  return found[max(found)]
+
+
+def test_no_import_is_relative():
+  for name, path in MODULES.items():
+    assert not [i for i in imported(path) if i.startswith('.')], name
+
+
+def test_the_syntax_trees_are_read():
+  assert len(MODULES) > 30
+  assert IMPORTS['steps'] >= {'models.llama', 'pruning.importance', 'loss'}
+  assert {'checkpoint', 'steps'} <= IMPORTS['train']
+
+
+@pytest.mark.parametrize('module', MODULES)
+def test_a_module_imports_only_from_below(module):
+  for other in IMPORTS[module]:
+    assert other in MODULES, f'{module} imports {other}, which is no module'
+    assert level(other) < level(module), f'{module} imports {other}'
+
+
+def test_levels_name_what_exists():
+  for entries in LEVELS:
+    for entry in entries:
+      assert any(
+        name == entry or name.startswith(f'{entry}.') for name in MODULES
+      ), entry
+
+
+def reached(module):
+  """All of our modules that importing a module imports."""
+  found, todo = set(), [module]
+  while todo:
+    for other in IMPORTS[todo.pop()] - found:
+      found.add(other)
+      todo.append(other)
+  return found
+
+
+def test_there_are_no_circles():
+  for module in MODULES:
+    assert module not in reached(module)
+
+
+def third_party(module):
+  """The names of the packages that a file itself imports."""
+  return {name.partition('.')[0] for name in imported(MODULES[module])}
+
+
+@pytest.mark.parametrize(
+  'module', [name for name in MODULES if name.startswith('pruning.')]
+)
+def test_pruning_knows_neither_flax_nor_the_model(module):
+  assert 'flax' not in third_party(module)
+  models = {m for m in IMPORTS[module] if m.startswith('models')}
+  assert models <= {'models.config'}
+
+
+def test_only_the_models_and_the_step_import_flax():
+  users = {name for name in MODULES if 'flax' in third_party(name)}
+  assert users == {'models.layers', 'models.llama', 'steps'}
+
+
+def test_sizes_and_axes_need_no_jax():
+  assert 'jax' not in third_party('models.config')
+  assert reached('models.config') == {'errors'}
+
+
+def test_only_the_files_beside_an_export_import_torch():
+  assert not [name for name in MODULES if 'torch' in third_party(name)]
+  copied = [p for p in PACKAGE.rglob('*.py') if p not in MODULES.values()]
+  assert any('torch' in set(imported(path)) for path in copied)
+
+
+@pytest.mark.parametrize('module', ['lorapr_jax.train', 'lorapr_jax.cli.main'])
+def test_torch_is_not_loaded(module):
+  code = f'import sys, {module}; sys.exit("torch" in sys.modules)'
+  root = PACKAGE.parent
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=root)

@@ -1,0 +1,206 @@
+"""The whole way on configs/tiny.py: one run, and one that is killed."""
+
+import json
+from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from lorapr_jax.cli.main import main
+from lorapr_jax.hf.load import load_config
+from lorapr_jax.models.config import LayerShape
+
+ROOT = Path(__file__).parent.parent
+# One device, whatever the other tests simulate: as a user's process would.
+COMMAND = [sys.executable, 'train.py', '--config=configs/tiny.py']
+SETTINGS = ['--config.train.log_every=1', '--config.train.checkpoint_every=30']
+TIMING = ('seconds', 'tokens_per_second')
+
+
+def start(workdir, *more):
+  return subprocess.Popen(
+    [*COMMAND, *SETTINGS, f'--workdir={workdir}', *more],
+    cwd=ROOT,
+    env={'PATH': '/usr/bin:/bin', 'LORAPR_CACHE': str(workdir) + '-cache'},
+    stderr=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run') / 'undisturbed'
+  process = start(workdir)
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  return workdir, out, err
+
+
+def metrics(workdir):
+  lines = (workdir / 'metrics.jsonl').read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def final_state(workdir):
+  manager = ocp.CheckpointManager(workdir / 'checkpoints')
+  return manager.restore(60, args=ocp.args.StandardRestore())
+
+
+def flatten(tree, path=''):
+  if isinstance(tree, dict):
+    for key, value in tree.items():
+      yield from flatten(value, f'{path}/{key}')
+  elif isinstance(tree, list | tuple):
+    for key, value in enumerate(tree):
+      yield from flatten(value, f'{path}/{key}')
+  elif tree is not None:
+    yield path, np.asarray(tree)
+
+
+def test_a_run_prunes_exactly_what_was_asked_and_exports_it(undisturbed):
+  workdir, out, err = undisturbed
+  summary = json.loads((workdir / 'summary.json').read_text())
+  assert summary['sparsity']['heads'] == {'target': 0.5, 'achieved': 0.5}
+  assert summary['sparsity']['channels'] == {'target': 0.5, 'achieved': 0.5}
+  assert summary['params_pruned'] < summary['params_dense']
+  # Training on the made-up language helps more than the cut harms.
+  perplexity = summary['perplexity']
+  assert perplexity['pruned']['value'] < 0.9 * perplexity['dense']['value']
+  assert perplexity['dense'] | {'value': 0} == {
+    'value': 0,
+    'data': 'synthetic:1?windows=32',
+    'split': '1?windows=32',
+    'seq_len': 32,
+    'windows': 32,
+  }
+  assert summary['export']['max_logit_difference'] == 0.0
+  assert summary['peak_memory_bytes'] > 1e8
+  assert summary['versions']['jax']
+  assert summary['tokens_per_second'] > 0
+  assert set(summary['seconds']) >= {'load', 'prune', 'cut', 'export'}
+  config = load_config(workdir / 'export')
+  small, full = LayerShape(2, 2, 64), LayerShape(4, 2, 128)
+  assert config.layers == (small, small, small, full)
+  assert 'parameters' in out and 'heads removed: 50.00%' in out
+  assert 'kv_heads: 2 of 4 kept in each layer' in err
+
+
+def test_the_log_has_every_field_and_follows_the_ramp(undisturbed):
+  records = metrics(undisturbed[0])
+  assert [record['step'] for record in records] == list(range(60))
+  assert set(records[0]) == {
+    *('step', 'loss', 'lr', 'grad_norm', 'heads_sparsity', 'tokens'),
+    *('channels_sparsity', 'params_kept', 'seconds', 'tokens_per_second'),
+    'skipped',
+  }
+  channels = [record['channels_sparsity'] for record in records]
+  assert channels == sorted(channels)
+  # Warm-up, and the end of the ramp at 54 of 60 steps.
+  assert channels[5] == 0.0 and channels[44] < 0.5 and channels[54] == 0.5
+  assert records[-1]['tokens'] == 60 * 16 * 32
+  assert records[0]['lr'] == pytest.approx(1e-2)
+
+
+def test_pruning_json_speaks_of_the_base_model(undisturbed):
+  workdir = undisturbed[0]
+  pruning = json.loads((workdir / 'export' / 'pruning.json').read_text())
+  masks = final_state(workdir)['masks'][0]
+  for layer, kept in enumerate(pruning['kept']):
+    for group in ('kv_heads', 'mlp'):
+      assert kept[group] == np.flatnonzero(masks[group][layer]).tolist()
+  assert pruning['sparsity']['channels']['achieved'] == 0.5
+  assert pruning['settings']['criterion'] == 'lora'
+
+
+def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
+  undisturbed, tmp_path
+):
+  workdir = tmp_path / 'killed'
+  process = start(workdir)
+  log = workdir / 'metrics.jsonl'
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline:
+    saved = (workdir / 'checkpoints' / '30').exists()
+    if saved and log.exists() and len(log.read_text().splitlines()) > 35:
+      break
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.01)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert not (workdir / 'checkpoints' / '60').exists()
+  with open(log, 'a') as file:
+    file.write('{"step": 36, "lo')  # A line cut short by the kill.
+
+  resumed = start(workdir)
+  _, err = resumed.communicate()
+  assert resumed.returncode == 0, err
+  assert 'resuming at step 30 of 60' in err
+
+  def without_times(records):
+    return [
+      {k: v for k, v in record.items() if k not in TIMING} for record in records
+    ]
+
+  expected = undisturbed[0]
+  assert without_times(metrics(workdir)) == without_times(metrics(expected))
+  ours, theirs = (dict(flatten(final_state(w))) for w in (workdir, expected))
+  assert ours.keys() == theirs.keys()
+  assert any('/lora/' in key for key in ours)
+  for key, value in ours.items():
+    np.testing.assert_array_equal(value, theirs[key], err_msg=key)
+
+
+def test_a_finished_run_is_not_written_over(undisturbed, capsys):
+  arguments = [*COMMAND[2:], *SETTINGS, f'--workdir={undisturbed[0]}']
+  assert main(['train', *arguments]) == 1
+  assert 'holds a finished run' in capsys.readouterr().err
+
+
+def test_a_workdir_of_another_config_is_refused(undisturbed, tmp_path, capsys):
+  workdir = tmp_path / 'other'
+  workdir.mkdir()
+  run = (undisturbed[0] / 'run.json').read_text()
+  (workdir / 'run.json').write_text(run)
+  arguments = [*COMMAND[2:], *SETTINGS, f'--workdir={workdir}']
+  assert main(['train', *arguments, '--config.prune.target=0.25']) == 1
+  err = capsys.readouterr().err
+  assert 'config.prune.target (0.5, now 0.25)' in err
+  assert err.count('\n') == 1
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
+  (tmp_path / 'notes.txt').write_text('mine')
+  arguments = [*COMMAND[2:], f'--workdir={tmp_path}']
+  assert main(['train', *arguments]) == 1
+  assert 'no run of ours' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+  'override',
+  [
+    '--config.prune.heads=queries',
+    '--config.prune.order=none',
+    '--config.prune.protect=none',
+    '--config.prune.criterion=magnitude',
+  ],
+)
+def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
+  arguments = [
+    *('--config=configs/tiny.py', f'--workdir={tmp_path / "run"}'),
+    *('--config.train.steps=12', '--config.prune.every=3', override),
+    '--config.mesh.data=-1',
+    '--config.mesh.fsdp=1',
+  ]
+  assert main(['train', *arguments]) == 0, capsys.readouterr().err
+  config = load_config(tmp_path / 'run' / 'export')
+  layer = {
+    '--config.prune.heads=queries': LayerShape(4, 1, 64),
+    '--config.prune.order=none': LayerShape(4, 2, 128),
+  }.get(override, LayerShape(2, 2, 64))
+  assert config.layers[0] == layer
