@@ -4,9 +4,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 CACHE := $(or $(LORAPR_CACHE),$(HOME)/.cache/lorapr_jax)
 MODEL := $(CACHE)/smollm2-135m-instruct
-# A finished run is never written over: each demo gets the next number.
-NEXT = $(shell n=1; while [ -e runs/demo-$$n/summary.json ]; do n=$$((n+1)); \
-	done; echo runs/demo-$$n)
+# No run is ever written over: each demo gets the next number.
+NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
+	echo runs/demo-$$n)
 
 .PHONY: demo test test-slow lint clean
 
@@ -29,7 +29,8 @@ $(MODEL)/config.json: | .venv/run
 .venv/run: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 	  "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; exit 1; }
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 

@@ -16,7 +16,7 @@ from lorapr_jax.hf.export import (
   copy_companions,
   hf_config,
   new_folder,
-  write_json,
+  write_config,
   write_safetensors,
 )
 from lorapr_jax.hf.load import Shards, check_tensors, load_config
@@ -45,8 +45,7 @@ def main() -> None:
   copy = dataclasses.replace(config, layers=layers)
   with new_folder(args.destination) as folder:
     copy_companions(args.source, folder)
-    hf = hf_config(copy, shards.dtype.name, 'auto', 'auto')
-    write_json(folder / 'config.json', hf)
+    write_config(folder, hf_config(copy, shards.dtype.name, 'auto', 'auto'))
     write_safetensors(folder, tensors())
 
 

@@ -1,13 +1,14 @@
 """Repeats the reference implementation's runs on a real model.
 
-The setting of docs/method.md, "Runs of the reference": SmolLM2-135M-Instruct
-with its KV heads repeated (benchmarks/make_mha.py), 100 steps of 8 x 128 tokens
-of news in file order, half of the heads and channels.
+The setting of the README's comparison: SmolLM2-135M-Instruct with its KV heads
+repeated (benchmarks/make_mha.py), 100 steps of 8 x 128 tokens of news in file
+order, half of the heads and channels.
 
-  PYTHONPATH=. python benchmarks/reference_runs.py --model FOLDER --out DIR [--ptb FILE]
+  PYTHONPATH=. python benchmarks/reference_runs.py \\
+    --model FOLDER --out DIR [--ptb FILE]
 
-Runs what DIR does not hold yet, about ten minutes each on two cores, and
-prints held-out news and PTB perplexities (128 tokens, first 80 windows).
+Runs what DIR does not hold yet and prints held-out news and PTB perplexities
+(128 tokens, first 80 windows).
 """
 
 import argparse

@@ -116,4 +116,5 @@ def get_config() -> config_dict.ConfigDict:
   config.export.model_type = 'auto'
   # float32, bfloat16, or auto: as the base was loaded.
   config.export.dtype = 'auto'
-  return config
+  # A config that sets a key which is not here is mistaken.
+  return config.lock()

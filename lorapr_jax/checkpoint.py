@@ -1,6 +1,7 @@
 """Checkpoints of the train state, by orbax; and the log that goes with them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,14 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     UserError: if the folder holds a finished run, another run, or files of
       something else.
   """
+  parent = workdir.absolute()
+  while not parent.exists():
+    parent = parent.parent
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise UserError(
+      f'{workdir} cannot be written: {parent} is no folder of '
+      'yours; choose another --workdir'
+    )
   if (workdir / SUMMARY_FILE).exists():
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
@@ -81,7 +90,9 @@ def trim_metrics(workdir: Path, step: int) -> None:
     if record['step'] >= step:
       break
     kept.append(line + '\n')
-  path.write_text(''.join(kept), encoding='utf-8')
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(''.join(kept), encoding='utf-8')
+  os.replace(partial, path)
 
 
 class Checkpoints:
@@ -104,12 +115,14 @@ class Checkpoints:
 
   def save(self, state: TrainState, step: int) -> None:
     """Saves in the background; `state` may be donated once this returns."""
-    if step not in self._manager.all_steps():
-      # A copy: on CPU the writer would read the very buffers that the next
-      # step is given to write into.
-      state = jax.tree.map(jnp.copy, state)
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+    # A copy: on CPU the writer would read the very buffers that the next step
+    # is given to write into.
+    state = jax.tree.map(jnp.copy, state)
+    self._manager.save(step, args=ocp.args.StandardSave(state))
 
-  def close(self) -> None:
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, *_: Any) -> None:
     """Waits until everything is written."""
     self._manager.close()

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 
 
 def lora_product(a: Array, b: Array) -> Array:
-  """A B, in the shape of the weight."""
-  return jnp.tensordot(a, b, axes=1)
+  """A B, in the shape of the weight; in full float32 on every backend."""
+  return jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
 
 
 def lora_guided_gradient(

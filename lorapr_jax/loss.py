@@ -33,19 +33,20 @@ def chunked_cross_entropy(
   N = hidden.shape[0]
   chunk_size = min(chunk_size, N)
   padding = -N % chunk_size
-  chunks = [
-    jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1)).reshape(
-      -1, chunk_size, *x.shape[1:]
-    )
-    for x in (hidden, targets, token_weights)
-  ]
+
+  def chunked(x: Array) -> Array:
+    # Strided: a chunk has tokens from everywhere, hence from every device.
+    x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    return x.reshape(chunk_size, -1, *x.shape[1:]).swapaxes(0, 1)
+
+  chunks = [chunked(x) for x in (hidden, targets, token_weights)]
   weight = jax.lax.stop_gradient(weight.astype(hidden.dtype))
 
   def body(_, chunk):
     return None, _chunk_loss(chunk[0], weight, *chunk[1:])
 
   losses = jax.lax.scan(body, None, tuple(chunks))[1]
-  return losses.reshape(-1)[:N]
+  return losses.T.reshape(-1)[:N]
 
 
 @functools.partial(jax.custom_vjp)

@@ -4,6 +4,7 @@ Nothing here reads weights or text: a mistake stops a run before any work.
 """
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,10 @@ class TrainSettings:
       value = getattr(self, field.name)
       if field.name not in ('seed', 'lr_schedule') and value <= 0:
         raise UserError(f'train.{field.name} is {value}: it must be positive')
+    if not math.isfinite(self.learning_rate):
+      raise UserError(f'train.learning_rate is {self.learning_rate}')
+    if not 0 <= self.seed < 2**32:
+      raise UserError(f'train.seed is {self.seed}: it must be in [0, 2^32)')
     if self.seq_len < 2:
       raise UserError('train.seq_len is 1: there is nothing to predict')
     if self.batch_size % self.micro_batch_size:

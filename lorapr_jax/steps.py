@@ -244,9 +244,8 @@ def make_update_importance(
   )
 
 
-@jax.jit
 def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
-  """`select_masks` for every stack; `keep` is {group: (L,)}, by stack."""
+  """`select_masks` for every stack; `keep` is from `by_stack`."""
   return tuple(
     select_masks(i, m, k)
     for i, m, k in zip(importance, masks, keep, strict=True)
@@ -282,7 +281,7 @@ def make_apply_update(
 def by_stack(
   keep: Mapping[str, tuple[int, ...]], config: LlamaConfig
 ) -> tuple[dict[str, np.ndarray], ...]:
-  """Counts by layer, cut into the stacks that `select_stack_masks` takes."""
+  """Counts by layer, cut into the model's stacks."""
   return tuple(
     {
       group: np.asarray(counts[stack.start : stack.start + stack.size])

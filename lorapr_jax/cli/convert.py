@@ -1,8 +1,6 @@
 """convert: a GGUF file or a Hugging Face folder to a Hugging Face folder."""
 
-from pathlib import Path
-
-from lorapr_jax.cli.arguments import Parser
+from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.hf.convert import DEMO, convert
 
 
@@ -10,12 +8,18 @@ def main(argv: list[str]) -> None:
   """Converts, and says what was written."""
   parser = Parser('convert', __doc__)
   parser.add_argument('source', help=f'a .gguf file, a folder or {DEMO}')
-  parser.add_argument('destination', type=Path, help='a new folder')
+  parser.add_argument('destination', help='a new folder')
   parser.add_argument(
     '--dtype',
     choices=('float32', 'bfloat16'),
     help="of the weights; default: float32 for a GGUF, else the source's",
   )
+  parser.add_json()
   args = parser.parse_args(argv)
   config = convert(args.source, args.destination, args.dtype)
-  print(f'{args.destination}: {config.num_parameters:,} parameters')
+  if args.json:
+    print_json(
+      {'folder': args.destination, 'parameters': config.num_parameters}
+    )
+  else:
+    print(f'{args.destination}: {config.num_parameters:,} parameters')

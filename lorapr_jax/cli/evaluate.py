@@ -8,7 +8,7 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
 from lorapr_jax.models.llama import logical_axes, param_shapes
 from lorapr_jax.settings import resolve_dtype
 from lorapr_jax.steps import StepSettings
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> None:
       f'--seq_len is {args.seq_len}, but the model has '
       f'{config.max_positions} positions (max_position_embeddings)'
     )
+  check_tensors(Shards(args.model), config)
   windows = pipeline.evaluation_windows(
     args.data, pipeline.Tokenizer(args.model), args.seq_len, config.vocab_size
   )[: args.max_windows]

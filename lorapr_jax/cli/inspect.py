@@ -12,7 +12,7 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import block_axes
 from lorapr_jax.pruning.groups import (
   CHANNELS,
-  HEAD_GROUPS,
+  CHOICES,
   KV_HEADS,
   QUERIES,
   Targets,
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
       f'--{field.name}',
       type=float if is_float else type(field.default),
       default=None if field.name == 'target' else field.default,
-      choices=tuple(HEAD_GROUPS) if field.name == 'heads' else None,
+      choices=CHOICES.get(field.name),
       help=f'prune.{field.name}',
     )
   parser.add_argument(

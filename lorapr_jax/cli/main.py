@@ -1,6 +1,5 @@
 """The commands; a user's mistake is one line and exit status 1."""
 
-import argparse
 import importlib
 import sys
 
@@ -16,17 +15,19 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns its exit status."""
-  parser = argparse.ArgumentParser(prog='python -m lorapr_jax')
-  commands = parser.add_subparsers(dest='command', required=True)
-  for name, text in COMMANDS.items():
-    commands.add_parser(name, help=text, add_help=False)
   argv = sys.argv[1:] if argv is None else argv
-  command = parser.parse_args(argv[:1]).command
-  # Imported here: a command loads only what it needs.
-  module = importlib.import_module(f'lorapr_jax.cli.{command}')
+  texts = '\n'.join(f'  {name:10}{text}' for name, text in COMMANDS.items())
+  if argv[:1] in ([], ['-h'], ['--help']):
+    print(f'usage: python -m lorapr_jax COMMAND ...\n{texts}')
+    return 0 if argv else 1
   try:
-    module.main(argv[1:])
-  except UserError as error:
+    if argv[0] not in COMMANDS:
+      raise UserError(
+        f'{argv[0]!r} is no command: choose from {", ".join(COMMANDS)}'
+      )
+    # Imported here: a command loads only what it needs.
+    importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
+  except (UserError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   return 0

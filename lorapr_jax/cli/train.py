@@ -7,6 +7,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from lorapr_jax import train
+from lorapr_jax.cli.arguments import print_json
 from lorapr_jax.errors import UserError
 from lorapr_jax.report.summary import print_summary
 
@@ -15,12 +16,18 @@ def main(argv: list[str]) -> None:
   """Parses `argv`, trains, and prints the summary."""
   if '--help' in argv or '-h' in argv:
     print(
-      'train --config=configs/X.py --workdir=DIR [--config.KEY=VALUE ...]\n'
+      'train --config=configs/X.py --workdir=DIR [--config.KEY=VALUE ...] '
+      '[--json]\n'
       'configs/default.py lists every key.'
     )
     return
-  config, workdir = parse_flags(argv)
-  print_summary(train.run(config, workdir))
+  as_json = '--json' in argv
+  config, workdir = parse_flags([arg for arg in argv if arg != '--json'])
+  summary = train.run(config, workdir)
+  if as_json:
+    print_json(summary)
+  else:
+    print_summary(summary)
 
 
 def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
@@ -41,12 +48,17 @@ def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
 
 def _parse(argv: list[str]) -> flags.FlagValues:
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values)
+  # Left alone, it would look for overrides in sys.argv.
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   flags.DEFINE_string('workdir', None, 'a new folder', flag_values=values)
   try:
     rest = values([sys.argv[0], *argv])
-    values.config  # noqa: B018 - reads the file.
-  except (flags.Error, OSError, TypeError, ValueError) as error:
+    # A file that cannot be read raises only now.
+    getattr(values.config, 'to_dict', None)
+  except (
+    *(flags.Error, OSError, TypeError, ValueError),
+    *(AttributeError, KeyError, ImportError, SyntaxError),
+  ) as error:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise UserError(lines[-1] if lines else repr(error)) from None
   if len(rest) > 1:

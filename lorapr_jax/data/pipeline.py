@@ -7,9 +7,9 @@ from pathlib import Path
 import tempfile
 
 import grain
-from lorapr_jax.data.demo import cache_dir
 import numpy as np
 
+from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.sources import parse_spec, read_documents
 from lorapr_jax.errors import UserError
 
@@ -36,8 +36,8 @@ class Tokenizer:
       self._tokenizer = transformers.AutoTokenizer.from_pretrained(
         self.folder, local_files_only=True, trust_remote_code=False
       )
-    except (OSError, ValueError, KeyError) as error:
-      reason = str(error).splitlines()[0]
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+      reason = str(error).strip().partition('\n')[0] or repr(error)
       raise UserError(f'the tokenizer of {folder}: {reason}') from None
     self.eos_token_id = self._tokenizer.eos_token_id
 
@@ -120,7 +120,8 @@ def _windows(
   vocab_size: int,
   encode: Callable[[], np.ndarray],
 ) -> np.ndarray:
-  digest = hashlib.sha256(f'{_FORMAT} {purpose} {seq_len}'.encode())
+  key = f'{_FORMAT} {purpose} {seq_len} {vocab_size}'
+  digest = hashlib.sha256(key.encode())
   digest.update(tokenizer.fingerprint)
   for document in documents:
     digest.update(document.encode() + b'\0')
@@ -132,18 +133,17 @@ def _windows(
       raise UserError(
         f'{spec} has {len(tokens)} tokens: fewer than one window of {seq_len}'
       )
+    if tokens.max() >= vocab_size:
+      raise UserError(
+        f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but '
+        f'the model has a vocabulary of {vocab_size}'
+      )
     windows = tokens[: count * seq_len].reshape(count, seq_len)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
       np.save(file, windows)
     os.replace(file.name, path)
-  windows = np.load(path, mmap_mode='r')
-  if windows.max() >= vocab_size:
-    raise UserError(
-      f'the tokenizer of {tokenizer.folder} gives id {windows.max()}, but the '
-      f'model has a vocabulary of {vocab_size}'
-    )
-  return windows
+  return np.load(path, mmap_mode='r')
 
 
 def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:

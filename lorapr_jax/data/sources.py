@@ -19,7 +19,6 @@ import json
 from pathlib import Path
 
 from lorapr_jax.data.demo import news_split
-
 from lorapr_jax.errors import UserError
 
 _OPTIONS = {
@@ -124,7 +123,7 @@ def read_documents(spec: str) -> list[str]:
 
 def _read_file(file: Path, options: dict[str, str]) -> list[str]:
   try:
-    text = file.read_text(encoding='utf-8')
+    text = file.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as error:
     raise UserError(f'{file} is not UTF-8 text: {error}') from None
   if file.suffix == '.jsonl':
@@ -132,14 +131,14 @@ def _read_file(file: Path, options: dict[str, str]) -> list[str]:
   if file.suffix == '.csv':
     return _read_csv(file, text, options.get('column', 'text'))
   if 'lines' in options:
-    lines = (line.strip() for line in text.splitlines())
+    lines = (line.strip() for line in text.split('\n'))
     return ['\n\n'.join(line for line in lines if line)]
   return [text]
 
 
 def _read_jsonl(file: Path, text: str, field: str) -> list[str]:
   documents = []
-  for number, line in enumerate(text.splitlines(), 1):
+  for number, line in enumerate(text.split('\n'), 1):
     if not line.strip():
       continue
     try:

@@ -83,8 +83,9 @@ def evaluate_perplexity(
     losses = _window_losses(settings)(params, tokens, weights, lora, masks)
     results.append(np.asarray(losses)[: batch_size - missing])
   end = time.perf_counter()
-  timed = max(1, count - batch_size) * seq_len
-  begin = starts[1] if len(starts) > 1 else starts[0]
+  timed, begin = count * seq_len, starts[0]
+  if len(starts) > 1:
+    timed, begin = (count - batch_size) * seq_len, starts[1]
   nll = float(np.concatenate(results).sum(dtype=np.float64))
   tokens = count * (seq_len - 1)
   return Perplexity(

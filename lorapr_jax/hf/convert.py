@@ -10,7 +10,7 @@ from lorapr_jax.hf.export import (
   copy_companions,
   hf_config,
   new_folder,
-  write_json,
+  write_config,
   write_safetensors,
 )
 from lorapr_jax.hf.gguf import open_gguf
@@ -48,7 +48,7 @@ def convert(
       tensors = _folder_tensors(shards, config)
       dtype = dtype or shards.dtype.name
       copy_companions(Path(source), folder)
-    write_json(folder / 'config.json', hf_config(config, dtype, 'auto', 'auto'))
+    write_config(folder, hf_config(config, dtype, 'auto', 'auto'))
     write_safetensors(
       folder, ((name, x.astype(np.dtype(dtype))) for name, x in tensors)
     )

@@ -36,9 +36,9 @@ COPIED = (
   'vocab.json',
   'merges.txt',
   'generation_config.json',
-  'LICENSE',
-  'LICENSE.txt',
-  'USE_POLICY.md',
+  'LICEN[CS]E*',
+  'NOTICE*',
+  'USE_POLICY*',
 )
 _REMOTE_CODE = Path(__file__).parent / 'remote_code'
 
@@ -174,10 +174,20 @@ def write_safetensors(
   )
 
 
+def write_config(folder: Path, hf: dict[str, Any]) -> None:
+  """Writes config.json, and the code that it names if it names any."""
+  write_json(folder / 'config.json', hf)
+  if 'auto_map' in hf:
+    for file in _REMOTE_CODE.glob('*.py'):
+      shutil.copyfile(file, folder / file.name)
+
+
 def write_json(path: Path, value: Any) -> None:
-  """Writes JSON with a final line end."""
+  """Writes JSON with a final line end; whole or not at all."""
   text = json.dumps(value, indent=2, ensure_ascii=False)
-  path.write_text(text + '\n', encoding='utf-8')
+  partial = path.with_name(path.name + '.partial')
+  partial.write_text(text + '\n', encoding='utf-8')
+  os.replace(partial, path)
 
 
 def export_model(
@@ -213,10 +223,7 @@ def export_model(
   dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
   hf = hf_config(config, dtype.name, layout, model_type)
   with new_folder(Path(folder)) as partial:
-    write_json(partial / 'config.json', hf)
-    if hf['model_type'] == 'pruned_llama':
-      for file in _REMOTE_CODE.glob('*.py'):
-        shutil.copyfile(file, partial / file.name)
+    write_config(partial, hf)
     if base is not None:
       copy_companions(Path(base), partial)
     if pruning is not None:
@@ -249,6 +256,6 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 def copy_companions(base: Path, folder: Path) -> None:
   """Copies tokenizer, generation config and licence, byte for byte."""
-  for name in COPIED:
-    if (base / name).is_file():
-      shutil.copyfile(base / name, folder / name)
+  for pattern in COPIED:
+    for path in base.glob(pattern):
+      shutil.copyfile(path, folder / path.name)

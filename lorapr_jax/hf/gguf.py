@@ -6,7 +6,6 @@ and of the tokenizer's files, and tensors, which are mostly quantised.
 
 from collections.abc import Iterator
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.hf.export import write_json
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 
 _LAYER_TENSORS = {
@@ -121,11 +121,11 @@ class GgufModel:
     folder, metadata = Path(folder), self._metadata
     _read_tokenizer(metadata).save(str(folder / 'tokenizer.json'))
     ids = self.config.to_hf().items()
-    _write_json(
+    write_json(
       folder / 'generation_config.json',
       {k: v for k, v in ids if k.endswith('_token_id') and v is not None},
     )
-    _write_json(
+    write_json(
       folder / 'tokenizer_config.json',
       {
         'tokenizer_class': 'PreTrainedTokenizerFast',
@@ -290,8 +290,3 @@ def _special_tokens(metadata: _Metadata) -> dict[str, str]:
     'pad_token': metadata.get('tokenizer.ggml.padding_token_id'),
   }
   return {role: tokens[i] for role, i in ids.items() if i is not None}
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-  text = json.dumps(values, indent=2, ensure_ascii=False)
-  path.write_text(text + '\n', encoding='utf-8')

@@ -127,6 +127,8 @@ class LoraConfig:
   def __post_init__(self):
     if self.rank < 1:
       raise UserError(f'lora.rank is {self.rank}: it must be at least 1')
+    if not self.alpha > 0:
+      raise UserError(f'lora.alpha is {self.alpha}: it must be positive')
     if not 0.0 <= self.dropout < 1.0:
       raise UserError(f'lora.dropout is {self.dropout}: it must be in [0, 1)')
     unknown = sorted(set(self.targets) - set(LORA_TARGETS))
@@ -230,7 +232,10 @@ class LlamaConfig:
       rope_theta=theta,
       rope_scaling=scaling,
       tie_embeddings=hf.get('tie_word_embeddings', False),
-      max_positions=hf.get('max_position_embeddings', 2048),
+      max_positions=hf.get(
+        'max_position_embeddings',
+        131072 if hf['model_type'] == 'mistral' else 2048,
+      ),
       bos_token_id=hf.get('bos_token_id'),
       eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
       pad_token_id=hf.get('pad_token_id'),
@@ -321,7 +326,8 @@ def _read_layers(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 
 def _read_layer(hf: Mapping[str, Any]) -> LayerShape:
   heads = _required(hf, 'num_attention_heads')
-  kv_heads = hf.get('num_key_value_heads') or heads
+  absent = 8 if hf['model_type'] == 'mistral' else heads
+  kv_heads = hf.get('num_key_value_heads') or absent
   if heads % kv_heads:
     raise UserError(
       f'config.json: num_attention_heads {heads} is not a multiple of '

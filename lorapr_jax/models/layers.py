@@ -73,7 +73,7 @@ def dropout(key: Array, x: Array, rate: float) -> Array:
 
 
 class LoRAEinsum(nn.Module):
-  """y = x W + s (x A) B for the tokens of a projection (method.md, eq. 6).
+  """y = x W + s (x A) B for the tokens of a projection.
 
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
   the rank, B the rank to W's other axes. W is in the collection `params`, A
@@ -97,8 +97,8 @@ class LoRAEinsum(nn.Module):
     fan_in = math.prod(inputs)
     weight = self.param('weight', nn.initializers.normal(0.02), self.shape)
 
-    # Each einsum as a product of two matrices: contracting several axes at
-    # once, XLA's CPU backend is up to four times slower.
+    # Each einsum as a product of two matrices, which XLA's CPU backend does
+    # faster than it contracts several axes.
     def matmul(x: Array, matrix: Array, rows: int) -> Array:
       return x.reshape(-1, rows) @ matrix.reshape(rows, -1).astype(x.dtype)
 

@@ -23,6 +23,14 @@ KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'
 HEAD_GROUPS = {'kv_groups': KV_HEADS, 'queries': QUERIES, 'none': None}
 
 
+# The values of the `prune.*` keys that are words.
+CHOICES = {
+  'unit': ('groups', 'params'),
+  'heads': tuple(HEAD_GROUPS),
+  'protect': ('reference', 'none'),
+}
+
+
 def kind(group: str) -> str:
   """'heads' or 'channels'."""
   return 'channels' if group == CHANNELS else 'heads'
@@ -48,11 +56,7 @@ class Targets:
   tensor_parallel: int = 1
 
   def __post_init__(self):
-    for key, choices in (
-      ('unit', ('groups', 'params')),
-      ('heads', tuple(HEAD_GROUPS)),
-      ('protect', ('reference', 'none')),
-    ):
+    for key, choices in CHOICES.items():
       if getattr(self, key) not in choices:
         raise UserError(
           f'prune.{key} is {getattr(self, key)!r}: choose from '
@@ -160,13 +164,17 @@ class PruningPlan:
     return [i for i in layers if i not in protected]
 
   def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
-    """Counts when a share `progress` of the ramp is done; exact at 1."""
+    """Counts when a share `progress` of the ramp is done; exact at 1.
+
+    The k-th group of n goes at k / (n + 1/2): rounded down, as the reference
+    does, from the largest target that ends in n. Half of 9 heads ends in 4,
+    and the k-th goes where 9 s(t) reaches k.
+    """
     counts = {}
     for group, kept in self.keep.items():
       sizes = [group_size(self.config, s, group) for s in self.config.layers]
-      # Half a group rounds to none, as at the end of the ramp.
       counts[group] = tuple(
-        size - math.ceil(progress * (size - k) - 0.5)
+        size - min(size - k, math.floor(progress * (size - k + 0.5)))
         for size, k in zip(sizes, kept, strict=True)
       )
     return counts
@@ -288,7 +296,7 @@ def _round_share(choice: _Choice, target: float) -> int:
     raise UserError(
       f'{name}={target} of {choice.size} (in multiples of '
       f'{choice.multiple}) rounds to nothing pruned; the nearest that works '
-      f'is {share:.4f}, or 0 to leave them alone'
+      f'is {share:.6f}, or 0 to leave them alone'
     )
   return kept
 
@@ -335,7 +343,8 @@ def _solve_parameters(
     least = removed(kept | {finest.group: below})
     raise UserError(
       f'prune.target={target} of the parameters rounds to nothing pruned; the '
-      f'nearest that works is {least:.6f}, or prune.order=none'
+      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or '
+      'prune.order=none'
     )
   return kept
 

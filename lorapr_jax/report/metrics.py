@@ -27,13 +27,15 @@ class Log:
   On a terminal the bar lives in place; elsewhere each logged step is a line.
   """
 
-  def __init__(self, path: Path, train: TrainSettings, first_step: int):
+  def __init__(
+    self, path: Path, train: TrainSettings, first_step: int, console: Console
+  ):
     """Appends to `path`; the run begins at `first_step`."""
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
     self._steps = train.steps
     self._tokens = train.batch_size * train.seq_len
     self._last, self._next_step = time.perf_counter(), first_step
-    self._console = Console(stderr=True, highlight=False)
+    self._console = console
     self._bar = Progress(
       TextColumn('prune'),
       BarColumn(),

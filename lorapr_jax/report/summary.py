@@ -71,10 +71,11 @@ def sparsity_entry(
 
 def perplexity_entry(measured: Perplexity) -> dict[str, Any]:
   """A perplexity with what it was measured on, for summary.json."""
+  is_demo = measured.data.startswith('demo:')
   return {
     'value': measured.perplexity,
     'data': measured.data,
-    'split': measured.data.rpartition(':')[2],
+    'split': measured.data.split(':')[2] if is_demo else None,
     'seq_len': measured.seq_len,
     'windows': measured.windows,
   }

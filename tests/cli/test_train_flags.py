@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -60,6 +61,11 @@ def test_an_override_has_the_type_of_its_setting(override, expected):
   found = flat(parse(f'--config.{override}').to_dict())
   assert found == flat(parse().to_dict()) | {key: expected}
   assert type(found[key]) is type(expected)
+
+
+def test_the_processs_own_arguments_do_not_matter(monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['x', '--config.prune.tarot=1'])
+  assert parse('--config.prune.target=0.25').prune.target == 0.25
 
 
 def test_the_defaults_are_filled_in():
@@ -132,7 +138,7 @@ def refusal(capsys, workdir, *argv):
       'config.prune.tarot; did you mean config.prune.target?',
     ),
     ('purne.target=0.3', 'config.purne.target; did you mean config.prune?'),
-    ('zzz=1', 'unknown setting --config.zzz; config has model, data, lora'),
+    ('zzz=1', 'unknown setting --config.zzz; config has data, export, lora'),
     ('train.steps.many=1', 'unknown setting --config.train.steps.many'),
     # Types.
     ('train.steps=many', 'config.train.steps'),
@@ -255,7 +261,7 @@ def folder(tmp_path):
   [
     (' \n', 'corpus.txt holds no text'),
     ('word ' * 50, 'has 51 tokens: fewer than one window of 64'),
-    ('word ' * 200, '3 windows of 64 tokens: fewer than one batch of 4'),
+    ('word ' * 200, '3 windows of 64 tokens: fewer than one batch of 8'),
   ],
 )
 def test_a_corpus_that_is_too_short_stops_before_any_work(
@@ -270,7 +276,8 @@ def test_a_corpus_that_is_too_short_stops_before_any_work(
     f'--config.model.path={folder}',
     f'--config.data.train=file:{tmp_path}/corpus.txt',
     '--config.train.seq_len=64',
-    '--config.train.batch_size=4',
+    '--config.train.batch_size=8',
+    '--config.train.micro_batch_size=8',
   ]
   assert message in refusal(capsys, workdir, *argv)
 
@@ -304,6 +311,7 @@ def test_a_wrong_folder_stops_before_any_work(
     f'--config.model.path={folder}',
     f'--config.data.train=file:{tmp_path}/corpus.txt',
     '--config.train.seq_len=64',
-    '--config.train.batch_size=4',
+    '--config.train.batch_size=8',
+    '--config.train.micro_batch_size=8',
   ]
   assert message in refusal(capsys, workdir, *argv)

@@ -21,8 +21,8 @@ def test_a_text_file_is_one_document_with_lf_line_ends(tmp_path):
 
 
 def test_lines_are_stripped_and_joined_by_a_blank_line(tmp_path):
-  path = write(tmp_path / 'a.txt', ' the cat \r\n\n \tsat\n on it')
-  assert read_documents(f'file:{path}?lines') == ['the cat\n\nsat\n\non it']
+  path = write(tmp_path / 'a.txt', ' the\x0bcat \r\n\n \tsat\n on it')
+  assert read_documents(f'file:{path}?lines') == ['the\x0bcat\n\nsat\n\non it']
 
 
 @pytest.mark.parametrize('option, field', [('', 'text'), ('?field=t', 't')])

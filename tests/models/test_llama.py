@@ -26,6 +26,7 @@ CONFIG = LlamaConfig(
   head_dim=8,
   layers=(LayerShape(2, 3, 48), LayerShape(2, 3, 48), LayerShape(1, 2, 40)),
 )
+SMALL = dataclasses.replace(CONFIG, layers=(LayerShape(2, 3, 48),) * 2)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 LORA = LoraConfig(rank=4, alpha=8.0)
 # Positions beyond the 32 that the llama3 model was first trained on.
@@ -35,6 +36,19 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 64))
 @functools.partial(jax.jit, static_argnames='config')
 def _logits(params, config):
   return llama.logits(params, llama.hidden_states(params, TOKENS, config))
+
+
+@functools.partial(jax.jit, static_argnames=('lora_config', 'dtype'))
+def _hidden(params, lora=None, lora_config=None, key=None, dtype=jnp.float32):
+  return llama.hidden_states(
+    params,
+    TOKENS[:, :8],
+    SMALL,
+    lora=lora,
+    lora_config=lora_config,
+    dropout_key=key,
+    dtype=dtype,
+  )
 
 
 def _torch_logits(folder):
@@ -78,10 +92,9 @@ def test_the_kinds_differ_in_what_they_are_named_for(save_hf, load):
 
 
 def test_a_bf16_computation_is_near_the_float32_one(random_params):
-  params = random_params(CONFIG)
-  tokens = jnp.asarray(TOKENS)
-  hidden = llama.hidden_states(params, tokens, CONFIG, dtype=jnp.bfloat16)
-  exact = llama.hidden_states(params, tokens, CONFIG)
+  params = random_params(SMALL)
+  hidden = _hidden(params, dtype=jnp.bfloat16)
+  exact = _hidden(params)
   assert (hidden.dtype, exact.dtype) == (jnp.bfloat16, jnp.float32)
   assert llama.logits(params, hidden).dtype == jnp.float32
   # Three decimal digits a rounding, some tens of them in a row.
@@ -91,7 +104,10 @@ def test_a_bf16_computation_is_near_the_float32_one(random_params):
 
 def test_shapes_of_a_small_model():
   shapes = jax.tree.map(
-    lambda x: x.shape, llama.init_params(jax.random.key(0), CONFIG, 'float32')
+    lambda x: x.shape,
+    jax.eval_shape(
+      lambda: llama.init_params(jax.random.key(0), CONFIG, 'float32')
+    ),
   )
 
   def weights(**shapes):
@@ -128,10 +144,14 @@ def test_shapes_of_a_small_model():
   }
 
 
-def test_shapes_of_its_adapters():
-  shapes = jax.tree.map(
-    lambda x: x.shape, llama.init_lora(jax.random.key(0), CONFIG, LORA)
+def _lora_shapes(config, lora_config):
+  return jax.eval_shape(
+    lambda: llama.init_lora(jax.random.key(0), config, lora_config)
   )
+
+
+def test_shapes_of_its_adapters():
+  shapes = jax.tree.map(lambda x: x.shape, _lora_shapes(CONFIG, LORA))
 
   def adapter(a, b):
     return {'a': a, 'b': b}
@@ -157,14 +177,14 @@ def test_shapes_of_its_adapters():
 @pytest.mark.parametrize('config', [CONFIG, TIED])
 def test_axes_times_sizes_are_the_shapes(config):
   axes = llama.logical_axes(config, LORA)
-  key = jax.random.key(0)
   trees = {
-    'params': llama.init_params(key, config, 'bfloat16'),
-    'lora': llama.init_lora(key, config, LORA),
+    'params': jax.eval_shape(
+      lambda: llama.init_params(jax.random.key(0), config, 'bfloat16')
+    ),
+    'lora': _lora_shapes(config, LORA),
   }
   assert ('lm_head' in trees['params']) == (config is CONFIG)
-  shapes = llama.param_shapes(config, jnp.bfloat16)
-  assert shapes == jax.eval_shape(lambda: trees['params'])
+  assert llama.param_shapes(config, jnp.bfloat16) == trees['params']
 
   def check(axes, tree, sizes):
     expected = jax.tree.map(lambda a: tuple(sizes[name] for name in a), axes)
@@ -184,11 +204,10 @@ def test_axes_times_sizes_are_the_shapes(config):
   check(*outside, config.sizes(config.layers[0]))
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_init_params_draws_small_weights_and_norms_of_one(dtype):
-  params = llama.init_params(jax.random.key(0), CONFIG, dtype)
+def test_init_params_draws_small_weights_and_norms_of_one():
+  params = llama.init_params(jax.random.key(0), SMALL, 'bfloat16')
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    assert leaf.dtype == dtype
+    assert leaf.dtype == jnp.bfloat16
     values = np.asarray(leaf, np.float32)
     if 'norm' in jax.tree_util.keystr(path):
       assert np.all(values == 1)
@@ -213,7 +232,7 @@ def test_init_lora_never_materialises_the_base():
 
 
 def test_a_is_kaiming_uniform_and_b_zero_in_float32():
-  lora = llama.init_lora(jax.random.key(0), CONFIG, LORA)
+  lora = llama.init_lora(jax.random.key(0), SMALL, LORA)
   fan_in = {'o_proj': 2 * 3 * 8, 'down_proj': 48}
   for part in lora[0].values():
     for name, adapter in part.items():
@@ -227,14 +246,14 @@ def test_a_is_kaiming_uniform_and_b_zero_in_float32():
       assert jnp.any(a[0] != a[1])
   draws = [lora[0]['mlp'][n]['a'] for n in ('gate_proj', 'up_proj')]
   assert jnp.any(draws[0] != draws[1])
-  other = llama.init_lora(jax.random.key(1), CONFIG, LORA)
+  other = llama.init_lora(jax.random.key(1), SMALL, LORA)
   assert jnp.any(other[0]['mlp']['up_proj']['a'] != draws[1])
 
 
 def test_only_the_targets_have_adapters():
   targets = ('v_proj', 'q_proj', 'down_proj')
   lora_config = LoraConfig(rank=4, targets=targets)
-  lora = llama.init_lora(jax.random.key(0), CONFIG, lora_config)
+  lora = _lora_shapes(CONFIG, lora_config)
   axes = llama.logical_axes(CONFIG, lora_config)['lora']
   for tree in (*lora, *axes):
     assert {part: set(tree[part]) for part in tree} == {
@@ -243,19 +262,7 @@ def test_only_the_targets_have_adapters():
     }
   # A part without an adapter has no entry.
   mlp = LoraConfig(rank=4, targets=('up_proj',))
-  assert set(llama.init_lora(jax.random.key(0), CONFIG, mlp)[0]) == {'mlp'}
-
-
-@functools.partial(jax.jit, static_argnames='lora_config')
-def _hidden(params, lora=None, lora_config=None, key=None):
-  return llama.hidden_states(
-    params,
-    TOKENS,
-    CONFIG,
-    lora=lora,
-    lora_config=lora_config,
-    dropout_key=key,
-  )
+  assert set(_lora_shapes(CONFIG, mlp)[0]) == {'mlp'}
 
 
 HALF = dataclasses.replace(LORA, dropout=0.5)
@@ -263,8 +270,8 @@ HALF = dataclasses.replace(LORA, dropout=0.5)
 
 def test_adapters_at_step_0_change_nothing_even_with_dropout(random_params):
   # B is zero, so that whatever dropout does can only be on LoRA's side.
-  params = random_params(CONFIG)
-  lora = llama.init_lora(jax.random.key(0), CONFIG, HALF)
+  params = random_params(SMALL)
+  lora = llama.init_lora(jax.random.key(0), SMALL, LORA)
   want = _hidden(params)
   for key in (None, jax.random.key(3)):
     got = _hidden(params, lora, HALF, key)
@@ -272,7 +279,7 @@ def test_adapters_at_step_0_change_nothing_even_with_dropout(random_params):
 
 
 def test_dropout_needs_a_key_and_a_rate(random_params, random_lora):
-  params, lora = random_params(CONFIG), random_lora(CONFIG, LORA)
+  params, lora = random_params(SMALL), random_lora(SMALL, LORA)
   key = jax.random.key(3)
   plain = _hidden(params, lora, LORA)
   assert jnp.all(_hidden(params, lora, HALF) == plain)
@@ -281,46 +288,14 @@ def test_dropout_needs_a_key_and_a_rate(random_params, random_lora):
 
 
 def test_dropout_is_decided_by_its_key(random_params, random_lora):
-  params, lora = random_params(CONFIG), random_lora(CONFIG, HALF)
+  params, lora = random_params(SMALL), random_lora(SMALL, HALF)
   first = _hidden(params, lora, HALF, jax.random.key(3))
   assert jnp.all(_hidden(params, lora, HALF, jax.random.key(3)) == first)
   other = _hidden(params, lora, HALF, jax.random.key(4))
   assert jnp.abs(other - first).max() > 0.1
 
 
-def test_dropout_on_the_input_of_one_adapter_is_the_formula(random_params):
-  # One layer whose only adapter is down_proj's: what dropout adds to the
-  # residual stream has rank 1 per token, and its mean over keys is none.
-  config = dataclasses.replace(CONFIG, layers=(LayerShape(1, 1, 200),))
-  lora_config = LoraConfig(
-    rank=1, alpha=1.0, dropout=0.5, targets=('down_proj',)
-  )
-  params = random_params(config)
-  a = jnp.ones((1, 200, 1))
-  b = jnp.zeros((1, 1, 32)).at[..., 0].set(1.0)
-  lora = ({'mlp': {'down_proj': {'a': a, 'b': b}}},)
-  block = llama.Block(config, config.layers[0], lora_config)
-  variables = jax.tree.map(
-    lambda x: x[0], {'params': params['stacks'][0], 'lora': lora[0]}
-  )
-  x = jax.random.normal(jax.random.key(0), (6, 32))
-  angles = llama.rope_angles(config, 6)
-
-  @jax.jit
-  @jax.vmap
-  def outputs(key):
-    return block.apply(variables, x, angles, rngs={'dropout': key})
-
-  got = outputs(jax.random.split(jax.random.key(1), 4000))
-  plain = block.apply(variables, x, angles)
-  assert jnp.abs(got - plain)[..., 1:].max() < 1e-5
-  spread = jnp.std(got[..., 0], axis=0)
-  assert spread.min() > 0.1
-  error = jnp.abs(got[..., 0].mean(axis=0) - plain[:, 0])
-  assert jnp.all(error < 5 * spread / math.sqrt(4000))
-
-
-@pytest.mark.parametrize('rate', [0.0, 0.05, 0.3, 0.9])
+@pytest.mark.parametrize('rate', [0.0, 0.05, 0.5])
 def test_dropout_keeps_its_share_and_rescales_it(rate):
   x = jnp.ones((200, 500))
   out = dropout(jax.random.key(0), x, rate)
@@ -337,8 +312,8 @@ def test_dropout_keeps_the_dtype():
 
 
 def test_an_adapter_of_the_wrong_shape_is_refused(random_params, random_lora):
-  params = random_params(CONFIG)
-  lora = random_lora(CONFIG, LoraConfig(rank=2))
+  params = random_params(SMALL)
+  lora = random_lora(SMALL, LoraConfig(rank=2))
   with pytest.raises(ValueError, match=r'q_proj/a is .*, expected \(32, 4\)'):
     _hidden(params, lora, LORA)
 

@@ -1,5 +1,6 @@
 """Importance against the NumPy transcription of method.md in reference.py."""
 
+import functools
 import itertools
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.llama import block_axes, init_lora, init_params
+from lorapr_jax.models.llama import block_axes, init_lora, param_shapes
 from lorapr_jax.pruning.importance import (
   Criterion,
   Signals,
@@ -40,12 +41,20 @@ def randomise(tree, seed, scale=0.3):
   )
 
 
+@functools.cache
+def shapes_of(config, lora_config):
+  lora = jax.eval_shape(
+    lambda key: init_lora(key, config, lora_config), jax.random.key(0)
+  )
+  return param_shapes(config, np.float32), lora
+
+
 def random_model(config, lora_config, seed):
   """Weights, adapters (B not zero) and gradients, none of them small."""
-  key = jax.random.key(0)
-  params = randomise(init_params(key, config, 'float32'), seed)
-  lora = randomise(init_lora(key, config, lora_config), seed + 1)
-  return params, lora, randomise(lora, seed + 2)
+  params, lora = shapes_of(config, lora_config)
+  return tuple(
+    randomise(tree, seed + i) for i, tree in enumerate((params, lora, lora))
+  )
 
 
 def matrix(x, inputs):
