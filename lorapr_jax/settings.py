@@ -16,18 +16,14 @@ from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
-from lorapr_jax.models.config import LORA_TARGETS, LlamaConfig, LoraConfig
+from lorapr_jax.models.axes import LORA_TARGETS
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
 from lorapr_jax.optimizer import LR_SCHEDULES
-from lorapr_jax.pruning.groups import (
-  PruningPlan,
-  Targets,
-  couplings,
-  kind,
-  plan_pruning,
-)
+from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
 from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.steps import StepSettings
 

@@ -15,14 +15,13 @@ from lorapr_jax.pruning.groups import (
   CHOICES,
   KV_HEADS,
   QUERIES,
-  Targets,
   couplings,
   group_size,
   kind,
   member_parameters,
-  plan_pruning,
   protected_layers,
 )
+from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 

@@ -3,7 +3,7 @@
 Our trees use Hugging Face's names, so that a path joined by dots is a name.
 Only the projections have another layout: ours is (inputs..., outputs...),
 theirs a matrix (outputs, inputs) with each side's axes merged. Letters:
-models/config.py.
+models/axes.py.
 """
 
 import math
@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lorapr_jax.models.config import PROJECTIONS, ProjectionLetters, Stack
+from lorapr_jax.models.axes import PROJECTIONS, ProjectionLetters
+from lorapr_jax.models.config import Stack
 
 # Tensors of old checkpoints that are computed, not learned.
 IGNORED = re.compile(r'.*\.rotary_emb\.inv_freq')

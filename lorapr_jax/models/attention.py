@@ -1,4 +1,4 @@
-"""Scaled dot-product attention; letters in models/config.py."""
+"""Scaled dot-product attention; letters in models/axes.py."""
 
 import jax
 from jax import Array

@@ -1,4 +1,4 @@
-"""The pieces of a block: RMSNorm, RoPE, LoRAEinsum. Letters: config.py."""
+"""The pieces of a block: RMSNorm, RoPE, LoRAEinsum. Letters: axes.py."""
 
 import math
 
@@ -8,7 +8,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from lorapr_jax.models.config import LoraConfig, ProjectionLetters, RopeScaling
+from lorapr_jax.models.axes import ProjectionLetters
+from lorapr_jax.models.config import LoraConfig, RopeScaling
 
 # The name of the projections' outputs, for rematerialisation policies.
 PROJECTION = 'projection'

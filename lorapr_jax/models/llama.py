@@ -1,4 +1,4 @@
-"""The LLaMA forward pass over stacks of equal layers. Letters: config.py.
+"""The LLaMA forward pass over stacks of equal layers. Letters: axes.py.
 
 Trees:
   params  {'embed_tokens', 'norm' and, untied, 'lm_head': {'weight'},
@@ -18,14 +18,8 @@ from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.models.attention import causal_attention
-from lorapr_jax.models.config import (
-  PROJECTIONS,
-  Axes,
-  LayerShape,
-  LlamaConfig,
-  LoraConfig,
-  ProjectionLetters,
-)
+from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
   PROJECTION,
   LoRAEinsum,

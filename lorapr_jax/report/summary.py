@@ -12,8 +12,9 @@ from rich.table import Table
 
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.pruning.groups import PruningPlan, group_size
+from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
+from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings import RunSettings
 
 _PACKAGES = (

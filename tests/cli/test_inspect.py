@@ -7,7 +7,7 @@ import pytest
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.pruning.groups import Targets, plan_pruning
+from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 CONFIG = LlamaConfig(
   vocab_size=96,

@@ -12,7 +12,7 @@ from tokenizers import models, pre_tokenizers
 from lorapr_jax.cli.main import main
 from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LORA_TARGETS
+from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.settings import split_config
 

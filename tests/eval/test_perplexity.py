@@ -18,9 +18,9 @@ from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.llama import block_axes
-from lorapr_jax.pruning.groups import Targets, plan_pruning
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
+from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.steps import StepSettings, by_stack, select_stack_masks
 
 WORDS = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog']

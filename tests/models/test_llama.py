@@ -12,12 +12,8 @@ import torch
 import transformers
 
 from lorapr_jax.models import llama
-from lorapr_jax.models.config import (
-  LayerShape,
-  LlamaConfig,
-  LoraConfig,
-  ProjectionLetters,
-)
+from lorapr_jax.models.axes import ProjectionLetters
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import dropout
 
 CONFIG = LlamaConfig(

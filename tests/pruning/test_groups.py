@@ -17,12 +17,11 @@ from lorapr_jax.pruning.groups import (
   CHANNELS,
   KV_HEADS,
   QUERIES,
-  Targets,
   couplings,
   group_size,
-  plan_pruning,
   protected_layers,
 )
+from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 
 def model(layers, kv_heads, queries, mlp, vocab=50, embed=24, head=4, tie=True):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.models.config import Axes
+from lorapr_jax.models.axes import Axes
 from lorapr_jax.pruning.masks import (
   alive_counts,
   apply_masks,

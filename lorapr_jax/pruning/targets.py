@@ -1,0 +1,304 @@
+"""Targets to counts: how many of each group every layer keeps."""
+
+from collections.abc import Mapping
+import dataclasses
+from fractions import Fraction
+import math
+from typing import NamedTuple
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.groups import (
+  CHANNELS,
+  CHOICES,
+  HEAD_GROUPS,
+  KV_HEADS,
+  group_size,
+  kind,
+  member_parameters,
+  protected_layers,
+  with_kept,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Targets:
+  """What to prune and how much: the `prune.*` keys of configs/default.py.
+
+  `tensor_parallel` is the size of the mesh axis that splits KV heads and
+  channels: what is kept must still divide by it.
+  """
+
+  target: float = 0.5
+  heads_target: float | None = None
+  channels_target: float | None = None
+  unit: str = 'groups'
+  heads: str = 'kv_groups'
+  channels: bool = True
+  protect: str = 'reference'
+  heads_multiple_of: int = 1
+  channels_multiple_of: int = 1
+  tensor_parallel: int = 1
+
+  def __post_init__(self):
+    for key, choices in CHOICES.items():
+      if getattr(self, key) not in choices:
+        raise UserError(
+          f'prune.{key} is {getattr(self, key)!r}: choose from '
+          + ', '.join(choices)
+        )
+    for key in ('target', 'heads_target', 'channels_target'):
+      value = getattr(self, key)
+      if value is not None and not 0.0 <= value < 1.0:
+        raise UserError(f'prune.{key} is {value}: it must be in [0, 1)')
+    for key in ('heads_multiple_of', 'channels_multiple_of'):
+      if getattr(self, key) < 1:
+        raise UserError(
+          f'prune.{key} is {getattr(self, key)}: it must be at least 1'
+        )
+    if self.heads == 'none' and not self.channels:
+      raise UserError(
+        'prune.heads is none and prune.channels is false: there is nothing '
+        'to prune; for tuning alone use prune.order=none'
+      )
+    if self.unit == 'params' and (self.heads_target, self.channels_target) != (
+      None,
+      None,
+    ):
+      raise UserError(
+        'prune.unit=params takes prune.target alone: leave out '
+        'prune.heads_target and prune.channels_target'
+      )
+
+  def of(self, group: str) -> float:
+    """The share of this group's members to remove, under unit=groups."""
+    own = getattr(self, f'{kind(group)}_target')
+    return self.target if own is None else own
+
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """The groups that are to be pruned."""
+    heads = HEAD_GROUPS[self.heads]
+    return ((heads,) if heads else ()) + ((CHANNELS,) if self.channels else ())
+
+
+def nearest_kept(size: int, multiple: int, kept: Fraction) -> int:
+  """The multiple nearest to `kept`, of which at least one is kept.
+
+  A tie keeps more. `size` itself, that is pruning nothing, is a choice too.
+  """
+  choices = {*range(multiple, size + 1, multiple), size}
+  return min(choices, key=lambda choice: (abs(choice - kept), -choice))
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+  """What will be left: counts by group and layer.
+
+  Attributes:
+    config: the model before pruning.
+    targets: what was asked for.
+    keep: {group: the number kept in each layer}. For query heads it counts
+      those under one KV head. Groups that lose nothing are absent.
+  """
+
+  config: LlamaConfig
+  targets: Targets
+  keep: dict[str, tuple[int, ...]]
+
+  @property
+  def pruned_config(self) -> LlamaConfig:
+    """The sizes at the end."""
+    return with_kept(self.config, self.keep)
+
+  @property
+  def prunable_layers(self) -> list[int]:
+    """The layers that are not protected."""
+    layers = range(len(self.config.layers))
+    protected = protected_layers(len(layers), self.targets.protect)
+    return [i for i in layers if i not in protected]
+
+  def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
+    """Counts when a share `progress` of the ramp is done; exact at 1.
+
+    The k-th group of n goes at k / (n + 1/2): rounded down, as the reference
+    does, from the largest target that ends in n. Half of 9 heads ends in 4,
+    and the k-th goes where 9 s(t) reaches k.
+    """
+    counts = {}
+    for group, kept in self.keep.items():
+      sizes = [group_size(self.config, s, group) for s in self.config.layers]
+      counts[group] = tuple(
+        size - min(size - k, math.floor(progress * (size - k + 0.5)))
+        for size, k in zip(sizes, kept, strict=True)
+      )
+    return counts
+
+  def sparsity(self, keep: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """The share of groups of each kind, and of all parameters, that is gone.
+
+    Groups are those of the layers that are not protected, whether or not they
+    have lost any. A kind that is not pruned has lost 0.
+    """
+    result = {'heads': 0.0, 'channels': 0.0}
+    for group, kept in keep.items():
+      total = sum(
+        group_size(self.config, self.config.layers[i], group)
+        for i in self.prunable_layers
+      )
+      left = sum(kept[i] for i in self.prunable_layers)
+      result[kind(group)] = 1 - left / total
+    parameters = with_kept(self.config, keep).num_parameters
+    result['params'] = 1 - parameters / self.config.num_parameters
+    return result
+
+  def targets_by_kind(self) -> dict[str, float | None]:
+    """What was asked for, in the units of `sparsity`; None if not asked."""
+    if self.targets.unit == 'params':
+      return {'heads': None, 'channels': None, 'params': self.targets.target}
+    asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
+    return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
+
+
+def _multiple(config: LlamaConfig, targets: Targets, group: str) -> int:
+  if group == CHANNELS:
+    return math.lcm(targets.channels_multiple_of, targets.tensor_parallel)
+  if group == KV_HEADS:
+    return math.lcm(targets.heads_multiple_of, targets.tensor_parallel)
+  # The query heads of a layer are the KV heads times what each of them keeps;
+  # the mesh splits KV heads, which stay.
+  kv_heads = config.layers[0].num_kv_heads
+  return targets.heads_multiple_of // math.gcd(
+    targets.heads_multiple_of, kv_heads
+  )
+
+
+class _Choice(NamedTuple):
+  """The counts that one group may have in a prunable layer."""
+
+  group: str
+  size: int
+  multiple: int
+
+  @property
+  def fewest(self) -> int:
+    return min(self.multiple, self.size)
+
+
+def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
+  """Turns targets into counts (design of the rule: docs/method.md).
+
+  unit=groups: of each kind, the share `target` is removed from every layer
+  that is not protected; what is kept is rounded to the nearest multiple, a tie
+  prunes fewer, at least one is kept. unit=params: heads get the share at which
+  heads and channels, pruned alike, would meet the target; channels, which are
+  finer, then make up the difference.
+
+  Raises:
+    UserError: if a target that is not zero prunes nothing, or a share of the
+      parameters is beyond what can be pruned, or the model's layers are not
+      all of the same size.
+  """
+  if not config.is_uniform:
+    raise UserError(
+      'this model has layers of different sizes (it is pruned already): '
+      'pruning starts from a model whose layers are equal'
+    )
+  shape = config.layers[0]
+  choices = [
+    _Choice(g, group_size(config, shape, g), _multiple(config, targets, g))
+    for g in targets.groups
+  ]
+  plan = PruningPlan(config, targets, {})
+  if not plan.prunable_layers:
+    raise UserError(
+      f'all {len(config.layers)} layers are protected: use prune.protect=none'
+    )
+  if targets.unit == 'groups':
+    kept = {c.group: _round_share(c, targets.of(c.group)) for c in choices}
+  else:
+    kept = _solve_parameters(plan, choices)
+  return dataclasses.replace(plan, keep=_by_layer(plan, kept))
+
+
+def _by_layer(
+  plan: PruningPlan, kept: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+  keep = {}
+  prunable = set(plan.prunable_layers)
+  for group, count in kept.items():
+    sizes = [group_size(plan.config, s, group) for s in plan.config.layers]
+    if any(count < size for size in sizes):
+      keep[group] = tuple(
+        count if i in prunable else size for i, size in enumerate(sizes)
+      )
+  return keep
+
+
+def _round_share(choice: _Choice, target: float) -> int:
+  # A Fraction of the decimal that was written: 0.35 of 10 is 3.5, a tie.
+  exact = choice.size * (1 - Fraction(repr(target)))
+  kept = nearest_kept(choice.size, choice.multiple, exact)
+  if target and kept == choice.size:
+    below = range(choice.multiple, kept, choice.multiple)
+    name = f'prune.{kind(choice.group)}_target'
+    if not below:
+      raise UserError(
+        f'{name}: {choice.size} in multiples of {choice.multiple} cannot be '
+        'pruned; choose a smaller multiple, another prune.heads, or target 0'
+      )
+    share = 1 - below[-1] / choice.size
+    raise UserError(
+      f'{name}={target} of {choice.size} (in multiples of '
+      f'{choice.multiple}) rounds to nothing pruned; the nearest that works '
+      f'is {share:.6f}, or 0 to leave them alone'
+    )
+  return kept
+
+
+def _solve_parameters(
+  plan: PruningPlan, choices: list[_Choice]
+) -> dict[str, int]:
+  target = plan.targets.target
+  dense = plan.config.num_parameters
+  prunable = len(plan.prunable_layers)
+  shape = plan.config.layers[0]
+  cost = {
+    c.group: member_parameters(plan.config, shape, c.group) for c in choices
+  }
+
+  def removed(kept: Mapping[str, float]) -> float:
+    # Every projection is linear in each group's count, so that this holds for
+    # counts that are not whole too.
+    gone = sum((c.size - kept[c.group]) * cost[c.group] for c in choices)
+    return prunable * gone / dense
+
+  most = removed({c.group: c.fewest for c in choices})
+  if target > most:
+    raise UserError(
+      f'prune.target={target} of the parameters is beyond what can be pruned; '
+      f'the nearest that works is {math.floor(most * 1e4) / 1e4:.4f} (at least '
+      'one of each group is kept, embeddings and protected layers stay)'
+    )
+  # `removed` is linear in the share: one division solves it.
+  share = Fraction(target) / Fraction(removed({c.group: 0 for c in choices}))
+  kept = {
+    c.group: nearest_kept(c.size, c.multiple, c.size * (1 - share))
+    for c in choices
+  }
+  finest = min(choices, key=lambda c: c.multiple / c.size)
+  counts = {*range(finest.multiple, finest.size + 1, finest.multiple)}
+
+  def distance(count: int) -> tuple[float, int]:
+    return abs(removed(kept | {finest.group: count}) - target), -count
+
+  kept[finest.group] = min(counts | {finest.size}, key=distance)
+  if target and all(kept[c.group] == c.size for c in choices):
+    below = max(counts - {finest.size}, default=finest.fewest)
+    least = removed(kept | {finest.group: below})
+    raise UserError(
+      f'prune.target={target} of the parameters rounds to nothing pruned; the '
+      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or '
+      'prune.order=none'
+    )
+  return kept
