@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.export import write_json
-from lorapr_jax.hf.load import read_json
+from lorapr_jax.files import read_json, write_json, write_text
 from lorapr_jax.steps import TrainState
 
 RUN_FILE = 'run.json'
@@ -90,9 +89,7 @@ def trim_metrics(workdir: Path, step: int) -> None:
     if record['step'] >= step:
       break
     kept.append(line + '\n')
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(''.join(kept), encoding='utf-8')
-  os.replace(partial, path)
+  write_text(path, ''.join(kept))
 
 
 class Checkpoints:

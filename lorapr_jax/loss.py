@@ -1,7 +1,5 @@
 """Cross-entropy over chunks of tokens: the (N, V) logits never exist."""
 
-import functools
-
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -49,30 +47,28 @@ def chunked_cross_entropy(
   return losses.T.reshape(-1)[:N]
 
 
-@functools.partial(jax.custom_vjp)
+@jax.custom_vjp
 def _chunk_loss(hidden, weight, targets, token_weights):
-  return _loss_and_probabilities(hidden, weight, targets, token_weights)[0]
+  return _loss_and_softmax(hidden, weight, targets, token_weights)[0]
 
 
-def _loss_and_probabilities(hidden, weight, targets, token_weights):
+def _loss_and_softmax(hidden, weight, targets, token_weights):
   logits = jnp.einsum(
     'ND,VD->NV', hidden, weight, preferred_element_type=jnp.float32
   )
   top = jnp.max(logits, axis=-1, keepdims=True)
-  exp = jnp.exp(logits - top)
-  total = jnp.sum(exp, axis=-1, keepdims=True)
+  total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
   target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
   loss = (jnp.log(total) + top - target)[:, 0] * token_weights
-  return loss, exp / total
+  return loss, jnp.exp(logits - top) / total
 
 
 def _chunk_forward(hidden, weight, targets, token_weights):
-  loss, probabilities = _loss_and_probabilities(
-    hidden, weight, targets, token_weights
-  )
-  error = probabilities.at[jnp.arange(len(targets)), targets].add(-1.0)
-  error = (error * token_weights[:, None]).astype(hidden.dtype)
-  return loss, jnp.einsum('NV,VD->ND', error, weight)
+  loss, softmax = _loss_and_softmax(hidden, weight, targets, token_weights)
+  # Softmax minus one-hot, by a comparison: a scatter would copy the logits.
+  one_hot = targets[:, None] == jnp.arange(weight.shape[0])
+  error = (softmax - one_hot) * token_weights[:, None]
+  return loss, jnp.einsum('NV,VD->ND', error.astype(hidden.dtype), weight)
 
 
 def _chunk_backward(grad_hidden, grad_loss):

@@ -163,8 +163,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
   export = ExportSettings(**config.export)
   _choose('export.dtype', export.dtype, _DTYPES)
   final = plan.pruned_config if plan else sizes
-  if resolve_layout(final, export.layout) == 'uniform':
-    resolve_model_type(final, export.model_type)
+  resolve_layout(final, export.layout)
+  resolve_model_type(final, export.model_type)
   step = StepSettings(
     config=sizes,
     lora=lora,

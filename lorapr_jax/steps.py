@@ -179,7 +179,7 @@ def make_lora_gradients(
     (value, grads), _ = jax.lax.scan(
       accumulate, zeros, (batch, jax.random.split(key, micro_batches))
     )
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
     return {'loss': value, 'grad_norm': norm}, grads

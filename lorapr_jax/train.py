@@ -22,7 +22,8 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.hf.export import export_model, write_json
+from lorapr_jax.files import write_json
+from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import (
   Shards,
   check_tensors,

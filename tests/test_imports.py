@@ -19,6 +19,7 @@ LEVELS = (
   (
     'cli.arguments',
     'data.demo',
+    'files',
     'loss',
     'lora',
     'models.attention',

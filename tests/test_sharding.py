@@ -130,10 +130,12 @@ def _one_device():
 def _smallest_gap(importance, masks, keep):
   """The smallest difference, by share, between the last kept and the next."""
   gaps = []
-  for stack, alive, kept in zip(importance, masks, keep, strict=True):
-    for group, scores in stack.items():
-      for row, mask, k in zip(scores, alive[group], kept[group], strict=True):
-        ranked = np.sort(np.asarray(row)[np.asarray(mask) > 0])[::-1]
+  trees = zip(*jax.device_get((importance, masks, keep)), strict=True)
+  for scores, alive, kept in trees:
+    for group in scores:
+      rows = zip(scores[group], alive[group], kept[group], strict=True)
+      for row, mask, k in rows:
+        ranked = np.sort(row[mask > 0])[::-1]
         if k < len(ranked):
           gaps.append((ranked[k - 1] - ranked[k]) / ranked[k - 1])
   return min(gaps, default=1.0)
@@ -207,9 +209,22 @@ def one_device(random_params):
   }
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+def _case(name, *sizes, marks=()):
+  return pytest.param(name, sizes, id=f'{name}-{sizes}', marks=marks)
+
+
 @pytest.mark.parametrize(
-  'sizes', [(2, 2, 2), (8, 1, 1), (1, 8, 1), (1, 4, 2)], ids=str
+  'name, sizes',
+  [
+    _case('gqa', 2, 2, 2),
+    _case('gqa', 8, 1, 1, marks=pytest.mark.slow),
+    _case('gqa', 1, 8, 1),
+    _case('gqa', 1, 4, 2),
+    _case('mha', 2, 2, 2),
+    _case('mha', 8, 1, 1, marks=pytest.mark.slow),
+    _case('mha', 1, 8, 1, marks=pytest.mark.slow),
+    _case('mha', 1, 4, 2, marks=pytest.mark.slow),
+  ],
 )
 def test_a_mesh_computes_what_one_device_computes(
   name, sizes, one_device, random_params

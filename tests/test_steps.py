@@ -167,16 +167,6 @@ def test_small_gradients_are_not_clipped(trees):
   _assert_close(grads, want, atol=1e-7)
 
 
-def test_micro_batches_add_up_to_the_batch(trees):
-  whole, grads = _gradients(trees, _batch())
-  parts, part_grads = _gradients(trees, _batch(2))
-  # Their tokens count differently: a mean of means would be another loss.
-  counts = _batch(2)['weights'][..., 1:].sum(axis=(1, 2))
-  assert counts[0] != counts[1]
-  _assert_close(parts, whole)
-  _assert_close(part_grads, grads, atol=1e-6)
-
-
 def test_a_batch_without_a_target_has_no_loss_and_no_gradients(trees):
   batch = _batch()
   # The first token is nobody's target.
@@ -257,6 +247,17 @@ def _train_step(functions, state, params, keep=None):
     masks = SELECT(importance, masks, steps.by_stack(keep, CONFIG))
   state = state.replace(importance=importance, masks=masks)
   return float(metrics['loss']), apply_update(state, grads, ok)
+
+
+def test_micro_batches_add_up_to_the_batch(functions, trees):
+  trees = jax.device_put(trees, _device())
+  whole, grads = _gradients(trees, _batch())
+  parts, part_grads = functions[0](*trees, _batch(2), jax.random.key(0))
+  # Their tokens count differently: a mean of means would be another loss.
+  counts = _batch(2)['weights'][..., 1:].sum(axis=(1, 2))
+  assert counts[0] != counts[1]
+  _assert_close(parts, whole)
+  _assert_close(part_grads, grads, atol=1e-6)
 
 
 def test_every_function_compiles_once_while_the_model_is_pruned(

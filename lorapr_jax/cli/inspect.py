@@ -12,7 +12,6 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import block_axes
 from lorapr_jax.pruning.groups import (
   CHANNELS,
-  CHOICES,
   KV_HEADS,
   QUERIES,
   couplings,
@@ -41,7 +40,6 @@ def main(argv: list[str]) -> None:
       f'--{field.name}',
       type=float if is_float else type(field.default),
       default=None if field.name == 'target' else field.default,
-      choices=CHOICES.get(field.name),
       help=f'prune.{field.name}',
     )
   parser.add_argument(
@@ -52,20 +50,18 @@ def main(argv: list[str]) -> None:
   )
   parser.add_json()
   args = parser.parse_args(argv)
+  fields = {
+    field.name: getattr(args, field.name)
+    for field in dataclasses.fields(Targets)
+    if field.name != 'tensor_parallel'
+  }
+  asked = (args.target, args.heads_target, args.channels_target)
+  fields |= {'channels': args.channels == 'true', 'target': args.target or 0.0}
+  targets = Targets(**fields)
   config = load_config(args.model)
   report = describe(config, args.protect, _BYTES[args.dtype])
-  asked = (args.target, args.heads_target, args.channels_target)
   if any(value is not None for value in asked):
-    fields = {
-      field.name: getattr(args, field.name)
-      for field in dataclasses.fields(Targets)
-      if field.name != 'tensor_parallel'
-    }
-    fields |= {'channels': args.channels == 'true'}
-    fields |= {'target': args.target or 0.0}
-    report['plan'] = describe_plan(
-      config, Targets(**fields), _BYTES[args.dtype]
-    )
+    report['plan'] = describe_plan(config, targets, _BYTES[args.dtype])
   if args.json:
     print_json(report)
   else:

@@ -5,7 +5,6 @@ The folder is written under a temporary name and renamed when it is complete.
 
 from collections.abc import Iterable, Iterator
 import contextlib
-import json
 import os
 from pathlib import Path
 import shutil
@@ -17,6 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import write_json
 from lorapr_jax.hf.mapping import hf_name, letters_of, locate, to_hf_layout
 from lorapr_jax.models.config import LlamaConfig
 
@@ -182,14 +182,6 @@ def write_config(folder: Path, hf: dict[str, Any]) -> None:
       shutil.copyfile(file, folder / file.name)
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes JSON with a final line end; whole or not at all."""
-  text = json.dumps(value, indent=2, ensure_ascii=False)
-  partial = path.with_name(path.name + '.partial')
-  partial.write_text(text + '\n', encoding='utf-8')
-  os.replace(partial, path)
-
-
 def export_model(
   folder: str | Path,
   params: Any,
@@ -257,5 +249,5 @@ def new_folder(folder: Path) -> Iterator[Path]:
 def copy_companions(base: Path, folder: Path) -> None:
   """Copies tokenizer, generation config and licence, byte for byte."""
   for pattern in COPIED:
-    for path in base.glob(pattern):
+    for path in filter(Path.is_file, base.glob(pattern)):
       shutil.copyfile(path, folder / path.name)

@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.export import write_json
+from lorapr_jax.files import write_json
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 
 _LAYER_TENSORS = {

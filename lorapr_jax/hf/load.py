@@ -1,7 +1,6 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json
 from lorapr_jax.hf.mapping import (
   IGNORED,
   hf_name,
@@ -20,23 +20,6 @@ from lorapr_jax.hf.mapping import (
 )
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import param_shapes
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
-
-  Raises:
-    UserError: if the file is missing or is not a JSON object.
-  """
-  try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    raise UserError(f'{path} does not exist') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is not JSON: {error}') from None
-  if not isinstance(value, dict):
-    raise UserError(f'{path} holds no JSON object')
-  return value
 
 
 def load_config(folder: str | Path) -> LlamaConfig:

@@ -223,8 +223,10 @@ class LlamaConfig:
 
 
 def _required(hf: Mapping[str, Any], key: str) -> int:
-  if not isinstance(hf.get(key), int):
-    raise UserError(f'config.json: {key} is {hf.get(key)!r}, not a number')
+  if not isinstance(hf.get(key), int) or hf[key] < 1:
+    raise UserError(
+      f'config.json: {key} is {hf.get(key)!r}, not a positive number'
+    )
   return hf[key]
 
 
@@ -260,10 +262,16 @@ def _read_layers(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
       'pruned_llama'
     )
   # We write the keys as '3'; transformers 5, saving, as '03'.
+  num_layers = _required(hf, 'num_hidden_layers')
+  for index in per_layer:
+    if not index.isdigit() or int(index) >= num_layers:
+      raise UserError(
+        f'config.json: per_layer_config has {index!r}, but the layers are 0 '
+        f'to {num_layers - 1}'
+      )
   by_index = {int(index): sizes for index, sizes in per_layer.items()}
   return tuple(
-    _read_layer({**hf, **by_index.get(i, {})})
-    for i in range(_required(hf, 'num_hidden_layers'))
+    _read_layer({**hf, **by_index.get(i, {})}) for i in range(num_layers)
   )
 
 
@@ -291,9 +299,21 @@ def _layer_to_hf(shape: LayerShape) -> dict[str, int]:
   }
 
 
+def _rope_type(rope: Mapping[str, Any]) -> str:
+  return rope.get('rope_type', rope.get('type', 'default'))
+
+
 def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   key = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
   rope = hf.get(key) or {}
+  if (
+    rope
+    and hf.get('rope_scaling')
+    and _rope_type(hf['rope_scaling']) != (_rope_type(rope))
+  ):
+    raise UserError(
+      'config.json: rope_parameters and rope_scaling are of different types'
+    )
   theta = rope.get('rope_theta', hf.get('rope_theta', 10000.0))
   if hf.get('rope_theta', theta) != theta:
     raise UserError(
@@ -304,7 +324,7 @@ def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     raise UserError(
       f'config.json: {key}.partial_rotary_factor is not supported'
     )
-  kind = rope.get('rope_type', rope.get('type', 'default'))
+  kind = _rope_type(rope)
   if kind == 'default':
     return float(theta), None
   if kind != 'llama3':

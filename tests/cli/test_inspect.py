@@ -182,7 +182,7 @@ def test_a_model_that_is_pruned_already_is_shown_layer_by_layer(
     (['--target', '1.2'], 'prune.target is 1.2: it must be in [0, 1)'),
     (['--target', 'half'], "--target: invalid float value: 'half'"),
     (['--target', '0.001'], 'the nearest that works is 0.25'),
-    (['--heads', 'all'], "--heads: invalid choice: 'all'"),
+    (['--heads', 'all'], "prune.heads is 'all'"),
     (['--target', '0.5', '--protect', 'last'], "prune.protect is 'last'"),
     (['--protect', 'last'], 'last'),
     (['--target', '0.5', '--unit', 'flops'], "prune.unit is 'flops'"),

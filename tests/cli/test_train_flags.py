@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 import sys
 
+import jax
 import jax.numpy as jnp
 import pytest
 import tokenizers
@@ -12,7 +13,10 @@ from tokenizers import models, pre_tokenizers
 from lorapr_jax.cli.main import main
 from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.errors import UserError
+from lorapr_jax.hf.export import export_model
+from lorapr_jax.models import llama
 from lorapr_jax.models.axes import LORA_TARGETS
+from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.settings import split_config
 
@@ -242,11 +246,12 @@ def test_queries_alone_need_a_projection_of_queries():
 
 @pytest.fixture
 def folder(tmp_path):
-  """Sizes and a tokenizer, but no weights: nothing gets that far."""
+  """A random model with a tokenizer."""
   folder = tmp_path / 'model'
-  folder.mkdir()
   sizes = parse().model.sizes.to_dict()
-  (folder / 'config.json').write_text(json.dumps(sizes))
+  config = LlamaConfig.from_hf(sizes)
+  params = llama.init_params(jax.random.key(0), config, jnp.float32)
+  export_model(folder, params, config)
   vocab = {'<eos>': 0, '<unk>': 1, 'word': 2}
   tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

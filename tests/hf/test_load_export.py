@@ -17,7 +17,7 @@ import transformers
 from lorapr_jax import sharding
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.convert import convert
-from lorapr_jax.hf.export import COPIED, export_model, hf_config
+from lorapr_jax.hf.export import export_model, hf_config
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
@@ -352,13 +352,30 @@ def test_an_export_in_another_dtype_is_rounded_once(random_params, tmp_path):
   assert hf['torch_dtype'] == 'bfloat16'
 
 
+COMPANIONS = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'tokenizer.model',
+  'vocab.json',
+  'merges.txt',
+  'generation_config.json',
+  'LICENSE',
+  'NOTICE.txt',
+  'USE_POLICY.md',
+)
+
+
 def test_companions_are_copied_byte_for_byte(random_params, tmp_path):
   base, out = tmp_path / 'base', tmp_path / 'out'
   base.mkdir()
-  for i, name in enumerate(COPIED):
+  for i, name in enumerate(COMPANIONS):
     (base / name).write_bytes(b'\xff\x00\r\n {"a":  1}' + bytes([i]))
   for name in ('config.json', 'model.safetensors', 'other.txt', INDEX):
     (base / name).write_bytes(b'of the base')
+  (base / 'LICENSES').mkdir()  # Only files are copied.
   export_model(
     out,
     random_params(LLAMA),
@@ -367,13 +384,12 @@ def test_companions_are_copied_byte_for_byte(random_params, tmp_path):
     pruning={'kept': [1, 2]},
     card='# Ü\n',
   )
-  for name in COPIED:
+  for name in COMPANIONS:
     assert (out / name).read_bytes() == (base / name).read_bytes()
-  assert 'tokenizer.json' in COPIED and 'tokenizer.model' in COPIED
   assert json.loads((out / 'pruning.json').read_text()) == {'kept': [1, 2]}
   assert (out / 'README.md').read_text(encoding='utf-8') == '# Ü\n'
   assert {path.name for path in out.iterdir()} == {
-    *COPIED,
+    *COMPANIONS,
     'README.md',
     'config.json',
     'model.safetensors',

@@ -193,6 +193,14 @@ def test_a_mistral_without_a_window_is_the_same_model():
   assert LlamaConfig.from_hf(hf) == CONFIG
 
 
+def test_an_absent_number_of_kv_heads_is_eight_for_mistral():
+  # The default of transformers' MistralConfig, unlike LlamaConfig's.
+  mistral = {'model_type': 'mistral', 'sliding_window': None}
+  changes = {'num_attention_heads': 16, 'num_key_value_heads': ...}
+  config = LlamaConfig.from_hf(_changed({**mistral, **changes}))
+  assert config.layers == (LayerShape(8, 2, 48),) * 2
+
+
 @pytest.mark.parametrize('key', ['3', '03'])
 def test_layers_are_found_by_number_however_it_is_padded(key):
   hf = _changed(

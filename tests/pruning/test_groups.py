@@ -179,6 +179,15 @@ def test_counts_on_the_way_fall_and_end_exactly(heads):
     assert plan.keep_at(due + 1e-6)[CHANNELS][5] == size - k
 
 
+def test_half_of_nine_heads_go_where_the_ramp_reaches_each():
+  plan = plan_pruning(SMOLLM2_MHA, Targets(target=0.5, channels=False))
+  for percent in range(101):
+    gone = 9 - plan.keep_at(percent / 100)[KV_HEADS][5]
+    # Nine heads times the sparsity that is due, rounded down.
+    assert gone == 9 * percent // 200
+  assert plan.keep_at(0.5)[KV_HEADS][:4] == (9, 9, 9, 7)
+
+
 def test_heads_and_channels_have_their_own_targets():
   targets = Targets(target=0.9, heads_target=0.25, channels_target=0.75)
   plan = plan_pruning(MODELS['mha'], targets)
