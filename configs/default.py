@@ -61,7 +61,7 @@ def get_config() -> config_dict.ConfigDict:
   # Of LoRA's initialisation, dropout and the order of the data.
   config.train.seed = 0
   # Tokens whose logits exist at the same time.
-  config.train.loss_chunk = 256
+  config.train.loss_chunk = 128
   config.train.log_every = 10
   config.train.checkpoint_every = 100
   config.train.checkpoints_kept = 2

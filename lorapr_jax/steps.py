@@ -64,7 +64,7 @@ class StepSettings:
   lora: LoraConfig = LoraConfig()
   dtype: Any = jnp.float32
   remat: str = 'blocks'
-  loss_chunk: int = 256
+  loss_chunk: int = 128
   clip_norm: float = 1.0
 
 
