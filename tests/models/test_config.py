@@ -250,6 +250,23 @@ UNSUPPORTED = [
   ({'vocab_size': None}, 'vocab_size'),
   ({'intermediate_size': '48'}, 'intermediate_size'),
   ({'num_hidden_layers': 2.5}, 'num_hidden_layers'),
+  ({'num_attention_heads': 0}, 'num_attention_heads'),
+  (
+    {'model_type': 'pruned_llama', 'per_layer_config': {'x': {}}},
+    'per_layer_config',
+  ),
+  (
+    {'model_type': 'pruned_llama', 'per_layer_config': {'2': {}}},
+    'per_layer_config',
+  ),
+  (
+    {
+      'rope_theta': 1e6,
+      'rope_scaling': LLAMA3,
+      'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
+    },
+    'rope_scaling',
+  ),
 ]
 
 
