@@ -62,7 +62,7 @@ class TrainSettings:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name not in ('seed', 'lr_schedule') and value <= 0:
+      if field.name not in ('seed', 'lr_schedule') and not value > 0:
         raise UserError(f'train.{field.name} is {value}: it must be positive')
     if not math.isfinite(self.learning_rate):
       raise UserError(f'train.learning_rate is {self.learning_rate}')

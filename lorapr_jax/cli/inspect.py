@@ -129,7 +129,8 @@ def show(report: dict[str, Any]) -> None:
     table = Table(
       title=f'{group}: {"/".join(map(str, counts))} a layer'
       + (' under each KV head' if group == QUERIES else '')
-      + f', {"/".join(f"{size:,}" for size in sizes)} bytes each',
+      + f', {"/".join(f"{size:,}" for size in sizes)} bytes for one'
+      + (' under every KV head' if group == QUERIES else ''),
       title_justify='left',
     )
     table.add_column('tensor of a layer')

@@ -38,15 +38,18 @@ def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
       that is not there.
   """
   overrides = [arg for arg in argv if arg.startswith(('--config.', '-config.'))]
-  values = _parse([arg for arg in argv if arg not in overrides])
+  values, _ = _parse([arg for arg in argv if arg not in overrides])
   if values.config is None or values.workdir is None:
     raise UserError('train needs --config=configs/X.py and --workdir=DIR')
   for arg in overrides:
     _check_key(values.config, arg.lstrip('-').partition('=')[0])
-  return _parse(argv).config, values.workdir
+  values, rest = _parse(argv)
+  if rest:
+    raise UserError(f'train takes flags only, not {rest[0]!r}')
+  return values.config, values.workdir
 
 
-def _parse(argv: list[str]) -> flags.FlagValues:
+def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
   values = flags.FlagValues()
   # Left alone, it would look for overrides in sys.argv.
   config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
@@ -61,9 +64,7 @@ def _parse(argv: list[str]) -> flags.FlagValues:
   ) as error:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise UserError(lines[-1] if lines else repr(error)) from None
-  if len(rest) > 1:
-    raise UserError(f'train takes flags only, not {rest[1]!r}')
-  return values
+  return values, rest[1:]
 
 
 def _check_key(config: config_dict.ConfigDict, flag: str) -> None:

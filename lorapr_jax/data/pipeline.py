@@ -53,7 +53,8 @@ class Tokenizer:
   def fingerprint(self) -> bytes:
     """A hash of the tokenizer's files."""
     digest = hashlib.sha256()
-    for file in sorted(self.folder.glob('*token*')):
+    names = ('*token*', 'vocab.json', 'merges.txt')
+    for file in sorted(f for n in names for f in self.folder.glob(n)):
       digest.update(file.name.encode() + b'\0' + file.read_bytes())
     return digest.digest()
 

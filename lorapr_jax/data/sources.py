@@ -65,6 +65,8 @@ def parse_spec(spec: str) -> Spec:
     for value in (path, *options.values()):
       if not value.isdigit():
         raise UserError(f'data spec {spec!r}: {value!r} is not a number')
+    if options.get('windows', '1').strip('0') == '':
+      raise UserError(f'data spec {spec!r}: it needs at least one window')
   if scheme == 'file':
     suffixes = {file.suffix for file in _files(path)}
     if len(suffixes) > 1 or not suffixes <= set(_OPTIONS):
@@ -115,6 +117,12 @@ def read_documents(spec: str) -> list[str]:
       for file in _files(parsed.path)
       for document in _read_file(file, parsed.options)
     ]
+  for number, document in enumerate(documents, 1):
+    if not document.isascii():
+      try:
+        document.encode()
+      except UnicodeEncodeError as error:
+        raise UserError(f'{spec}, document {number}: {error}') from None
   documents = [document for document in documents if document.strip()]
   if not documents:
     raise UserError(f'{spec} holds no text')

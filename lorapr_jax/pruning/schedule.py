@@ -53,7 +53,8 @@ class PruneSchedule:
   def __post_init__(self):
     if self.every < 1:
       raise UserError(f'prune.every is {self.every}: it must be at least 1')
-    if min(self.warmup, self.cooldown) < 0 or self.warmup + self.cooldown >= 1:
+    in_range = self.warmup >= 0 and self.cooldown >= 0
+    if not (in_range and self.warmup + self.cooldown < 1):
       raise UserError(
         f'prune.warmup {self.warmup} and prune.cooldown {self.cooldown} are '
         'shares of the steps: neither negative, and less than 1 together'

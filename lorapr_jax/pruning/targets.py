@@ -83,12 +83,12 @@ class Targets:
 
 
 def nearest_kept(size: int, multiple: int, kept: Fraction) -> int:
-  """The multiple nearest to `kept`, of which at least one is kept.
+  """The multiple nearest to `kept`, at least one of them; a tie keeps more.
 
-  A tie keeps more. `size` itself, that is pruning nothing, is a choice too.
+  `size` where that multiple is not less than `size`: nothing is pruned.
   """
-  choices = {*range(multiple, size + 1, multiple), size}
-  return min(choices, key=lambda choice: (abs(choice - kept), -choice))
+  choices = range(multiple, size + multiple, multiple)
+  return min(size, min(choices, key=lambda c: (abs(c - kept), -c)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,6 +184,11 @@ class _Choice(NamedTuple):
   def fewest(self) -> int:
     return min(self.multiple, self.size)
 
+  @property
+  def counts(self) -> set[int]:
+    steps = range(self.multiple, self.size + self.multiple, self.multiple)
+    return {min(count, self.size) for count in steps}
+
 
 def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   """Turns targets into counts (design of the rule: docs/method.md).
@@ -192,7 +197,8 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   that is not protected; what is kept is rounded to the nearest multiple, a tie
   prunes fewer, at least one is kept. unit=params: heads get the share at which
   heads and channels, pruned alike, would meet the target; channels, which are
-  finer, then make up the difference.
+  finer, then make up the difference. Where they cannot, the counts of heads
+  that come nearest.
 
   Raises:
     UserError: if a target that is not zero prunes nothing, or a share of the
@@ -282,19 +288,33 @@ def _solve_parameters(
     )
   # `removed` is linear in the share: one division solves it.
   share = Fraction(target) / Fraction(removed({c.group: 0 for c in choices}))
-  kept = {
-    c.group: nearest_kept(c.size, c.multiple, c.size * (1 - share))
-    for c in choices
-  }
   finest = min(choices, key=lambda c: c.multiple / c.size)
-  counts = {*range(finest.multiple, finest.size + 1, finest.multiple)}
 
-  def distance(count: int) -> tuple[float, int]:
-    return abs(removed(kept | {finest.group: count}) - target), -count
+  def distance(kept: Mapping[str, int]) -> float:
+    return abs(removed(kept) - target)
 
-  kept[finest.group] = min(counts | {finest.size}, key=distance)
+  def complete(coarse: Mapping[str, int]) -> dict[str, int]:
+    counts = sorted(finest.counts, reverse=True)
+    options = [{**coarse, finest.group: count} for count in counts]
+    return min(options, key=distance)
+
+  kept = complete(
+    {
+      c.group: nearest_kept(c.size, c.multiple, c.size * (1 - share))
+      for c in choices
+    }
+  )
+  step = prunable * finest.multiple * cost[finest.group] / dense
+  if distance(kept) > step / 2:  # The finest cannot make up the difference.
+    others = [
+      complete({**kept, c.group: count})
+      for c in choices
+      if c is not finest
+      for count in sorted(c.counts, reverse=True)
+    ]
+    kept = min([kept, *others], key=distance)
   if target and all(kept[c.group] == c.size for c in choices):
-    below = max(counts - {finest.size}, default=finest.fewest)
+    below = max(finest.counts - {finest.size}, default=finest.fewest)
     least = removed(kept | {finest.group: below})
     raise UserError(
       f'prune.target={target} of the parameters rounds to nothing pruned; the '

@@ -147,8 +147,8 @@ def test_people_see_couplings_counts_bytes_and_the_plan(
   plan = plan_pruning(CONFIG, Targets())
   assert f'{CONFIG.num_parameters:,} parameters' in lines[0]
   assert lines[0].endswith('10 layers; protected: 0, 9')
-  assert 'kv_heads: 4 a layer, 3,072 bytes each' in lines
-  assert 'mlp: 48 a layer, 192 bytes each' in lines
+  assert 'kv_heads: 4 a layer, 3,072 bytes for one' in lines
+  assert 'mlp: 48 a layer, 192 bytes for one' in lines
   q = 'self_attn.q_proj.weight embed KV_HEADS'
   assert f'{q} queries_per_kv head_dim' in lines
   assert f'{q} QUERIES_PER_KV head_dim' in lines

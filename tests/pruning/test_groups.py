@@ -73,9 +73,7 @@ def rule(size, multiple, target):
   """How many are kept of `size`; `size` where that rounds to nothing pruned."""
   exact = size * (1 - Fraction(target))
   nearest = math.floor(exact / multiple + Fraction(1, 2)) * multiple
-  nearest = max(nearest, multiple)
-  # Where the multiple does not divide the size, all of them may be nearer.
-  return nearest if abs(nearest - exact) < size - exact else size
+  return min(max(nearest, multiple), size)
 
 
 def named_target(message):
@@ -485,3 +483,17 @@ def test_a_model_that_cannot_be_pruned_is_refused():
   pruned = plan_pruning(MODELS['mha'], Targets()).pruned_config
   with pytest.raises(UserError, match='it is pruned already'):
     plan_pruning(pruned, Targets())
+
+
+def test_heads_move_where_channels_cannot_make_up_the_difference():
+  config = model(4, 4, 6, 24)
+  plan = plan_pruning(
+    config, Targets(target=0.12, unit='params', protect='none')
+  )
+  reachable = [
+    plan.sparsity({KV_HEADS: (h,) * 4, CHANNELS: (c,) * 4})['params']
+    for h in range(1, 5)
+    for c in range(1, 25)
+  ]
+  nearest = min(abs(share - 0.12) for share in reachable)
+  assert abs(plan.sparsity(plan.keep)['params'] - 0.12) == nearest
