@@ -158,7 +158,7 @@ def refusal(capsys, workdir, *argv):
     ('data.eval=file:nowhere.txt', 'nowhere.txt is not a file'),
     ('data.eval=wikitext2', "data spec 'wikitext2' is not known"),
     ('data.train=synthetic:1?windows=15', 'fewer than one batch of 16'),
-    ('data.train=synthetic:1?windows=0', 'fewer than one batch of 16'),
+    ('data.train=synthetic:1?windows=0', 'at least one window'),
     (f'data.train=file:{__file__}', 'files of .py'),
     (
       'data.eval_seq_len=129',
