@@ -46,6 +46,7 @@ LEVELS = (
   ('hf.gguf', 'hf.load', 'steps'),
   ('checkpoint', 'eval', 'hf.convert', 'settings'),
   ('report',),
+  ('finish',),
   ('train',),
   ('cli',),
   ('__main__',),

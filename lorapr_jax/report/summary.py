@@ -70,15 +70,20 @@ def sparsity_entry(
   }
 
 
-def perplexity_entry(measured: Perplexity) -> dict[str, Any]:
-  """A perplexity with what it was measured on, for summary.json."""
-  is_demo = measured.data.startswith('demo:')
+def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
+  """Perplexities by name, with what they were measured on."""
   return {
-    'value': measured.perplexity,
-    'data': measured.data,
-    'split': measured.data.split(':')[2] if is_demo else None,
-    'seq_len': measured.seq_len,
-    'windows': measured.windows,
+    name: {
+      'value': result.perplexity,
+      'data': result.data,
+      'split': result.data.split(':')[2]
+      if result.data.startswith('demo:')
+      else None,
+      'seq_len': result.seq_len,
+      'windows': result.windows,
+    }
+    for name, result in measured.items()
+    if result
   }
 
 
