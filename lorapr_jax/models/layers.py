@@ -65,8 +65,8 @@ def apply_rope(x: Array, angles: Array) -> Array:
 def dropout(key: Array, x: Array, rate: float) -> Array:
   """Zeroes a share `rate` of x, to 1/65536, and rescales the rest.
 
-  Sixteen random bits an element: half the price of a float's thirty-two,
-  which on a CPU is a visible part of the step.
+  Sixteen random bits an element, not a float's thirty-two: on a CPU they are
+  a visible part of the step (docs/method.md has the figures).
   """
   dropped = round(rate * 65536)
   keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
