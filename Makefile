@@ -8,7 +8,10 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 	echo runs/demo-$$n)
 
-.PHONY: demo test test-slow lint clean
+# What users load exports with; each has an environment of its own.
+TOOLS := transformers4 transformers5 llama_cpp lm_eval
+
+.PHONY: demo test test-slow test-export lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -18,6 +21,9 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+test-export: .venv/run $(TOOLS:%=.venvs/%/made)
+	$(BIN)/python tests/routes/run.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -38,5 +44,11 @@ $(MODEL)/config.json: | .venv/run
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venvs/%/made: tests/routes/requirements/%.txt
+	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$* || \
+	  { rm -rf .venvs/$*; exit 1; }
+	.venvs/$*/bin/python -m pip install --quiet -r $<
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venvs

@@ -12,6 +12,7 @@ import numpy as np
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.sources import parse_spec, read_documents
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json
 
 # Part of the cache's key: raise it when the windows change.
 _FORMAT = 1
@@ -32,9 +33,16 @@ class Tokenizer:
     self.folder = Path(folder)
     if not list(self.folder.glob('tokenizer*')):
       raise UserError(f'{folder} holds no tokenizer files')
+    # Without its remote code transformers cannot always read the config of our
+    # own export, for which a tokenizer has no use.
+    path = self.folder / 'config.json'
+    remote = path.exists() and 'auto_map' in read_json(path)
     try:
       self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-        self.folder, local_files_only=True, trust_remote_code=False
+        self.folder,
+        config=transformers.LlamaConfig() if remote else None,
+        local_files_only=True,
+        trust_remote_code=False,
       )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
       reason = str(error).strip().partition('\n')[0] or repr(error)
