@@ -44,10 +44,12 @@ LEVELS = (
     'pruning.targets',
   ),
   ('hf.gguf', 'hf.load', 'steps'),
-  ('checkpoint', 'eval', 'hf.convert', 'settings'),
+  ('checkpoint', 'eval', 'hf.adapter', 'hf.convert', 'settings'),
   ('report',),
+  ('routes',),
   ('finish',),
   ('train',),
+  ('exports',),
   ('cli',),
   ('__main__',),
 )
