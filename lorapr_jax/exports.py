@@ -1,5 +1,6 @@
 """A run's checkpoint, or a folder, written in any layout and format."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +97,9 @@ def _of_run(
 def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
   if not recorded:
     if given:
-      raise UserError(f'{workdir} started from random weights: leave out --base')
+      raise UserError(
+        f'{workdir} started from random weights: leave out --base'
+      )
     return ''
   path = Path(recorded if given is None else given)
   if not path.is_dir():
@@ -144,7 +147,38 @@ def _of_folder(
     pruning=pruning,
   )
   route.check(model)
-  params = load_params(
-    folder, config, _places(config, dtype), jnp.dtype(dtype)
-  )
+  params = load_params(folder, config, _places(config, dtype), jnp.dtype(dtype))
   return model, routes.Weights(params)
+
+
+def _cut_of(
+  path: Path, pruning: dict[str, Any], config: LlamaConfig
+) -> tuple[LlamaConfig | None, Kept | None]:
+  """The sizes before the cut and what it left, as pruning.json says it."""
+  sizes = pruning.get('base', {}).get('config')
+  if sizes is None:  # Written before the sizes were.
+    return None, None
+  layers = LlamaConfig.from_hf({'model_type': 'llama', **sizes}).layers
+  before = dataclasses.replace(config, layers=layers)
+  kept = tuple(
+    {group: np.asarray(indices) for group, indices in layer.items()}
+    for layer in pruning['kept']
+  )
+  # An export that is padded has the sizes before the cut.
+  if config not in (before, shrunk_config(before, kept)):
+    raise UserError(
+      f'{path} is of another model: it says that other sizes were left than '
+      'config.json has'
+    )
+  return before, kept
+
+
+def _places(config: LlamaConfig, dtype: str) -> Any:
+  """A sharding for every tensor: over all devices where they divide it."""
+  divides = config.embed_dim % jax.device_count() == 0
+  sizes = (1, -1, 1) if divides else (-1, 1, 1)
+  return sharding.shardings(
+    sharding.make_mesh(sharding.mesh_sizes(*sizes)),
+    logical_axes(config)['params'],
+    param_shapes(config, jnp.dtype(dtype)),
+  )

@@ -69,5 +69,7 @@ def merge_adapters(params: Any, lora: Any, scale: float) -> Any:
   stacks = zip(params['stacks'], lora, strict=True)
   return {
     **params,
-    'stacks': tuple(merge(stack, adapters, scale) for stack, adapters in stacks),
+    'stacks': tuple(
+      merge(stack, adapters, scale) for stack, adapters in stacks
+    ),
   }

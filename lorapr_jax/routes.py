@@ -27,7 +27,7 @@ from lorapr_jax.hf.load import load_config, load_params, place_params
 from lorapr_jax.lora import merge_adapters
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
-from lorapr_jax.pruning.shrink import Kept, pad
+from lorapr_jax.pruning.shrink import Kept, pad, shrunk_config
 from lorapr_jax.report.summary import adapter_card, model_card
 
 _GGUF_NAMES = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16'}
@@ -105,9 +105,7 @@ class Route:
       UserError: saying so.
     """
     if self.path.exists():
-      raise UserError(
-        f'{self.path} exists already; nothing is written over it'
-      )
+      raise UserError(f'{self.path} exists already; nothing is written over it')
     if self.kind == 'gguf' and self.path.suffix != '.gguf':
       raise UserError(f'{self.path}: the name of a GGUF file ends in .gguf')
     if self.kind != 'gguf' and self.path.suffix == '.gguf':
@@ -191,12 +189,19 @@ def write(route: Route, model: Model, weights: Weights) -> dict[str, Any]:
 def _write_hf(
   route: Route, model: Model, stored: Weights, config: LlamaConfig, layout: str
 ) -> None:
-  card = model.pruning and model_card(model.pruning, model.config, layout)
+  card = None
+  if model.pruning:
+    sizes = model.config
+    if model.kept:
+      sizes = shrunk_config(model.before, model.kept)
+    card = model_card(
+      model.pruning, sizes, layout, padded=config.layers != sizes.layers
+    )
   _export(route.path, route, model, stored.merged, config, layout, card)
 
 
 def _write_gguf(
-  route: Route, model: Model, stored: Weights, config: LlamaConfig, layout: str
+  route: Route, model: Model, stored: Weights, config: LlamaConfig, _: str
 ) -> None:
   write_gguf(
     route.path,
@@ -248,7 +253,7 @@ def _export(
 
 def _padded(weights: Weights, model: Model) -> Weights:
   """The weights at the sizes before the cut, with zeros in what was cut."""
-  if not model.kept:  # Nothing was cut.
+  if model.config == model.before:  # Nothing was cut, or it is padded.
     return weights
   axes = llama.block_axes(weights.lora_config)
 

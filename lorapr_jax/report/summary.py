@@ -150,7 +150,7 @@ def pruning_report(
 
 
 def model_card(
-  pruning: Mapping[str, Any], sizes: LlamaConfig, layout: str
+  pruning: Mapping[str, Any], sizes: LlamaConfig, layout: str, *, padded: bool
 ) -> str:
   """A README.md for an exported folder.
 
@@ -158,17 +158,15 @@ def model_card(
     pruning: the contents of pruning.json.
     sizes: of the pruned model.
     layout: of the folder.
+    padded: whether the weights have the sizes before the cut.
   """
   shares = ', '.join(
     f'{share["achieved"]:.1%} of the {kind}'
     for kind, share in pruning['sparsity'].items()
   )
   zeros = ''
-  if layout == 'padded':
-    zeros = (
-      '\nThe weights are stored at their sizes before pruning, with zeros where\n'
-      'something was removed.'
-    )
+  if padded:
+    zeros = '\nWhat was removed is stored as zeros.'
   name = pruning['base']['name']
   return f"""---
 base_model: {name}
