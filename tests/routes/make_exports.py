@@ -34,17 +34,36 @@ _REAL = (
   'prune.warmup=0',
   'prune.cooldown=0',
 )
+_ALL_FORMATS = ('export.format=hf,gguf,peft', 'export.gguf_dtype=f32')
 # Workdir -> base and settings. The tiny ones: 4 of 8 heads; 6 of 8, which do
 # not divide the hidden size of 128; and, in the layers that are not protected,
 # one query head of two under every KV head.
 _TINY_RUNS = {
   'uniform': ('base', ('prune.protect=none',)),
   'odd': ('base', ('prune.protect=none', 'prune.heads_target=0.25')),
-  'two_shape': ('second', ('prune.heads=queries',)),
+  'two_shape': ('second', ('prune.heads=queries', *_ALL_FORMATS)),
 }
 _REAL_RUNS = {
-  'uniform': ('base', ('prune.protect=none',)),
-  'two_shape': ('base', ()),
+  'uniform': ('base', ('prune.protect=none', 'prune.heads=queries')),
+  'two_shape': ('base', _ALL_FORMATS),
+}
+# The flags of `export`, by run.
+_EXPORTS = {
+  'uniform': (
+    '--model_type=mistral --max_shard_size=1MB',
+    '--layout=two_shape',
+    '--dtype=bfloat16',
+    '--format=gguf --dtype=f32',
+    '--format=gguf --dtype=bf16',
+    '--format=gguf --dtype=q8_0',
+    '--format=peft',
+  ),
+  'odd': ('--format=gguf --dtype=f16', '--format=peft'),
+  'two_shape': (
+    '--layout=padded',
+    '--format=gguf --dtype=q8_0',
+    '--format=gguf --layout=padded --dtype=f32',
+  ),
 }
 
 
@@ -69,7 +88,7 @@ def main() -> None:
     runs, settings = _TINY_RUNS, _COMMON + _TINY
   for name, (base, own) in runs.items():
     train(folder / name, folder / base, text, settings + own)
-  found = list(exports(folder, list(runs)))
+  found = [export for name in runs for export in exports(folder / name)]
   for path in sorted({export.truth for export in found}):
     measure(Path(path), held_out)
   manifest = [export._asdict() for export in found]
@@ -90,12 +109,36 @@ def train(
   )
 
 
-def exports(folder: Path, runs: list[str]) -> Iterator[Export]:
-  """Every export of every run: those it made, and those made from it."""
-  for name in runs:
-    hf = folder / name / 'export'
-    own = {'truth': str(hf), 'remote_code': name == 'two_shape'}
-    yield Export(name, 'hf', str(hf), **own)
+def exports(workdir: Path) -> Iterator[Export]:
+  """What a run has made, and what the command `export` makes from it.
+
+  All hold the same weights as the run's own folder, but for a folder of
+  another dtype: that one is measured for itself.
+  """
+  run, truth = workdir.name, workdir / 'export'
+  mixed = run == 'two_shape'
+  yield Export(run, 'hf', str(truth), str(truth), mixed)
+  if mixed:
+    (gguf,) = (workdir / 'export-gguf').glob('*-f32.gguf')
+    yield Export(f'{run}, its gguf', 'gguf', str(gguf), str(truth), dtype='f32')
+    peft = workdir / 'export-peft'
+    yield Export(f'{run}, its peft', 'peft', str(peft), str(truth), mixed)
+  for number, flags in enumerate(_EXPORTS[run]):
+    options = dict(flag.split('=') for flag in flags.split())
+    kind = options.get('--format', 'hf')
+    path = workdir.with_name(f'{run}-{number}')
+    if kind == 'gguf':
+      path = path.with_suffix('.gguf')
+    command('export', workdir, path, *flags.split())
+    dtype = options.get('--dtype', 'float32')
+    yield Export(
+      name=f'{run} {flags}',
+      kind=kind,
+      path=str(path),
+      truth=str(path if kind == 'hf' and dtype != 'float32' else truth),
+      remote_code=options.get('--layout') == 'two_shape',
+      dtype=dtype,
+    )
 
 
 def command(*arguments: str | Path) -> None:
