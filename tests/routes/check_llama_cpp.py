@@ -52,7 +52,7 @@ def check_file(export: Export, truth: Truth, results: Results) -> None:
     0,
   )
   ratio = perplexity(theirs, truth.tokens) / truth.perplexity
-  results.add(export, 'perplexity, relative', abs(ratio - 1), 0.01)
+  results.add(export, 'perplexity ratio', abs(ratio - 1), 0.01)
   ids = model.tokenize(truth.text.encode(), add_bos=True, special=True)
   results.add(export, 'tokenizer ids', differing(truth.ids, ids), 0)
 

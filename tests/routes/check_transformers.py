@@ -31,7 +31,7 @@ def main() -> None:
   with torch.inference_mode():
     for export, truth in exports(folder, 'hf'):
       check_folder(export, truth, results)
-    results = Results(folder, 'peft')
+    results = Results(folder, 'peft', 'transformers')
     for export, truth in exports(folder, 'peft'):
       check_adapter(export, truth, results)
 
@@ -56,7 +56,7 @@ def check_folder(export: Export, truth: Truth, results: Results) -> None:
   with tempfile.TemporaryDirectory() as temporary:
     model.save_pretrained(temporary)
     again = logits(load(temporary, export.remote_code), truth)
-  results.add(export, 'logits, saved again', distance(again, first), 0)
+  results.add(export, 'saved again', distance(again, first), 0)
 
 
 def check_adapter(export: Export, truth: Truth, results: Results) -> None:
@@ -67,9 +67,7 @@ def check_adapter(export: Export, truth: Truth, results: Results) -> None:
     export, 'logits', distance(logits(model, truth), truth.logits), TOLERANCE
   )
   merged = logits(model.merge_and_unload(), truth)
-  results.add(
-    export, 'logits, merged', distance(merged, truth.logits), TOLERANCE
-  )
+  results.add(export, 'merged', distance(merged, truth.logits), TOLERANCE)
 
 
 def load(folder: str | Path, remote_code: bool) -> torch.nn.Module:

@@ -85,10 +85,10 @@ def exports(folder: Path, kind: str) -> Iterator[tuple[Export, Truth]]:
 class Results:
   """Appends one JSON object for every figure to a file of the folder."""
 
-  def __init__(self, folder: Path, tool: str):
-    """Names the tool, with its version, in all that follows."""
+  def __init__(self, folder: Path, *packages: str):
+    """Names the packages, with their versions, in all that follows."""
     self._path = folder / RESULTS
-    self._tool = f'{tool} {metadata.version(tool)}'
+    self._tool = ', '.join(f'{p} {metadata.version(p)}' for p in packages)
 
   def add(self, export: Export, check: str, value: float, limit: float) -> None:
     """Writes a figure; the check fails where it is above the limit."""

@@ -45,8 +45,8 @@ def main() -> int:
       if not run(name, python, script, folder):
         failed.append(name)
     failed += show(folder / RESULTS)
-  for name in failed:
-    print(f'failed: {name}')
+  for failure in failed:
+    print(f'FAILED {failure}')
   return 1 if failed else 0
 
 
@@ -79,28 +79,22 @@ def environment(folder: Path, name: str) -> dict[str, str]:
 
 
 def show(path: Path) -> list[str]:
-  """Prints the figures; returns the checks that failed."""
-  table = Table(title='exports in other tools')
-  for column in ('tool', 'export', 'check', 'value', 'limit', ''):
-    right = column in ('value', 'limit')
-    table.add_column(column, justify='right' if right else 'left')
-  failed = []
+  """Prints the figures, a row for each tool and export; returns failures."""
+  rows, failed = {}, []
   for line in path.read_text().splitlines() if path.exists() else ():
     result = json.loads(line)
+    tool, export, check = (result[k] for k in ('tool', 'export', 'check'))
     value, limit = result['value'], result['limit']
+    rows.setdefault((tool, export), []).append(f'{check} {value:.2g}')
     # Not `value > limit`: a NaN fails.
-    passed = value <= limit
-    if not passed:
-      failed.append(', '.join(result[k] for k in ('tool', 'export', 'check')))
-    table.add_row(
-      result['tool'],
-      result['export'],
-      result['check'],
-      f'{value:.2g}',
-      f'{limit:g}',
-      'ok' if passed else 'FAILED',
-    )
-  Console(width=110).print(table)
+    if not value <= limit:
+      failed.append(f'{tool}: {export}: {check} {value:.2g}, limit {limit:g}')
+  table = Table(title='exports in other tools: differences from our own')
+  for column in ('tool', 'export', 'differences'):
+    table.add_column(column)
+  for (tool, export), figures in rows.items():
+    table.add_row(tool, export, ', '.join(figures))
+  Console(width=120).print(table)
   return failed
 
 
