@@ -32,6 +32,7 @@ LEVELS = (
   (
     'data.sources',
     'hf.mapping',
+    'models.cost',
     'models.layers',
     'pruning.groups',
     'pruning.importance',
