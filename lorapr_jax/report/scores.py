@@ -1,4 +1,4 @@
-"""importance.safetensors: what every prunable group scored, and what was cut."""
+"""importance.safetensors: what each prunable group scored, and what was cut."""
 
 from collections.abc import Iterable
 from pathlib import Path
