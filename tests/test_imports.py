@@ -19,6 +19,7 @@ LEVELS = (
   (
     'cli.arguments',
     'data.demo',
+    'data.tokenizer',
     'files',
     'loss',
     'lora',
@@ -44,8 +45,8 @@ LEVELS = (
     'pruning.shrink',
     'pruning.targets',
   ),
-  ('hf.gguf', 'hf.load', 'steps'),
-  ('checkpoint', 'eval', 'hf.convert', 'settings'),
+  ('hf.gguf', 'hf.load', 'models.cached', 'steps'),
+  ('checkpoint', 'eval', 'generate', 'hf.convert', 'settings'),
   ('report',),
   ('finish',),
   ('train',),

@@ -9,6 +9,7 @@ COMMANDS = {
   'train': 'prune a model by a config',
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
   'evaluate': 'the perplexity of a folder on a text',
+  'generate': 'text from a folder, streamed; a chat where it has a template',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 
