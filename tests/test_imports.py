@@ -20,6 +20,7 @@ LEVELS = (
     'cli.arguments',
     'data.demo',
     'files',
+    'interrupt',
     'loss',
     'lora',
     'models.attention',
