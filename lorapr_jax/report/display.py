@@ -61,7 +61,7 @@ class Display(contextlib.AbstractContextManager):
   def start(self, phase: str) -> None:
     """Ends the phase before and starts this one."""
     self.stop()
-    self._phase, self._begin = phase, time.perf_counter()
+    self._begin, self._phase = time.perf_counter(), phase
     if not self._live:
       self.print(phase)
 
@@ -95,7 +95,10 @@ class Display(contextlib.AbstractContextManager):
 
   def print(self, text: str) -> None:
     """A line of its own, above the panel."""
-    self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    # As it is: a path may hold what looks like markup or like :x: an emoji.
+    self._console.print(
+      text, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
 
   def warn(self, text: str) -> None:
     """Prints a warning and keeps it, unless it is known already."""
