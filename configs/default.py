@@ -116,5 +116,11 @@ def get_config() -> config_dict.ConfigDict:
   config.export.model_type = 'auto'
   # float32, bfloat16, or auto: as the base was loaded.
   config.export.dtype = 'auto'
+
+  config.log = config_dict.ConfigDict()
+  # Whether TensorBoard's files are written too, to workdir/tensorboard.
+  config.log.tensorboard = False
+  # A Weights & Biases project to log to (pip install wandb); empty: none.
+  config.log.wandb = ''
   # A config that sets a key which is not here is mistaken.
   return config.lock()

@@ -88,6 +88,14 @@ class ExportSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogSettings:
+  """The `log.*` keys."""
+
+  tensorboard: bool
+  wandb: str
+
+
+@dataclasses.dataclass(frozen=True)
 class RunSettings:
   """All that a run depends on.
 
@@ -110,6 +118,7 @@ class RunSettings:
   criterion: Criterion
   mesh: dict[str, int]
   export: ExportSettings
+  log: LogSettings
 
 
 def _choose(key: str, value: Any, choices: Any) -> Any:
@@ -186,6 +195,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     criterion=criterion,
     mesh=mesh,
     export=export,
+    log=LogSettings(**config.log),
   )
 
 

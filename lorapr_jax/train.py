@@ -16,7 +16,7 @@ from ml_collections import config_dict
 import numpy as np
 from rich.console import Console
 
-from lorapr_jax import checkpoint, optimizer, sharding, steps
+from lorapr_jax import checkpoint, interrupt, optimizer, sharding, steps
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
@@ -32,6 +32,7 @@ from lorapr_jax.hf.load import (
 from lorapr_jax.models import llama
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.report import metrics, summary
+from lorapr_jax.report.display import Display
 from lorapr_jax.settings import RunSettings, split_config
 
 _LATENCY = {'batch_size': 1, 'seq_len': 128}
@@ -52,10 +53,9 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   Raises:
     UserError: for a mistake in config, data, model or workdir.
+    interrupt.Stopped: after SIGINT or SIGTERM, with a checkpoint to go on from.
   """
   workdir = Path(workdir)
-  console = Console(stderr=True, highlight=False)
-  clock = metrics.Clock(console)
 
   # --- Config: every mistake that shows without reading weights or text.
   settings = split_config(config)
@@ -64,15 +64,30 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   checkpoint.check_workdir(workdir, identity)
   if settings.model_path:
     check_tensors(Shards(settings.model_path), settings.step.config)
+  metrics.check_writers(settings.log)
 
+  console = Console(stderr=True)
+  with Display(console, model_name(settings), settings.train.steps) as display:
+    return run_phases(config, settings, places, identity, workdir, display)
+
+
+def run_phases(
+  config: config_dict.ConfigDict,
+  settings: RunSettings,
+  places: 'Places',
+  identity: dict[str, Any],
+  workdir: Path,
+  display: Display,
+) -> dict[str, Any]:
+  """`run`, once all that can be checked ahead has been."""
   # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
-  clock.start('data')
+  display.start('data')
   batch_at, held_out = load_data(settings)
   checkpoint.claim_workdir(workdir, identity)
-  summary.print_plan(settings, console)
+  summary.print_plan(settings, display.print)
 
   # --- Model: the base is frozen; the state is small.
-  clock.start('load')
+  display.start('load')
   params = load_base(settings, places)
 
   def perplexity(params, step_settings):
@@ -86,18 +101,23 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       batch_size=settings.train.micro_batch_size,
     )
 
-  clock.start('evaluate')
+  display.start('evaluate')
   dense = perplexity(params, settings.step)
 
-  clock.start('prune')
-  state = train_and_prune(settings, places, params, batch_at, workdir, console)
+  state = train_and_prune(settings, places, params, batch_at, workdir, display)
+  skipped = int(state.skipped)
+  if skipped:
+    display.warn(
+      f'{skipped} of {settings.train.steps} steps changed nothing: their '
+      'gradients or scores were not finite'
+    )
 
   # --- Cut and merge: what is left is a smaller, ordinary LLaMA.
-  clock.start('cut')
+  display.start('cut')
   small, small_config, kept = cut(settings, params, state)
   small_step = steps.StepSettings(small_config, dtype=settings.step.dtype)
 
-  clock.start('evaluate')
+  display.start('evaluate')
   pruned = perplexity(small, small_step)
   latency = paired_latency(
     {'dense': (params, settings.step), 'pruned': (small, small_step)},
@@ -105,11 +125,11 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   )
 
   del params
-  clock.start('export')
+  display.start('export')
   export = export_and_compare(
     settings, workdir, small, small_config, kept, config.prune.to_dict()
   )
-  clock.stop()
+  display.stop()
 
   # --- Summary.
   log = (workdir / checkpoint.METRICS_FILE).read_text().splitlines()
@@ -121,10 +141,12 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     'sparsity': summary.sparsity_report(settings.plan),
     'perplexity': summary.perplexity_report(dense=dense, pruned=pruned),
     'latency': {**latency, **_LATENCY},
-    'seconds': clock.seconds,
+    'seconds': display.seconds,
     'tokens_per_second': statistics.median(speeds),
     'peak_memory_bytes': summary.peak_memory_bytes(),
     'export': export,
+    'skipped_steps': skipped,
+    'warnings': display.warnings,
     'versions': summary.versions(),
     'command': shlex.join(sys.argv),
   }
@@ -220,9 +242,14 @@ def train_and_prune(
   params: Any,
   batch_at: Callable[[int], Any],
   workdir: Path,
-  console: Console,
+  display: Display,
 ) -> steps.TrainState:
-  """The paper's algorithm, from the last checkpoint to the last step."""
+  """The paper's algorithm, from the last checkpoint to the last step.
+
+  Raises:
+    interrupt.Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+  """
+  display.start('compile')
   train, plan = settings.train, settings.plan
   learning_rate = optimizer.learning_rate(
     train.lr_schedule, train.learning_rate, train.steps
@@ -246,12 +273,12 @@ def train_and_prune(
   first_step = int(state.step)
   checkpoint.trim_metrics(workdir, first_step)
   if first_step:
-    console.print(f'resuming at step {first_step} of {train.steps}')
-  path = workdir / checkpoint.METRICS_FILE
-  log = metrics.Log(path, train, first_step, console)
+    display.print(f'resuming at step {first_step} of {train.steps}')
 
-  # --- Loop. Nothing in it waits for the device but the logging.
-  with checkpoints, log:
+  # --- Loop. Nothing in it waits for the device but logging and saving.
+  signals = interrupt.StopSignals(display.notice_stop)
+  log = metrics.Log(workdir, settings, first_step)
+  with signals, checkpoints, log:
     for step in range(first_step, train.steps):
       batch = jax.device_put(batch_at(step), places.batch)
       results, grads = lora_gradients(
@@ -277,17 +304,31 @@ def train_and_prune(
         )
       state = state.replace(importance=importance, masks=masks)
       state = apply_update(state, grads, ok)
+      if step == first_step:
+        # Compiling held the first calls up; from here on they only queue.
+        display.start('prune')
+        log.restart_clock()
 
       last = step + 1 == train.steps
       if last or (step + 1) % train.log_every == 0:
-        log.write(
+        interrupt.wait_for(state.step)
+        record = log.write(
           step,
           lr=float(learning_rate(step - int(state.skipped))),
           **{name: float(value) for name, value in results.items()},
           **summary.sparsity_entry(plan, alive_counts(state.masks)),
           skipped=int(state.skipped),
         )
-        metrics.check_finite(step, state, console)
-      if last or (step + 1) % train.checkpoint_every == 0:
+        display.show(record, summary.peak_memory_bytes())
+        metrics.check_finite(step, state, display.print)
+      stopping = signals.signum is not None
+      if last or stopping or (step + 1) % train.checkpoint_every == 0:
+        interrupt.wait_for(state.step)
         checkpoints.save(state, step + 1)
+      if stopping:
+        break
+  if signals.signum is not None:
+    raise interrupt.Stopped(
+      f'stopped at step {int(state.step)} of {train.steps}', signals.signum
+    )
   return state

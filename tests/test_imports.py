@@ -21,6 +21,7 @@ LEVELS = (
     'data.demo',
     'data.tokenizer',
     'files',
+    'interrupt',
     'loss',
     'lora',
     'models.attention',

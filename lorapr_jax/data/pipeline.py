@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import hashlib
+import logging
 import os
 import tempfile
 
@@ -14,7 +15,9 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 
 # Part of the cache's key: raise it when the windows change.
-_FORMAT = 1
+_FORMAT = 2
+
+_log = logging.getLogger(__name__)
 
 
 def training_windows(
@@ -22,8 +25,9 @@ def training_windows(
 ) -> np.ndarray:
   """Every document followed by EOS, end to end, cut into windows (W, T).
 
-  The last, incomplete window is dropped. Packed once, then memory-mapped from
-  the cache, whose key is a hash of text, tokenizer and length.
+  The last, incomplete window is dropped, with a warning. Packed once, then
+  memory-mapped from the cache, whose key is a hash of text, tokenizer and
+  length.
 
   Args:
     spec: a data spec (data/sources.py).
@@ -87,8 +91,7 @@ def _windows(
   path = cache_dir() / 'windows' / f'{digest.hexdigest()[:32]}.npy'
   if not path.exists():
     tokens = encode().astype(np.int32)
-    count = len(tokens) // seq_len
-    if count == 0:
+    if len(tokens) < seq_len:
       raise UserError(
         f'{spec} has {len(tokens)} tokens: fewer than one window of {seq_len}'
       )
@@ -97,12 +100,18 @@ def _windows(
         f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but '
         f'the model has a vocabulary of {vocab_size}'
       )
-    windows = tokens[: count * seq_len].reshape(count, seq_len)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-      np.save(file, windows)
+      np.save(file, tokens)
     os.replace(file.name, path)
-  return np.load(path, mmap_mode='r')
+  tokens = np.load(path, mmap_mode='r')
+  rest = len(tokens) % seq_len
+  if rest:
+    _log.warning(
+      '%s: the last %d of %d tokens fill no window of %d and are left out',
+      *(spec, rest, len(tokens), seq_len),
+    )
+  return tokens[: len(tokens) - rest].reshape(-1, seq_len)
 
 
 def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:

@@ -1,12 +1,13 @@
 """The end of a run: summary.json's contents and the table for people."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 import platform
 import resource
 import sys
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +40,10 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-  """The process's peak resident memory."""
+  """The first device's peak, or the process's where a device has no count."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use']
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024
 
@@ -87,26 +91,24 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
   }
 
 
-def print_plan(settings: RunSettings, console: Console) -> None:
+def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   """What a run is about to do: counts and sizes, target and achieved."""
   config, plan = settings.step.config, settings.plan
-  console.print(
-    f'{len(config.layers)} layers, {config.num_parameters:,} parameters'
-  )
+  show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if plan is None:
-    console.print('nothing is pruned (prune.order=none)')
+    show('nothing is pruned (prune.order=none)')
     return
   layer = plan.prunable_layers[0]
   protected = len(config.layers) - len(plan.prunable_layers)
   for group, kept in plan.keep.items():
     size = group_size(config, config.layers[layer], group)
-    console.print(f'{group}: {kept[layer]} of {size} kept in each layer')
-  console.print(
+    show(f'{group}: {kept[layer]} of {size} kept in each layer')
+  show(
     f'{protected} layers protected; '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
-    console.print(f'{kind} to remove: {_share(share)}')
+    show(f'{kind} to remove: {_share(share)}')
 
 
 def _share(share: dict[str, float | None]) -> str:
