@@ -27,6 +27,7 @@ LEVELS = (
     'optimizer',
     'pruning.masks',
     'pruning.schedule',
+    'report.units',
     'sharding',
   ),
   (
@@ -46,7 +47,8 @@ LEVELS = (
   ('hf.gguf', 'hf.load', 'steps'),
   ('checkpoint', 'eval', 'hf.convert', 'settings'),
   ('report',),
-  ('finish',),
+  ('report.comparison', 'report.plots'),
+  ('finish', 'report.page'),
   ('train',),
   ('cli',),
   ('__main__',),

@@ -9,6 +9,7 @@ COMMANDS = {
   'train': 'prune a model by a config',
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
   'evaluate': 'the perplexity of a folder on a text',
+  'report': 'the page of a finished run, or several runs compared',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 

@@ -1,18 +1,9 @@
 """Runs beside each other, and whether their perplexities compare."""
 
 from collections.abc import Sequence
-import json
 from typing import Any
 
 from lorapr_jax.report.run import Run
-
-# What two perplexities must share, with what it is called.
-_MEASURED_ON = {
-  'data': 'data',
-  'split': 'split',
-  'seq_len': 'tokens a window',
-  'windows': 'windows',
-}
 
 
 def entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
@@ -46,20 +37,27 @@ def warnings(compared: Sequence[dict[str, Any]]) -> list[str]:
     if not entry['perplexity']
   ]
   measured = [entry for entry in compared if entry['perplexity']]
-  values = {
-    what: [entry['perplexity']['pruned'].get(key) for entry in measured]
-    for key, what in _MEASURED_ON.items()
-  }
-  # Folders may be copies of each other: the hash tells; random weights have
-  # none.
-  values['base'] = [
-    entry['base'].get('sha256') or entry['model'] for entry in measured
-  ]
-  for what, of_each in values.items():
-    if len({json.dumps(value) for value in of_each}) > 1:
-      listed = ', '.join(
-        f'{entry["name"]}: {str(value)[:60]}'
-        for entry, value in zip(measured, of_each, strict=True)
-      )
-      found.append(f'perplexities do not compare, {what} differs: {listed}')
+  for what, of in _MEASURED_ON.items():
+    named: dict[str, list[str]] = {}
+    for entry in measured:
+      named.setdefault(str(of(entry)), []).append(entry['name'])
+    if len(named) > 1:
+      listed = '; '.join(f'{v} ({", ".join(n)})' for v, n in named.items())
+      found.append(f'perplexities do not compare, {what}: {listed}')
   return found
+
+
+def _base(entry: dict[str, Any]) -> str:
+  # The hash: copies of a folder are the same base. Random weights have none.
+  sha256 = entry['base'].get('sha256')
+  return f'SHA-256 {sha256[:12]}...' if sha256 else entry['model']
+
+
+# What perplexities that compare have in common.
+_MEASURED_ON = {
+  'other data': lambda entry: entry['perplexity']['pruned']['data'],
+  'another split': lambda entry: entry['perplexity']['pruned'].get('split'),
+  'another length': lambda entry: entry['perplexity']['pruned']['seq_len'],
+  'other windows': lambda entry: entry['perplexity']['pruned']['windows'],
+  'another base': _base,
+}

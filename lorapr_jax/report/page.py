@@ -223,45 +223,35 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _exports(run: Run) -> list[dict[str, Any]]:
-  """Every export with the lines that load it."""
+  """Every export with what loads it."""
   return [
-    {**export, 'title': _TITLES[kind], 'snippets': _loaders(run, kind, export)}
+    {**export, 'title': _TITLES[kind], 'snippets': _loaders(kind, export)}
     for kind, export in run.summary['exports'].items()
   ]
 
 
-def _loaders(run: Run, kind: str, export: Mapping[str, Any]) -> list[str]:
+def _loaders(kind: str, export: Mapping[str, Any]) -> list[str]:
   path = export['path']
-  # Older runs did not write down the layout; layers that differ need the code
-  # that lies beside the weights.
-  shapes = {
-    tuple(int(kept[i].sum()) for kept in run.kept.values())
-    for i in range(max((len(k) for k in run.kept.values()), default=0))
-  }
-  layout = export['layout'] or ('two_shape' if len(shapes) > 1 else 'uniform')
-  remote = ', trust_remote_code=True' if layout == 'two_shape' else ''
+  word = shlex.quote(path)
+  # Layers that differ in size need the code that lies beside the weights.
+  remote = ', trust_remote_code=True' if export['layout'] == 'two_shape' else ''
   if kind == 'gguf':
-    shell = f'llama-cli -m {shlex.quote(path)} -p "Once upon a time"'
-    return [shell]
+    return [f'llama-cli -m {word} -p "Once upon a time"']
   if kind == 'peft':
     return [
-      (
-        'from peft import PeftModel\n'
-        'from transformers import AutoModelForCausalLM\n\n'
-        f'folder = {path!r}\n'
-        'base = AutoModelForCausalLM.from_pretrained(\n'
-        f"  f'{{folder}}/base'{remote}\n)\n"
-        'model = PeftModel.from_pretrained(base, folder)',
-      )
+      'from peft import PeftModel\n'
+      'from transformers import AutoModelForCausalLM\n\n'
+      f'folder = {path!r}\n'
+      "base = folder + '/base'\n"
+      f'model = AutoModelForCausalLM.from_pretrained(base{remote})\n'
+      'model = PeftModel.from_pretrained(model, folder)'
     ]
   return [
-    (
-      'from transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
-      f'folder = {path!r}\n'
-      f'model = AutoModelForCausalLM.from_pretrained(folder{remote})\n'
-      'tokenizer = AutoTokenizer.from_pretrained(folder)',
-    ),
-    f'python -m lorapr_jax generate --model {shlex.quote(path)}',
+    'from transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+    f'folder = {path!r}\n'
+    f'model = AutoModelForCausalLM.from_pretrained(folder{remote})\n'
+    'tokenizer = AutoTokenizer.from_pretrained(folder)',
+    f'python -m lorapr_jax generate --model {word}',
   ]
 
 

@@ -62,6 +62,8 @@ def read_run(workdir: str | Path) -> Run:
     UserError: if there is no run, or it is not finished, or a file is damaged.
   """
   workdir = Path(workdir)
+  if not workdir.is_dir():
+    raise UserError(f'{workdir} does not exist, or is no folder')
   metrics = _read_metrics(workdir / METRICS_FILE)
   summary = _read_summary(workdir, metrics)
   run = _read_if_there(workdir / RUN_FILE)
@@ -102,18 +104,26 @@ def _read_summary(
   if missing:
     raise UserError(f'{path} is no summary of ours: it has no {missing[0]!r}')
   if 'exports' not in summary:
-    # Older runs: one export, a Hugging Face folder.
-    old = summary.get('export')
-    summary['exports'] = (
-      {'hf': {'layout': None, **old, 'path': old['folder']}} if old else {}
-    )
+    summary['exports'] = _older_exports(workdir, summary.get('export'))
   return summary
+
+
+def _older_exports(
+  workdir: Path, export: dict[str, Any] | None
+) -> dict[str, Any]:
+  """Runs used to write one folder, and not to write down its layout."""
+  if not export:
+    return {}
+  has_code = 'auto_map' in _read_if_there(workdir / 'export' / 'config.json')
+  layout = 'two_shape' if has_code else 'uniform'
+  return {'hf': {**export, 'path': export['folder'], 'layout': layout}}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
-  lines = path.read_text(encoding='utf-8').splitlines()
+  # What follows the last line end was cut short by a kill.
+  *lines, _ = path.read_text(encoding='utf-8').split('\n')
   try:
     return [json.loads(line) for line in lines]
   except json.JSONDecodeError as error:
