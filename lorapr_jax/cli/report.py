@@ -1,11 +1,13 @@
 """report: the page of a finished run, or several runs compared."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError
@@ -52,7 +54,8 @@ def main(argv: list[str]) -> None:
   else:
     _show(entries, warnings)
   if page:
-    Console(highlight=False).print(f'report: {page}', soft_wrap=True)
+    console = Console(highlight=False, markup=False)
+    console.print(f'report: {page}', soft_wrap=True)
 
 
 def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
@@ -67,17 +70,18 @@ def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
 
 
 def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
-  table = Table()
+  table = Table(box=box.SIMPLE_HEAD)
+  table.add_column('run', overflow='fold')
   for column in (
-    *('run', 'parameters kept', 'heads removed', 'channels removed'),
-    *('perplexity', 'latency', 'time'),
+    *('parameters\nkept', 'heads\nremoved', 'channels\nremoved'),
+    *('perplexity\n(dense)', 'latency\n(dense)', 'time'),
   ):
-    table.add_column(column, justify='left' if column == 'run' else 'right')
+    table.add_column(column, justify='right', no_wrap=True)
   for entry in entries:
     table.add_row(
-      entry['name'],
-      f'{units.count(entry["params_pruned"])} '
-      f'({units.share(entry["params_kept"])})',
+      Text(entry['name']),
+      f'{units.count(entry["params_pruned"])}\n'
+      f'{units.share(entry["params_kept"])}',
       units.share(entry['heads_removed']),
       units.share(entry['channels_removed']),
       _pair(entry['perplexity'], lambda measured: f'{measured["value"]:.2f}'),
@@ -86,11 +90,9 @@ def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
     )
   console = Console(highlight=False, markup=False)
   console.print(table)
-  if any(entry['perplexity'] or entry['latency'] for entry in entries):
-    console.print('perplexity and latency: dense, pruned')
   for warning in warnings:
     console.print(f'warning: {warning}', soft_wrap=True)
 
 
-def _pair(pair: dict[str, Any] | None, form: Any) -> str:
-  return f'{form(pair["dense"])}, {form(pair["pruned"])}' if pair else '–'
+def _pair(pair: dict[str, Any] | None, form: Callable[[Any], str]) -> str:
+  return f'{form(pair["pruned"])}\n({form(pair["dense"])})' if pair else '–'

@@ -97,11 +97,11 @@ def _verdict(summary: Mapping[str, Any]) -> str:
   """What the run did, in one sentence of numbers."""
   dense, pruned = summary['params_dense'], summary['params_pruned']
   if dense == pruned:
-    text = f'No parameters were removed of {dense / 1e6:,.1f} million'
+    text = f'No parameters were removed of {units.parameters(dense)}'
   else:
     text = (
       f'{1 - pruned / dense:.1%} of the parameters were removed '
-      f'({dense / 1e6:,.1f} to {pruned / 1e6:,.1f} million)'
+      f'({units.parameters(dense)} to {units.parameters(pruned)})'
     )
   parts = []
   if summary.get('perplexity'):
@@ -183,6 +183,7 @@ def _kept(run: Run) -> list[dict[str, Any]]:
   return [
     {
       'name': _NAMES[group],
+      'title': _title(_NAMES[group]),
       'total': kept.shape[1],
       'binned': kept.shape[1] > plots.MAX_COLUMNS,
       'layers': [
@@ -195,12 +196,16 @@ def _kept(run: Run) -> list[dict[str, Any]]:
   ]
 
 
+def _title(name: str) -> str:
+  return name[0].upper() + name[1:]
+
+
 def _importance(run: Run) -> list[dict[str, Any]]:
   result = []
   for i, (group, scores) in enumerate(run.scores.items()):
     name = _NAMES[group]
     ratios = plots.over_cut_line(scores)
-    entry = {'name': name, 'bands': '', 'histogram': '', 'above': 0.0}
+    entry = {'title': _title(name), 'bands': '', 'histogram': '', 'above': 0.0}
     if len(ratios['cut']) and len(ratios['kept']):
       entry['bands'] = plots.importance_bands(f'bands-{i}', name, scores)
       entry['histogram'] = plots.importance_histogram(f'cut-{i}', name, ratios)
@@ -265,7 +270,7 @@ def _command(command: str) -> str:
     raise UserError(
       f'the command in summary.json is damaged: {error}'
     ) from None
-  if program.endswith('__main__.py'):
+  if Path(program).parts[-2:] == ('lorapr_jax', '__main__.py'):
     words = ['python', '-m', 'lorapr_jax']
   else:
     words = ['python', program] if program.endswith('.py') else [program]

@@ -50,9 +50,10 @@ def loss(records: Records) -> str:
 
   def draw(axes):
     _shade_ramp(axes, records)
-    axes.plot(steps, values, 'o-', color=KEPT, lw=0.9, ms=1.8, alpha=0.55)
     finite = np.isfinite(values)
     width = 2 * (finite.sum() // 20) + 1
+    strength = 0.55 if width > 1 else 1
+    axes.plot(steps, values, 'o-', color=KEPT, lw=0.9, ms=1.8, alpha=strength)
     if width > 1:
       padded = np.pad(values[finite], width // 2, mode='reflect')
       mean = np.convolve(padded, np.full(width, 1 / width), 'valid')
@@ -110,7 +111,9 @@ def _log_axis(axes: Any) -> None:
   axes.set_yscale('log')
   low, high = axes.get_ylim()
   wide = high > 10 * low
-  locator = LogLocator(subs=(1.0, 3.0)) if wide else MaxNLocator(5)
+  locator = (
+    LogLocator(subs=(1.0, 3.0)) if wide else MaxNLocator(5, steps=[1, 2, 5, 10])
+  )
   axes.yaxis.set_major_locator(locator)
   axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.3g}'))
   axes.minorticks_off()
@@ -165,12 +168,11 @@ def kept_map(name: str, label: str, kept: np.ndarray) -> str:
     axes.set_xlabel(label)
     axes.set_ylabel('layer')
     if columns == members:
-      marks = range(0, members, -(-members // 12))
+      marks = _marks(members)
       axes.set_xticks([i + 0.44 for i in marks], [str(i) for i in marks])
     else:
       axes.xaxis.set_major_locator(_locator())
-    every = -(-layers // 12)
-    marks = range(0, layers, every)
+    marks = _marks(layers)
     axes.set_yticks([i + 0.44 for i in marks], [str(i) for i in marks])
     for first, last in runs(counts):
       axes.text(
@@ -182,6 +184,11 @@ def kept_map(name: str, label: str, kept: np.ndarray) -> str:
 
   height = 56 + min(max(11 * layers, 90), 620)
   return figure(name, f'{label} kept by layer', draw, height)
+
+
+def _marks(count: int) -> range:
+  every = next(step for step in (1, 2, 5, 10, 20, 50) if count <= 12 * step)
+  return range(0, count, every)
 
 
 def runs(counts: Sequence[int]) -> list[tuple[int, int]]:
@@ -263,6 +270,8 @@ def importance_histogram(
     axes.axvline(0, color=INK, lw=1, ls='--')
     axes.xaxis.set_major_locator(_locator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{2**x:.3g}'))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:,.0f}'))
+    axes.yaxis.set_major_locator(_locator())
     axes.set_xlabel('importance over the cut line')
 
   return figure(name, f'Distribution of importance of {label}', draw)

@@ -34,6 +34,7 @@ _STYLE = {
   'axes.spines.left': False,
   'axes.spines.right': False,
   'axes.spines.top': False,
+  'font.sans-serif': ['DejaVu Sans'],
   'font.size': 11,
   'grid.color': RULE,
   'grid.linewidth': 0.8,
@@ -87,6 +88,8 @@ def _inline(svg: str, name: str, label: str) -> str:
   body = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', body)
   body = body.replace('url(#', f'url(#{name}-')
   body = body.replace('xlink:href="#', f'href="#{name}-')
+  # Its style sheet would be the whole page's.
+  body = re.sub(r'<style.*?</style>', '', body, flags=re.S)
   # A hundredth of a pixel is enough.
   body = re.sub(
     r' d="[^"]*"',
@@ -96,6 +99,6 @@ def _inline(svg: str, name: str, label: str) -> str:
   for color, role in _ROLES.items():
     body = body.replace(color, f'var(--{role})')
   return (
-    f'<svg {box.group()} role="img" aria-label="{html.escape(label)}">'
-    + body.strip()
+    f'<svg {box.group()} stroke-linejoin="round" role="img" '
+    f'aria-label="{html.escape(label)}">' + body.strip()
   )

@@ -24,6 +24,14 @@ def count(value: float) -> str:
   return f'{value:,.0f}'
 
 
+def parameters(value: float) -> str:
+  """A count, in words where it is large: 94.3 million."""
+  for unit, name in ((1e9, 'billion'), (1e6, 'million')):
+    if value >= unit:
+      return f'{value / unit:#.3g}'.rstrip('.') + f' {name}'
+  return count(value)
+
+
 def milliseconds(value: float) -> str:
   """Seconds, as milliseconds: 159.0 ms."""
   return f'{1e3 * value:.1f} ms' if value < 1e-1 else f'{1e3 * value:,.0f} ms'

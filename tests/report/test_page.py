@@ -97,7 +97,7 @@ def test_the_page_holds_every_number(finished_run):
     '"hidden_size": 64',
     '0 to 2: KV heads 2 4 50.00%',
     '3: channels 128 128 100.00%',
-    'lie above it',
+    'All that were cut lie below it.',
   ]
   for phase, seconds in summary['seconds'].items():
     expected.append(f'{phase} {units.duration(seconds)}')

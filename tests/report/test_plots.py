@@ -75,7 +75,7 @@ def test_a_figure_is_small_repeatable_and_keeps_to_itself(name):
   # Colours are the page's: none but `var(--...)` is left.
   assert not re.search(r'(?:fill|stroke): #', svg)
   assert 'var(--muted)' in svg
-  assert '://' not in svg
+  assert '://' not in svg and '<style' not in svg
   assert tree.get('viewBox') and tree.get('aria-label')
   assert tree.get('width') is None
 
