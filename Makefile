@@ -8,7 +8,7 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 	echo runs/demo-$$n)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-report lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -18,6 +18,10 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+# The report in a real browser: no message, no request, no overflow.
+test-report: .venv/dev
+	$(BIN)/python -m pytest -m browser
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.files import write_json
+from lorapr_jax.files import write_json, write_text
 from lorapr_jax.finish import cut, export_and_compare, model_name
 from lorapr_jax.hf.load import (
   Shards,
@@ -33,6 +33,7 @@ from lorapr_jax.models import llama
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
+from lorapr_jax.report.page import REPORT_FILE, render_report
 from lorapr_jax.settings import RunSettings, split_config
 
 _LATENCY = {'batch_size': 1, 'seq_len': 128}
@@ -151,6 +152,7 @@ def run_phases(
     'command': shlex.join(sys.argv),
   }
   write_json(workdir / checkpoint.SUMMARY_FILE, result)
+  write_text(workdir / REPORT_FILE, render_report(workdir))
   return result
 
 

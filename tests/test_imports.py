@@ -29,6 +29,7 @@ LEVELS = (
     'optimizer',
     'pruning.masks',
     'pruning.schedule',
+    'report.units',
     'sharding',
   ),
   (
@@ -49,7 +50,8 @@ LEVELS = (
   ('hf.gguf', 'hf.load', 'models.cached', 'steps'),
   ('checkpoint', 'eval', 'generate', 'hf.convert', 'settings'),
   ('report',),
-  ('finish',),
+  ('report.comparison', 'report.plots'),
+  ('finish', 'report.page'),
   ('train',),
   ('cli',),
   ('__main__',),

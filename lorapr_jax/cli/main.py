@@ -14,6 +14,7 @@ COMMANDS = {
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
   'evaluate': 'the perplexity of a folder on a text',
   'generate': 'text from a folder, streamed; a chat where it has a template',
+  'report': 'the page of a finished run, or several runs compared',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 
