@@ -5,6 +5,8 @@ from pathlib import Path
 import time
 from typing import Any
 
+import jax
+
 from lorapr_jax import routes
 from lorapr_jax.hf.export import parse_size
 from lorapr_jax.hf.load import content_hash
@@ -38,9 +40,16 @@ def cut(
   """
   if kept:
     axes = llama.block_axes(lora_config)
-    stacks = shrink(params['stacks'], axes['params'], kept, config)
+
+    @jax.jit
+    def smaller(stacks, lora):
+      return (
+        shrink(stacks, axes['params'], kept, config),
+        shrink(lora, axes['lora'], kept, config),
+      )
+
+    stacks, lora = smaller(params['stacks'], lora)
     params = {**params, 'stacks': stacks}
-    lora = shrink(lora, axes['lora'], kept, config)
   merged = merge_adapters(params, lora, lora_config.scale)
   if not unmerged:
     return routes.Weights(merged)

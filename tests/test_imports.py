@@ -46,6 +46,7 @@ LEVELS = (
     'pruning.shrink',
     'pruning.targets',
   ),
+  ('hf.gguf', 'hf.gguf_vocabulary', 'hf.load', 'steps'),
   (
     'checkpoint',
     'eval',
@@ -54,8 +55,6 @@ LEVELS = (
     'hf.gguf_write',
     'settings',
   ),
-  ('report',),
-  ('routes',),
   ('report',),
   ('routes',),
   ('finish',),
