@@ -232,7 +232,7 @@ def test_llama3_scaling_is_known_by_its_table(tmp_path):
     else:
       kept = (8192 / wavelength - 1) / (4 - 1)
       factors.append(1 / ((1 - kept) / 32 + kept))
-  assert 1 < len(set(factors)) and 1.0 < min(set(factors) - {1.0}) < 32.0
+  assert len(set(factors)) > 1 and 1.0 < min(set(factors) - {1.0}) < 32.0
   table = {'extra': ('rope_freqs.weight', np.array(factors, np.float32), F32)}
   path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **table})
   config = dataclasses.replace(
