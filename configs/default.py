@@ -37,6 +37,8 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_seq_len = 0
   # At most so many windows of it; 0: all.
   config.data.eval_windows = 0
+  # Steps between perplexities of the masked, adapted model; 0: none of these.
+  config.data.eval_every = 0
 
   config.lora = config_dict.ConfigDict()
   config.lora.rank = 8
@@ -130,5 +132,11 @@ def get_config() -> config_dict.ConfigDict:
   config.log.tensorboard = False
   # A Weights & Biases project to log to (pip install wandb); empty: none.
   config.log.wandb = ''
+
+  config.report = config_dict.ConfigDict()
+  # Texts that the dense and the pruned model go on from, side by side.
+  config.report.prompts = ('The weather today', 'The president said')
+  # At most so many tokens after each.
+  config.report.max_new_tokens = 48
   # A config that sets a key which is not here is mistaken.
   return config.lock()

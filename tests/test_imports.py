@@ -60,7 +60,7 @@ LEVELS = (
     'hf.gguf_write',
     'settings',
   ),
-  ('report',),
+  ('inputs', 'report'),
   ('report.comparison', 'report.plots', 'routes'),
   ('finish', 'report.page'),
   ('train',),

@@ -8,11 +8,16 @@ import sys
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.cost import (
+  forward_flops_per_token,
+  kv_cache_bytes_per_token,
+)
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
@@ -46,6 +51,32 @@ def peak_memory_bytes() -> int:
     return stats['peak_bytes_in_use']
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def cost_report(
+  *, dense: LlamaConfig, pruned: LlamaConfig, dtype: str, seq_len: int
+) -> dict[str, Any]:
+  """Parameters, bytes, operations and KV cache, before and after.
+
+  Args:
+    dense: the sizes before the cut.
+    pruned: the sizes after it.
+    dtype: of weights and cache, as exported.
+    seq_len: tokens of the forward pass whose operations are counted.
+  """
+  models = {'dense': dense, 'pruned': pruned}
+  bytes_each = jnp.dtype(dtype).itemsize
+  return {
+    **{f'params_{k}': config.num_parameters for k, config in models.items()},
+    'bytes': {k: c.num_parameters * bytes_each for k, c in models.items()},
+    'flops_per_token': {
+      **{k: forward_flops_per_token(c, seq_len) for k, c in models.items()},
+      'seq_len': seq_len,
+    },
+    'kv_cache_bytes_per_token': {
+      k: kv_cache_bytes_per_token(c, bytes_each) for k, c in models.items()
+    },
+  }
 
 
 def sparsity_report(
