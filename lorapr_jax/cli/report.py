@@ -70,7 +70,7 @@ def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
 
 
 def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
-  table = Table(box=box.SIMPLE_HEAD)
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
   table.add_column('run', overflow='fold')
   for column in (
     *('parameters\nkept', 'heads\nremoved', 'channels\nremoved'),
