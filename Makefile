@@ -11,7 +11,7 @@ NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 # What users load exports with; each has an environment of its own.
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
-.PHONY: demo test test-slow test-export lint clean
+.PHONY: demo test test-slow test-report test-export lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -22,6 +22,11 @@ test: .venv/dev
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
 
+# The report in a real browser: no message, no request, no overflow.
+test-report: .venv/dev
+	$(BIN)/python -m pytest -m browser
+
+# Every export in the tools that users load it with.
 test-export: .venv/run $(TOOLS:%=.venvs/%/made)
 	$(BIN)/python tests/routes/run.py
 

@@ -37,6 +37,8 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_seq_len = 0
   # At most so many windows of it; 0: all.
   config.data.eval_windows = 0
+  # Steps between perplexities of the masked, adapted model; 0: none of these.
+  config.data.eval_every = 0
 
   config.lora = config_dict.ConfigDict()
   config.lora.rank = 8
@@ -124,5 +126,17 @@ def get_config() -> config_dict.ConfigDict:
   config.export.gguf_dtype = 'auto'
   # Of one weights file: a number and B, KB, MB, GB, KiB, MiB or GiB.
   config.export.max_shard_size = '5GB'
+
+  config.log = config_dict.ConfigDict()
+  # Whether TensorBoard's files are written too, to workdir/tensorboard.
+  config.log.tensorboard = False
+  # A Weights & Biases project to log to (pip install wandb); empty: none.
+  config.log.wandb = ''
+
+  config.report = config_dict.ConfigDict()
+  # Texts that the dense and the pruned model go on from, side by side.
+  config.report.prompts = ('The weather today', 'The president said')
+  # At most so many tokens after each.
+  config.report.max_new_tokens = 48
   # A config that sets a key which is not here is mistaken.
   return config.lock()

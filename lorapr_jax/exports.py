@@ -15,11 +15,11 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
 from lorapr_jax.finish import cut, kept_of, pruned_model
 from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
+from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import logical_axes, param_shapes
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.settings import split_model
-from lorapr_jax.train import load_base
 
 
 def export(

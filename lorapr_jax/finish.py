@@ -5,7 +5,11 @@ from pathlib import Path
 import time
 from typing import Any
 
-from lorapr_jax import routes
+import jax
+
+from lorapr_jax import routes, steps
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.generate import Sampling, stream_text
 from lorapr_jax.hf.export import parse_size
 from lorapr_jax.hf.load import content_hash
 from lorapr_jax.lora import merge_adapters
@@ -38,9 +42,16 @@ def cut(
   """
   if kept:
     axes = llama.block_axes(lora_config)
-    stacks = shrink(params['stacks'], axes['params'], kept, config)
+
+    @jax.jit
+    def smaller(stacks, lora):
+      return (
+        shrink(stacks, axes['params'], kept, config),
+        shrink(lora, axes['lora'], kept, config),
+      )
+
+    stacks, lora = smaller(params['stacks'], lora)
     params = {**params, 'stacks': stacks}
-    lora = shrink(lora, axes['lora'], kept, config)
   merged = merge_adapters(params, lora, lora_config.scale)
   if not unmerged:
     return routes.Weights(merged)
@@ -88,26 +99,47 @@ def pruned_model(
   )
 
 
+def side_by_side(
+  models: dict[str, tuple[Any, steps.StepSettings]], settings: RunSettings
+) -> list[dict[str, str]]:
+  """How each model goes on from report.prompts: [{'prompt', NAME: text}].
+
+  Greedily, so that nothing but the model makes the difference. Empty for
+  random weights, which have no tokenizer.
+
+  Args:
+    models: name -> (params, settings).
+    settings: of the run.
+  """
+  if settings.model_path is None or not settings.report.prompts:
+    return []
+  tokenizer = Tokenizer(settings.model_path)
+  sampling = Sampling(settings.report.max_new_tokens)
+
+  def go_on(prompt: str, params: Any, step: steps.StepSettings) -> str:
+    pieces = stream_text(
+      params, step.config, tokenizer, prompt, sampling, dtype=step.dtype
+    )
+    return ''.join(pieces)
+
+  return [
+    {'prompt': prompt}
+    | {name: go_on(prompt, *model) for name, model in models.items()}
+    for prompt in settings.report.prompts
+  ]
+
+
 def export_run(
   settings: RunSettings,
   workdir: Path,
+  model: routes.Model,
   weights: routes.Weights,
-  kept: Kept,
-  prune_settings: dict[str, Any],
 ) -> dict[str, dict[str, Any]]:
   """Writes every format of export.format: {kind: what was written}.
 
   Raises:
     RuntimeError: if what was read back computes something else.
   """
-  model = pruned_model(
-    settings.model_path,
-    settings.step.config,
-    kept,
-    dtype=settings.base_dtype.name,
-    plan=settings.plan,
-    settings=prune_settings,
-  )
   exports = {}
   for kind in settings.export.routes:
     route = run_route(kind, settings, workdir, model)

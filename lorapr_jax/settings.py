@@ -47,6 +47,11 @@ class DataSettings:
   eval: str
   eval_seq_len: int
   eval_windows: int
+  eval_every: int
+
+  def is_evaluation_step(self, step: int) -> bool:
+    """Whether the perplexity is measured after this step."""
+    return self.eval_every > 0 and (step + 1) % self.eval_every == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +119,37 @@ class ExportSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ReportSettings:
+  """The `report.*` keys."""
+
+  prompts: tuple[str, ...]
+  max_new_tokens: int
+
+  def __post_init__(self):
+    # A string given for a tuple stays a string.
+    if isinstance(self.prompts, str) or not all(
+      isinstance(prompt, str) and prompt for prompt in self.prompts
+    ):
+      raise UserError(
+        f'report.prompts is {self.prompts!r}: give a tuple of texts, such as '
+        '\'("The weather", "Once upon a time")\', or () for none'
+      )
+    if self.max_new_tokens < 1:
+      raise UserError(
+        f'report.max_new_tokens is {self.max_new_tokens}: it must be at least '
+        '1; for no samples use report.prompts=()'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+  """The `log.*` keys."""
+
+  tensorboard: bool
+  wandb: str
+
+
+@dataclasses.dataclass(frozen=True)
 class RunSettings:
   """All that a run depends on.
 
@@ -136,6 +172,8 @@ class RunSettings:
   criterion: Criterion
   mesh: dict[str, int]
   export: ExportSettings
+  log: LogSettings
+  report: ReportSettings
 
 
 def _choose(key: str, value: Any, choices: Any) -> Any:
@@ -201,6 +239,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     criterion=criterion,
     mesh=mesh,
     export=export,
+    log=LogSettings(**config.log),
+    report=ReportSettings(**config.report),
   )
 
 
@@ -253,6 +293,11 @@ def _data_settings(
       parse_spec(data[key])
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
+  if data.eval_every < 0 or (data.eval_every and not data.eval):
+    raise UserError(
+      f'data.eval_every is {data.eval_every}: 0, or a number of steps, with '
+      'data.eval'
+    )
   if min(data.eval_seq_len, data.eval_windows) < 0 or data.eval_seq_len == 1:
     raise UserError(
       f'data.eval_seq_len {data.eval_seq_len} and data.eval_windows '
@@ -264,6 +309,7 @@ def _data_settings(
     eval=data.eval,
     eval_seq_len=data.eval_seq_len or train.seq_len,
     eval_windows=data.eval_windows,
+    eval_every=data.eval_every,
   )
 
 

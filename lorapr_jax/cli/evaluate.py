@@ -6,6 +6,7 @@ from lorapr_jax import sharding
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.sources import parse_spec
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> None:
     )
   check_tensors(Shards(args.model), config)
   windows = pipeline.evaluation_windows(
-    args.data, pipeline.Tokenizer(args.model), args.seq_len, config.vocab_size
+    args.data, Tokenizer(args.model), args.seq_len, config.vocab_size
   )[: args.max_windows]
   dtype = resolve_dtype('--dtype', args.dtype)
   mesh = sharding.make_mesh(sharding.mesh_sizes(data=-1, fsdp=1, tensor=1))

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 import hashlib
+import logging
 import os
-from pathlib import Path
 import tempfile
 
 import grain
@@ -11,60 +11,13 @@ import numpy as np
 
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.sources import parse_spec, read_documents
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json
 
 # Part of the cache's key: raise it when the windows change.
-_FORMAT = 1
+_FORMAT = 2
 
-
-class Tokenizer:
-  """A folder's tokenizer, with its own habits about special tokens."""
-
-  def __init__(self, folder: str | Path):
-    """Loads the files of a Hugging Face folder.
-
-    Raises:
-      UserError: if there is no tokenizer that transformers can read.
-    """
-    # Here, since it takes seconds and synthetic data needs none.
-    import transformers
-
-    self.folder = Path(folder)
-    if not list(self.folder.glob('tokenizer*')):
-      raise UserError(f'{folder} holds no tokenizer files')
-    # Without its remote code transformers cannot always read the config of our
-    # own export, for which a tokenizer has no use.
-    path = self.folder / 'config.json'
-    remote = path.exists() and 'auto_map' in read_json(path)
-    try:
-      self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-        self.folder,
-        config=transformers.LlamaConfig() if remote else None,
-        local_files_only=True,
-        trust_remote_code=False,
-      )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-      reason = str(error).strip().partition('\n')[0] or repr(error)
-      raise UserError(f'the tokenizer of {folder}: {reason}') from None
-    self.eos_token_id = self._tokenizer.eos_token_id
-
-  def encode(self, text: str) -> np.ndarray:
-    """The ids of a text, with BOS in front if that is the tokenizer's habit."""
-    ids = self._tokenizer(text, verbose=False)['input_ids']
-    # Some tokenizers end every text with EOS: that is the packing's business.
-    if ids and ids[-1] == self.eos_token_id:
-      ids = ids[:-1]
-    return np.asarray(ids, np.int32)
-
-  @property
-  def fingerprint(self) -> bytes:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    names = ('*token*', 'vocab.json', 'merges.txt')
-    for file in sorted(f for n in names for f in self.folder.glob(n)):
-      digest.update(file.name.encode() + b'\0' + file.read_bytes())
-    return digest.digest()
+_log = logging.getLogger(__name__)
 
 
 def training_windows(
@@ -72,8 +25,9 @@ def training_windows(
 ) -> np.ndarray:
   """Every document followed by EOS, end to end, cut into windows (W, T).
 
-  The last, incomplete window is dropped. Packed once, then memory-mapped from
-  the cache, whose key is a hash of text, tokenizer and length.
+  The last, incomplete window is dropped, with a warning. Packed once, then
+  memory-mapped from the cache, whose key is a hash of text, tokenizer and
+  length.
 
   Args:
     spec: a data spec (data/sources.py).
@@ -137,8 +91,7 @@ def _windows(
   path = cache_dir() / 'windows' / f'{digest.hexdigest()[:32]}.npy'
   if not path.exists():
     tokens = encode().astype(np.int32)
-    count = len(tokens) // seq_len
-    if count == 0:
+    if len(tokens) < seq_len:
       raise UserError(
         f'{spec} has {len(tokens)} tokens: fewer than one window of {seq_len}'
       )
@@ -147,12 +100,18 @@ def _windows(
         f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but '
         f'the model has a vocabulary of {vocab_size}'
       )
-    windows = tokens[: count * seq_len].reshape(count, seq_len)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-      np.save(file, windows)
+      np.save(file, tokens)
     os.replace(file.name, path)
-  return np.load(path, mmap_mode='r')
+  tokens = np.load(path, mmap_mode='r')
+  rest = len(tokens) % seq_len
+  if rest:
+    _log.warning(
+      '%s: the last %d of %d tokens fill no window of %d and are left out',
+      *(spec, rest, len(tokens), seq_len),
+    )
+  return tokens[: len(tokens) - rest].reshape(-1, seq_len)
 
 
 def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:

@@ -16,11 +16,13 @@ import dataclasses
 import glob
 import io
 import json
+import logging
 from pathlib import Path
 
 from lorapr_jax.data.demo import news_split
 from lorapr_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 _OPTIONS = {
   '.txt': ('lines',),
   '.jsonl': ('field',),
@@ -123,10 +125,15 @@ def read_documents(spec: str) -> list[str]:
         document.encode()
       except UnicodeEncodeError as error:
         raise UserError(f'{spec}, document {number}: {error}') from None
-  documents = [document for document in documents if document.strip()]
-  if not documents:
+  filled = [document for document in documents if document.strip()]
+  if not filled:
     raise UserError(f'{spec} holds no text')
-  return documents
+  if len(filled) < len(documents):
+    _log.warning(
+      '%s: %d of %d documents hold no text and are left out',
+      *(spec, len(documents) - len(filled), len(documents)),
+    )
+  return filled
 
 
 def _read_file(file: Path, options: dict[str, str]) -> list[str]:

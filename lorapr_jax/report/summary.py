@@ -1,17 +1,23 @@
 """The end of a run: summary.json's contents and the table for people."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 import platform
 import resource
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.cost import (
+  forward_flops_per_token,
+  kv_cache_bytes_per_token,
+)
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
@@ -39,9 +45,38 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-  """The process's peak resident memory."""
+  """The first device's peak, or the process's where a device has no count."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use']
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def cost_report(
+  *, dense: LlamaConfig, pruned: LlamaConfig, dtype: str, seq_len: int
+) -> dict[str, Any]:
+  """Parameters, bytes, operations and KV cache, before and after.
+
+  Args:
+    dense: the sizes before the cut.
+    pruned: the sizes after it.
+    dtype: of weights and cache, as exported.
+    seq_len: tokens of the forward pass whose operations are counted.
+  """
+  models = {'dense': dense, 'pruned': pruned}
+  bytes_each = jnp.dtype(dtype).itemsize
+  return {
+    **{f'params_{k}': config.num_parameters for k, config in models.items()},
+    'bytes': {k: c.num_parameters * bytes_each for k, c in models.items()},
+    'flops_per_token': {
+      **{k: forward_flops_per_token(c, seq_len) for k, c in models.items()},
+      'seq_len': seq_len,
+    },
+    'kv_cache_bytes_per_token': {
+      k: kv_cache_bytes_per_token(c, bytes_each) for k, c in models.items()
+    },
+  }
 
 
 def sparsity_report(
@@ -98,26 +133,24 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
   }
 
 
-def print_plan(settings: RunSettings, console: Console) -> None:
+def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   """What a run is about to do: counts and sizes, target and achieved."""
   config, plan = settings.step.config, settings.plan
-  console.print(
-    f'{len(config.layers)} layers, {config.num_parameters:,} parameters'
-  )
+  show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if plan is None:
-    console.print('nothing is pruned (prune.order=none)')
+    show('nothing is pruned (prune.order=none)')
     return
   layer = plan.prunable_layers[0]
   protected = len(config.layers) - len(plan.prunable_layers)
   for group, kept in plan.keep.items():
     size = group_size(config, config.layers[layer], group)
-    console.print(f'{group}: {kept[layer]} of {size} kept in each layer')
-  console.print(
+    show(f'{group}: {kept[layer]} of {size} kept in each layer')
+  show(
     f'{protected} layers protected; '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
-    console.print(f'{kind} to remove: {_share(share)}')
+    show(f'{kind} to remove: {_share(share)}')
 
 
 def _share(share: dict[str, float | None]) -> str:

@@ -9,6 +9,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lorapr_jax.data import pipeline
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import write_json
+from lorapr_jax.hf.export import hf_config
+from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 
 EOS, BOS = '<|endoftext|>', '<|begin|>'
 TEXTS = [
@@ -71,6 +74,23 @@ def corpus(tmp_path):
   return f'file:{tmp_path}/corpus.jsonl'
 
 
+def test_the_tokenizer_of_an_export_needs_no_remote_code(tmp_path):
+  folder = save_tokenizer(tmp_path / 'model')
+  scaling = RopeScaling(4.0, 1.0, 4.0, 32)
+  sizes = LlamaConfig(
+    VOCAB,
+    32,
+    8,
+    (LayerShape(2, 1, 16), LayerShape(1, 1, 8)),
+    rope_scaling=scaling,
+  )
+  write_json(
+    folder / 'config.json', hf_config(sizes, 'float32', 'auto', 'auto')
+  )
+  ids = pipeline.Tokenizer(folder).encode(TEXTS[0])
+  assert ids.tolist() == plain_ids(folder, TEXTS[0])
+
+
 @pytest.mark.parametrize('habit', [None, 'bos', 'eos'])
 def test_training_windows_are_documents_and_eos_end_to_end(
   tmp_path, corpus, habit
@@ -130,9 +150,26 @@ def test_windows_are_packed_once(tmp_path, corpus, cache):
   first = pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
   [path] = cache.iterdir()
   assert isinstance(first, np.memmap)
-  np.save(path, np.full((3, 8), 5, np.int32))
+  np.save(path, np.full(24, 5, np.int32))
   again = pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
   assert again.tolist() == [[5] * 8] * 3
+
+
+@pytest.mark.parametrize(
+  'make', [pipeline.training_windows, pipeline.evaluation_windows]
+)
+def test_tokens_that_fill_no_window_are_counted(tmp_path, corpus, make, caplog):
+  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
+  tokens = make(corpus, tokenizer, 1, VOCAB).size
+  assert caplog.messages == []
+  message = (
+    f'{corpus}: the last 2 of {tokens} tokens fill no window of {tokens - 2} '
+    'and are left out'
+  )
+  # Packed, and found in the cache.
+  for times in (1, 2):
+    assert make(corpus, tokenizer, tokens - 2, VOCAB).shape == (1, tokens - 2)
+    assert caplog.messages == times * [message]
 
 
 def test_the_cache_knows_text_tokenizer_length_and_purpose(

@@ -26,14 +26,18 @@ def test_lines_are_stripped_and_joined_by_a_blank_line(tmp_path):
 
 
 @pytest.mark.parametrize('option, field', [('', 'text'), ('?field=t', 't')])
-def test_a_jsonl_record_is_a_document(tmp_path, option, field):
+def test_a_jsonl_record_is_a_document(tmp_path, option, field, caplog):
   texts = ['one\ntwo', 'ß "quoted"', ' ', 'a\u2028b\x85c\x1cd']
   lines = [
     json.dumps({'other': 1, field: text}, ensure_ascii=False) for text in texts
   ]
   path = write(tmp_path / 'a.jsonl', '\n'.join([*lines, '', ' ']) + '\r\n')
+  spec = f'file:{path}{option}'
   # Documents without text are dropped.
-  assert read_documents(f'file:{path}{option}') == [*texts[:2], texts[3]]
+  assert read_documents(spec) == [*texts[:2], texts[3]]
+  assert caplog.messages == [
+    f'{spec}: 1 of 4 documents hold no text and are left out'
+  ]
 
 
 @pytest.mark.parametrize('option, column', [('', 'text'), ('?column=t', 't')])
