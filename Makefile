@@ -8,16 +8,25 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 	echo runs/demo-$$n)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-package test-lowest lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m 'not slow and not packaging'
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+# The wheel, installed in an environment of its own.
+test-package: .venv/dev
+	$(BIN)/python -m pytest -m packaging
+
+# The same tests as `test`, with the oldest versions that requirements.txt
+# allows.
+test-lowest: .venv-lowest/dev
+	.venv-lowest/bin/python -m pytest -m 'not slow and not packaging'
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -38,5 +47,13 @@ $(MODEL)/config.json: | .venv/run
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venv-lowest/dev: requirements.txt requirements-dev.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || \
+	  { rm -rf $(@D); exit 1; }
+	sed -n '/^#/!s/>=/==/p' requirements.txt > $(@D)/lowest.txt
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/lowest.txt \
+	  -r requirements-dev.txt
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest

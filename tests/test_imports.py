@@ -18,7 +18,9 @@ LEVELS = (
   ('errors', 'models.axes'),
   (
     'cli.arguments',
+    'config_files',
     'data.demo',
+    'data.hub',
     'files',
     'loss',
     'lora',
@@ -48,6 +50,7 @@ LEVELS = (
   ('report',),
   ('finish',),
   ('train',),
+  ('api',),
   ('cli',),
   ('__main__',),
 )
