@@ -198,7 +198,9 @@ def test_a_folder_of_files(tmp_path, monkeypatch, datasets, suffix):
   folder = tmp_path / 'json'
   folder.mkdir()
   for split, rows in (('train', ROWS), ('test', NUMBERED)):
-    rows = datasets.Dataset.from_dict(rows | {'number': [3] * len(rows['text'])})
+    rows = datasets.Dataset.from_dict(
+      rows | {'number': [3] * len(rows['text'])}
+    )
     write_rows = {
       'parquet': rows.to_parquet,
       'jsonl': rows.to_json,
