@@ -109,12 +109,20 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.tensor = 1
 
   config.export = config_dict.ConfigDict()
+  # hf (always written), and after a comma gguf, peft (LoRA as an adapter over
+  # the pruned base) or both: 'hf,gguf,peft'.
+  config.export.format = 'hf'
   # uniform (llama or mistral; every layer the same size), two_shape (remote
-  # code; layers may differ) or auto.
+  # code; layers may differ), padded (llama or mistral at the size before the
+  # cut, zeros where members were removed) or auto: uniform where it can be.
   config.export.layout = 'auto'
   # llama, mistral, or auto: llama wherever transformers takes it.
   config.export.model_type = 'auto'
-  # float32, bfloat16, or auto: as the base was loaded.
+  # float32, bfloat16, float16, or auto: as the base was loaded.
   config.export.dtype = 'auto'
+  # Of the GGUF: f32, f16, bf16, q8_0, or auto: as export.dtype.
+  config.export.gguf_dtype = 'auto'
+  # Of one weights file: a number and B, KB, MB, GB, KiB, MiB or GiB.
+  config.export.max_shard_size = '5GB'
   # A config that sets a key which is not here is mistaken.
   return config.lock()

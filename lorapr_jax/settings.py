@@ -14,7 +14,13 @@ from ml_collections import config_dict
 
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.export import resolve_layout, resolve_model_type
+from lorapr_jax.hf.export import (
+  DTYPES,
+  GGUF_DTYPES,
+  parse_size,
+  resolve_layout,
+  resolve_model_type,
+)
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
@@ -28,6 +34,7 @@ from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'none')
+ROUTES = ('hf', 'gguf', 'peft')
 _DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -82,9 +89,28 @@ class TrainSettings:
 class ExportSettings:
   """The `export.*` keys."""
 
+  format: str
   layout: str
   model_type: str
   dtype: str
+  gguf_dtype: str
+  max_shard_size: str
+
+  def __post_init__(self):
+    _choose('export.dtype', self.dtype, ('auto', *DTYPES))
+    _choose('export.gguf_dtype', self.gguf_dtype, ('auto', *GGUF_DTYPES))
+    parse_size('export.max_shard_size', self.max_shard_size)
+    unknown = sorted(set(self.routes) - set(ROUTES))
+    if unknown or 'hf' not in self.routes:
+      raise UserError(
+        f'export.format is {self.format!r}: hf alone, or with gguf or peft '
+        'or both after a comma'
+      )
+
+  @property
+  def routes(self) -> tuple[str, ...]:
+    """Those in `format`."""
+    return tuple(name.strip() for name in self.format.split(','))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +159,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     UserError: naming the key whose value is impossible.
   """
   model, prune = config.model, config.prune
-  sizes = _model_sizes(model)
+  mesh = mesh_sizes(**config.mesh)
+  sizes, lora, plan = split_model(config, mesh['tensor'])
   train = TrainSettings(**config.train)
   data = _data_settings(config.data, train)
   for key, length in (
@@ -145,12 +172,6 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
         f'{key} is {length}, but the model has {sizes.max_positions} '
         'positions (max_position_embeddings)'
       )
-  lora = LoraConfig(
-    rank=config.lora.rank,
-    alpha=config.lora.alpha,
-    dropout=config.lora.dropout,
-    targets=_lora_targets(config.lora.targets),
-  )
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,
@@ -158,13 +179,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     norm=prune.norm,
     decay=prune.decay,
   )
-  mesh = mesh_sizes(**config.mesh)
-  plan = _plan(sizes, prune, mesh['tensor'], lora)
-  export = ExportSettings(**config.export)
-  _choose('export.dtype', export.dtype, _DTYPES)
-  final = plan.pruned_config if plan else sizes
-  resolve_layout(final, export.layout)
-  resolve_model_type(final, export.model_type)
+  export = _export_settings(config, sizes, plan)
   step = StepSettings(
     config=sizes,
     lora=lora,
@@ -187,6 +202,36 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     mesh=mesh,
     export=export,
   )
+
+
+def split_model(
+  config: config_dict.ConfigDict, tensor_parallel: int
+) -> tuple[LlamaConfig, LoraConfig, PruningPlan | None]:
+  """The sizes, the adapters and the plan: what a checkpoint's shapes follow.
+
+  Args:
+    config: its sections model, lora and prune are read.
+    tensor_parallel: the size of the mesh axis that splits heads.
+  """
+  sizes = _model_sizes(config.model)
+  lora = LoraConfig(
+    rank=config.lora.rank,
+    alpha=config.lora.alpha,
+    dropout=config.lora.dropout,
+    targets=_lora_targets(config.lora.targets),
+  )
+  return sizes, lora, _plan(sizes, config.prune, tensor_parallel, lora)
+
+
+def _export_settings(
+  config: config_dict.ConfigDict, sizes: LlamaConfig, plan: PruningPlan | None
+) -> ExportSettings:
+  export = ExportSettings(**config.export)
+  padded = export.layout == 'padded'
+  final = plan.pruned_config if plan and not padded else sizes
+  resolve_layout(final, export.layout)
+  resolve_model_type(final, export.model_type)
+  return export
 
 
 def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:

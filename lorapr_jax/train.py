@@ -22,14 +22,23 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.files import write_json
-from lorapr_jax.finish import cut, export_and_compare, model_name
+from lorapr_jax.finish import (
+  check_counts,
+  cut,
+  export_run,
+  kept_of,
+  model_name,
+)
+from lorapr_jax.hf.gguf_vocabulary import vocabulary
 from lorapr_jax.hf.load import (
   Shards,
   check_tensors,
   load_params,
 )
 from lorapr_jax.models import llama
+from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.masks import alive_counts
+from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.settings import RunSettings, split_config
 
@@ -63,6 +72,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   checkpoint.check_workdir(workdir, identity)
   if settings.model_path:
     check_tensors(Shards(settings.model_path), settings.step.config)
+  if 'gguf' in settings.export.routes:
+    vocabulary(settings.model_path, settings.step.config)
 
   # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
   clock.start('data')
@@ -72,7 +83,13 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   # --- Model: the base is frozen; the state is small.
   clock.start('load')
-  params = load_base(settings, places)
+  params = load_base(
+    settings.model_path,
+    settings.step.config,
+    settings.base_dtype,
+    places.base,
+    settings.train.seed,
+  )
 
   def perplexity(params, step_settings):
     if held_out is None:
@@ -93,28 +110,36 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   # --- Cut and merge: what is left is a smaller, ordinary LLaMA.
   clock.start('cut')
-  small, small_config, kept = cut(settings, params, state)
+  kept = kept_of(state.masks)
+  small = cut(
+    settings.step.config,
+    settings.step.lora,
+    params,
+    state.lora,
+    kept,
+    unmerged='peft' in settings.export.routes,
+  )
+  small_config = shrunk_config(settings.step.config, kept)
+  check_counts(settings.plan, small_config)
   small_step = steps.StepSettings(small_config, dtype=settings.step.dtype)
 
   clock.start('evaluate')
-  pruned = perplexity(small, small_step)
+  pruned = perplexity(small.merged, small_step)
   latency = paired_latency(
-    {'dense': (params, settings.step), 'pruned': (small, small_step)},
+    {'dense': (params, settings.step), 'pruned': (small.merged, small_step)},
     **_LATENCY,
   )
 
   del params
   clock.start('export')
-  export = export_and_compare(
-    settings, workdir, small, small_config, kept, config.prune.to_dict()
-  )
+  exports = export_run(settings, workdir, small, kept, config.prune.to_dict())
   clock.stop()
 
   # --- Summary.
   log = (workdir / checkpoint.METRICS_FILE).read_text().splitlines()
   speeds = [json.loads(line)['tokens_per_second'] for line in log]
   result = {
-    'model': model_name(settings),
+    'model': model_name(settings.model_path),
     'params_dense': settings.step.config.num_parameters,
     'params_pruned': small_config.num_parameters,
     'sparsity': summary.sparsity_report(settings.plan),
@@ -123,7 +148,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     'seconds': clock.seconds,
     'tokens_per_second': statistics.median(speeds),
     'peak_memory_bytes': summary.peak_memory_bytes(),
-    'export': export,
+    'exports': exports,
     'versions': summary.versions(),
     'command': shlex.join(sys.argv),
   }
@@ -201,16 +226,21 @@ class Places(NamedTuple):
     )
 
 
-def load_base(settings: RunSettings, places: Places) -> Any:
+def load_base(
+  path: Path | None,
+  config: LlamaConfig,
+  dtype: Any,
+  shardings: Any,
+  seed: int,
+) -> Any:
   """The frozen weights, sharded: from the folder, or random."""
-  config, dtype = settings.step.config, settings.base_dtype
-  if settings.model_path:
-    return load_params(settings.model_path, config, places.base, dtype)
+  if path:
+    return load_params(path, config, shardings, dtype)
   init = jax.jit(
     functools.partial(llama.init_params, config=config, dtype=dtype),
-    out_shardings=places.base,
+    out_shardings=shardings,
   )
-  return init(jax.random.key(settings.train.seed))
+  return init(jax.random.key(seed))
 
 
 def train_and_prune(

@@ -347,7 +347,7 @@ def test_tokenizer_files_load_in_transformers(tmp_path, add_bos):
   'key, value',
   [
     ('tokenizer.ggml.model', 'llama'),
-    ('tokenizer.ggml.pre', 'llama-bpe'),
+    ('tokenizer.ggml.pre', 'qwen2'),
     ('tokenizer.ggml.pre', None),
     ('tokenizer.ggml.add_eos_token', True),
     ('tokenizer.ggml.add_space_prefix', True),
