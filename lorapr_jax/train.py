@@ -18,6 +18,7 @@ from rich.console import Console
 
 from lorapr_jax import checkpoint, optimizer, sharding, steps
 from lorapr_jax.data import pipeline
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import evaluate_perplexity
@@ -162,7 +163,7 @@ def load_data(
   """The function t -> batch t, and the held-out windows if there are any."""
   train, data = settings.train, settings.data
   path, vocab = settings.model_path, settings.step.config.vocab_size
-  tokenizer = pipeline.Tokenizer(path) if path else None
+  tokenizer = Tokenizer(path) if path else None
   batch_at = pipeline.batches(
     pipeline.training_windows(data.train, tokenizer, train.seq_len, vocab),
     batch_size=train.batch_size,

@@ -10,6 +10,7 @@ COMMANDS = {
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
   'evaluate': 'the perplexity of a folder on a text',
   'export': 'write a run or a folder in another layout or format',
+  'generate': 'text from a folder, streamed; a chat where it has a template',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 
