@@ -10,6 +10,7 @@ import warnings
 import numpy as np
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json
 
 # One of these holds the vocabulary.
 _VOCABULARIES = ('tokenizer.json', 'tokenizer.model*', 'vocab.json', 'tekken*')
@@ -46,10 +47,17 @@ class Tokenizer:
         f'{folder} holds no tokenizer files: tokenizer.json (or '
         "tokenizer.model) is missing; copy the original model's"
       )
+    # Without its remote code transformers cannot always read the config of our
+    # own export, for which a tokenizer has no use.
+    path = self.folder / 'config.json'
+    remote = path.exists() and 'auto_map' in read_json(path)
     try:
       with _quiet(transformers.logging):
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-          self.folder, local_files_only=True, trust_remote_code=False
+          self.folder,
+          config=transformers.LlamaConfig() if remote else None,
+          local_files_only=True,
+          trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
       raise self._error('the tokenizer', error) from None
