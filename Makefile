@@ -11,13 +11,17 @@ NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 # What users load exports with; each has an environment of its own.
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
-.PHONY: demo test test-slow test-report test-export lint clean
+.PHONY: demo test test-slow test-report test-package test-lowest test-export \
+  docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
 
+# What has a target of its own below is not among these.
+MAIN := not slow and not packaging and not browser
+
 test: .venv/dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m '$(MAIN)'
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
@@ -26,7 +30,21 @@ test-slow: .venv/dev
 test-report: .venv/dev
 	$(BIN)/python -m pytest -m browser
 
-# Every export in the tools that users load it with.
+# The wheel, installed in an environment of its own.
+test-package: .venv/dev
+	$(BIN)/python -m pytest -m packaging
+
+# The same tests as `test`, with the oldest versions that requirements.txt
+# allows.
+test-lowest: .venv-lowest/dev
+	.venv-lowest/bin/python -m pytest -m '$(MAIN)'
+
+docs: .venv/dev
+	PYTHONPATH=. $(BIN)/python docs/generate.py
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs/api \
+	  lorapr_jax
+
+# Every route of export, in the tools that read it.
 test-export: .venv/run $(TOOLS:%=.venvs/%/made)
 	$(BIN)/python tests/routes/run.py
 
@@ -49,6 +67,14 @@ $(MODEL)/config.json: | .venv/run
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venv-lowest/dev: requirements.txt requirements-dev.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || \
+	  { rm -rf $(@D); exit 1; }
+	sed -n '/^#/!s/>=/==/p' requirements.txt > $(@D)/lowest.txt
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/lowest.txt \
+	  -r requirements-dev.txt
+	touch $@
+
 .venvs/%/made: tests/routes/requirements/%.txt
 	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$* || \
 	  { rm -rf .venvs/$*; exit 1; }
@@ -56,4 +82,4 @@ $(MODEL)/config.json: | .venv/run
 	touch $@
 
 clean:
-	rm -rf .venv .venvs
+	rm -rf .venv .venv-lowest .venvs

@@ -27,7 +27,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.remat = 'blocks'
 
   config.data = config_dict.ConfigDict()
-  # Data specs (lorapr_jax/data/sources.py): file:, demo:news:, synthetic:.
+  # Data specs (lorapr_jax/data/sources.py): file:, hf:, demo:news:, synthetic:.
   config.data.train = ''
   # Whether windows are shuffled, anew in every epoch.
   config.data.shuffle = True

@@ -9,7 +9,7 @@ import jax
 
 from lorapr_jax import routes, steps
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.generate import Sampling, stream_text
+from lorapr_jax.generation import Sampling, stream_text
 from lorapr_jax.hf.export import parse_size
 from lorapr_jax.hf.load import content_hash
 from lorapr_jax.lora import merge_adapters

@@ -14,7 +14,7 @@ from lorapr_jax import sharding
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.generate import check_prompt
+from lorapr_jax.generation import check_prompt
 from lorapr_jax.hf.load import load_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig

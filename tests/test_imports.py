@@ -18,7 +18,9 @@ LEVELS = (
   ('errors', 'models.axes'),
   (
     'cli.arguments',
+    'config_files',
     'data.demo',
+    'data.hub',
     'files',
     'interrupt',
     'loss',
@@ -54,7 +56,7 @@ LEVELS = (
   (
     'checkpoint',
     'eval',
-    'generate',
+    'generation',
     'hf.adapter',
     'hf.convert',
     'hf.gguf_write',
@@ -65,6 +67,7 @@ LEVELS = (
   ('finish', 'report.page'),
   ('train',),
   ('exports',),
+  ('api',),
   ('cli',),
   ('__main__',),
 )
@@ -190,8 +193,16 @@ def test_only_the_files_beside_an_export_import_torch():
   assert any('torch' in set(imported(path)) for path in copied)
 
 
-@pytest.mark.parametrize('module', ['lorapr_jax.train', 'lorapr_jax.cli.main'])
-def test_torch_is_not_loaded(module):
-  code = f'import sys, {module}; sys.exit("torch" in sys.modules)'
+@pytest.mark.parametrize(
+  'module, package',
+  [
+    ('lorapr_jax', 'jax'),
+    ('lorapr_jax.api', 'torch'),
+    ('lorapr_jax.train', 'torch'),
+    ('lorapr_jax.cli.main', 'torch'),
+  ],
+)
+def test_what_is_not_needed_is_not_loaded(module, package):
+  code = f'import sys, {module}; sys.exit("{package}" in sys.modules)'
   root = PACKAGE.parent
   subprocess.run([sys.executable, '-c', code], check=True, cwd=root)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorapr_jax import generate
+from lorapr_jax import generation
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
@@ -25,7 +25,7 @@ from lorapr_jax.settings import resolve_dtype
 def main(argv: list[str]) -> None:
   """Answers one prompt, each line of a file, or a person."""
   args = parse(argv)
-  sampling = generate.Sampling(
+  sampling = generation.Sampling(
     args.max_new_tokens, args.temperature, args.top_p, args.seed
   )
   interactive = args.prompt is None and sys.stdin.isatty()
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> None:
       ids = tokenizer.encode_chat(messages)
     else:
       ids = tokenizer.encode(messages[-1]['content'])
-    generate.check_prompt(ids, config)
+    generation.check_prompt(ids, config)
     return ids
 
   for prompt in prompts:
@@ -50,11 +50,11 @@ def main(argv: list[str]) -> None:
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   places = jax.tree.map(lambda _: place, param_shapes(config, dtype))
   params = load_params(args.model, config, places, dtype)
-  stop = generate.stop_ids(args.model)
+  stop = generation.stop_ids(args.model)
 
   def answer(messages):
     ids = encode(messages)
-    tokens = generate.stream_tokens(
+    tokens = generation.stream_tokens(
       params, config, ids, sampling, stop=stop, dtype=dtype
     )
     return Answer(tokenizer, ids, tokens)
@@ -82,7 +82,7 @@ def parse(argv: list[str]) -> Any:
     action='store_true',
     help='give the prompt to the model as it is, without chat template',
   )
-  defaults = generate.Sampling()
+  defaults = generation.Sampling()
   for name, text in (
     ('max_new_tokens', 'the most tokens of an answer'),
     ('temperature', '0 takes the likeliest token'),
@@ -184,7 +184,7 @@ class Answer:
   ):
     self.text = ''
     self._start, self._times = time.perf_counter(), []
-    self._pieces = generate.detokenize(
+    self._pieces = generation.detokenize(
       tokenizer, prompt_ids, self._timed(tokens)
     )
 

@@ -127,6 +127,23 @@ def test_tuning_alone_has_no_plan():
   assert settings('--config.prune.order=none').plan is None
 
 
+@pytest.mark.parametrize(
+  'argv',
+  [['--config=tiny'], ['--config', 'tiny'], ['-config=configs/tiny.py']],
+)
+def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch, argv):
+  expected = parse('--config.train.steps=7')
+  monkeypatch.chdir(tmp_path)
+  rest = ['--workdir=somewhere', '--config.train.steps=7']
+  assert parse_flags([*argv, *rest])[0] == expected
+  # A file of the user's comes first.
+  (tmp_path / 'configs').mkdir()
+  text = (CONFIGS / 'tiny.py').read_text().replace('steps = 60', 'steps = 61')
+  (tmp_path / 'configs' / 'tiny.py').write_text(text)
+  argv = ['--config=configs/tiny.py', '--workdir=somewhere']
+  assert parse_flags(argv)[0].train.steps == 61
+
+
 def refusal(capsys, workdir, *argv):
   """The line that `train` prints for a mistake."""
   assert main(['train', *argv]) == 1
@@ -238,6 +255,9 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ([TINY], 'train needs --config=configs/X.py and --workdir=DIR'),
     ([place], 'train needs --config=configs/X.py and --workdir=DIR'),
     ([place, f'--config={tmp_path}/none.py'], 'none.py'),
+    ([place, '--config=tinny'], "no config 'tinny': give the path of a file"),
+    ([place, '--config=a/tiny.py'], 'one of default, smollm2_135m, tiny'),
+    ([place, '--config'], "no config ''"),
     ([place, TINY, '--steps=3'], "'steps'"),
     ([place, TINY, 'more'], "train takes flags only, not 'more'"),
   ):

@@ -12,7 +12,7 @@ from lorapr_jax import steps
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.generate import Sampling, stream_tokens
+from lorapr_jax.generation import Sampling, stream_tokens
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import llama
 
