@@ -46,7 +46,8 @@ def measure(folder: Path, text: Path) -> None:
     hidden = llama.hidden_states(params, tokens, config, dtype=jnp.float32)
     return llama.logits(params, hidden)
 
-  lines = text.read_text(encoding='utf-8').splitlines()[:_LINES]
+  lines = text.read_text(encoding='utf-8').splitlines()
+  lines = [line for line in lines if len(line.split()) > 3][:_LINES]
   prompt = windows[0, :_PROMPT]
   Truth(
     tokens=windows,
