@@ -232,7 +232,7 @@ def test_llama3_scaling_is_known_by_its_table(tmp_path):
     else:
       kept = (8192 / wavelength - 1) / (4 - 1)
       factors.append(1 / ((1 - kept) / 32 + kept))
-  assert 1 < len(set(factors)) and 1.0 < min(set(factors) - {1.0}) < 32.0
+  assert len(set(factors)) > 1 and 1.0 < min(set(factors) - {1.0}) < 32.0
   table = {'extra': ('rope_freqs.weight', np.array(factors, np.float32), F32)}
   path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **table})
   config = dataclasses.replace(
@@ -364,7 +364,8 @@ def test_llama3s_tokenizer_puts_bos_first_by_default(tmp_path):
   path = write_gguf(tmp_path / 'a.gguf', metadata=metadata)
   open_gguf(path).write_tokenizer(tmp_path)
   tokenizer = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
-  assert tokenizer.encode('the mill').tokens[:2] == ['<|bos|>', 'the']
+  tokens = tokenizer.encode('the mill').tokens
+  assert tokens[0] == '<|bos|>' and tokens.count('<|bos|>') == 1
   settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
   assert settings['add_bos_token'] is True
 
