@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lorapr_jax.errors import UserError
@@ -90,6 +91,35 @@ def trim_metrics(workdir: Path, step: int) -> None:
       break
     kept.append(line + '\n')
   write_text(path, ''.join(kept))
+
+
+def read_adapters(workdir: Path) -> tuple[Any, Any]:
+  """LoRA and masks of a workdir's newest complete checkpoint.
+
+  They come as host arrays, wherever they lay in training, and nothing in the
+  workdir changes.
+
+  Returns:
+    Trees with an entry for each stack of the base.
+
+  Raises:
+    UserError: if there is no checkpoint.
+  """
+  folder = (workdir / 'checkpoints').absolute()
+  steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+  if not steps:
+    raise UserError(
+      f'{workdir} holds no checkpoint: go on with its run, which writes one '
+      'every train.checkpoint_every steps'
+    )
+  path = folder / str(max(steps)) / 'default'
+  # Its own metadata say which shapes it has.
+  shapes = ocp.StandardCheckpointHandler().metadata(path).tree
+  with ocp.StandardCheckpointer() as checkpointer:
+    state = checkpointer.restore(
+      path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    )
+  return state['lora'], state['masks']
 
 
 class Checkpoints:

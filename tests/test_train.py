@@ -87,7 +87,14 @@ def test_a_run_prunes_exactly_what_was_asked_and_exports_it(undisturbed):
     'seq_len': 32,
     'windows': 32,
   }
-  assert summary['export']['max_logit_difference'] == 0.0
+  assert summary['exports'] == {
+    'hf': {
+      'path': str(workdir / 'export'),
+      'layout': 'two_shape',
+      'dtype': 'float32',
+      'max_logit_difference': 0.0,
+    }
+  }
   assert summary['peak_memory_bytes'] > 1e8
   assert summary['versions']['jax']
   assert summary['tokens_per_second'] > 0
@@ -126,6 +133,8 @@ def test_pruning_json_speaks_of_the_base_model(undisturbed):
     for group in ('kv_heads', 'mlp'):
       assert kept[group] == np.flatnonzero(masks[group][layer]).tolist()
   assert pruning['sparsity']['channels']['achieved'] == 0.5
+  assert pruning['base']['config']['num_key_value_heads'] == 4
+  assert pruning['base']['config']['intermediate_size'] == 128
   assert pruning['settings']['criterion'] == 'lora'
 
 

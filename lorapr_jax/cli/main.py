@@ -13,6 +13,9 @@ COMMANDS = {
   'train': 'prune a model by a config',
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
   'evaluate': 'the perplexity of a folder on a text',
+  'export': 'write a run or a folder in another layout or format',
+  'generate': 'text from a folder, streamed; a chat where it has a template',
+  'report': 'the page of a finished run, or several runs compared',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 

@@ -1,6 +1,5 @@
 """train: flags to config, then lorapr_jax.train.run."""
 
-import difflib
 import sys
 
 from absl import flags
@@ -8,6 +7,7 @@ from ml_collections import config_dict, config_flags
 
 from lorapr_jax import train
 from lorapr_jax.cli.arguments import print_json
+from lorapr_jax.config_files import check_key, find_config
 from lorapr_jax.errors import UserError
 from lorapr_jax.report.summary import print_summary
 
@@ -16,9 +16,9 @@ def main(argv: list[str]) -> None:
   """Parses `argv`, trains, and prints the summary."""
   if '--help' in argv or '-h' in argv:
     print(
-      'train --config=configs/X.py --workdir=DIR [--config.KEY=VALUE ...] '
+      'train --config=NAME|FILE.py --workdir=DIR [--config.KEY=VALUE ...] '
       '[--json]\n'
-      'configs/default.py lists every key.'
+      'configs/default.py lists every key; --config=default uses it.'
     )
     return
   as_json = '--json' in argv
@@ -37,16 +37,30 @@ def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
     UserError: for an unknown flag or key, a value of a wrong type, or a config
       that is not there.
   """
+  argv = _with_config_found(argv)
   overrides = [arg for arg in argv if arg.startswith(('--config.', '-config.'))]
   values, _ = _parse([arg for arg in argv if arg not in overrides])
   if values.config is None or values.workdir is None:
     raise UserError('train needs --config=configs/X.py and --workdir=DIR')
   for arg in overrides:
-    _check_key(values.config, arg.lstrip('-').partition('=')[0])
+    check_key(values.config, '--' + arg.lstrip('-').partition('=')[0])
   values, rest = _parse(argv)
   if rest:
     raise UserError(f'train takes flags only, not {rest[0]!r}')
   return values.config, values.workdir
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+  """The arguments with the path of the config's file in place of its name."""
+  found, rest = [], iter(argv)
+  for arg in rest:
+    flag, equals, name = arg.partition('=')
+    if flag in ('--config', '-config'):
+      # What follows a colon is for the file's get_config().
+      name, *more = (name if equals else next(rest, '')).split(':', 1)
+      arg = '--config=' + ':'.join([str(find_config(name)), *more])
+    found.append(arg)
+  return found
 
 
 def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -65,18 +79,3 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raise UserError(lines[-1] if lines else repr(error)) from None
   return values, rest[1:]
-
-
-def _check_key(config: config_dict.ConfigDict, flag: str) -> None:
-  node, path = config, 'config'
-  for name in flag.split('.')[1:]:
-    if not isinstance(node, config_dict.ConfigDict) or name not in node:
-      names = node.keys() if isinstance(node, config_dict.ConfigDict) else ()
-      close = difflib.get_close_matches(name, names, 1)
-      hint = (
-        f'; did you mean {path}.{close[0]}?'
-        if close
-        else (f'; {path} has {", ".join(names)}' if names else '')
-      )
-      raise UserError(f'unknown setting --{flag}{hint}')
-    node, path = node[name], f'{path}.{name}'

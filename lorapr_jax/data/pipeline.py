@@ -4,7 +4,6 @@ from collections.abc import Callable
 import hashlib
 import logging
 import os
-from pathlib import Path
 import tempfile
 
 import grain
@@ -12,54 +11,13 @@ import numpy as np
 
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.sources import parse_spec, read_documents
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 
 # Part of the cache's key: raise it when the windows change.
 _FORMAT = 2
 
 _log = logging.getLogger(__name__)
-
-
-class Tokenizer:
-  """A folder's tokenizer, with its own habits about special tokens."""
-
-  def __init__(self, folder: str | Path):
-    """Loads the files of a Hugging Face folder.
-
-    Raises:
-      UserError: if there is no tokenizer that transformers can read.
-    """
-    # Here, since it takes seconds and synthetic data needs none.
-    import transformers
-
-    self.folder = Path(folder)
-    if not list(self.folder.glob('tokenizer*')):
-      raise UserError(f'{folder} holds no tokenizer files')
-    try:
-      self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-        self.folder, local_files_only=True, trust_remote_code=False
-      )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-      reason = str(error).strip().partition('\n')[0] or repr(error)
-      raise UserError(f'the tokenizer of {folder}: {reason}') from None
-    self.eos_token_id = self._tokenizer.eos_token_id
-
-  def encode(self, text: str) -> np.ndarray:
-    """The ids of a text, with BOS in front if that is the tokenizer's habit."""
-    ids = self._tokenizer(text, verbose=False)['input_ids']
-    # Some tokenizers end every text with EOS: that is the packing's business.
-    if ids and ids[-1] == self.eos_token_id:
-      ids = ids[:-1]
-    return np.asarray(ids, np.int32)
-
-  @property
-  def fingerprint(self) -> bytes:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    names = ('*token*', 'vocab.json', 'merges.txt')
-    for file in sorted(f for n in names for f in self.folder.glob(n)):
-      digest.update(file.name.encode() + b'\0' + file.read_bytes())
-    return digest.digest()
 
 
 def training_windows(

@@ -1,10 +1,12 @@
 """What a run writes while it goes: metrics.jsonl, TensorBoard, W&B."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import importlib.util
 import json
 from pathlib import Path
 import secrets
+import statistics
 import time
 from typing import Any, Protocol
 
@@ -60,6 +62,13 @@ class Log:
   def restart_clock(self) -> None:
     """Leaves the time until now out of the next record: it was no step's."""
     self._last = time.perf_counter()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time that its block takes out of the next record."""
+    start = time.perf_counter()
+    yield
+    self._last += time.perf_counter() - start
 
   def write(self, step: int, **record: float) -> dict[str, float]:
     """Logs a step that is done.
@@ -168,6 +177,12 @@ def _scalars(record: dict[str, float]) -> dict[str, float]:
     for name, value in record.items()
     if name != 'step'
   }
+
+
+def median_speed(workdir: Path) -> float:
+  """The median of the logged tokens per second."""
+  lines = (workdir / METRICS_FILE).read_text(encoding='utf-8').splitlines()
+  return statistics.median(json.loads(x)['tokens_per_second'] for x in lines)
 
 
 def check_writers(log: LogSettings) -> None:
