@@ -151,3 +151,48 @@ def random_lora():
     )
 
   return random_lora
+
+
+# A conversation as the tests' chat template writes it.
+TEMPLATE = (
+  "{% for m in messages %}{% if m.role == 'system' %}"
+  "{{ raise_exception('no system message, please') }}{% endif %}"
+  '<|{{ m.role }}|>{{ m.content }}\n{% endfor %}'
+  '{% if add_generation_prompt %}<|assistant|>{% endif %}'
+)
+
+
+@pytest.fixture(scope='session')
+def add_tokenizer():
+  """Puts a byte-level BPE of 300 ids into a folder; id 0 is EOS."""
+  import json
+
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  def add(folder, template_in=None):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<|end|>'],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+      ['the quick brown fox jumps over the lazy dog and the other one'], trainer
+    )
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    config = {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'eos_token': '<|end|>',
+    }
+    if template_in == 'tokenizer_config.json':
+      config['chat_template'] = TEMPLATE
+    elif template_in:
+      (folder / template_in).write_text(TEMPLATE)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    return folder
+
+  return add
