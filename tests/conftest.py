@@ -154,51 +154,73 @@ def random_lora():
   return random_lora
 
 
+# A conversation as the tests' chat template writes it.
+TEMPLATE = (
+  "{% for m in messages %}{% if m.role == 'system' %}"
+  "{{ raise_exception('no system message, please') }}{% endif %}"
+  '<|{{ m.role }}|>{{ m.content }}\n{% endfor %}'
+  '{% if add_generation_prompt %}<|assistant|>{% endif %}'
+)
+
+
 @pytest.fixture(scope='session')
-def text_model(tmp_path_factory):
-  """The folder of a tiny random model with a tokenizer and a chat template."""
+def add_tokenizer():
+  """Puts a byte-level BPE of 300 ids into a folder; id 0 is EOS."""
+  import json
+
   import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  def add(folder, template_in=None):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<|end|>'],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+      ['the quick brown fox jumps over the lazy dog and the other one'], trainer
+    )
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    config = {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'eos_token': '<|end|>',
+    }
+    if template_in == 'tokenizer_config.json':
+      config['chat_template'] = TEMPLATE
+    elif template_in:
+      (folder / template_in).write_text(TEMPLATE)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    return folder
+
+  return add
+
+
+@pytest.fixture(scope='session')
+def text_model(tmp_path_factory, add_tokenizer):
+  """The folder of a tiny random model with a tokenizer and a chat template."""
   import torch
   import transformers
 
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-  pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-  tokenizer.pre_tokenizer = pre_tokenizer
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  tokenizer.train_from_iterator(
-    ['the weather today is fine and the news is old'] * 4,
-    tokenizers.trainers.BpeTrainer(
-      vocab_size=288,
-      special_tokens=['<end>'],
-      initial_alphabet=pre_tokenizer.alphabet(),
-      show_progress=False,
-    ),
-  )
   folder = tmp_path_factory.mktemp('text') / 'llama'
-  transformers.PreTrainedTokenizerFast(
-    tokenizer_object=tokenizer,
-    eos_token='<end>',
-    chat_template=(
-      "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n"
-      '{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}'
-    ),
-  ).save_pretrained(folder)
   torch.manual_seed(0)
-  transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(
-      vocab_size=len(tokenizer.get_vocab()),
-      hidden_size=32,
-      intermediate_size=64,
-      num_hidden_layers=3,
-      num_attention_heads=4,
-      num_key_value_heads=2,
-      max_position_embeddings=512,
-      bos_token_id=None,
-      eos_token_id=0,
-      tie_word_embeddings=True,
-    )
-  ).save_pretrained(folder)
-  return folder
+  config = transformers.LlamaConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=0,
+    tie_word_embeddings=True,
+  )
+  transformers.LlamaForCausalLM(config).save_pretrained(folder)
+  return add_tokenizer(folder, 'chat_template.jinja')
 
 
 @pytest.fixture(scope='session')
