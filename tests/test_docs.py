@@ -27,6 +27,10 @@ SHORT = (
   '--config.data.eval_windows=4 --config.prune.every=1 '
   '--config.report.max_new_tokens=4'
 )
+SHORT_IN_PYTHON = (
+  "train={'steps': 4, 'batch_size': 4, 'micro_batch_size': 4, 'seq_len': 16}, "
+  "report={'max_new_tokens': 4},"
+)
 
 
 def blocks(page):
@@ -93,6 +97,9 @@ def test_the_commands_run(page, finished, tmp_path):
       for command in filter(None, commands):
         execute(sandbox, command)
     elif language == 'python':
+      code = code.replace(
+        "'runs/notebook',", f"'runs/notebook', {SHORT_IN_PYTHON}"
+      )
       execute(sandbox, f'python -c {shlex.quote(code)}')
     else:
       raise AssertionError(f'{page}: a block of {language!r}')
@@ -101,7 +108,7 @@ def test_the_commands_run(page, finished, tmp_path):
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
 def test_the_links_lead_somewhere(page):
   text = page.read_text(encoding='utf-8')
-  for target in re.findall(r'\]\(([^)#]+)[^)]*\)', text):
+  for target in re.findall(r'\]\(([^)#:]+)\)', text):
     assert (page.parent / target).exists(), f'{page}: {target}'
 
 
