@@ -157,12 +157,13 @@ def _model_of(folder: Path, route: routes.Route) -> routes.Model:
     )
   config, shards = load_config(folder), Shards(folder)
   check_tensors(shards, config)
-  before, kept, pruning = None, None, None
+  name, before, kept, pruning = folder.resolve().name, None, None, None
   if (folder / 'pruning.json').exists():
     pruning = read_json(folder / 'pruning.json')
     before, kept = _cut_of(folder / 'pruning.json', pruning, config)
+    name = pruning['base']['name']
   return routes.Model(
-    name=folder.resolve().name,
+    name=name,
     config=config,
     dtype=shards.dtype.name,
     base=folder,
@@ -176,7 +177,7 @@ def _cut_of(
   path: Path, pruning: dict[str, Any], config: LlamaConfig
 ) -> tuple[LlamaConfig | None, Kept | None]:
   """The sizes before the cut and what it left, as pruning.json says it."""
-  sizes = pruning.get('base', {}).get('config')
+  sizes = pruning['base'].get('config')
   if sizes is None:  # Written before the sizes were.
     return None, None
   layers = LlamaConfig.from_hf({'model_type': 'llama', **sizes}).layers
