@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -31,6 +32,7 @@ SHORT_IN_PYTHON = (
   "train={'steps': 4, 'batch_size': 4, 'micro_batch_size': 4, 'seq_len': 16}, "
   "report={'max_new_tokens': 4},"
 )
+CACHE = tempfile.TemporaryDirectory(prefix='xla-')
 
 
 def blocks(page):
@@ -70,6 +72,9 @@ def execute(folder, command):
     'PYTHONPATH': str(ROOT),
     'LORAPR_CACHE': str(folder / 'cache'),
     'XLA_FLAGS': '',
+    # The commands compile the same functions again and again.
+    'JAX_COMPILATION_CACHE_DIR': str(CACHE.name),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
   }
   done = subprocess.run(
     ['bash', '-ec', command],
