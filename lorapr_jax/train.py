@@ -241,9 +241,11 @@ def train_and_prune(
   if first_step:
     display.print(f'resuming at step {first_step} of {train.steps}')
 
-  # --- Loop. Nothing in it waits for the device but logging and saving.
+  # --- Loop. Logging and saving wait for the device; else a step is always
+  # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_step)
+  queued: jax.Array | None = None
   with signals, checkpoints, log:
     for step in range(first_step, train.steps):
       batch = jax.device_put(batch_at(step), places.batch)
@@ -270,10 +272,13 @@ def train_and_prune(
         )
       state = state.replace(importance=importance, masks=masks)
       state = apply_update(state, grads, ok)
-      if step == first_step:
+      running, queued = queued, results['loss']
+      if running is None:
         # Compiling held the first calls up; from here on they only queue.
         display.start('prune')
         log.restart_clock()
+      else:
+        interrupt.wait_for(running)
 
       last = step + 1 == train.steps
       measured = settings.data.is_evaluation_step(step)
