@@ -245,7 +245,6 @@ def train_and_prune(
   # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_step)
-  queued: jax.Array | None = None
   with signals, checkpoints, log:
     for step in range(first_step, train.steps):
       batch = jax.device_put(batch_at(step), places.batch)
@@ -272,13 +271,13 @@ def train_and_prune(
         )
       state = state.replace(importance=importance, masks=masks)
       state = apply_update(state, grads, ok)
-      running, queued = queued, results['loss']
-      if running is None:
+      if step == first_step:
         # Compiling held the first calls up; from here on they only queue.
         display.start('prune')
         log.restart_clock()
       else:
-        interrupt.wait_for(running)
+        interrupt.wait_for(previous_loss)
+      previous_loss = results['loss']
 
       last = step + 1 == train.steps
       measured = settings.data.is_evaluation_step(step)
