@@ -245,6 +245,7 @@ def train_and_prune(
   # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_step)
+  previous_loss = state.step
   with signals, checkpoints, log:
     for step in range(first_step, train.steps):
       batch = jax.device_put(batch_at(step), places.batch)
