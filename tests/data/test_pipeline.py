@@ -9,6 +9,9 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lorapr_jax.data import pipeline
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import write_json
+from lorapr_jax.hf.export import hf_config
+from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 
 EOS, BOS = '<|endoftext|>', '<|begin|>'
 TEXTS = [
@@ -69,6 +72,23 @@ def corpus(tmp_path):
   lines = [json.dumps({'text': text}) + '\n' for text in TEXTS]
   (tmp_path / 'corpus.jsonl').write_text(''.join(lines))
   return f'file:{tmp_path}/corpus.jsonl'
+
+
+def test_the_tokenizer_of_an_export_needs_no_remote_code(tmp_path):
+  folder = save_tokenizer(tmp_path / 'model')
+  scaling = RopeScaling(4.0, 1.0, 4.0, 32)
+  sizes = LlamaConfig(
+    VOCAB,
+    32,
+    8,
+    (LayerShape(2, 1, 16), LayerShape(1, 1, 8)),
+    rope_scaling=scaling,
+  )
+  write_json(
+    folder / 'config.json', hf_config(sizes, 'float32', 'auto', 'auto')
+  )
+  ids = pipeline.Tokenizer(folder).encode(TEXTS[0])
+  assert ids.tolist() == plain_ids(folder, TEXTS[0])
 
 
 @pytest.mark.parametrize('habit', [None, 'bos', 'eos'])

@@ -91,6 +91,8 @@ def logits(model: torch.nn.Module, truth: Truth) -> np.ndarray:
 def generate(model: torch.nn.Module, truth: Truth) -> np.ndarray:
   """The ids that follow the prompt, the likeliest at every place."""
   prompt = torch.tensor(truth.prompt, dtype=torch.long)[None]
+  # Ours were not stopped by an EOS either.
+  model.generation_config.eos_token_id = None
   output = model.generate(
     prompt,
     attention_mask=torch.ones_like(prompt),

@@ -9,6 +9,7 @@ import argparse
 from collections.abc import Iterator
 import json
 from pathlib import Path
+import shutil
 
 from checks import MANIFEST, Export
 import tiny
@@ -18,19 +19,21 @@ from lorapr_jax.cli.main import main as lorapr
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rows of 32 weights are what llama.cpp's Q8_0 rounds together.
-_COMMON = ('prune.channels_multiple_of=32', 'prune.every=5', 'lora.dropout=0')
+_COMMON = ('prune.channels_multiple_of=32', 'lora.dropout=0')
 _TINY = (
   'train.steps=20',
   'train.batch_size=8',
   'train.micro_batch_size=8',
   'train.seq_len=48',
   'train.learning_rate=1e-2',
+  'prune.every=5',
 )
 _REAL = (
   'train.steps=2',
   'train.batch_size=2',
   'train.micro_batch_size=2',
   'train.seq_len=48',
+  'prune.every=1',
   'prune.warmup=0',
   'prune.cooldown=0',
 )
@@ -75,12 +78,13 @@ def main() -> None:
   args = parser.parse_args()
   folder = args.folder.absolute()
   folder.mkdir(parents=True)
+  text, held_out = folder / 'train.txt', folder / 'held_out.txt'
   if args.model:
     (folder / 'base').symlink_to(args.model.absolute())
-    text, held_out = ROOT / 'docs/method.md', ROOT / 'README.md'
+    shutil.copyfile(ROOT / 'docs/method.md', text)
+    shutil.copyfile(ROOT / 'README.md', held_out)
     runs, settings = _REAL_RUNS, _COMMON + _REAL
   else:
-    text, held_out = folder / 'train.txt', folder / 'held_out.txt'
     tiny.write_sentences(text, seed=0, count=400)
     tiny.write_sentences(held_out, seed=1, count=60)
     tiny.make_base(folder / 'base', tiny.CONFIG, text)

@@ -10,7 +10,9 @@ import numpy as np
 
 from lorapr_jax import steps
 from lorapr_jax.data import pipeline
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.perplexity import evaluate_perplexity
+from lorapr_jax.generation import Sampling, stream_tokens
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import llama
 
@@ -32,7 +34,7 @@ def measure(folder: Path, text: Path) -> None:
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   places = jax.tree.map(lambda _: place, llama.param_shapes(config, np.float32))
   params = load_params(folder, config, places, np.float32)
-  tokenizer = pipeline.Tokenizer(folder)
+  tokenizer = Tokenizer(folder)
   windows = np.array(
     pipeline.evaluation_windows(
       f'file:{text}', tokenizer, _LENGTH, config.vocab_size
@@ -44,13 +46,23 @@ def measure(folder: Path, text: Path) -> None:
     hidden = llama.hidden_states(params, tokens, config, dtype=jnp.float32)
     return llama.logits(params, hidden)
 
-  lines = text.read_text(encoding='utf-8').splitlines()[:_LINES]
+  lines = text.read_text(encoding='utf-8').splitlines()
+  lines = [line for line in lines if len(line.split()) > 3][:_LINES]
   prompt = windows[0, :_PROMPT]
   Truth(
     tokens=windows,
     logits=np.asarray(logits(windows)),
     prompt=prompt,
-    greedy=_greedy(logits, prompt),
+    greedy=np.fromiter(
+      stream_tokens(
+        params,
+        config,
+        prompt,
+        Sampling(max_new_tokens=_NEW),
+        dtype=jnp.float32,
+      ),
+      np.int32,
+    ),
     perplexity=evaluate_perplexity(
       params,
       windows,
@@ -64,17 +76,8 @@ def measure(folder: Path, text: Path) -> None:
   ).save(folder)
 
 
-def _greedy(logits: Any, prompt: np.ndarray) -> np.ndarray:
-  """Without a cache: everything is computed again for every token."""
-  ids = np.zeros(_PROMPT + _NEW, np.int32)
-  ids[:_PROMPT] = prompt
-  for i in range(_PROMPT, len(ids)):
-    ids[i] = int(logits(ids[None])[0, i - 1].argmax())
-  return ids[_PROMPT:]
-
-
 def _continuation(
-  line: str, tokenizer: pipeline.Tokenizer, logits: Any
+  line: str, tokenizer: Tokenizer, logits: Any
 ) -> dict[str, Any]:
   """The line in two, and the log-likelihood of the second part."""
   words = line.split(' ')
