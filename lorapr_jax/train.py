@@ -241,9 +241,11 @@ def train_and_prune(
   if first_step:
     display.print(f'resuming at step {first_step} of {train.steps}')
 
-  # --- Loop. Nothing in it waits for the device but logging and saving.
+  # --- Loop. Logging and saving wait for the device; else a step is always
+  # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_step)
+  previous_loss = state.step
   with signals, checkpoints, log:
     for step in range(first_step, train.steps):
       batch = jax.device_put(batch_at(step), places.batch)
@@ -274,6 +276,9 @@ def train_and_prune(
         # Compiling held the first calls up; from here on they only queue.
         display.start('prune')
         log.restart_clock()
+      else:
+        interrupt.wait_for(previous_loss)
+      previous_loss = results['loss']
 
       last = step + 1 == train.steps
       measured = settings.data.is_evaluation_step(step)

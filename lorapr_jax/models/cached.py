@@ -53,7 +53,7 @@ def hidden_states(
     positions filled.
   """
   B, T = tokens.shape
-  angles = llama.rope_angles(config, start + jnp.arange(T))
+  angles = llama.rope_angles(config, start + jnp.arange(T, dtype=jnp.float32))
   x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
   filled = []
   for i, stack in enumerate(config.stacks):

@@ -102,15 +102,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One decoder layer over tokens (N, D); angles (T, H/2) fix T.
-
-  `attend` is called as `causal_attention`: a cache comes in there.
-  """
+  """One decoder layer over tokens (N, D); angles (T, H/2) fix T."""
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None = None
-  attend: Callable[..., Array] = causal_attention
+  attend: Callable[..., Array] = causal_attention  # Or with a cache.
 
   @nn.compact
   def __call__(self, x: Array, angles: Array) -> Array:
@@ -187,7 +184,7 @@ def output_weight(params: Any) -> Array:
 
 
 def rope_angles(config: LlamaConfig, positions: Array) -> Array:
-  """The angles of these positions, (T, H/2)."""
+  """The angles (T, H/2) of positions (T,), which are float32."""
   frequencies = rope_frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling
   )
@@ -218,7 +215,7 @@ def hidden_states(
     remat: a key of REMAT_POLICIES.
   """
   B, T = tokens.shape
-  angles = rope_angles(config, jnp.arange(T))
+  angles = rope_angles(config, jnp.arange(T, dtype=jnp.float32))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
   axes = block_axes(lora_config)
@@ -289,13 +286,14 @@ def init_lora(key: Array, config: LlamaConfig, lora_config: LoraConfig) -> Any:
 def _init_stacks(key, config, lora_config, collection) -> tuple[Any, ...]:
   keys = jax.random.split(key, len(config.layers))
   x = jnp.zeros((1, config.embed_dim))
+  angles = rope_angles(config, jnp.zeros(1))
   stacks = []
   for stack in config.stacks:
     block = Block(config, stack.shape, lora_config)
 
     def init(key, block=block):
       rngs = {'params': key, 'lora': key}
-      return block.init(rngs, x, rope_angles(config, jnp.arange(1)))[collection]
+      return block.init(rngs, x, angles)[collection]
 
     stacks.append(jax.vmap(init)(keys[stack.start : stack.start + stack.size]))
   return tuple(stacks)
