@@ -33,10 +33,10 @@ from lorapr_jax.report.summary import adapter_card, model_card
 _GGUF_NAMES = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16'}
 # Tokens on which what was read back is compared.
 _CHECK_LENGTH = 32
-# By how much logits may differ, as a share of the largest: summed in another
-# order; every weight rounded once; q8_0's blocks of 32 with one scale. What is
-# another model is off by about as much as the largest.
-_SUMMED, _ROUNDED, _BLOCKWISE = 1e-4, 0.05, 0.15
+# By how much logits may differ, root mean square over the largest: summed in
+# another order; every weight rounded once; q8_0's blocks of 32 with one scale.
+# What is another model is off by about a third of the largest.
+_SUMMED, _ROUNDED, _BLOCKWISE = 1e-5, 0.05, 0.15
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,16 +171,20 @@ def write(route: Route, model: Model, weights: Weights) -> dict[str, Any]:
   read, read_config = _read_back(route, model, stored)
 
   expected = _logits(weights.merged, model.config)
-  difference = float(abs(_logits(read, read_config) - expected).max())
+  apart = _logits(read, read_config) - expected
+  difference = float(abs(apart).max())
+  # Not the largest: in a model that was cut hard, rounding alone can throw a
+  # few tokens far off.
+  typical = float(jnp.sqrt(jnp.mean(apart**2)))
   tolerance = _tolerance(model.dtype, dtype) * float(abs(expected).max())
   # A GGUF has its ids of BOS and EOS from the tokenizer.
   same = read_config == config
   if route.kind == 'gguf':
     same = read_config.layers == config.layers
-  if not same or not difference <= tolerance:
+  if not same or not typical <= tolerance:
     raise RuntimeError(
       f'{route.path} was written, but read back its logits differ by '
-      f'{difference}'
+      f'{typical} on average, at most by {difference}'
     )
   return {
     'path': str(route.path),
