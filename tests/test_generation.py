@@ -15,7 +15,7 @@ from lorapr_jax import generate, sharding
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.generate import Sampling, detokenize, nucleus, stream_tokens
+from lorapr_jax.generation import Sampling, detokenize, nucleus, stream_tokens
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.llama import logical_axes
 
