@@ -37,9 +37,12 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   Byte-level BPE whose way of splitting text is in PRE_TOKENIZERS (Llama 3,
   SmolLM2, GPT-2), and SentencePiece's BPE with byte fallback (Llama 1 and 2),
   with the scores of tokenizer.model if the folder has it. Ids without a token
-  become unused ones. Whether a token swallows the spaces around it is not
-  kept. The ids of BOS, EOS and the like are the tokenizer's or, where it has
-  none, the config's.
+  become unused ones. The ids of BOS, EOS and the like are the tokenizer's or,
+  where it has none, the config's.
+
+  llama.cpp does not know tokens that swallow the spaces around them. It puts
+  SentencePiece's space in front of every text, and after special tokens, where
+  some folders leave it out.
 
   Args:
     base: the folder, or None for a model without a tokenizer.
@@ -71,10 +74,11 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   settings = _settings(base)
   for role in _ROLES:
     token = settings.get(f'{role}_token')
-    known = token and tokenizer.token_to_id(_text(token))
-    ids[role] = ids.get(role) if known is None else known
+    found = tokenizer.token_to_id(_text(token)) if token else None
+    ids[role] = ids.get(role) if found is None else found
   adds_bos, ids['bos'] = _bos(file, tokenizer, settings, ids['bos'])
-  model = _model(file, json.loads(tokenizer.to_str()), config.vocab_size)
+  data = json.loads(tokenizer.to_str())
+  model = _model(file, data, config.vocab_size, ids['unk'])
   template = {'tokenizer.chat_template': _chat_template(base, settings)}
   return {
     **model,
@@ -143,7 +147,9 @@ def _chat_template(base: Path, settings: dict[str, Any]) -> str | None:
   return template
 
 
-def _model(file: Path, data: dict[str, Any], size: int) -> dict[str, Any]:
+def _model(
+  file: Path, data: dict[str, Any], size: int, unknown: int | None
+) -> dict[str, Any]:
   """The keys of the model: its kind, tokens, merges or scores."""
   model = data['model']
   odd = [
@@ -167,6 +173,8 @@ def _model(file: Path, data: dict[str, Any], size: int) -> dict[str, Any]:
     special = token['special']
     kinds[token['id']] = _Kind.CONTROL if special else _Kind.USER_DEFINED
   if model['byte_fallback']:
+    if unknown is not None:
+      kinds[unknown] = _Kind.UNKNOWN
     return _sentencepiece(file, data, tokens, kinds)
   return _byte_level(file, data, tokens, kinds)
 
@@ -217,32 +225,30 @@ def _sentencepiece(
   file: Path, data: dict[str, Any], tokens: list[str], kinds: list[int]
 ) -> dict[str, Any]:
   prefix = _space_prefix(file, data)
-  unknown = data['model']['unk_token']
   for i, token in enumerate(tokens):
     if _BYTE.fullmatch(token):
       kinds[i] = _Kind.BYTE
-    elif token == unknown:
-      kinds[i] = _Kind.UNKNOWN
   if kinds.count(_Kind.BYTE) != 256:
     raise _unsupported(file, 'no token for some bytes')
+  pieces = [
+    token
+    for token, kind in zip(tokens, kinds, strict=True)
+    if kind == _Kind.NORMAL
+  ]
+  scores = [
+    _NO_SCORE if kind in (_Kind.USER_DEFINED, _Kind.UNUSED) else 0.0
+    for kind in kinds
+  ]
   spm = file.parent / 'tokenizer.model'
   if spm.is_file():
-    scores = [_NO_SCORE] * len(tokens)
     for i, piece in enumerate(read_pieces(spm)):
       if i >= len(tokens) or piece.text != tokens[i]:
         raise UserError(f'{spm} and {file} differ: token {i}, {piece.text!r}')
       scores[i], kinds[i] = piece.score, piece.kind
   else:
-    pieces = [
-      token
-      for token, kind in zip(tokens, kinds, strict=True)
-      if kind == _Kind.NORMAL
-    ]
     known = merge_scores(file, pieces, data['model']['merges'])
-    scores = [
-      known.get(token, _NO_SCORE if kind == _Kind.USER_DEFINED else 0.0)
-      for token, kind in zip(tokens, kinds, strict=True)
-    ]
+    for i, token in enumerate(tokens):
+      scores[i] = known.get(token, scores[i])
   return {
     'tokenizer.ggml.model': 'llama',
     'tokenizer.ggml.pre': 'default',
