@@ -6,6 +6,7 @@ planner, the figures of how-it-works.md; and build/docs/api, the reference.
 
 import ast
 from pathlib import Path
+import pkgutil
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -240,8 +241,13 @@ def write_reference(folder: Path) -> None:
   # pdoc does not see what is loaded when it is first used.
   for name in lorapr_jax.__all__:
     setattr(lorapr_jax, name, getattr(lorapr_jax, name))
+  modules = [
+    module.name
+    for module in pkgutil.walk_packages(lorapr_jax.__path__, 'lorapr_jax.')
+    if not module.name.endswith('__main__')
+  ]
   pdoc.render.configure(docformat='google')
-  pdoc.pdoc('lorapr_jax', output_directory=folder)
+  pdoc.pdoc('lorapr_jax', *modules, output_directory=folder)
 
 
 def main() -> None:
