@@ -243,7 +243,7 @@ def write_reference(folder: Path) -> None:
     setattr(lorapr_jax, name, getattr(lorapr_jax, name))
   modules = [
     module.name
-    for module in pkgutil.walk_packages(lorapr_jax.__path__, 'lorapr_jax.')
+    for module in pkgutil.iter_modules(lorapr_jax.__path__, 'lorapr_jax.')
     if not module.name.endswith('__main__')
   ]
   pdoc.render.configure(docformat='google')
