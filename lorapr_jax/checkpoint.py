@@ -1,8 +1,8 @@
 """Checkpoints of the train state, by orbax; and the log that goes with them."""
 
 import json
-import os
 from pathlib import Path
+import tempfile
 from typing import Any
 
 import jax
@@ -32,11 +32,14 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
   parent = workdir.absolute()
   while not parent.exists():
     parent = parent.parent
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
+  try:
+    # Permissions say too little: for root, and on a disk that is read-only.
+    tempfile.TemporaryFile(dir=parent).close()
+  except OSError as error:
     raise UserError(
-      f'{workdir} cannot be written: {parent} is no folder of '
-      'yours; choose another --workdir'
-    )
+      f'{workdir} cannot be made: {parent} takes no files ({error.strerror}); '
+      'choose another --workdir'
+    ) from None
   if (workdir / SUMMARY_FILE).exists():
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
@@ -103,12 +106,24 @@ class Checkpoints:
     )
 
   def restore(self, state: TrainState) -> TrainState:
-    """The newest complete checkpoint, or `state` if there is none."""
+    """The newest complete checkpoint, or `state` if there is none.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
     step = self._manager.latest_step()
     if step is None:
       return state
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    args = ocp.args.StandardRestore(abstract)
+    try:
+      return self._manager.restore(step, args=args)
+    except Exception as error:  # What damage raises is up to orbax.
+      folder = self._manager.directory / str(step)
+      raise UserError(
+        f'{folder} cannot be read: it is damaged; move it away to go on from '
+        'the checkpoint before it, or from the start'
+      ) from error
 
   def save(self, state: TrainState, step: int) -> None:
     """Saves in the background; `state` may be donated once this returns."""

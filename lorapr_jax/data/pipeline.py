@@ -12,6 +12,7 @@ import numpy as np
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.sources import parse_spec, read_documents
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json
 
 # Part of the cache's key: raise it when the windows change.
 _FORMAT = 1
@@ -31,15 +32,30 @@ class Tokenizer:
 
     self.folder = Path(folder)
     if not list(self.folder.glob('tokenizer*')):
-      raise UserError(f'{folder} holds no tokenizer files')
+      raise UserError(
+        f'{folder} holds no tokenizer files: copy them from the original model'
+      )
     try:
       self._tokenizer = transformers.AutoTokenizer.from_pretrained(
         self.folder, local_files_only=True, trust_remote_code=False
       )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-      reason = str(error).strip().partition('\n')[0] or repr(error)
-      raise UserError(f'the tokenizer of {folder}: {reason}') from None
+    # What a damaged file raises is up to transformers and tokenizers, which
+    # raises Exception itself.
+    except Exception as error:
+      raise UserError(
+        f'the tokenizer of {folder} cannot be read ({self._reason(error)}): '
+        'copy the files of its original anew'
+      ) from error
     self.eos_token_id = self._tokenizer.eos_token_id
+
+  def _reason(self, error: Exception) -> str:
+    for path in sorted(self.folder.glob('tokenizer*.json')):
+      if read_json(path).get('auto_map'):
+        return (
+          f'{path.name} asks for code of its own (auto_map), and no code of a '
+          'model is ever run'
+        )
+    return str(error).strip().partition('\n')[0] or repr(error)
 
   def encode(self, text: str) -> np.ndarray:
     """The ids of a text, with BOS in front if that is the tokenizer's habit."""
@@ -140,10 +156,18 @@ def _windows(
         f'the model has a vocabulary of {vocab_size}'
       )
     windows = tokens[: count * seq_len].reshape(count, seq_len)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-      np.save(file, windows)
-    os.replace(file.name, path)
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      with tempfile.TemporaryDirectory(dir=path.parent) as partial:
+        # Not by its name: NumPy's own writing says nothing of a full disk.
+        with tempfile.NamedTemporaryFile(dir=partial, delete=False) as file:
+          np.save(file, windows)
+        os.replace(file.name, path)
+    except OSError as error:
+      raise UserError(
+        f'{path.parent} cannot hold the packed text: '
+        f'{error.strerror or error}; set LORAPR_CACHE to a folder with room'
+      ) from error
   return np.load(path, mmap_mode='r')
 
 

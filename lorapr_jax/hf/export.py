@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lorapr_jax.errors import UserError
@@ -147,7 +148,10 @@ def write_safetensors(
 
   def flush():
     path = folder / f'shard-{len(shards)}'
-    save_file(held, path, metadata={'format': 'pt'})
+    try:
+      save_file(held, path, metadata={'format': 'pt'})
+    except SafetensorError as error:
+      raise OSError(str(error)) from error
     # safetensors makes files that only their owner can read.
     path.chmod(0o644)
     shards.append(list(held))
@@ -232,18 +236,27 @@ def new_folder(folder: Path) -> Iterator[Path]:
   """A temporary folder that gets its name once it is complete.
 
   Raises:
-    UserError: if `folder` exists.
+    UserError: if `folder` exists or cannot be written.
   """
   if folder.exists():
-    raise UserError(f'{folder} exists already; nothing is written over it')
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=folder.parent, prefix=f'.{folder.name}-'
-  ) as temporary:
-    partial = Path(temporary) / folder.name
-    partial.mkdir()
-    yield partial
-    os.replace(partial, folder)
+    raise UserError(
+      f'{folder} exists already, and nothing is written over it: choose '
+      'another name'
+    )
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      dir=folder.parent, prefix=f'.{folder.name}-'
+    ) as temporary:
+      partial = Path(temporary) / folder.name
+      partial.mkdir()
+      yield partial
+      os.replace(partial, folder)
+  except OSError as error:
+    raise UserError(
+      f'{folder} cannot be written: {error.strerror or error}; free some '
+      'room, or choose another place'
+    ) from error
 
 
 def copy_companions(base: Path, folder: Path) -> None:

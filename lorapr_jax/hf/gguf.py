@@ -62,7 +62,7 @@ class _Metadata(dict[str, Any]):
 
   def take(self, key: str, kind: type, default: Any = None) -> Any:
     """Removes and returns a value, which must be of this type."""
-    value = self.pop(key, default)
+    value = self.pop(key, self[key] if default is None else default)
     if not isinstance(value, kind):
       raise self.error(f'{key} is {value!r}, not of type {kind.__name__}')
     # Stored in float32: 1e-5 is meant where 9.999999747378752e-06 is read.
@@ -146,11 +146,16 @@ def open_gguf(path: str | Path) -> GgufModel:
     UserError: where the file is not a GGUF, or naming the metadata key or the
       tensor that asks for something unsupported.
   """
+  if not Path(path).is_file():
+    raise UserError(f'{path} is not a file; a GGUF file is expected')
   try:
     reader = gguf.GGUFReader(path)
   # What a truncated or foreign file raises depends on where gguf-py stumbles.
   except (OSError, ValueError, IndexError, KeyError) as error:
-    raise UserError(f'{path}: cannot be read as GGUF: {error}') from error
+    raise UserError(
+      f'{path}: cannot be read as GGUF ({error}): it is damaged, or of '
+      'another kind'
+    ) from error
   metadata = _Metadata(path, reader)
   tensors = {tensor.name: tensor for tensor in reader.tensors}
   config = _read_config(metadata, tied='output.weight' not in tensors)
