@@ -8,16 +8,37 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 	echo runs/demo-$$n)
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-report test-package test-lowest docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
 
+# What has a target of its own below is not among these.
+MAIN := not slow and not packaging and not browser
+
 test: .venv/dev
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -m '$(MAIN)'
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+# The report in a real browser: no message, no request, no overflow.
+test-report: .venv/dev
+	$(BIN)/python -m pytest -m browser
+
+# The wheel, installed in an environment of its own.
+test-package: .venv/dev
+	$(BIN)/python -m pytest -m packaging
+
+# The same tests as `test`, with the oldest versions that requirements.txt
+# allows.
+test-lowest: .venv-lowest/dev
+	.venv-lowest/bin/python -m pytest -m '$(MAIN)'
+
+docs: .venv/dev
+	PYTHONPATH=. $(BIN)/python docs/generate.py
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs/api \
+	  lorapr_jax
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -38,5 +59,13 @@ $(MODEL)/config.json: | .venv/run
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
 	touch $@
 
+.venv-lowest/dev: requirements.txt requirements-dev.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || \
+	  { rm -rf $(@D); exit 1; }
+	sed -n '/^#/!s/>=/==/p' requirements.txt > $(@D)/lowest.txt
+	$(@D)/bin/python -m pip install --quiet -r $(@D)/lowest.txt \
+	  -r requirements-dev.txt
+	touch $@
+
 clean:
-	rm -rf .venv
+	rm -rf .venv .venv-lowest

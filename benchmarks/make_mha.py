@@ -35,7 +35,7 @@ def main() -> None:
 
   def tensors():
     for name in check_tensors(shards, config):
-      x = shards.slice_of(name)[...]
+      x = shards.slice_of(name)[:]
       if name.endswith(('k_proj.weight', 'v_proj.weight')):
         repeats = config.layers[int(name.split('.')[2])].queries_per_kv
         by_head = x.reshape(-1, config.head_dim, x.shape[-1])

@@ -27,7 +27,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.remat = 'blocks'
 
   config.data = config_dict.ConfigDict()
-  # Data specs (lorapr_jax/data/sources.py): file:, demo:news:, synthetic:.
+  # Data specs (lorapr_jax/data/sources.py): file:, hf:, demo:news:, synthetic:.
   config.data.train = ''
   # Whether windows are shuffled, anew in every epoch.
   config.data.shuffle = True
@@ -37,6 +37,8 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_seq_len = 0
   # At most so many windows of it; 0: all.
   config.data.eval_windows = 0
+  # Steps between perplexities of the masked, adapted model; 0: none of these.
+  config.data.eval_every = 0
 
   config.lora = config_dict.ConfigDict()
   config.lora.rank = 8
@@ -109,12 +111,32 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.tensor = 1
 
   config.export = config_dict.ConfigDict()
+  # hf (always written), and after a comma gguf, peft (LoRA as an adapter over
+  # the pruned base) or both: 'hf,gguf,peft'.
+  config.export.format = 'hf'
   # uniform (llama or mistral; every layer the same size), two_shape (remote
-  # code; layers may differ) or auto.
+  # code; layers may differ), padded (llama or mistral at the size before the
+  # cut, zeros where members were removed) or auto: uniform where it can be.
   config.export.layout = 'auto'
   # llama, mistral, or auto: llama wherever transformers takes it.
   config.export.model_type = 'auto'
-  # float32, bfloat16, or auto: as the base was loaded.
+  # float32, bfloat16, float16, or auto: as the base was loaded.
   config.export.dtype = 'auto'
+  # Of the GGUF: f32, f16, bf16, q8_0, or auto: as export.dtype.
+  config.export.gguf_dtype = 'auto'
+  # Of one weights file: a number and B, KB, MB, GB, KiB, MiB or GiB.
+  config.export.max_shard_size = '5GB'
+
+  config.log = config_dict.ConfigDict()
+  # Whether TensorBoard's files are written too, to workdir/tensorboard.
+  config.log.tensorboard = False
+  # A Weights & Biases project to log to (pip install wandb); empty: none.
+  config.log.wandb = ''
+
+  config.report = config_dict.ConfigDict()
+  # Texts that the dense and the pruned model go on from, side by side.
+  config.report.prompts = ('The weather today', 'The president said')
+  # At most so many tokens after each.
+  config.report.max_new_tokens = 48
   # A config that sets a key which is not here is mistaken.
   return config.lock()

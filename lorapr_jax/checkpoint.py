@@ -1,12 +1,16 @@
 """Checkpoints of the train state, by orbax; and the log that goes with them."""
 
+from collections.abc import Iterator
+import contextlib
 import json
+import logging
 from pathlib import Path
 import tempfile
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from lorapr_jax.errors import UserError
@@ -95,6 +99,57 @@ def trim_metrics(workdir: Path, step: int) -> None:
   write_text(path, ''.join(kept))
 
 
+def read_adapters(workdir: Path) -> tuple[Any, Any]:
+  """LoRA and masks of a workdir's newest complete checkpoint.
+
+  They come as host arrays, wherever they lay in training, and nothing in the
+  workdir changes.
+
+  Returns:
+    Trees with an entry for each stack of the base.
+
+  Raises:
+    UserError: if there is no checkpoint, or it cannot be read.
+  """
+  folder = (workdir / 'checkpoints').absolute()
+  steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+  if not steps:
+    raise UserError(
+      f'{workdir} holds no checkpoint: go on with its run, which writes one '
+      'every train.checkpoint_every steps'
+    )
+  path = folder / str(max(steps)) / 'default'
+  with _reading(path.parent), ocp.StandardCheckpointer() as checkpointer:
+    # Its own metadata say which shapes it has.
+    shapes = ocp.StandardCheckpointHandler().metadata(path).tree
+    state = checkpointer.restore(
+      path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
+    )
+  return state['lora'], state['masks']
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # What damage raises is up to orbax.
+    raise UserError(
+      f'{folder} cannot be read, because it is damaged: move it away to go on '
+      'from the checkpoint before it, or from the start'
+    ) from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # As above.
+    raise UserError(
+      f'{folder} cannot be written ({error}): make room, and run the same '
+      'command again to go on from the last checkpoint'
+    ) from error
+
+
 class Checkpoints:
   """The train states of a workdir: everything but the base."""
 
@@ -104,6 +159,8 @@ class Checkpoints:
       (workdir / 'checkpoints').absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
+    # Before it raises an error, orbax logs its traceback.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
 
   def restore(self, state: TrainState) -> TrainState:
     """The newest complete checkpoint, or `state` if there is none.
@@ -115,26 +172,23 @@ class Checkpoints:
     if step is None:
       return state
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    args = ocp.args.StandardRestore(abstract)
-    try:
-      return self._manager.restore(step, args=args)
-    except Exception as error:  # What damage raises is up to orbax.
-      folder = self._manager.directory / str(step)
-      raise UserError(
-        f'{folder} cannot be read: it is damaged; move it away to go on from '
-        'the checkpoint before it, or from the start'
-      ) from error
+    with _reading(self._manager.directory / str(step)):
+      return self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract)
+      )
 
   def save(self, state: TrainState, step: int) -> None:
     """Saves in the background; `state` may be donated once this returns."""
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = jax.tree.map(jnp.copy, state)
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+    with _writing(self._manager.directory):
+      self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def __enter__(self) -> 'Checkpoints':
     return self
 
   def __exit__(self, *_: Any) -> None:
     """Waits until everything is written."""
-    self._manager.close()
+    with _writing(self._manager.directory):
+      self._manager.close()

@@ -1,115 +1,188 @@
-"""The end of a run: cut, merge, export, and reading the export back."""
+"""The end of a run: cut, merge, and every export that was asked for."""
 
-import functools
+import dataclasses
 from pathlib import Path
 import time
 from typing import Any
 
 import jax
 
-from lorapr_jax import steps
-from lorapr_jax.hf.export import export_model
-from lorapr_jax.hf.load import content_hash, load_config, load_params
-from lorapr_jax.lora import merge_lora
+from lorapr_jax import routes, steps
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.generation import Sampling, stream_text
+from lorapr_jax.hf.export import parse_size
+from lorapr_jax.hf.load import content_hash
+from lorapr_jax.lora import merge_adapters
 from lorapr_jax.models import llama
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.pruning.shrink import Kept, kept_groups, shrink, shrunk_config
+from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import summary
 from lorapr_jax.settings import RunSettings
 
-# Tokens on which an export that was read back is compared.
-_CHECK_LENGTH = 32
-
 
 def cut(
-  settings: RunSettings, params: Any, state: steps.TrainState
-) -> tuple[Any, LlamaConfig, Kept]:
-  """Takes the masked groups away and merges LoRA: smaller dense weights."""
-  config, lora_config = settings.step.config, settings.step.lora
-  axes = llama.block_axes(lora_config)
-  stacks, lora, kept = params['stacks'], state.lora, ()
-  small_config = config
-  if settings.plan:
-    kept = kept_groups(state.masks)
-    small_config = shrunk_config(config, kept)
-    if small_config != settings.plan.pruned_config:
-      raise RuntimeError(f'masks leave {small_config}, which was not planned')
-    stacks = shrink(stacks, axes['params'], kept, config)
-    lora = shrink(lora, axes['lora'], kept, config)
-  merge = jax.jit(merge_lora, static_argnums=2)
-  stacks = tuple(
-    merge(stack, adapters, lora_config.scale)
-    for stack, adapters in zip(stacks, lora, strict=True)
-  )
-  return {**params, 'stacks': stacks}, small_config, kept
-
-
-def export_and_compare(
-  settings: RunSettings,
-  workdir: Path,
+  config: LlamaConfig,
+  lora_config: LoraConfig,
   params: Any,
+  lora: Any,
+  kept: Kept,
+  *,
+  unmerged: bool,
+) -> routes.Weights:
+  """Takes away what is not kept and merges LoRA: smaller dense weights.
+
+  Args:
+    config: the sizes before the cut.
+    lora_config: of the adapters.
+    params: the base.
+    lora: its adapters, by stack.
+    kept: from `kept_groups`; empty: nothing is cut.
+    unmerged: whether the smaller weights without LoRA are held as well.
+  """
+  if kept:
+    axes = llama.block_axes(lora_config)
+
+    @jax.jit
+    def smaller(stacks, lora):
+      return (
+        shrink(stacks, axes['params'], kept, config),
+        shrink(lora, axes['lora'], kept, config),
+      )
+
+    stacks, lora = smaller(params['stacks'], lora)
+    params = {**params, 'stacks': stacks}
+  merged = merge_adapters(params, lora, lora_config.scale)
+  if not unmerged:
+    return routes.Weights(merged)
+  return routes.Weights(merged, params, lora, lora_config)
+
+
+def kept_of(masks: Any) -> Kept:
+  """What the masks keep, by layer; empty where nothing is pruned."""
+  return kept_groups(masks) if any(masks) else ()
+
+
+def pruned_model(
+  base: Path | None,
   config: LlamaConfig,
   kept: Kept,
-  prune_settings: dict[str, Any],
-) -> dict[str, Any]:
-  """Writes workdir/export, reads it back and compares its logits.
+  *,
+  dtype: str,
+  plan: PruningPlan | None,
+  settings: dict[str, Any],
+) -> routes.Model:
+  """What a run's exports say of its model.
+
+  Args:
+    base: the base's folder, or None for random weights.
+    config: the sizes before the cut.
+    kept: what it left.
+    dtype: of the weights, by name.
+    plan: what was asked for.
+    settings: the config's section prune.
+  """
+  name = model_name(base)
+  origin = {
+    'name': name,
+    'sha256': base and content_hash(base),
+    'config': config.to_hf(),
+  }
+  return routes.Model(
+    name=name,
+    config=shrunk_config(config, kept),
+    dtype=dtype,
+    base=base,
+    before=config,
+    kept=kept,
+    pruning=summary.pruning_report(plan, kept, origin, settings),
+  )
+
+
+def side_by_side(
+  models: dict[str, tuple[Any, steps.StepSettings]], settings: RunSettings
+) -> list[dict[str, str]]:
+  """How each model goes on from report.prompts: [{'prompt', NAME: text}].
+
+  Greedily, so that nothing but the model makes the difference. Empty for
+  random weights, which have no tokenizer.
+
+  Args:
+    models: name -> (params, settings).
+    settings: of the run.
+  """
+  if settings.model_path is None or not settings.report.prompts:
+    return []
+  tokenizer = Tokenizer(settings.model_path)
+  sampling = Sampling(settings.report.max_new_tokens)
+
+  def go_on(prompt: str, params: Any, step: steps.StepSettings) -> str:
+    pieces = stream_text(
+      params, step.config, tokenizer, prompt, sampling, dtype=step.dtype
+    )
+    return ''.join(pieces)
+
+  return [
+    {'prompt': prompt}
+    | {name: go_on(prompt, *model) for name, model in models.items()}
+    for prompt in settings.report.prompts
+  ]
+
+
+def export_run(
+  settings: RunSettings,
+  workdir: Path,
+  model: routes.Model,
+  weights: routes.Weights,
+) -> dict[str, dict[str, Any]]:
+  """Writes every format of export.format: {kind: what was written}.
 
   Raises:
     RuntimeError: if what was read back computes something else.
   """
-  folder, base = workdir / 'export', settings.model_path
-  name, dtype = model_name(settings), settings.export.dtype
-  if dtype == 'auto':
-    dtype = settings.base_dtype.name
-  if folder.exists():  # Of this run, killed before its summary was written.
-    folder.rename(folder.with_name(f'export-{time.time_ns()}'))
-  export_model(
-    folder,
-    params,
-    config,
-    layout=settings.export.layout,
-    model_type=settings.export.model_type,
-    dtype=dtype,
-    base=base,
-    pruning=summary.pruning_report(
-      settings.plan,
-      kept,
-      {'name': name, 'sha256': base and content_hash(base)},
-      prune_settings,
-    ),
-    card=summary.model_card(name, settings.plan, config),
+  exports = {}
+  for kind in settings.export.routes:
+    route = run_route(kind, settings, workdir, model)
+    # Of this run, killed before its summary was written.
+    folder = route.path.parent if kind == 'gguf' else route.path
+    if folder.exists():
+      folder.rename(folder.with_name(f'{folder.name}-{time.time_ns()}'))
+    exports[kind] = routes.write(route, model, weights)
+  return exports
+
+
+def run_route(
+  kind: str, settings: RunSettings, workdir: Path, model: routes.Model
+) -> routes.Route:
+  """Where a run writes a format, and how."""
+  export = settings.export
+  path = workdir / ('export' if kind == 'hf' else f'export-{kind}')
+  route = routes.Route(
+    kind=kind,
+    path=path,
+    layout=export.layout,
+    model_type=export.model_type,
+    dtype=export.dtype,
+    max_shard_bytes=parse_size('export.max_shard_size', export.max_shard_size),
   )
-  read_config = load_config(folder)
-  places = jax.tree.map(lambda x: x.sharding, params)
-  read = load_params(folder, read_config, places, settings.base_dtype)
-  tokens = jax.random.randint(
-    jax.random.key(0), (1, _CHECK_LENGTH), 0, config.vocab_size
-  )
-
-  @functools.partial(jax.jit, compiler_options=steps.compiler_options())
-  def logits(params):
-    hidden = llama.hidden_states(
-      params, tokens, config, dtype=settings.step.dtype
-    )
-    return llama.logits(params, hidden)
-
-  expected = logits(params)
-  difference = float(abs(logits(read) - expected).max())
-  # Another dtype than the base's rounds the weights once.
-  exact = dtype == settings.base_dtype.name
-  tolerance = 1e-4 if exact else 0.05 * float(abs(expected).max())
-  if read_config != config or not difference <= tolerance:
-    raise RuntimeError(
-      f'{folder} was written, but read back its logits differ by {difference}'
-    )
-  return {
-    'folder': str(folder),
-    'dtype': dtype,
-    'max_logit_difference': difference,
-  }
+  if kind != 'gguf':
+    return route
+  if export.gguf_dtype != 'auto':
+    route = dataclasses.replace(route, dtype=export.gguf_dtype)
+  file = f'{model.name}-{route.stored_dtype(model)}.gguf'
+  return dataclasses.replace(route, path=path / file)
 
 
-def model_name(settings: RunSettings) -> str:
+def check_counts(plan: PruningPlan | None, config: LlamaConfig) -> None:
+  """Checks that a finished run left what was planned.
+
+  Raises:
+    RuntimeError: if it did not.
+  """
+  if plan and config != plan.pruned_config:
+    raise RuntimeError(f'masks leave {config}, which was not planned')
+
+
+def model_name(base: Path | None) -> str:
   """The base's folder's name."""
-  path = settings.model_path
-  return path.resolve().name if path else 'random weights'
+  return base.resolve().name if base else 'random weights'

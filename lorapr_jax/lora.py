@@ -61,3 +61,15 @@ def merge_lora(stack: Any, lora: Any, scale: float) -> Any:
     return merged
 
   return jax.lax.map(merge_layer, (stack, lora))
+
+
+def merge_adapters(params: Any, lora: Any, scale: float) -> Any:
+  """`params` with every stack merged with its adapters."""
+  merge = jax.jit(merge_lora, static_argnums=2)
+  stacks = zip(params['stacks'], lora, strict=True)
+  return {
+    **params,
+    'stacks': tuple(
+      merge(stack, adapters, scale) for stack, adapters in stacks
+    ),
+  }

@@ -14,7 +14,13 @@ from ml_collections import config_dict
 
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.export import resolve_layout, resolve_model_type
+from lorapr_jax.hf.export import (
+  DTYPES,
+  GGUF_DTYPES,
+  parse_size,
+  resolve_layout,
+  resolve_model_type,
+)
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
@@ -28,6 +34,7 @@ from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'none')
+ROUTES = ('hf', 'gguf', 'peft')
 _DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -40,6 +47,11 @@ class DataSettings:
   eval: str
   eval_seq_len: int
   eval_windows: int
+  eval_every: int
+
+  def is_evaluation_step(self, step: int) -> bool:
+    """Whether the perplexity is measured after this step."""
+    return self.eval_every > 0 and (step + 1) % self.eval_every == 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +94,59 @@ class TrainSettings:
 class ExportSettings:
   """The `export.*` keys."""
 
+  format: str
   layout: str
   model_type: str
   dtype: str
+  gguf_dtype: str
+  max_shard_size: str
+
+  def __post_init__(self):
+    _choose('export.dtype', self.dtype, ('auto', *DTYPES))
+    _choose('export.gguf_dtype', self.gguf_dtype, ('auto', *GGUF_DTYPES))
+    parse_size('export.max_shard_size', self.max_shard_size)
+    unknown = sorted(set(self.routes) - set(ROUTES))
+    if unknown or 'hf' not in self.routes:
+      raise UserError(
+        f'export.format is {self.format!r}: hf alone, or with gguf or peft '
+        'or both after a comma'
+      )
+
+  @property
+  def routes(self) -> tuple[str, ...]:
+    """Those in `format`."""
+    return tuple(name.strip() for name in self.format.split(','))
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportSettings:
+  """The `report.*` keys."""
+
+  prompts: tuple[str, ...]
+  max_new_tokens: int
+
+  def __post_init__(self):
+    # A string given for a tuple stays a string.
+    if isinstance(self.prompts, str) or not all(
+      isinstance(prompt, str) and prompt for prompt in self.prompts
+    ):
+      raise UserError(
+        f'report.prompts is {self.prompts!r}: give a tuple of texts, such as '
+        '\'("The weather", "Once upon a time")\', or () for none'
+      )
+    if self.max_new_tokens < 1:
+      raise UserError(
+        f'report.max_new_tokens is {self.max_new_tokens}: it must be at least '
+        '1; for no samples use report.prompts=()'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class LogSettings:
+  """The `log.*` keys."""
+
+  tensorboard: bool
+  wandb: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +172,8 @@ class RunSettings:
   criterion: Criterion
   mesh: dict[str, int]
   export: ExportSettings
+  log: LogSettings
+  report: ReportSettings
 
 
 def _choose(key: str, value: Any, choices: Any) -> Any:
@@ -133,7 +197,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     UserError: naming the key whose value is impossible.
   """
   model, prune = config.model, config.prune
-  sizes = _model_sizes(model)
+  mesh = mesh_sizes(**config.mesh)
+  sizes, lora, plan = split_model(config, mesh['tensor'])
   train = TrainSettings(**config.train)
   data = _data_settings(config.data, train)
   for key, length in (
@@ -145,12 +210,6 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
         f'{key} is {length}, but the model has {sizes.max_positions} '
         'positions (max_position_embeddings)'
       )
-  lora = LoraConfig(
-    rank=config.lora.rank,
-    alpha=config.lora.alpha,
-    dropout=config.lora.dropout,
-    targets=_lora_targets(config.lora.targets),
-  )
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,
@@ -158,19 +217,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     norm=prune.norm,
     decay=prune.decay,
   )
-  mesh = mesh_sizes(**config.mesh)
-  for shape in sizes.layers:
-    if shape.num_kv_heads % mesh['tensor']:
-      raise UserError(
-        f'mesh.tensor={mesh["tensor"]} does not divide the '
-        f'{shape.num_kv_heads} KV heads of the model: choose a divisor'
-      )
-  plan = _plan(sizes, prune, mesh['tensor'], lora)
-  export = ExportSettings(**config.export)
-  _choose('export.dtype', export.dtype, _DTYPES)
-  final = plan.pruned_config if plan else sizes
-  resolve_layout(final, export.layout)
-  resolve_model_type(final, export.model_type)
+  export = _export_settings(config, sizes, plan)
   step = StepSettings(
     config=sizes,
     lora=lora,
@@ -192,7 +239,45 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     criterion=criterion,
     mesh=mesh,
     export=export,
+    log=LogSettings(**config.log),
+    report=ReportSettings(**config.report),
   )
+
+
+def split_model(
+  config: config_dict.ConfigDict, tensor_parallel: int
+) -> tuple[LlamaConfig, LoraConfig, PruningPlan | None]:
+  """The sizes, the adapters and the plan: what a checkpoint's shapes follow.
+
+  Args:
+    config: its sections model, lora and prune are read.
+    tensor_parallel: the size of the mesh axis that splits heads.
+  """
+  sizes = _model_sizes(config.model)
+  for shape in sizes.layers:
+    if shape.num_kv_heads % tensor_parallel:
+      raise UserError(
+        f'mesh.tensor={tensor_parallel} does not divide the '
+        f'{shape.num_kv_heads} KV heads of the model: choose a divisor'
+      )
+  lora = LoraConfig(
+    rank=config.lora.rank,
+    alpha=config.lora.alpha,
+    dropout=config.lora.dropout,
+    targets=_lora_targets(config.lora.targets),
+  )
+  return sizes, lora, _plan(sizes, config.prune, tensor_parallel, lora)
+
+
+def _export_settings(
+  config: config_dict.ConfigDict, sizes: LlamaConfig, plan: PruningPlan | None
+) -> ExportSettings:
+  export = ExportSettings(**config.export)
+  padded = export.layout == 'padded'
+  final = plan.pruned_config if plan and not padded else sizes
+  resolve_layout(final, export.layout)
+  resolve_model_type(final, export.model_type)
+  return export
 
 
 def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
@@ -218,6 +303,11 @@ def _data_settings(
       parse_spec(data[key])
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
+  if data.eval_every < 0 or (data.eval_every and not data.eval):
+    raise UserError(
+      f'data.eval_every is {data.eval_every}: 0, or a number of steps, with '
+      'data.eval'
+    )
   if min(data.eval_seq_len, data.eval_windows) < 0 or data.eval_seq_len == 1:
     raise UserError(
       f'data.eval_seq_len {data.eval_seq_len} and data.eval_windows '
@@ -229,6 +319,7 @@ def _data_settings(
     eval=data.eval,
     eval_seq_len=data.eval_seq_len or train.seq_len,
     eval_windows=data.eval_windows,
+    eval_every=data.eval_every,
   )
 
 

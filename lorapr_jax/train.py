@@ -1,36 +1,37 @@
 """LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
 
 from collections.abc import Callable
-import functools
-import json
 from pathlib import Path
 import shlex
-import statistics
 import sys
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from ml_collections import config_dict
-import numpy as np
 from rich.console import Console
 
-from lorapr_jax import checkpoint, optimizer, sharding, steps
-from lorapr_jax.data import pipeline
-from lorapr_jax.errors import UserError
+from lorapr_jax import checkpoint, interrupt, optimizer, steps
 from lorapr_jax.eval.latency import paired_latency
-from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.files import write_json
-from lorapr_jax.finish import cut, export_and_compare, model_name
-from lorapr_jax.hf.load import (
-  Shards,
-  check_tensors,
-  load_params,
+from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
+from lorapr_jax.files import write_json, write_text
+from lorapr_jax.finish import (
+  check_counts,
+  cut,
+  export_run,
+  kept_of,
+  model_name,
+  pruned_model,
+  side_by_side,
 )
-from lorapr_jax.models import llama
+from lorapr_jax.hf.gguf_vocabulary import vocabulary
+from lorapr_jax.hf.load import Shards, check_tensors
+from lorapr_jax.inputs import Places, load_base, load_data
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.report import metrics, summary
+from lorapr_jax.report.display import Display
+from lorapr_jax.report.page import REPORT_FILE, render_report
+from lorapr_jax.report.run import IMPORTANCE_FILE
+from lorapr_jax.report.scores import write_scores
 from lorapr_jax.settings import RunSettings, split_config
 
 _LATENCY = {'batch_size': 1, 'seq_len': 128}
@@ -51,10 +52,9 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   Raises:
     UserError: for a mistake in config, data, model or workdir.
+    interrupt.Stopped: after SIGINT or SIGTERM, with a checkpoint to go on from.
   """
   workdir = Path(workdir)
-  console = Console(stderr=True, highlight=False)
-  clock = metrics.Clock(console)
 
   # --- Config: every mistake that shows without reading weights or text.
   settings = split_config(config)
@@ -63,18 +63,42 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   checkpoint.check_workdir(workdir, identity)
   if settings.model_path:
     check_tensors(Shards(settings.model_path), settings.step.config)
+  metrics.check_writers(settings.log)
+  if 'gguf' in settings.export.routes:
+    vocabulary(settings.model_path, settings.step.config)
 
+  console = Console(stderr=True)
+  with Display(
+    console, model_name(settings.model_path), settings.train.steps
+  ) as display:
+    return run_phases(settings, places, identity, workdir, display)
+
+
+def run_phases(
+  settings: RunSettings,
+  places: Places,
+  identity: dict[str, Any],
+  workdir: Path,
+  display: Display,
+) -> dict[str, Any]:
+  """`run`, once all that can be checked ahead has been."""
   # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
-  clock.start('data')
+  display.start('data')
   batch_at, held_out = load_data(settings)
   checkpoint.claim_workdir(workdir, identity)
-  summary.print_plan(settings, console)
+  summary.print_plan(settings, display.print)
 
   # --- Model: the base is frozen; the state is small.
-  clock.start('load')
-  params = load_base(settings, places)
+  display.start('load')
+  params = load_base(
+    settings.model_path,
+    settings.step.config,
+    settings.base_dtype,
+    places.base,
+    settings.train.seed,
+  )
 
-  def perplexity(params, step_settings):
+  def perplexity(params, step_settings, **adapted):
     if held_out is None:
       return None
     return evaluate_perplexity(
@@ -83,74 +107,89 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       step_settings,
       data=settings.data.eval,
       batch_size=settings.train.micro_batch_size,
+      **adapted,
     )
 
-  clock.start('evaluate')
+  display.start('evaluate')
   dense = perplexity(params, settings.step)
 
-  clock.start('prune')
-  state = train_and_prune(settings, places, params, batch_at, workdir, console)
+  state = train_and_prune(
+    settings, places, params, batch_at, perplexity, workdir, display
+  )
+  skipped = int(state.skipped)
+  if skipped:
+    display.warn(
+      f'{skipped} of {settings.train.steps} steps changed nothing: their '
+      'gradients or scores were not finite'
+    )
 
   # --- Cut and merge: what is left is a smaller, ordinary LLaMA.
-  clock.start('cut')
-  small, small_config, kept = cut(settings, params, state)
-  small_step = steps.StepSettings(small_config, dtype=settings.step.dtype)
-
-  clock.start('evaluate')
-  pruned = perplexity(small, small_step)
-  latency = paired_latency(
-    {'dense': (params, settings.step), 'pruned': (small, small_step)},
-    **_LATENCY,
+  display.start('cut')
+  config, kept = settings.step.config, kept_of(state.masks)
+  model = pruned_model(
+    settings.model_path,
+    config,
+    kept,
+    dtype=settings.base_dtype.name,
+    plan=settings.plan,
+    settings=identity['config']['prune'],
   )
-
-  del params
-  clock.start('export')
-  export = export_and_compare(
-    settings, workdir, small, small_config, kept, config.prune.to_dict()
+  check_counts(settings.plan, model.config)
+  small = cut(
+    config,
+    settings.step.lora,
+    params,
+    state.lora,
+    kept,
+    unmerged='peft' in settings.export.routes,
   )
-  clock.stop()
+  small_step = steps.StepSettings(model.config, dtype=settings.step.dtype)
+  if settings.plan:
+    write_scores(
+      workdir / IMPORTANCE_FILE, state, config, settings.plan.prunable_layers
+    )
+
+  # --- Compare.
+  display.start('evaluate')
+  models = {
+    'dense': (params, settings.step),
+    'pruned': (small.merged, small_step),
+  }
+  pruned = perplexity(small.merged, small_step)
+  latency = paired_latency(models, **_LATENCY)
+  generations = side_by_side(models, settings)
+
+  del params, models
+  display.start('export')
+  exports = export_run(settings, workdir, model, small)
+  display.stop()
 
   # --- Summary.
-  log = (workdir / checkpoint.METRICS_FILE).read_text().splitlines()
-  speeds = [json.loads(line)['tokens_per_second'] for line in log]
   result = {
-    'model': model_name(settings),
-    'params_dense': settings.step.config.num_parameters,
-    'params_pruned': small_config.num_parameters,
+    'model': model.name,
+    'base': {key: model.pruning['base'][key] for key in ('name', 'sha256')},
+    **summary.cost_report(
+      dense=config,
+      pruned=model.config,
+      dtype=exports['hf']['dtype'],
+      seq_len=settings.train.seq_len,
+    ),
     'sparsity': summary.sparsity_report(settings.plan),
     'perplexity': summary.perplexity_report(dense=dense, pruned=pruned),
     'latency': {**latency, **_LATENCY},
-    'seconds': clock.seconds,
-    'tokens_per_second': statistics.median(speeds),
+    'generations': generations,
+    'seconds': display.seconds,
+    'tokens_per_second': metrics.median_speed(workdir),
     'peak_memory_bytes': summary.peak_memory_bytes(),
-    'export': export,
+    'skipped_steps': skipped,
+    'warnings': display.warnings,
+    'exports': exports,
     'versions': summary.versions(),
     'command': shlex.join(sys.argv),
   }
   write_json(workdir / checkpoint.SUMMARY_FILE, result)
+  write_text(workdir / REPORT_FILE, render_report(workdir))
   return result
-
-
-def load_data(
-  settings: RunSettings,
-) -> tuple[Callable[[int], Any], np.ndarray | None]:
-  """The function t -> batch t, and the held-out windows if there are any."""
-  train, data = settings.train, settings.data
-  path, vocab = settings.model_path, settings.step.config.vocab_size
-  tokenizer = pipeline.Tokenizer(path) if path else None
-  batch_at = pipeline.batches(
-    pipeline.training_windows(data.train, tokenizer, train.seq_len, vocab),
-    batch_size=train.batch_size,
-    micro_batch_size=train.micro_batch_size,
-    seed=train.seed,
-    shuffle=data.shuffle,
-  )
-  if not data.eval:
-    return batch_at, None
-  held_out = pipeline.evaluation_windows(
-    data.eval, tokenizer, data.eval_seq_len, vocab
-  )
-  return batch_at, held_out[: data.eval_windows or None]
 
 
 def resolved(settings: RunSettings) -> dict[str, Any]:
@@ -162,66 +201,21 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
   }
 
 
-class Places(NamedTuple):
-  """Where things lie on the mesh.
-
-  Attributes:
-    base: a sharding for every tensor of the base.
-    batch: of (micro-batches, sequences, tokens).
-    state: replicated: the state is small.
-  """
-
-  base: Any
-  batch: NamedSharding
-  state: NamedSharding
-
-  @classmethod
-  def of(cls, settings: RunSettings) -> 'Places':
-    """Refuses sizes that the mesh does not divide, before any work."""
-    mesh = sharding.make_mesh(settings.mesh)
-    config, train = settings.step.config, settings.train
-    parts = settings.mesh['data'] * settings.mesh['fsdp']
-    if train.micro_batch_size % parts:
-      raise UserError(
-        f'train.micro_batch_size {train.micro_batch_size} is not a multiple '
-        f'of mesh.data * mesh.fsdp = {parts}'
-      )
-    return cls(
-      base=sharding.shardings(
-        mesh,
-        llama.logical_axes(config)['params'],
-        llama.param_shapes(config, settings.base_dtype),
-      ),
-      batch=sharding.sharding(
-        mesh,
-        ('accumulation', 'batch', 'length'),
-        (1, train.micro_batch_size, train.seq_len),
-      ),
-      state=NamedSharding(mesh, P()),
-    )
-
-
-def load_base(settings: RunSettings, places: Places) -> Any:
-  """The frozen weights, sharded: from the folder, or random."""
-  config, dtype = settings.step.config, settings.base_dtype
-  if settings.model_path:
-    return load_params(settings.model_path, config, places.base, dtype)
-  init = jax.jit(
-    functools.partial(llama.init_params, config=config, dtype=dtype),
-    out_shardings=places.base,
-  )
-  return init(jax.random.key(settings.train.seed))
-
-
 def train_and_prune(
   settings: RunSettings,
   places: Places,
   params: Any,
   batch_at: Callable[[int], Any],
+  perplexity: Callable[..., Perplexity | None],
   workdir: Path,
-  console: Console,
+  display: Display,
 ) -> steps.TrainState:
-  """The paper's algorithm, from the last checkpoint to the last step."""
+  """The paper's algorithm, from the last checkpoint to the last step.
+
+  Raises:
+    interrupt.Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+  """
+  display.start('compile')
   train, plan = settings.train, settings.plan
   learning_rate = optimizer.learning_rate(
     train.lr_schedule, train.learning_rate, train.steps
@@ -245,12 +239,12 @@ def train_and_prune(
   first_step = int(state.step)
   checkpoint.trim_metrics(workdir, first_step)
   if first_step:
-    console.print(f'resuming at step {first_step} of {train.steps}')
-  path = workdir / checkpoint.METRICS_FILE
-  log = metrics.Log(path, train, first_step, console)
+    display.print(f'resuming at step {first_step} of {train.steps}')
 
-  # --- Loop. Nothing in it waits for the device but the logging.
-  with checkpoints, log:
+  # --- Loop. Nothing in it waits for the device but logging and saving.
+  signals = interrupt.StopSignals(display.notice_stop)
+  log = metrics.Log(workdir, settings, first_step)
+  with signals, checkpoints, log:
     for step in range(first_step, train.steps):
       batch = jax.device_put(batch_at(step), places.batch)
       results, grads = lora_gradients(
@@ -276,17 +270,41 @@ def train_and_prune(
         )
       state = state.replace(importance=importance, masks=masks)
       state = apply_update(state, grads, ok)
+      if step == first_step:
+        # Compiling held the first calls up; from here on they only queue.
+        display.start('prune')
+        log.restart_clock()
 
       last = step + 1 == train.steps
-      if last or (step + 1) % train.log_every == 0:
-        log.write(
+      measured = settings.data.is_evaluation_step(step)
+      if last or measured or (step + 1) % train.log_every == 0:
+        interrupt.wait_for(state.step)
+        quality = {}
+        if measured:
+          display.start('evaluate')
+          with log.paused():
+            quality['perplexity'] = perplexity(
+              params, settings.step, lora=state.lora, masks=state.masks
+            ).perplexity
+          display.start('prune')
+        record = log.write(
           step,
+          **quality,
           lr=float(learning_rate(step - int(state.skipped))),
           **{name: float(value) for name, value in results.items()},
           **summary.sparsity_entry(plan, alive_counts(state.masks)),
           skipped=int(state.skipped),
         )
-        metrics.check_finite(step, state, console)
-      if last or (step + 1) % train.checkpoint_every == 0:
+        display.show(record, summary.peak_memory_bytes())
+        metrics.check_finite(step, state, display.print)
+      stopping = signals.signum is not None
+      if last or stopping or (step + 1) % train.checkpoint_every == 0:
+        interrupt.wait_for(state.step)
         checkpoints.save(state, step + 1)
+      if stopping:
+        break
+  if signals.signum is not None:
+    raise interrupt.Stopped(
+      f'stopped at step {int(state.step)} of {train.steps}', signals.signum
+    )
   return state

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import shutil
 import tempfile
 
 import pytest
@@ -151,3 +152,83 @@ def random_lora():
     )
 
   return random_lora
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory):
+  """The workdir of a short run on configs/tiny.py: 12 steps, all files."""
+  import json
+
+  from safetensors.numpy import save_file
+
+  from configs import tiny
+  from lorapr_jax import train
+
+  config = tiny.get_config()
+  config.train.steps, config.train.log_every, config.prune.every = 12, 1, 3
+  config.mesh.data, config.mesh.fsdp = -1, 1
+  workdir = tmp_path_factory.mktemp('finished') / 'run'
+  summary = train.run(config, workdir)
+  save_file(_importance(workdir), workdir / 'importance.safetensors')
+  log = workdir / 'metrics.jsonl'
+  records = [json.loads(line) for line in log.read_text().splitlines()]
+  for record in records[2::3]:
+    record['perplexity'] = 250.0 - record['step']
+  log.write_text(''.join(json.dumps(record) + '\n' for record in records))
+  summary |= {
+    'base': {'name': 'random weights', 'sha256': None},
+    'bytes': {'dense': 657664, 'pruned': 436480},
+    'flops_per_token': {'dense': 345678, 'pruned': 234567, 'seq_len': 32},
+    'kv_cache_bytes_per_token': {'dense': 2048, 'pruned': 1280},
+    'generations': [
+      {'prompt': 'Once', 'dense': ' upon a time', 'pruned': ' in a while'}
+    ],
+    'skipped_steps': 0,
+    'warnings': [],
+    'exports': {
+      'hf': {
+        'path': str(workdir / 'export'),
+        'layout': 'two_shape',
+        'dtype': 'float32',
+        'max_logit_difference': 0.0,
+      },
+      'gguf': {
+        'path': 'export-gguf/a model.gguf',
+        'layout': None,
+        'dtype': 'f16',
+        'max_logit_difference': 0.00123,
+      },
+    },
+  }
+  (workdir / 'summary.json').write_text(json.dumps(summary))
+  return workdir
+
+
+def _importance(workdir):
+  """importance.safetensors from the last checkpoint."""
+  import numpy as np
+  import orbax.checkpoint as ocp
+
+  manager = ocp.CheckpointManager(workdir / 'checkpoints')
+  state = manager.restore(12, args=ocp.args.StandardRestore())
+  tensors = {}
+  for group, masks in state['masks'][0].items():
+    importance = np.asarray(state['importance'][0][group])
+    for layer, mask in enumerate(np.asarray(masks)):
+      if not mask.all():
+        name = f'layers.{layer}.{group}'
+        tensors[f'{name}.importance'] = importance[layer].astype('float32')
+        tensors[f'{name}.mask'] = mask.astype('float32')
+  return tensors
+
+
+@pytest.fixture
+def workdir(finished_run, tmp_path):
+  """A copy of `finished_run` that a test may change, without its weights."""
+  copy = tmp_path / 'run'
+  shutil.copytree(
+    finished_run,
+    copy,
+    ignore=shutil.ignore_patterns('checkpoints', '*.safetensors.partial'),
+  )
+  return copy

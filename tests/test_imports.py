@@ -18,8 +18,12 @@ LEVELS = (
   ('errors', 'models.axes'),
   (
     'cli.arguments',
+    'config_files',
     'data.demo',
+    'data.hub',
+    'data.tokenizer',
     'files',
+    'interrupt',
     'loss',
     'lora',
     'models.attention',
@@ -27,11 +31,15 @@ LEVELS = (
     'optimizer',
     'pruning.masks',
     'pruning.schedule',
+    'report.units',
     'sharding',
   ),
   (
     'data.sources',
+    'hf.gguf_format',
     'hf.mapping',
+    'hf.sentencepiece',
+    'models.cost',
     'models.layers',
     'pruning.groups',
     'pruning.importance',
@@ -39,15 +47,27 @@ LEVELS = (
   (
     'data.pipeline',
     'hf.export',
+    'hf.gguf_tokenizer',
     'models.llama',
     'pruning.shrink',
     'pruning.targets',
   ),
-  ('hf.gguf', 'hf.load', 'steps'),
-  ('checkpoint', 'eval', 'hf.convert', 'settings'),
-  ('report',),
-  ('finish',),
+  ('hf.gguf', 'hf.gguf_vocabulary', 'hf.load', 'models.cached', 'steps'),
+  (
+    'checkpoint',
+    'eval',
+    'generation',
+    'hf.adapter',
+    'hf.convert',
+    'hf.gguf_write',
+    'settings',
+  ),
+  ('inputs', 'report'),
+  ('report.comparison', 'report.plots', 'routes'),
+  ('finish', 'report.page'),
   ('train',),
+  ('exports',),
+  ('api',),
   ('cli',),
   ('__main__',),
 )
@@ -173,8 +193,16 @@ def test_only_the_files_beside_an_export_import_torch():
   assert any('torch' in set(imported(path)) for path in copied)
 
 
-@pytest.mark.parametrize('module', ['lorapr_jax.train', 'lorapr_jax.cli.main'])
-def test_torch_is_not_loaded(module):
-  code = f'import sys, {module}; sys.exit("torch" in sys.modules)'
+@pytest.mark.parametrize(
+  'module, package',
+  [
+    ('lorapr_jax', 'jax'),
+    ('lorapr_jax.api', 'torch'),
+    ('lorapr_jax.train', 'torch'),
+    ('lorapr_jax.cli.main', 'torch'),
+  ],
+)
+def test_what_is_not_needed_is_not_loaded(module, package):
+  code = f'import sys, {module}; sys.exit("{package}" in sys.modules)'
   root = PACKAGE.parent
   subprocess.run([sys.executable, '-c', code], check=True, cwd=root)

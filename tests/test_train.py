@@ -1,4 +1,4 @@
-"""The whole way on configs/tiny.py: one run, and one that is killed."""
+"""The whole way on configs/tiny.py: undisturbed, killed, and stopped."""
 
 import json
 from pathlib import Path
@@ -22,9 +22,17 @@ SETTINGS = ['--config.train.log_every=1', '--config.train.checkpoint_every=30']
 TIMING = ('seconds', 'tokens_per_second')
 
 
-def start(workdir, *more):
+@pytest.fixture(autouse=True, scope='module')
+def sigint():
+  """Not ignored, as in the background of a shell: processes inherit that."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+def start(workdir):
   return subprocess.Popen(
-    [*COMMAND, *SETTINGS, f'--workdir={workdir}', *more],
+    [*COMMAND, *SETTINGS, f'--workdir={workdir}'],
     cwd=ROOT,
     env={'PATH': '/usr/bin:/bin', 'LORAPR_CACHE': str(workdir) + '-cache'},
     stderr=subprocess.PIPE,
@@ -79,11 +87,21 @@ def test_a_run_prunes_exactly_what_was_asked_and_exports_it(undisturbed):
     'seq_len': 32,
     'windows': 32,
   }
-  assert summary['export']['max_logit_difference'] == 0.0
+  assert summary['exports'] == {
+    'hf': {
+      'path': str(workdir / 'export'),
+      'layout': 'two_shape',
+      'dtype': 'float32',
+      'max_logit_difference': 0.0,
+    }
+  }
   assert summary['peak_memory_bytes'] > 1e8
   assert summary['versions']['jax']
   assert summary['tokens_per_second'] > 0
-  assert set(summary['seconds']) >= {'load', 'prune', 'cut', 'export'}
+  assert list(summary['seconds']) == [
+    *('data', 'load', 'evaluate', 'compile', 'prune', 'cut', 'export')
+  ]
+  assert summary['skipped_steps'] == 0 and summary['warnings'] == []
   config = load_config(workdir / 'export')
   small, full = LayerShape(2, 2, 64), LayerShape(4, 2, 128)
   assert config.layers == (small, small, small, full)
@@ -115,6 +133,8 @@ def test_pruning_json_speaks_of_the_base_model(undisturbed):
     for group in ('kv_heads', 'mlp'):
       assert kept[group] == np.flatnonzero(masks[group][layer]).tolist()
   assert pruning['sparsity']['channels']['achieved'] == 0.5
+  assert pruning['base']['config']['num_key_value_heads'] == 4
+  assert pruning['base']['config']['intermediate_size'] == 128
   assert pruning['settings']['criterion'] == 'lora'
 
 
@@ -123,31 +143,83 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
 ):
   workdir = tmp_path / 'killed'
   process = start(workdir)
-  log = workdir / 'metrics.jsonl'
-  deadline = time.monotonic() + 300
-  while time.monotonic() < deadline:
-    saved = (workdir / 'checkpoints' / '30').exists()
-    if saved and log.exists() and len(log.read_text().splitlines()) > 35:
-      break
-    assert process.poll() is None, process.communicate()[1]
-    time.sleep(0.01)
+  wait_for_steps(process, workdir, 36)
   process.send_signal(signal.SIGKILL)
   process.communicate()
   assert not (workdir / 'checkpoints' / '60').exists()
-  with open(log, 'a') as file:
+  with open(workdir / 'metrics.jsonl', 'a') as file:
     file.write('{"step": 36, "lo')  # A line cut short by the kill.
 
   resumed = start(workdir)
   _, err = resumed.communicate()
   assert resumed.returncode == 0, err
   assert 'resuming at step 30 of 60' in err
+  assert_same_run(workdir, undisturbed[0])
 
+
+def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(
+  undisturbed, tmp_path
+):
+  workdir, command = tmp_path / 'stopped', ' '.join([*COMMAND, *SETTINGS])
+  resumed_at = 0
+  for signum, status, steps in (
+    (signal.SIGINT, 130, 5),
+    (signal.SIGTERM, 143, 40),
+  ):
+    process = start(workdir)
+    wait_for_steps(process, workdir, steps)
+    process.send_signal(signum)
+    out, err = process.communicate()
+    assert process.returncode == status, err
+    *lines, last = err.splitlines()
+    assert (f'resuming at step {resumed_at} of 60' in lines) == bool(resumed_at)
+    # It is saved, wherever it was stopped.
+    resumed_at = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
+    assert steps <= resumed_at < 60
+    assert last == (
+      f'stopped at step {resumed_at} of 60; to go on, run the same command '
+      f'again: {command} --workdir={workdir}'
+    )
+    assert out == '' and 'Traceback' not in err
+  process = start(workdir)
+  _, err = process.communicate()
+  assert process.returncode == 0, err
+  assert f'resuming at step {resumed_at} of 60' in err
+  assert_same_run(workdir, undisturbed[0])
+
+
+def test_ctrl_c_outside_the_loop_says_how_to_go_on(tmp_path):
+  process = start(tmp_path / 'run')
+  lines = iter(process.stderr.readline, '')
+  assert 'load\n' in lines  # It has read this far, and no further.
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate()
+  assert process.returncode == 130 and out == ''
+  assert [line for line in err.splitlines() if line != 'evaluate'] == [
+    'stopped; to go on, run the same command again: '
+    + ' '.join([*COMMAND, *SETTINGS, f'--workdir={tmp_path}/run'])
+  ]
+
+
+def wait_for_steps(process, workdir, steps):
+  """Waits until so many steps are logged, and every checkpoint before."""
+  log = workdir / 'metrics.jsonl'
+  deadline = time.monotonic() + 300
+  while time.monotonic() < deadline:
+    saved = steps < 30 or (workdir / 'checkpoints' / '30').exists()
+    if saved and log.exists() and len(log.read_text().splitlines()) >= steps:
+      return
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.01)
+  raise AssertionError(f'no {steps} steps in time')
+
+
+def assert_same_run(workdir, expected):
   def without_times(records):
     return [
       {k: v for k, v in record.items() if k not in TIMING} for record in records
     ]
 
-  expected = undisturbed[0]
   assert without_times(metrics(workdir)) == without_times(metrics(expected))
   ours, theirs = (dict(flatten(final_state(w))) for w in (workdir, expected))
   assert ours.keys() == theirs.keys()

@@ -1,20 +1,31 @@
-"""The commands; a user's mistake is one line and exit status 1."""
+"""The commands; a user's mistake or Ctrl-C is one line, no traceback."""
 
 import importlib
+import os
+import shlex
+import signal
 import sys
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.interrupt import Stopped
 
 COMMANDS = {
   'train': 'prune a model by a config',
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
   'evaluate': 'the perplexity of a folder on a text',
+  'export': 'write a run or a folder in another layout or format',
+  'generate': 'text from a folder, streamed; a chat where it has a template',
+  'report': 'the page of a finished run, or several runs compared',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Runs one command; returns its exit status."""
+  """Runs one command; returns its exit status.
+
+  Ctrl-C, where the command does not stop in good order by itself, ends the
+  process with status 130.
+  """
   argv = sys.argv[1:] if argv is None else argv
   texts = '\n'.join(f'  {name:10}{text}' for name, text in COMMANDS.items())
   if argv[:1] in ([], ['-h'], ['--help']):
@@ -34,4 +45,18 @@ def main(argv: list[str] | None = None) -> int:
     where = f'{error.filename}: ' if error.filename else ''
     print(f'error: {where}{error.strerror or error}', file=sys.stderr)
     return 1
+  except Stopped as stopped:
+    print(f'{stopped}; {_how_to_go_on()}', file=sys.stderr)
+    return stopped.status
+  except KeyboardInterrupt:
+    hint = f'; {_how_to_go_on()}' if argv[0] == 'train' else ''
+    print(f'stopped{hint}', file=sys.stderr)
+    sys.stdout.flush()
+    # Not sys.exit, in which JAX waits for all that it was given to compute.
+    os._exit(128 + signal.SIGINT)
   return 0
+
+
+def _how_to_go_on() -> str:
+  command = shlex.join(sys.orig_argv)
+  return f'to go on, run the same command again: {command}'

@@ -1,15 +1,14 @@
 """train: flags to config, then lorapr_jax.train.run."""
 
-import difflib
 import re
 import sys
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from configs import default
 from lorapr_jax import train
 from lorapr_jax.cli.arguments import print_json
+from lorapr_jax.config_files import check_config, check_key, find_config
 from lorapr_jax.errors import UserError
 from lorapr_jax.report.summary import print_summary
 
@@ -18,9 +17,9 @@ def main(argv: list[str]) -> None:
   """Parses `argv`, trains, and prints the summary."""
   if '--help' in argv or '-h' in argv:
     print(
-      'train --config=configs/X.py --workdir=DIR [--config.KEY=VALUE ...] '
+      'train --config=NAME|FILE.py --workdir=DIR [--config.KEY=VALUE ...] '
       '[--json]\n'
-      'configs/default.py lists every key.'
+      'configs/default.py lists every key; --config=default uses it.'
     )
     return
   as_json = '--json' in argv
@@ -39,17 +38,31 @@ def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
     UserError: for an unknown flag or key, a value of a wrong type, or a config
       that is not there.
   """
+  argv = _with_config_found(argv)
   overrides = [arg for arg in argv if arg.startswith(('--config.', '-config.'))]
   values, _ = _parse([arg for arg in argv if arg not in overrides])
   if values.config is None or not values.workdir:
     raise UserError('train needs --config=configs/X.py and --workdir=DIR')
-  _check_config(values.config, _config_flag(argv))
+  check_config(values.config, _config_flag(argv))
   for arg in overrides:
-    _check_key(values.config, arg.lstrip('-').partition('=')[0])
+    check_key(values.config, '--' + arg.lstrip('-').partition('=')[0])
   values, rest = _parse(argv)
   if rest:
     raise UserError(f'train takes flags only, not {rest[0]!r}')
   return values.config, values.workdir
+
+
+def _with_config_found(argv: list[str]) -> list[str]:
+  """The arguments with the path of the config's file in place of its name."""
+  found, rest = [], iter(argv)
+  for arg in rest:
+    flag, equals, name = arg.partition('=')
+    if flag in ('--config', '-config'):
+      # What follows a colon is for the file's get_config().
+      name, *more = (name if equals else next(rest, '')).split(':', 1)
+      arg = '--config=' + ':'.join([str(find_config(name)), *more])
+    found.append(arg)
+  return found
 
 
 def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
@@ -62,58 +75,19 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     # A file that cannot be read raises only now.
     getattr(values.config, 'to_dict', None)
   except flags.Error as error:
-    raise UserError(str(error).splitlines()[-1].strip()) from None
+    first, *more = str(error).strip().splitlines()
+    if more:  # The traceback of a config's file.
+      first = f'{_config_flag(argv)} cannot be read: {more[-1]}'
+    raise UserError(first) from None
   except Exception as error:  # The file is a program: it may raise anything.
-    text = str(error.args[0] if isinstance(error, KeyError) else error)
-    # The whole section, which ml_collections shows where a key is unknown.
-    text = re.sub(r' Other fields present: .*', '', text)
+    while isinstance(error, AttributeError | KeyError) and error.args:
+      error = error.args[0]  # Which may be an exception again.
+    # ml_collections shows the whole section where it lacks a key.
+    text = re.sub(r' Other fields present: .*', '', str(error))
     text = ' '.join(text.split()) or repr(error)
-    raise UserError(f'{_config_flag(argv)} cannot be read: {text}') from error
+    raise UserError(f'{_config_flag(argv)} cannot be read: {text}') from None
   return values, rest[1:]
 
 
 def _config_flag(argv: list[str]) -> str:
-  found = (arg for arg in argv if arg.lstrip('-').startswith('config='))
-  return next(found, '--config')
-
-
-def _check_config(config: config_dict.ConfigDict, flag: str) -> None:
-  """Refuses a config that has not the keys of configs/default.py."""
-  if not isinstance(config, config_dict.ConfigDict):
-    raise UserError(
-      f'{flag}: get_config() returns a {type(config).__name__}, not a '
-      'ConfigDict; start from configs/default.py, as configs/tiny.py does'
-    )
-  known, found = _keys(default.get_config()), _keys(config)
-  for what, keys in (
-    ('lacks', known - found),
-    ('has the unknown', found - known),
-  ):
-    if keys:
-      raise UserError(
-        f'{flag} {what} {min(keys)}: start from configs/default.py, as '
-        'configs/tiny.py does'
-      )
-
-
-def _keys(config: config_dict.ConfigDict) -> set[str]:
-  return {
-    f'{section}.{key}'
-    for section, keys in config.items()
-    for key in (keys if isinstance(keys, config_dict.ConfigDict) else ())
-  }
-
-
-def _check_key(config: config_dict.ConfigDict, flag: str) -> None:
-  node, path = config, 'config'
-  for name in flag.split('.')[1:]:
-    if not isinstance(node, config_dict.ConfigDict) or name not in node:
-      names = node.keys() if isinstance(node, config_dict.ConfigDict) else ()
-      close = difflib.get_close_matches(name, names, 1)
-      hint = (
-        f'; did you mean {path}.{close[0]}?'
-        if close
-        else f'; {path} has {", ".join(names) or "no keys"}'
-      )
-      raise UserError(f'unknown setting --{flag}{hint}')
-    node, path = node[name], f'{path}.{name}'
+  return next(arg for arg in argv if arg.lstrip('-').startswith('config='))

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 import hashlib
+import logging
 import os
-from pathlib import Path
 import tempfile
 
 import grain
@@ -11,68 +11,13 @@ import numpy as np
 
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.sources import parse_spec, read_documents
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json
 
 # Part of the cache's key: raise it when the windows change.
-_FORMAT = 1
+_FORMAT = 2
 
-
-class Tokenizer:
-  """A folder's tokenizer, with its own habits about special tokens."""
-
-  def __init__(self, folder: str | Path):
-    """Loads the files of a Hugging Face folder.
-
-    Raises:
-      UserError: if there is no tokenizer that transformers can read.
-    """
-    # Here, since it takes seconds and synthetic data needs none.
-    import transformers
-
-    self.folder = Path(folder)
-    if not list(self.folder.glob('tokenizer*')):
-      raise UserError(
-        f'{folder} holds no tokenizer files: copy them from the original model'
-      )
-    try:
-      self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-        self.folder, local_files_only=True, trust_remote_code=False
-      )
-    # What a damaged file raises is up to transformers and tokenizers, which
-    # raises Exception itself.
-    except Exception as error:
-      raise UserError(
-        f'the tokenizer of {folder} cannot be read ({self._reason(error)}): '
-        'copy the files of its original anew'
-      ) from error
-    self.eos_token_id = self._tokenizer.eos_token_id
-
-  def _reason(self, error: Exception) -> str:
-    for path in sorted(self.folder.glob('tokenizer*.json')):
-      if read_json(path).get('auto_map'):
-        return (
-          f'{path.name} asks for code of its own (auto_map), and no code of a '
-          'model is ever run'
-        )
-    return str(error).strip().partition('\n')[0] or repr(error)
-
-  def encode(self, text: str) -> np.ndarray:
-    """The ids of a text, with BOS in front if that is the tokenizer's habit."""
-    ids = self._tokenizer(text, verbose=False)['input_ids']
-    # Some tokenizers end every text with EOS: that is the packing's business.
-    if ids and ids[-1] == self.eos_token_id:
-      ids = ids[:-1]
-    return np.asarray(ids, np.int32)
-
-  @property
-  def fingerprint(self) -> bytes:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    names = ('*token*', 'vocab.json', 'merges.txt')
-    for file in sorted(f for n in names for f in self.folder.glob(n)):
-      digest.update(file.name.encode() + b'\0' + file.read_bytes())
-    return digest.digest()
+_log = logging.getLogger(__name__)
 
 
 def training_windows(
@@ -80,8 +25,9 @@ def training_windows(
 ) -> np.ndarray:
   """Every document followed by EOS, end to end, cut into windows (W, T).
 
-  The last, incomplete window is dropped. Packed once, then memory-mapped from
-  the cache, whose key is a hash of text, tokenizer and length.
+  The last, incomplete window is dropped, with a warning. Packed once, then
+  memory-mapped from the cache, whose key is a hash of text, tokenizer and
+  length.
 
   Args:
     spec: a data spec (data/sources.py).
@@ -145,8 +91,7 @@ def _windows(
   path = cache_dir() / 'windows' / f'{digest.hexdigest()[:32]}.npy'
   if not path.exists():
     tokens = encode().astype(np.int32)
-    count = len(tokens) // seq_len
-    if count == 0:
+    if len(tokens) < seq_len:
       raise UserError(
         f'{spec} has {len(tokens)} tokens: fewer than one window of {seq_len}'
       )
@@ -155,20 +100,31 @@ def _windows(
         f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but '
         f'the model has a vocabulary of {vocab_size}'
       )
-    windows = tokens[: count * seq_len].reshape(count, seq_len)
-    try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryDirectory(dir=path.parent) as partial:
-        # Not by its name: NumPy's own writing says nothing of a full disk.
-        with tempfile.NamedTemporaryFile(dir=partial, delete=False) as file:
-          np.save(file, windows)
-        os.replace(file.name, path)
-    except OSError as error:
-      raise UserError(
-        f'{path.parent} cannot hold the packed text: '
-        f'{error.strerror or error}; set LORAPR_CACHE to a folder with room'
-      ) from error
-  return np.load(path, mmap_mode='r')
+    _keep(path, tokens)
+  tokens = np.load(path, mmap_mode='r')
+  rest = len(tokens) % seq_len
+  if rest:
+    _log.warning(
+      '%s: the last %d of %d tokens fill no window of %d and are left out',
+      *(spec, rest, len(tokens), seq_len),
+    )
+  return tokens[: len(tokens) - rest].reshape(-1, seq_len)
+
+
+def _keep(path: Path, tokens: np.ndarray) -> None:
+  """Writes an array to the cache, whole or not at all."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as partial:
+      # Not by its name: NumPy's own writing may say nothing of a full disk.
+      with tempfile.NamedTemporaryFile(dir=partial, delete=False) as file:
+        np.save(file, tokens)
+      os.replace(file.name, path)
+  except OSError as error:
+    raise UserError(
+      f'{path.parent} cannot hold the packed text ({error.strerror or error}): '
+      'set LORAPR_CACHE to a folder with room'
+    ) from error
 
 
 def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:

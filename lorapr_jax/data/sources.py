@@ -4,6 +4,9 @@
   file:PATH?lines      its stripped lines, joined by a blank line: one document
   file:PATH            .jsonl (?field=text) or .csv (?column=text): a document
                        a record
+  hf:NAME[:SPLIT]      a Hugging Face data set: a local folder, or
+                       OWNER/NAME[/CONFIG] on the Hub (?column=text); a
+                       document a row
   demo:news:train      the demo's news articles, all but the last tenth
   demo:news:heldout    the last tenth
   synthetic:SEED       token ids of a made-up language, for models without a
@@ -16,11 +19,14 @@ import dataclasses
 import glob
 import io
 import json
+import logging
 from pathlib import Path
 
 from lorapr_jax.data.demo import news_split
+from lorapr_jax.data.hub import parse_hub, read_hub
 from lorapr_jax.errors import UserError
 
+_log = logging.getLogger(__name__)
 _OPTIONS = {
   '.txt': ('lines',),
   '.jsonl': ('field',),
@@ -41,7 +47,7 @@ class Spec:
 def parse_spec(spec: str) -> Spec:
   """Takes SCHEME:PATH[?OPTION[=VALUE][&...]] apart and checks it.
 
-  Looks at file names, but reads nothing.
+  Looks at file names, but reads and fetches nothing.
 
   Raises:
     UserError: if the spec is unknown or its file does not exist.
@@ -51,10 +57,10 @@ def parse_spec(spec: str) -> Spec:
   options = dict(
     (option.partition('=')[::2]) for option in query.split('&') if option
   )
-  if not colon or scheme not in ('file', 'demo', 'synthetic'):
+  if not colon or scheme not in ('file', 'hf', 'demo', 'synthetic'):
     raise UserError(
-      f'data spec {spec!r} is not known: use file:PATH, demo:news:train, '
-      'demo:news:heldout or synthetic:SEED'
+      f'data spec {spec!r} is not known: use file:PATH, hf:NAME, '
+      'demo:news:train, demo:news:heldout or synthetic:SEED'
     )
   known = ('windows',) if scheme == 'synthetic' else ()
   if scheme == 'demo' and path not in ('news:train', 'news:heldout'):
@@ -67,6 +73,9 @@ def parse_spec(spec: str) -> Spec:
         raise UserError(f'data spec {spec!r}: {value!r} is not a number')
     if options.get('windows', '1').strip('0') == '':
       raise UserError(f'data spec {spec!r}: it needs at least one window')
+  if scheme == 'hf':
+    parse_hub(path)
+    known = ('column',)
   if scheme == 'file':
     suffixes = {file.suffix for file in _files(path)}
     if len(suffixes) > 1 or not suffixes <= set(_OPTIONS):
@@ -111,6 +120,8 @@ def read_documents(spec: str) -> list[str]:
     )
   if parsed.scheme == 'demo':
     documents = news_split(parsed.path.removeprefix('news:'))
+  elif parsed.scheme == 'hf':
+    documents = read_hub(parsed.path, parsed.options.get('column', 'text'))
   else:
     documents = [
       document
@@ -123,10 +134,15 @@ def read_documents(spec: str) -> list[str]:
         document.encode()
       except UnicodeEncodeError as error:
         raise UserError(f'{spec}, document {number}: {error}') from None
-  documents = [document for document in documents if document.strip()]
-  if not documents:
+  filled = [document for document in documents if document.strip()]
+  if not filled:
     raise UserError(f'{spec} holds no text')
-  return documents
+  if len(filled) < len(documents):
+    _log.warning(
+      '%s: %d of %d documents hold no text and are left out',
+      *(spec, len(documents) - len(filled), len(documents)),
+    )
+  return filled
 
 
 def _read_file(file: Path, options: dict[str, str]) -> list[str]:

@@ -59,4 +59,5 @@ def _folder_tensors(
   shards: Shards, config: LlamaConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
   for name in check_tensors(shards, config):
-    yield name, shards.slice_of(name)[...]
+    # Not [...], which safetensors before 0.8 does not take.
+    yield name, shards.slice_of(name)[:]

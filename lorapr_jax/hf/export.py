@@ -7,21 +7,22 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import os
 from pathlib import Path
+import re
 import shutil
-import tempfile
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import write_json
+from lorapr_jax.files import new_path, write_json
 from lorapr_jax.hf.mapping import hf_name, letters_of, locate, to_hf_layout
 from lorapr_jax.models.config import LlamaConfig
 
-LAYOUTS = ('auto', 'uniform', 'two_shape')
+LAYOUTS = ('auto', 'uniform', 'two_shape', 'padded')
+DTYPES = ('float32', 'bfloat16', 'float16')
+GGUF_DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
 MODEL_TYPES = ('auto', 'llama', 'mistral')
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -41,11 +42,40 @@ COPIED = (
   'NOTICE*',
   'USE_POLICY*',
 )
+_UNITS = {
+  **{'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9},
+  **{'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30},
+}
 _REMOTE_CODE = Path(__file__).parent / 'remote_code'
 
 
+def parse_size(key: str, text: str) -> int:
+  """Bytes: '300MB' is 300,000,000, '1.5GiB' is 1,610,612,736.
+
+  Args:
+    key: the setting that the text belongs to, for the error.
+    text: a number and a unit.
+
+  Raises:
+    UserError: if it is no size, or less than one byte.
+  """
+  match = re.fullmatch(r'(\d+(?:\.\d+)?) ?(\w+)', text.strip())
+  number, unit = match.groups() if match else (0, '')
+  size = int(float(number) * _UNITS.get(unit, 0))
+  if size < 1:
+    raise UserError(
+      f'{key} is {text!r}: a number and one of {", ".join(_UNITS)} is '
+      'expected, such as 5GB'
+    )
+  return size
+
+
 def resolve_layout(config: LlamaConfig, layout: str) -> str:
-  """'uniform' or 'two_shape'.
+  """'uniform', 'two_shape' or 'padded'.
+
+  Args:
+    config: the sizes of what is written: under padded, those before the cut.
+    layout: one of LAYOUTS.
 
   Raises:
     UserError: if the layout cannot hold this model.
@@ -56,9 +86,9 @@ def resolve_layout(config: LlamaConfig, layout: str) -> str:
     )
   if layout == 'auto':
     return 'uniform' if config.is_uniform else 'two_shape'
-  if layout == 'uniform' and not config.is_uniform:
+  if layout in ('uniform', 'padded') and not config.is_uniform:
     raise UserError(
-      'export.layout=uniform needs layers of one size: prune with '
+      f'export.layout={layout} needs layers of one size: prune with '
       'prune.protect=none, or export with layout two_shape'
     )
   return layout
@@ -125,11 +155,24 @@ def hf_tensors(
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
     path, layers = locate(key_path, config.stacks)
     if layers is None:
-      yield hf_name(path), np.asarray(leaf).astype(dtype)
+      yield hf_name(path), _cast(hf_name(path), np.asarray(leaf), dtype)
       continue
     for row, layer in enumerate(layers):
       x = to_hf_layout(np.asarray(leaf[row]), letters_of(path))
-      yield hf_name(path, layer), x.astype(dtype)
+      yield hf_name(path, layer), _cast(hf_name(path, layer), x, dtype)
+
+
+def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
+  if np.dtype(dtype) != np.float16:
+    return x.astype(dtype)
+  with np.errstate(over='ignore'):
+    half = x.astype(dtype)
+  if np.isinf(half).any() and np.isfinite(x).all():
+    raise UserError(
+      f'{name} has a weight of {abs(x.astype(np.float32)).max():.0f}, which '
+      'float16 cannot hold: choose bfloat16 or float32'
+    )
+  return half
 
 
 def write_safetensors(
@@ -148,10 +191,7 @@ def write_safetensors(
 
   def flush():
     path = folder / f'shard-{len(shards)}'
-    try:
-      save_file(held, path, metadata={'format': 'pt'})
-    except SafetensorError as error:
-      raise OSError(str(error)) from error
+    save_file(held, path, metadata={'format': 'pt'})
     # safetensors makes files that only their owner can read.
     path.chmod(0o644)
     shards.append(list(held))
@@ -238,25 +278,9 @@ def new_folder(folder: Path) -> Iterator[Path]:
   Raises:
     UserError: if `folder` exists or cannot be written.
   """
-  if folder.exists():
-    raise UserError(
-      f'{folder} exists already, and nothing is written over it: choose '
-      'another name'
-    )
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      dir=folder.parent, prefix=f'.{folder.name}-'
-    ) as temporary:
-      partial = Path(temporary) / folder.name
-      partial.mkdir()
-      yield partial
-      os.replace(partial, folder)
-  except OSError as error:
-    raise UserError(
-      f'{folder} cannot be written: {error.strerror or error}; free some '
-      'room, or choose another place'
-    ) from error
+  with new_path(folder) as partial:
+    partial.mkdir()
+    yield partial
 
 
 def copy_companions(base: Path, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
+from collections.abc import Callable
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -159,13 +160,30 @@ def load_params(
   """
   shards = Shards(folder)
   check_tensors(shards, config)
+  return place_params(shards.slice_of, config, shardings, dtype)
+
+
+def place_params(
+  tensor_of: Callable[[str], Any],
+  config: LlamaConfig,
+  shardings: Any,
+  dtype: Any,
+) -> Any:
+  """Tensors under Hugging Face's names and layout, as sharded arrays of ours.
+
+  Args:
+    tensor_of: from a name to a tensor, which is read when it is indexed.
+    config: the model's sizes.
+    shardings: a `Sharding` for every tensor.
+    dtype: to convert to.
+  """
   shapes = param_shapes(config, dtype)
 
   def load(key_path, leaf, sharding):
     path, layers = locate(key_path, config.stacks)
 
     def read_one(index):
-      return shards.slice_of(hf_name(path))[index].astype(dtype)
+      return tensor_of(hf_name(path))[index].astype(dtype)
 
     def read_stack(index):
       lengths = [
@@ -175,7 +193,7 @@ def load_params(
       out = np.empty(lengths, dtype)
       for row, layer in enumerate(layers[index[0]]):
         out[row] = read_slices(
-          shards.slice_of(hf_name(path, layer)),
+          tensor_of(hf_name(path, layer)),
           leaf.shape[1:],
           index[1:],
           letters_of(path),

@@ -2,21 +2,29 @@
 
 import jax
 from jax import Array
+import jax.numpy as jnp
 
 
-def causal_attention(q: Array, k: Array, v: Array) -> Array:
+def causal_attention(
+  q: Array, k: Array, v: Array, start: Array | None = None
+) -> Array:
   """Each position attends to itself and to those before it.
 
   Args:
     q: (B, T, K, G, H). Query head g of KV head k reads that KV head alone.
-    k: (B, S, K, H), with S = T.
+    k: (B, S, K, H).
     v: (B, S, K, H).
+    start: the key position of the first query; None where S = T.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
   """
   B, T, K, G, H = q.shape
+  mask = None
+  if start is not None:
+    queries = start + jnp.arange(T)
+    mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None, None]
   out = jax.nn.dot_product_attention(
-    q.reshape(B, T, K * G, H), k, v, is_causal=True
+    q.reshape(B, T, K * G, H), k, v, mask=mask, is_causal=start is None
   )
   return out.reshape(q.shape)

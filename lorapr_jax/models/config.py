@@ -273,8 +273,8 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
   model_type = hf.get('model_type')
   if model_type not in ('llama', 'mistral', 'pruned_llama'):
     raise UserError(
-      f'config.json: model_type is {json.dumps(model_type)}; only llama, '
-      'mistral and pruned_llama (our own export) are supported'
+      f'config.json: model_type is {model_type!r}; only llama, mistral and '
+      'pruned_llama (our own export) are supported'
     )
   if model_type == 'mistral' and 'sliding_window' not in hf:
     raise UserError(

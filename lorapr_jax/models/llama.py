@@ -67,6 +67,7 @@ class Attention(nn.Module):
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None
+  attend: Callable[..., Array]
 
   @nn.compact
   def __call__(self, x: Array, angles: Array) -> Array:
@@ -79,7 +80,7 @@ class Attention(nn.Module):
     q = sequences(project['q_proj'](x, lora_x))
     k = sequences(project['k_proj'](x, lora_x))
     v = sequences(project['v_proj'](x, lora_x))
-    out = causal_attention(apply_rope(q, angles), apply_rope(k, angles), v)
+    out = self.attend(apply_rope(q, angles), apply_rope(k, angles), v)
     out = out.reshape(-1, *out.shape[2:])
     return project['o_proj'](out, _lora_input(self, out, self.lora))
 
@@ -101,18 +102,22 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One decoder layer over tokens (N, D); angles (T, H/2) fix T."""
+  """One decoder layer over tokens (N, D); angles (T, H/2) fix T.
+
+  `attend` is called as `causal_attention`: a cache comes in there.
+  """
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None = None
+  attend: Callable[..., Array] = causal_attention
 
   @nn.compact
   def __call__(self, x: Array, angles: Array) -> Array:
     sizes = (self.config, self.shape, self.lora)
     norm = functools.partial(RMSNorm, self.config.norm_eps)
     h = norm(name='input_layernorm')(x)
-    x = x + Attention(*sizes, name='self_attn')(h, angles)
+    x = x + Attention(*sizes, self.attend, name='self_attn')(h, angles)
     h = norm(name='post_attention_layernorm')(x)
     return x + MLP(*sizes, name='mlp')(h)
 
@@ -181,12 +186,12 @@ def output_weight(params: Any) -> Array:
   return params.get('lm_head', params['embed_tokens'])['weight']
 
 
-def rope_angles(config: LlamaConfig, length: int) -> Array:
-  """The angles of positions 0 to length - 1, (T, H/2)."""
+def rope_angles(config: LlamaConfig, positions: Array) -> Array:
+  """The angles of these positions, (T, H/2)."""
   frequencies = rope_frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling
   )
-  return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+  return positions[:, None] * frequencies
 
 
 def hidden_states(
@@ -213,7 +218,7 @@ def hidden_states(
     remat: a key of REMAT_POLICIES.
   """
   B, T = tokens.shape
-  angles = rope_angles(config, T)
+  angles = rope_angles(config, jnp.arange(T))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
   axes = block_axes(lora_config)
@@ -290,7 +295,7 @@ def _init_stacks(key, config, lora_config, collection) -> tuple[Any, ...]:
 
     def init(key, block=block):
       rngs = {'params': key, 'lora': key}
-      return block.init(rngs, x, rope_angles(config, 1))[collection]
+      return block.init(rngs, x, rope_angles(config, jnp.arange(1)))[collection]
 
     stacks.append(jax.vmap(init)(keys[stack.start : stack.start + stack.size]))
   return tuple(stacks)

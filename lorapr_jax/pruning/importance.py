@@ -172,6 +172,13 @@ def update_importance(
   norm: bool,
   decay: float,
 ) -> dict[str, Array]:
-  """G_t = decay G_{t-1} + (1 - decay) Ghat_t, for each group (eq. 11)."""
+  """G_t = decay G_{t-1} + (1 - decay) Ghat_t, for each group (eq. 11).
+
+  A masked group keeps the average that it had when it was masked: it is never
+  ranked again (`masks.select_masks`), and a report can show why it went.
+  """
   new = group_scores(scores, masks, axes, norm=norm)
-  return {g: decay * old[g] + (1 - decay) * new[g] for g in old}
+  return {
+    g: jnp.where(masks[g] > 0, decay * old[g] + (1 - decay) * new[g], old[g])
+    for g in old
+  }

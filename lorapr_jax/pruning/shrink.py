@@ -48,8 +48,8 @@ def _indices(mask: np.ndarray) -> np.ndarray:
 
 
 def shrunk_config(config: LlamaConfig, kept: Kept) -> LlamaConfig:
-  """The sizes after the cut."""
-  groups = kept[0].keys()
+  """The sizes after the cut; the same where `kept` is empty."""
+  groups = kept[0].keys() if kept else ()
   return with_kept(
     config, {g: tuple(layer[g].shape[-1] for layer in kept) for g in groups}
   )

@@ -1,91 +1,226 @@
-"""What a run shows while it goes: metrics.jsonl and a line with progress."""
+"""What a run writes while it goes: metrics.jsonl, TensorBoard, W&B."""
 
-from datetime import timedelta
+from collections.abc import Callable, Iterator
+import contextlib
+import importlib.util
 import json
 from pathlib import Path
+import secrets
+import statistics
 import time
-from typing import Any
+from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import (
-  BarColumn,
-  MofNCompleteColumn,
-  Progress,
-  TextColumn,
-)
+import jax
 
+from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE
 from lorapr_jax.errors import UserError
-from lorapr_jax.settings import TrainSettings
+from lorapr_jax.files import read_json, write_json
+from lorapr_jax.settings import LogSettings, RunSettings
 from lorapr_jax.steps import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 5
+TENSORBOARD_FOLDER = 'tensorboard'
+WANDB_FILE = 'wandb.json'
+
+# The sections of charts; what is not here is in `train`.
+_SECTIONS = {
+  'heads_sparsity': 'prune',
+  'channels_sparsity': 'prune',
+  'params_kept': 'prune',
+  'perplexity': 'eval',
+  'seconds': 'speed',
+  'tokens_per_second': 'speed',
+}
 
 
 class Log:
-  """Writes a JSON line and moves the bar for every logged step.
+  """Completes the record of every logged step and writes it.
 
-  On a terminal the bar lives in place; elsewhere each logged step is a line.
+  Always to metrics.jsonl; also where `log.*` says. Only the first process
+  writes.
   """
 
-  def __init__(
-    self, path: Path, train: TrainSettings, first_step: int, console: Console
-  ):
-    """Appends to `path`; the run begins at `first_step`."""
-    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
-    self._steps = train.steps
-    self._tokens = train.batch_size * train.seq_len
+  def __init__(self, workdir: Path, settings: RunSettings, first_step: int):
+    """Goes on with what the workdir holds of the steps before `first_step`."""
+    self._tokens = settings.train.batch_size * settings.train.seq_len
     self._last, self._next_step = time.perf_counter(), first_step
-    self._console = console
-    self._bar = Progress(
-      TextColumn('prune'),
-      BarColumn(),
-      MofNCompleteColumn(),
-      TextColumn('{task.fields[text]}'),
-      console=self._console,
-      disable=not self._console.is_terminal,
-    )
-    self._task = self._bar.add_task(
-      '', total=train.steps, completed=first_step, text='compiling'
-    )
+    self._writers: list[_Writer] = []
+    if jax.process_index() == 0:
+      self._writers.append(_JsonLines(workdir / METRICS_FILE))
+      if settings.log.tensorboard:
+        self._writers.append(_TensorBoard(workdir, first_step))
+      if settings.log.wandb:
+        self._writers.append(_Wandb(workdir, settings.log.wandb))
 
   def __enter__(self) -> 'Log':
-    self._bar.start()
     return self
 
-  def __exit__(self, *_: Any) -> None:
-    self._bar.stop()
-    self._file.close()
+  def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+    for writer in self._writers:
+      writer.close(failed=error is not None)
 
-  def write(self, step: int, **record: Any) -> None:
+  def restart_clock(self) -> None:
+    """Leaves the time until now out of the next record: it was no step's."""
+    self._last = time.perf_counter()
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves the time that its block takes out of the next record."""
+    start = time.perf_counter()
+    yield
+    self._last += time.perf_counter() - start
+
+  def write(self, step: int, **record: float) -> dict[str, float]:
     """Logs a step that is done.
 
     Adds `tokens` (of the run so far), `seconds` (of a step, the mean since
     the last logged one) and `tokens_per_second`.
+
+    Returns:
+      The whole record.
     """
     now = time.perf_counter()
     seconds = (now - self._last) / (step + 1 - self._next_step)
     self._last, self._next_step = now, step + 1
-    speed = self._tokens / seconds
-    record |= {
+    record = {
+      'step': step,
+      **record,
       'tokens': (step + 1) * self._tokens,
       'seconds': seconds,
-      'tokens_per_second': speed,
+      'tokens_per_second': self._tokens / seconds,
     }
-    self._file.write(json.dumps({'step': step, **record}) + '\n')
+    for writer in self._writers:
+      writer.write(record)
+    return record
+
+
+class _Writer(Protocol):
+  def write(self, record: dict[str, float]) -> None: ...
+
+  def close(self, failed: bool) -> None: ...
+
+
+class _JsonLines:
+  """A line for a record, complete on the disk after every write."""
+
+  def __init__(self, path: Path):
+    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
+
+  def write(self, record: dict[str, float]) -> None:
+    self._file.write(json.dumps(record) + '\n')
     self._file.flush()
-    left = timedelta(seconds=round(seconds * (self._steps - step - 1)))
-    text = (
-      f'loss {record["loss"]:.3f}  heads -{record["heads_sparsity"]:.1%}  '
-      f'channels -{record["channels_sparsity"]:.1%}  {speed:,.0f} tokens/s  '
-      f'{left} left'
+
+  def close(self, failed: bool) -> None:
+    self._file.close()
+
+
+class _TensorBoard:
+  """Event files in workdir/tensorboard, without TensorFlow."""
+
+  def __init__(self, workdir: Path, first_step: int):
+    from tensorboardX import SummaryWriter
+
+    # TensorBoard hides what the files before hold of the steps from here on.
+    self._writer = SummaryWriter(
+      str(workdir / TENSORBOARD_FOLDER), purge_step=first_step or None
     )
-    self._bar.update(self._task, completed=step + 1, text=text)
-    if not self._console.is_terminal:
-      self._console.print(f'{step + 1}/{self._steps}  {text}', soft_wrap=True)
+    if not first_step:
+      text = (workdir / RUN_FILE).read_text(encoding='utf-8')
+      self._writer.add_text('config', f'```\n{text}```')
+
+  def write(self, record: dict[str, float]) -> None:
+    for name, value in _scalars(record).items():
+      self._writer.add_scalar(name, value, record['step'])
+    self._writer.flush()
+
+  def close(self, failed: bool) -> None:
+    self._writer.close()
 
 
-def check_finite(step: int, state: TrainState, console: Console) -> None:
-  """Warns of skipped steps, and stops after a few in a row.
+class _Wandb:
+  """A Weights & Biases run, the same one when the run is resumed.
+
+  Its id lies in the workdir. Steps that it already has it keeps as they are.
+  """
+
+  def __init__(self, workdir: Path, project: str):
+    import wandb
+
+    path = workdir / WANDB_FILE
+    if not path.exists():
+      write_json(path, {'id': secrets.token_hex(8)})
+    try:
+      self._run = wandb.init(
+        project=project,
+        id=read_json(path)['id'],
+        name=workdir.resolve().name,
+        resume='allow',
+        dir=workdir,
+        config=read_json(workdir / RUN_FILE),
+        # Our standard error is the panel's.
+        settings=wandb.Settings(console='off'),
+      )
+    except wandb.Error as error:
+      raise _refused(project, error) from None
+
+  def write(self, record: dict[str, float]) -> None:
+    self._run.log(_scalars(record), step=record['step'])
+
+  def close(self, failed: bool) -> None:
+    self._run.finish(exit_code=int(failed))
+
+
+def _scalars(record: dict[str, float]) -> dict[str, float]:
+  """{'loss': 2.0} to {'train/loss': 2.0}, for charts over steps."""
+  return {
+    f'{_SECTIONS.get(name, "train")}/{name}': value
+    for name, value in record.items()
+    if name != 'step'
+  }
+
+
+def median_speed(workdir: Path) -> float:
+  """The median of the logged tokens per second."""
+  lines = (workdir / METRICS_FILE).read_text(encoding='utf-8').splitlines()
+  return statistics.median(json.loads(x)['tokens_per_second'] for x in lines)
+
+
+def check_writers(log: LogSettings) -> None:
+  """Refuses, before any work, what could not be logged to later.
+
+  Raises:
+    UserError: if a package is missing, or W&B knows no user or project.
+  """
+  for key, asked, package in (
+    ('tensorboard', log.tensorboard, 'tensorboardX'),
+    ('wandb', log.wandb, 'wandb'),
+  ):
+    if asked and importlib.util.find_spec(package) is None:
+      raise UserError(
+        f'log.{key} needs the package {package}: pip install {package}'
+      )
+  if log.wandb and jax.process_index() == 0:
+    import wandb
+
+    try:
+      wandb.Settings(project=log.wandb)
+      if wandb.setup().settings.mode == 'online':
+        wandb.login()
+    except (wandb.Error, ValueError) as error:
+      raise _refused(log.wandb, error) from None
+
+
+def _refused(project: str, error: Exception) -> UserError:
+  reason = ' '.join(str(error).split())
+  return UserError(
+    f'log.wandb={project}: {reason} (WANDB_MODE=offline needs no login)'
+  )
+
+
+def check_finite(
+  step: int, state: TrainState, print_line: Callable[[str], None]
+) -> None:
+  """Tells of skipped steps, and stops after a few in a row.
 
   Raises:
     UserError: after MAX_SKIPPED_IN_A_ROW steps without finite gradients.
@@ -93,7 +228,7 @@ def check_finite(step: int, state: TrainState, console: Console) -> None:
   in_a_row = int(state.skipped_in_a_row)
   if not in_a_row:
     return
-  console.print(
+  print_line(
     f'step {step}: gradients or scores are not finite; {int(state.skipped)} '
     'steps skipped so far'
   )
@@ -103,26 +238,3 @@ def check_finite(step: int, state: TrainState, console: Console) -> None:
       f'step {step}: lower train.learning_rate, or use '
       'model.compute_dtype=float32'
     )
-
-
-class Clock:
-  """Adds up the seconds of each phase, and says when one starts."""
-
-  def __init__(self, console: Console):
-    self.seconds: dict[str, float] = {}
-    self._console = console
-    self._phase: str | None = None
-    self._begin = 0.0
-
-  def start(self, phase: str) -> None:
-    """Ends the phase before and starts this one."""
-    self.stop()
-    self._console.print(f'[bold]{phase}[/bold]')
-    self._phase, self._begin = phase, time.perf_counter()
-
-  def stop(self) -> None:
-    """Ends the phase."""
-    if self._phase:
-      spent = time.perf_counter() - self._begin
-      self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + spent
-    self._phase = None

@@ -1,17 +1,23 @@
 """The end of a run: summary.json's contents and the table for people."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 import platform
 import resource
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.cost import (
+  forward_flops_per_token,
+  kv_cache_bytes_per_token,
+)
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
@@ -39,17 +45,57 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-  """The process's peak resident memory."""
+  """The first device's peak, or the process's where a device has no count."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  if 'peak_bytes_in_use' in stats:
+    return stats['peak_bytes_in_use']
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
   return peak if sys.platform == 'darwin' else peak * 1024
 
 
-def sparsity_report(plan: PruningPlan | None) -> dict[str, Any]:
-  """{heads, channels, params: {target, achieved}}, as shares that are gone."""
+def cost_report(
+  *, dense: LlamaConfig, pruned: LlamaConfig, dtype: str, seq_len: int
+) -> dict[str, Any]:
+  """Parameters, bytes, operations and KV cache, before and after.
+
+  Args:
+    dense: the sizes before the cut.
+    pruned: the sizes after it.
+    dtype: of weights and cache, as exported.
+    seq_len: tokens of the forward pass whose operations are counted.
+  """
+  models = {'dense': dense, 'pruned': pruned}
+  bytes_each = jnp.dtype(dtype).itemsize
+  return {
+    **{f'params_{k}': config.num_parameters for k, config in models.items()},
+    'bytes': {k: c.num_parameters * bytes_each for k, c in models.items()},
+    'flops_per_token': {
+      **{k: forward_flops_per_token(c, seq_len) for k, c in models.items()},
+      'seq_len': seq_len,
+    },
+    'kv_cache_bytes_per_token': {
+      k: kv_cache_bytes_per_token(c, bytes_each) for k, c in models.items()
+    },
+  }
+
+
+def sparsity_report(
+  plan: PruningPlan | None, kept: Kept = ()
+) -> dict[str, Any]:
+  """{heads, channels, params: {target, achieved}}, as shares that are gone.
+
+  Args:
+    plan: what was asked for; None if nothing.
+    kept: what is left; empty: what the plan leaves.
+  """
   if plan is None:
     none = {'target': 0.0, 'achieved': 0.0}
     return {'heads': none, 'channels': none, 'params': none}
-  achieved = plan.sparsity(plan.keep)
+  left = {
+    group: tuple(layer[group].shape[-1] for layer in kept)
+    for group in (kept[0] if kept else ())
+  }
+  achieved = plan.sparsity(left or plan.keep)
   return {
     kind: {'target': target, 'achieved': achieved[kind]}
     for kind, target in plan.targets_by_kind().items()
@@ -87,26 +133,24 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
   }
 
 
-def print_plan(settings: RunSettings, console: Console) -> None:
+def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   """What a run is about to do: counts and sizes, target and achieved."""
   config, plan = settings.step.config, settings.plan
-  console.print(
-    f'{len(config.layers)} layers, {config.num_parameters:,} parameters'
-  )
+  show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if plan is None:
-    console.print('nothing is pruned (prune.order=none)')
+    show('nothing is pruned (prune.order=none)')
     return
   layer = plan.prunable_layers[0]
   protected = len(config.layers) - len(plan.prunable_layers)
   for group, kept in plan.keep.items():
     size = group_size(config, config.layers[layer], group)
-    console.print(f'{group}: {kept[layer]} of {size} kept in each layer')
-  console.print(
+    show(f'{group}: {kept[layer]} of {size} kept in each layer')
+  show(
     f'{protected} layers protected; '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
-    console.print(f'{kind} to remove: {_share(share)}')
+    show(f'{kind} to remove: {_share(share)}')
 
 
 def _share(share: dict[str, float | None]) -> str:
@@ -121,15 +165,15 @@ def pruning_report(
   """The contents of pruning.json.
 
   Args:
-    plan: what was asked for and reached.
+    plan: what was asked for.
     kept: by layer, the indices in the base's numbering. Query heads are
       listed by KV head.
-    base: the base model's name and hash.
+    base: the base model's name, hash and sizes.
     settings: of the method.
   """
   return {
     'base': base,
-    'sparsity': sparsity_report(plan),
+    'sparsity': sparsity_report(plan, kept),
     'kept': [
       {group: indices.tolist() for group, indices in layer.items()}
       for layer in kept
@@ -138,14 +182,25 @@ def pruning_report(
   }
 
 
-def model_card(name: str, plan: PruningPlan | None, sizes: LlamaConfig) -> str:
-  """A README.md for an exported folder."""
+def model_card(
+  pruning: Mapping[str, Any], sizes: LlamaConfig, layout: str, *, padded: bool
+) -> str:
+  """A README.md for an exported folder.
+
+  Args:
+    pruning: the contents of pruning.json.
+    sizes: of the pruned model.
+    layout: of the folder.
+    padded: whether the weights have the sizes before the cut.
+  """
   shares = ', '.join(
     f'{share["achieved"]:.1%} of the {kind}'
-    for kind, share in sparsity_report(plan).items()
+    for kind, share in pruning['sparsity'].items()
   )
-  load = "AutoModelForCausalLM.from_pretrained('.'"
-  load += ')' if sizes.is_uniform else ', trust_remote_code=True)'
+  zeros = ''
+  if padded:
+    zeros = '\nWhat was removed is stored as zeros.'
+  name = pruning['base']['name']
   return f"""---
 base_model: {name}
 library_name: transformers
@@ -153,14 +208,37 @@ tags: [pruned, lorapr_jax]
 ---
 {name}, pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403): {shares} removed
 (heads and channels as shares of the layers that were pruned), which leaves
-{sizes.num_parameters:,} parameters. What was kept is in pruning.json.
+{sizes.num_parameters:,} parameters. What was kept is in pruning.json.{zeros}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
-model = {load}
+model = AutoModelForCausalLM.from_pretrained('.'{_trust(layout)})
 tokenizer = AutoTokenizer.from_pretrained('.')
 ```
 """
+
+
+def adapter_card(name: str, layout: str) -> str:
+  """A README.md for a folder with a PEFT adapter over a pruned model."""
+  return f"""---
+base_model: {name}
+library_name: peft
+tags: [pruned, lorapr_jax]
+---
+LoRA of {name}, which was pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403).
+The pruned model, in which it is not merged, is in base/.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('base'{_trust(layout)})
+model = PeftModel.from_pretrained(model, '.')
+```
+"""
+
+
+def _trust(layout: str) -> str:
+  return ', trust_remote_code=True' if layout == 'two_shape' else ''
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -195,7 +273,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     f'training {summary["tokens_per_second"]:,.0f} tokens/s, peak memory '
     f'{summary["peak_memory_bytes"] / 1e9:.2f} GB'
   )
-  console.print(
-    f'export: {summary["export"]["folder"]}, read back, logits differ by at '
-    f'most {summary["export"]["max_logit_difference"]:.1e}'
-  )
+  for export in summary['exports'].values():
+    console.print(
+      f'export: {export["path"]} ({export["dtype"]}), read back, logits differ '
+      f'by at most {export["max_logit_difference"]:.1e}'
+    )

@@ -114,10 +114,34 @@ def test_settings_follow_the_overrides():
   assert found.data.eval_seq_len == 16
   assert found.train.batch_size == 24
   assert found.export.layout == 'uniform'
+  assert found.export.routes == ('hf',)
+
+
+def test_a_padded_export_needs_no_layers_of_one_size():
+  found = settings('--config.export.layout=padded')
+  assert not found.plan.pruned_config.is_uniform
+  assert found.export.layout == 'padded'
 
 
 def test_tuning_alone_has_no_plan():
   assert settings('--config.prune.order=none').plan is None
+
+
+@pytest.mark.parametrize(
+  'argv',
+  [['--config=tiny'], ['--config', 'tiny'], ['-config=configs/tiny.py']],
+)
+def test_shipped_configs_are_found_by_name(tmp_path, monkeypatch, argv):
+  expected = parse('--config.train.steps=7')
+  monkeypatch.chdir(tmp_path)
+  rest = ['--workdir=somewhere', '--config.train.steps=7']
+  assert parse_flags([*argv, *rest])[0] == expected
+  # A file of the user's comes first.
+  (tmp_path / 'configs').mkdir()
+  text = (CONFIGS / 'tiny.py').read_text().replace('steps = 60', 'steps = 61')
+  (tmp_path / 'configs' / 'tiny.py').write_text(text)
+  argv = ['--config=configs/tiny.py', '--workdir=somewhere']
+  assert parse_flags(argv)[0].train.steps == 61
 
 
 def refusal(capsys, workdir, *argv):
@@ -127,8 +151,8 @@ def refusal(capsys, workdir, *argv):
   assert out == ''
   assert not workdir.exists()
   *progress, line = err.splitlines()
-  # At most it says that it reads the data.
-  assert progress in ([], ['data'])
+  # At most it says that it reads the data, and what it leaves out of them.
+  assert not [p for p in progress if p != 'data' and 'left out' not in p]
   assert line.startswith('error: ')
   return line
 
@@ -142,7 +166,7 @@ def refusal(capsys, workdir, *argv):
       'config.prune.tarot; did you mean config.prune.target?',
     ),
     ('purne.target=0.3', 'config.purne.target; did you mean config.prune?'),
-    ('zzz=1', 'unknown setting --config.zzz; config has data, export, lora'),
+    ('zzz=1', 'unknown setting --config.zzz; config has data, export, log'),
     ('train.steps.many=1', 'unknown setting --config.train.steps.many'),
     # Types.
     ('train.steps=many', 'config.train.steps'),
@@ -209,6 +233,11 @@ def refusal(capsys, workdir, *argv):
     ('export.layout=uniform', 'prune with prune.protect=none, or export with'),
     ('export.layout=zip', "export.layout is 'zip': choose from auto"),
     ('export.dtype=int8', "export.dtype is 'int8'"),
+    ('export.dtype=q8_0', "export.dtype is 'q8_0'"),
+    ('export.gguf_dtype=q4_0', "export.gguf_dtype is 'q4_0': choose from auto"),
+    ('export.format=gguf', "export.format is 'gguf': hf alone, or with gguf"),
+    ('export.format=hf,onnx', "export.format is 'hf,onnx'"),
+    ('export.max_shard_size=5', "export.max_shard_size is '5': a number and"),
   ],
 )
 def test_a_mistake_is_one_line_before_any_work(
@@ -226,6 +255,9 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ([TINY], 'train needs --config=configs/X.py and --workdir=DIR'),
     ([place], 'train needs --config=configs/X.py and --workdir=DIR'),
     ([place, f'--config={tmp_path}/none.py'], 'none.py'),
+    ([place, '--config=tinny'], "no config 'tinny': give the path of a file"),
+    ([place, '--config=a/tiny.py'], 'one of default, smollm2_135m, tiny'),
+    ([place, '--config'], "no config ''"),
     ([place, TINY, '--steps=3'], "'steps'"),
     ([place, TINY, 'more'], "train takes flags only, not 'more'"),
   ):

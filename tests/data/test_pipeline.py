@@ -130,9 +130,26 @@ def test_windows_are_packed_once(tmp_path, corpus, cache):
   first = pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
   [path] = cache.iterdir()
   assert isinstance(first, np.memmap)
-  np.save(path, np.full((3, 8), 5, np.int32))
+  np.save(path, np.full(24, 5, np.int32))
   again = pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
   assert again.tolist() == [[5] * 8] * 3
+
+
+@pytest.mark.parametrize(
+  'make', [pipeline.training_windows, pipeline.evaluation_windows]
+)
+def test_tokens_that_fill_no_window_are_counted(tmp_path, corpus, make, caplog):
+  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
+  tokens = make(corpus, tokenizer, 1, VOCAB).size
+  assert caplog.messages == []
+  message = (
+    f'{corpus}: the last 2 of {tokens} tokens fill no window of {tokens - 2} '
+    'and are left out'
+  )
+  # Packed, and found in the cache.
+  for times in (1, 2):
+    assert make(corpus, tokenizer, tokens - 2, VOCAB).shape == (1, tokens - 2)
+    assert caplog.messages == times * [message]
 
 
 def test_the_cache_knows_text_tokenizer_length_and_purpose(

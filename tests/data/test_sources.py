@@ -1,6 +1,7 @@
 """Every form of a data spec, and what is refused."""
 
 import csv
+import importlib.util
 import json
 import zipfile
 
@@ -26,14 +27,18 @@ def test_lines_are_stripped_and_joined_by_a_blank_line(tmp_path):
 
 
 @pytest.mark.parametrize('option, field', [('', 'text'), ('?field=t', 't')])
-def test_a_jsonl_record_is_a_document(tmp_path, option, field):
+def test_a_jsonl_record_is_a_document(tmp_path, option, field, caplog):
   texts = ['one\ntwo', 'ß "quoted"', ' ', 'a\u2028b\x85c\x1cd']
   lines = [
     json.dumps({'other': 1, field: text}, ensure_ascii=False) for text in texts
   ]
   path = write(tmp_path / 'a.jsonl', '\n'.join([*lines, '', ' ']) + '\r\n')
+  spec = f'file:{path}{option}'
   # Documents without text are dropped.
-  assert read_documents(f'file:{path}{option}') == [*texts[:2], texts[3]]
+  assert read_documents(spec) == [*texts[:2], texts[3]]
+  assert caplog.messages == [
+    f'{spec}: 1 of 4 documents hold no text and are left out'
+  ]
 
 
 @pytest.mark.parametrize('option, column', [('', 'text'), ('?column=t', 't')])
@@ -147,3 +152,91 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(
 def test_synthetic_data_has_no_text():
   with pytest.raises(UserError, match='it needs a model without a tokenizer'):
     read_documents('synthetic:1')
+
+
+def test_hugging_face_data_sets_need_their_package():
+  if importlib.util.find_spec('datasets'):
+    pytest.skip('the package datasets is installed')
+  with pytest.raises(UserError, match=r"pip install 'lorapr-jax\[hf\]'"):
+    parse_spec('hf:owner/name')
+
+
+@pytest.fixture
+def datasets(tmp_path, monkeypatch):
+  """The package, with a cache of its own, and no network: see conftest.py."""
+  datasets = pytest.importorskip('datasets', reason='it is not installed')
+  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
+  return datasets
+
+
+ROWS = {'text': ['one', 'two\n', None, ' '], 'other': ['a', 'b', 'c', 'd']}
+NUMBERED = {'text': ['three'], 'other': ['e'], 'number': [3]}
+
+
+def test_a_saved_data_set(tmp_path, datasets):
+  rows = datasets.Dataset.from_dict(ROWS)
+  rows.save_to_disk(tmp_path / 'one')
+  numbered = datasets.Dataset.from_dict(NUMBERED)
+  datasets.DatasetDict(train=rows, test=numbered).save_to_disk(tmp_path / 'two')
+  for spec, documents in (
+    ('one', ['one', 'two\n']),
+    ('one?column=other', ['a', 'b', 'c', 'd']),
+    ('two', ['one', 'two\n']),
+    ('two:test', ['three']),
+    ('two:test?column=other', ['e']),
+  ):
+    assert read_documents(f'hf:{tmp_path}/{spec}') == documents
+  for spec, message in (
+    ('one:test', "one:test: it has no splits, so no 'test'"),
+    ('two:dev', "it has no split 'dev'; it has train, test"),
+    ('two?column=body', "no column 'body'; it has text, other"),
+    ('two:test?column=number', "the column 'number' is not text"),
+  ):
+    with pytest.raises(UserError, match=message):
+      read_documents(f'hf:{tmp_path}/{spec}')
+
+
+@pytest.mark.parametrize('suffix', ['parquet', 'jsonl', 'csv'])
+def test_a_folder_of_files(tmp_path, monkeypatch, datasets, suffix):
+  # A folder's name is not taken for the kind of file that it could be.
+  folder = tmp_path / 'json'
+  folder.mkdir()
+  for split, rows in (('train', ROWS), ('test', NUMBERED)):
+    rows = datasets.Dataset.from_dict(
+      rows | {'number': [3] * len(rows['text'])}
+    )
+    write_rows = {
+      'parquet': rows.to_parquet,
+      'jsonl': rows.to_json,
+      'csv': rows.to_csv,
+    }[suffix]
+    write_rows(folder / f'{split}.{suffix}')
+  monkeypatch.chdir(tmp_path)
+  assert read_documents('hf:json') == ['one', 'two\n']
+  assert read_documents('hf:json:test') == ['three']
+  assert read_documents('hf:json:test?column=other') == ['e']
+  with pytest.raises(UserError, match='hf:json:dev: Unknown split "dev"'):
+    read_documents('hf:json:dev')
+
+
+def test_hugging_face_specs_that_cannot_be(tmp_path, datasets):
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'bad').mkdir()
+  write(tmp_path / 'bad' / 'train.parquet', 'no parquet')
+  for spec, message in (
+    ('', 'is no folder, nor OWNER/NAME'),
+    ('/no/such', '/no/such is no folder, nor OWNER/NAME'),
+    ('./such', './such is no folder, nor OWNER/NAME'),
+    ('owner/name?field=x', "option 'field' is not known here; there is column"),
+  ):
+    with pytest.raises(UserError, match=message):
+      parse_spec(f'hf:{spec}')
+  for spec, message in (
+    (f'{tmp_path}/empty', "doesn't contain any data files"),
+    (f'{tmp_path}/bad', f'hf:{tmp_path}/bad: '),
+    # The tests are offline.
+    ('owner/name', "hf:owner/name: Couldn't reach"),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      read_documents(f'hf:{spec}')
+    assert '\n' not in str(error.value)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ from tokenizers import (
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.gguf import open_gguf
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 
 CONFIG = LlamaConfig(
   vocab_size=300,
@@ -219,6 +220,51 @@ def test_an_unknown_tensor_is_named(tmp_path, name, problem):
     open_gguf(path)
 
 
+def test_llama3_scaling_is_known_by_its_table(tmp_path):
+  """As llama.cpp's converter writes it: factors alone, in float32."""
+  factors = []
+  for i in range(8):
+    wavelength = 2 * math.pi * 500000.0 ** (2 * i / 16)
+    if wavelength < 8192 / 4:
+      factors.append(1.0)
+    elif wavelength > 8192:
+      factors.append(32.0)
+    else:
+      kept = (8192 / wavelength - 1) / (4 - 1)
+      factors.append(1 / ((1 - kept) / 32 + kept))
+  assert len(set(factors)) > 1 and 1.0 < min(set(factors) - {1.0}) < 32.0
+  table = {'extra': ('rope_freqs.weight', np.array(factors, np.float32), F32)}
+  path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **table})
+  config = dataclasses.replace(
+    CONFIG, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192)
+  )
+  assert open_gguf(path).config == config
+
+
+@pytest.mark.parametrize(
+  'key, sizes',
+  [
+    ('attention.head_count', [4, 4, 4]),
+    ('attention.head_count_kv', [2, 0]),
+    ('attention.head_count_kv', [2, 3]),
+    ('feed_forward_length', [64, 0]),
+  ],
+)
+def test_layers_that_a_deci_may_have_but_we_do_not(tmp_path, key, sizes):
+  """Layers without attention or MLP, or with the wrong number of heads."""
+  metadata = {
+    f'deci{k[5:]}': v for k, v in METADATA.items() if k.startswith('llama.')
+  }
+  absent = dict.fromkeys(k for k in METADATA if k.startswith('llama.'))
+  path = write_gguf(
+    tmp_path / 'a.gguf',
+    metadata={**absent, **metadata, f'deci.{key}': sizes},
+    arch='deci',
+  )
+  with pytest.raises(UserError, match=f'deci.{key}'):
+    open_gguf(path)
+
+
 def test_an_absent_tensor_is_named(tmp_path):
   weights = random_weights()
   del weights['model.layers.1.mlp.up_proj.weight']
@@ -312,6 +358,17 @@ def test_tokenizer_gives_the_same_ids(tmp_path, pre):
   assert original.encode(TEXT).ids != ids
 
 
+def test_llama3s_tokenizer_puts_bos_first_by_default(tmp_path):
+  _, metadata = byte_level_bpe('gpt-2')
+  metadata['tokenizer.ggml.pre'] = 'llama-bpe'
+  path = write_gguf(tmp_path / 'a.gguf', metadata=metadata)
+  open_gguf(path).write_tokenizer(tmp_path)
+  tokenizer = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
+  assert tokenizer.encode('the mill').tokens[:2] == ['<|bos|>', 'the']
+  settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
+  assert settings['add_bos_token'] is True
+
+
 @pytest.mark.parametrize('add_bos', [None, False, True])
 def test_tokenizer_files_load_in_transformers(tmp_path, add_bos):
   transformers = pytest.importorskip('transformers')
@@ -347,7 +404,7 @@ def test_tokenizer_files_load_in_transformers(tmp_path, add_bos):
   'key, value',
   [
     ('tokenizer.ggml.model', 'llama'),
-    ('tokenizer.ggml.pre', 'llama-bpe'),
+    ('tokenizer.ggml.pre', 'qwen2'),
     ('tokenizer.ggml.pre', None),
     ('tokenizer.ggml.add_eos_token', True),
     ('tokenizer.ggml.add_space_prefix', True),

@@ -428,6 +428,7 @@ def test_a_large_vocabulary_needs_a_version_as_mistral(
   'config, options, message',
   [
     (UNEQUAL, {'layout': 'uniform'}, 'export.layout=uniform'),
+    (UNEQUAL, {'layout': 'padded'}, 'export.layout=padded'),
     (UNEQUAL, {'layout': 'flat'}, "export.layout is 'flat'"),
     (LLAMA, {'model_type': 'gpt2'}, "export.model_type is 'gpt2'"),
   ],

@@ -93,9 +93,9 @@ def reference_update(
     members = reference.members(group, **sizes, F=shape.mlp_dim)
     mask = np.ravel(mask)
     ghat = reference.group_scores(scores, mask, members, norm=criterion.norm)
-    new[group] = reference.moving_average(
-      old[group], ghat, decay=criterion.decay
-    )
+    average = reference.moving_average(old[group], ghat, decay=criterion.decay)
+    # What a masked group had when it was masked stays for the record.
+    new[group] = np.where(np.ravel(mask) > 0, average, old[group])
   return new
 
 

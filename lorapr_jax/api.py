@@ -1,0 +1,185 @@
+"""The functions of `import lorapr_jax as lp`, for notebooks and scripts."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from lorapr_jax import sharding
+from lorapr_jax.config_files import check_key, read_config
+from lorapr_jax.data import pipeline
+from lorapr_jax.data.sources import parse_spec
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.errors import UserError
+from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
+from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.llama import logical_axes, param_shapes
+from lorapr_jax.settings import resolve_dtype
+from lorapr_jax.steps import StepSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model in memory.
+
+  Attributes:
+    params: its weights, a tree of arrays.
+    config: its sizes.
+    folder: where it was read, and its tokenizer lies.
+    dtype: of the weights, and of computation with them.
+  """
+
+  params: Any = dataclasses.field(repr=False)
+  config: LlamaConfig
+  folder: Path
+  dtype: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PrunedRun:
+  """A finished run.
+
+  Attributes:
+    summary: what its summary.json holds.
+    workdir: where everything of it lies.
+  """
+
+  summary: dict[str, Any]
+  workdir: Path
+
+  @property
+  def export(self) -> Path:
+    """The pruned model's Hugging Face folder."""
+    return self.workdir / 'export'
+
+
+def load(folder: str | Path, dtype: str = 'auto') -> Model:
+  """Reads a model from a Hugging Face folder, onto all devices.
+
+  Args:
+    folder: a llama or mistral in safetensors, or an export.
+    dtype: float32, bfloat16, or auto: float32 on CPU, bfloat16 elsewhere.
+
+  Raises:
+    UserError: if there is no such folder or its model is not supported.
+  """
+  config = load_config(folder)
+  check_tensors(Shards(folder), config)
+  resolved = resolve_dtype('dtype', dtype)
+  mesh = sharding.make_mesh(sharding.mesh_sizes(data=-1, fsdp=1, tensor=1))
+  places = sharding.shardings(
+    mesh, logical_axes(config)['params'], param_shapes(config, resolved)
+  )
+  params = load_params(folder, config, places, resolved)
+  return Model(params, config, Path(folder), resolved)
+
+
+def prune(
+  config: str | Path | config_dict.ConfigDict,
+  workdir: str | Path,
+  **sections: dict[str, Any],
+) -> PrunedRun:
+  """Prunes a model; called again after a crash, it goes on.
+
+    lp.prune('default', 'runs/mine', prune={'target': 0.3}, data={...})
+
+  Args:
+    config: a shipped config's name (`default`, `tiny`), the path of a config's
+      file, or a config. It is not changed.
+    workdir: a new folder for everything that the run makes, or that of the
+      same run.
+    **sections: settings that differ from the config, by its sections.
+
+  Raises:
+    UserError: for a mistake in config, data, model or workdir.
+  """
+  # Here, since the other functions need none of it.
+  from lorapr_jax import train
+
+  if not isinstance(config, config_dict.ConfigDict):
+    config = read_config(str(config))
+  config = config.copy_and_resolve_references()
+  for section, settings in sections.items():
+    check_key(config, f'config.{section}')
+    if not isinstance(settings, dict):
+      raise UserError(f'config.{section} is {settings!r}: give a dict of keys')
+    for key, value in settings.items():
+      _set(config, section, key, value)
+  return PrunedRun(train.run(config, workdir), Path(workdir))
+
+
+def _set(
+  config: config_dict.ConfigDict, section: str, key: str, value: Any
+) -> None:
+  name = f'config.{section}.{key}'
+  check_key(config, name)
+  if isinstance(value, os.PathLike):
+    value = os.fspath(value)
+  if isinstance(value, dict):
+    value = config_dict.ConfigDict(value)
+  try:
+    config[section][key] = value
+  except TypeError as error:
+    raise UserError(f'{name}: {error}') from None
+
+
+def evaluate(
+  model: Model | str | Path,
+  data: str,
+  seq_len: int,
+  *,
+  max_windows: int | None = None,
+  batch_size: int = 8,
+  dtype: str = 'auto',
+) -> Perplexity:
+  """The perplexity of a model on a text, with all that it depends on.
+
+  Args:
+    model: a model, or the Hugging Face folder of one.
+    data: a data spec (lorapr_jax/data/sources.py).
+    seq_len: tokens a window; figures of different lengths do not compare.
+    max_windows: at most so many; None: all.
+    batch_size: windows at a time.
+    dtype: of weights and computation, as in `load`; a model in memory keeps
+      its own.
+
+  Raises:
+    UserError: for a mistake in the arguments, the folder or the text.
+  """
+  for name, value, least in (
+    ('seq_len', seq_len, 2),
+    ('max_windows', max_windows, 1),
+    ('batch_size', batch_size, 1),
+  ):
+    if value is not None and value < least:
+      raise UserError(f'{name} is {value}: it must be at least {least}')
+  synthetic = parse_spec(data).scheme == 'synthetic'
+  in_memory = isinstance(model, Model)
+  folder = model.folder if in_memory else Path(model)
+  config = model.config if in_memory else load_config(folder)
+  if seq_len > config.max_positions:
+    raise UserError(
+      f'seq_len is {seq_len}, but the model has {config.max_positions} '
+      'positions (max_position_embeddings)'
+    )
+  if not in_memory:
+    check_tensors(Shards(folder), config)
+  without_tokenizer = synthetic and not any(folder.glob('tokenizer*'))
+  windows = pipeline.evaluation_windows(
+    data,
+    None if without_tokenizer else Tokenizer(folder),
+    seq_len,
+    config.vocab_size,
+  )[:max_windows]
+  # The weights last: all that can be wrong has been looked at.
+  loaded = model if in_memory else load(folder, dtype)
+  return evaluate_perplexity(
+    loaded.params,
+    windows,
+    StepSettings(loaded.config, dtype=loaded.dtype),
+    data=data,
+    batch_size=batch_size,
+  )

@@ -1,0 +1,216 @@
+"""generate: text from a folder, streamed.
+
+Where the folder has a chat template, a prompt is a user's message. Without
+--prompt, a terminal gets a conversation (Ctrl-C stops an answer, Ctrl-D ends),
+and from anything else each line of standard input is a prompt of its own.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorapr_jax import generation
+from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.models.llama import param_shapes
+from lorapr_jax.settings import resolve_dtype
+
+
+def main(argv: list[str]) -> None:
+  """Answers one prompt, each line of a file, or a person."""
+  args = parse(argv)
+  sampling = generation.Sampling(
+    args.max_new_tokens, args.temperature, args.top_p, args.seed
+  )
+  interactive = args.prompt is None and sys.stdin.isatty()
+  if interactive and args.json:
+    raise UserError('--json needs --prompt, or prompts on standard input')
+  dtype = resolve_dtype('--dtype', args.dtype)
+  config = load_config(args.model)
+  tokenizer = Tokenizer(args.model)
+  chat = tokenizer.has_chat_template and not args.raw
+  prompts = [] if args.prompt is None else [checked(args.prompt)]
+
+  def encode(messages):
+    if chat:
+      ids = tokenizer.encode_chat(messages)
+    else:
+      ids = tokenizer.encode(messages[-1]['content'])
+    generation.check_prompt(ids, config)
+    return ids
+
+  for prompt in prompts:
+    encode([message('user', prompt)])
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  places = jax.tree.map(lambda _: place, param_shapes(config, dtype))
+  params = load_params(args.model, config, places, dtype)
+  stop = generation.stop_ids(args.model)
+
+  def answer(messages):
+    ids = encode(messages)
+    tokens = generation.stream_tokens(
+      params, config, ids, sampling, stop=stop, dtype=dtype
+    )
+    return Answer(tokenizer, ids, tokens)
+
+  if interactive:
+    converse(answer)
+    return
+  for prompt in prompts or lines():
+    reply = answer([message('user', prompt)])
+    if args.json:
+      for _ in reply:
+        pass
+      print_json({'prompt': prompt, **reply.report()})
+    else:
+      show(reply)
+
+
+def parse(argv: list[str]) -> Any:
+  """The arguments."""
+  parser = Parser('generate', __doc__)
+  parser.add_argument('--model', required=True, help='a Hugging Face folder')
+  parser.add_argument('--prompt', help='default: from standard input')
+  parser.add_argument(
+    '--raw',
+    action='store_true',
+    help='give the prompt to the model as it is, without chat template',
+  )
+  defaults = generation.Sampling()
+  for name, text in (
+    ('max_new_tokens', 'the most tokens of an answer'),
+    ('temperature', '0 takes the likeliest token'),
+    ('top_p', 'draw from the likeliest tokens of this probability'),
+    ('seed', 'of the draws'),
+  ):
+    default = getattr(defaults, name)
+    parser.add_argument(
+      f'--{name}',
+      type=type(default),
+      default=default,
+      help=f'{text}; default: {default:g}',
+    )
+  parser.add_argument(
+    '--dtype',
+    default='auto',
+    choices=('auto', 'float32', 'bfloat16'),
+    help='of weights and computation; auto: float32 on CPU, else bfloat16',
+  )
+  parser.add_json()
+  return parser.parse_args(argv)
+
+
+def checked(prompt: str) -> str:
+  """The prompt.
+
+  Raises:
+    UserError: if there is nothing in it, or it is not UTF-8.
+  """
+  if not prompt.strip():
+    raise UserError('the prompt is empty')
+  try:
+    prompt.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(f'the prompt is not UTF-8 text: {error}') from None
+  return prompt
+
+
+def lines() -> Iterator[str]:
+  """The prompts on standard input, as they come; blank lines are no prompts."""
+  empty = True
+  try:
+    for line in sys.stdin:
+      if line.strip():
+        empty = False
+        yield checked(line.rstrip('\r\n'))
+  except UnicodeDecodeError as error:
+    raise UserError(f'standard input is not UTF-8 text: {error}') from None
+  if empty:
+    raise UserError('standard input holds no prompt: give one with --prompt')
+
+
+def message(role: str, content: str) -> dict[str, str]:
+  """A message of a conversation."""
+  return {'role': role, 'content': content}
+
+
+def show(answer: Iterable[str]) -> None:
+  """Prints the pieces as they come."""
+  for piece in answer:
+    print(piece, end='', flush=True)
+  print()
+
+
+def converse(answer: Callable[[list[dict[str, str]]], 'Answer']) -> None:
+  """A conversation on a terminal: each answer sees all that came before."""
+  print('Ctrl-C stops an answer, Ctrl-D ends.', file=sys.stderr)
+  messages = []
+  while True:
+    reply = None
+    try:
+      prompt = input('> ')
+      if not prompt.strip():
+        continue
+      question = message('user', checked(prompt))
+      reply = answer([*messages, question])
+      show(reply)
+    except EOFError:
+      print()
+      return
+    except KeyboardInterrupt:
+      print()
+    except UserError as error:
+      print(f'error: {error}', file=sys.stderr)
+    # An answer that was stopped counts as far as it was shown.
+    if reply and reply.text:
+      messages += [question, message('assistant', reply.text)]
+
+
+class Answer:
+  """An answer on its way: iterating gives the pieces of its text.
+
+  Attributes:
+    text: what has come so far.
+  """
+
+  def __init__(
+    self, tokenizer: Tokenizer, prompt_ids: np.ndarray, tokens: Iterator[int]
+  ):
+    self.text = ''
+    self._start, self._times = time.perf_counter(), []
+    self._pieces = generation.detokenize(
+      tokenizer, prompt_ids, self._timed(tokens)
+    )
+
+  def _timed(self, tokens: Iterator[int]) -> Iterator[int]:
+    for token in tokens:
+      self._times.append(time.perf_counter())
+      yield token
+
+  def __iter__(self) -> Iterator[str]:
+    for piece in self._pieces:
+      self.text += piece
+      yield piece
+
+  def report(self) -> dict[str, Any]:
+    """The text, its tokens and their speed.
+
+    `seconds` has everything, compilation too; `tokens_per_second` is from the
+    first token to the last, null where there are fewer than two.
+    """
+    times = self._times
+    timed = len(times) > 1
+    return {
+      'text': self.text,
+      'tokens': len(times),
+      'seconds': time.perf_counter() - self._start,
+      'tokens_per_second': (len(times) - 1) / (times[-1] - times[0])
+      if timed
+      else None,
+    }

@@ -1,0 +1,98 @@
+"""report: the page of a finished run, or several runs compared."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.errors import UserError
+from lorapr_jax.files import write_text
+from lorapr_jax.report import comparison, units
+from lorapr_jax.report.page import (
+  REPORT_FILE,
+  render_comparison,
+  render_report,
+)
+from lorapr_jax.report.run import read_run
+from lorapr_jax.report.summary import print_summary
+
+
+def main(argv: list[str]) -> None:
+  """Prints one run's summary or several runs' table, and writes the page."""
+  parser = Parser('report', __doc__)
+  parser.add_argument('workdirs', nargs='+', metavar='DIR', help='of a run')
+  parser.add_argument('--out', type=Path, help='a new HTML file')
+  parser.add_json()
+  args = parser.parse_args(argv)
+  runs = [read_run(workdir) for workdir in args.workdirs]
+  page = _page(args.out, args.workdirs)
+  entries = comparison.entries(runs)
+  warnings = comparison.warnings(entries) if len(runs) > 1 else []
+  if page and not page.exists():
+    one = len(runs) == 1
+    write_text(
+      page,
+      render_report(*args.workdirs)
+      if one
+      else render_comparison(args.workdirs),
+    )
+  report = {
+    'runs': entries,
+    'warnings': warnings,
+    'report': str(page) if page else None,
+  }
+  if args.json:
+    print_json(report)
+    return
+  if len(runs) == 1:
+    print_summary(runs[0].summary)
+  else:
+    _show(entries, warnings)
+  if page:
+    console = Console(highlight=False, markup=False)
+    console.print(f'report: {page}', soft_wrap=True)
+
+
+def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
+  """The file of the page; that of one run may be there already."""
+  if out is None:
+    return Path(workdirs[0]) / REPORT_FILE if len(workdirs) == 1 else None
+  if out.exists():
+    raise UserError(f'{out} exists: choose another --out')
+  if not out.absolute().parent.is_dir():
+    raise UserError(f'{out} cannot be written: its folder does not exist')
+  return out
+
+
+def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+  table.add_column('run', overflow='fold')
+  for column in (
+    *('parameters\nkept', 'heads\nremoved', 'channels\nremoved'),
+    *('perplexity\n(dense)', 'latency\n(dense)', 'time'),
+  ):
+    table.add_column(column, justify='right', no_wrap=True)
+  for entry in entries:
+    table.add_row(
+      Text(entry['name']),
+      f'{units.count(entry["params_pruned"])}\n'
+      f'{units.share(entry["params_kept"])}',
+      units.share(entry['heads_removed']),
+      units.share(entry['channels_removed']),
+      _pair(entry['perplexity'], lambda measured: f'{measured["value"]:.2f}'),
+      _pair(entry['latency'], units.milliseconds),
+      units.duration(entry['seconds']),
+    )
+  console = Console(highlight=False, markup=False)
+  console.print(table)
+  for warning in warnings:
+    console.print(f'warning: {warning}', soft_wrap=True)
+
+
+def _pair(pair: dict[str, Any] | None, form: Callable[[Any], str]) -> str:
+  return f'{form(pair["pruned"])}\n({form(pair["dense"])})' if pair else '–'

@@ -1,0 +1,102 @@
+"""Hugging Face data sets: NAME[/CONFIG][:SPLIT].
+
+NAME is a local folder, written by `save_to_disk` or of parquet, JSON or CSV
+files, or OWNER/NAME on the Hub. The network is used for the latter alone.
+"""
+
+import dataclasses
+import importlib.metadata
+from pathlib import Path
+from typing import Any
+
+from lorapr_jax.errors import UserError
+
+# What `save_to_disk` leaves of one data set, and of several splits.
+_SAVED = ('state.json', 'dataset_dict.json')
+
+
+@dataclasses.dataclass(frozen=True)
+class HubSpec:
+  """NAME[/CONFIG][:SPLIT] taken apart.
+
+  Attributes:
+    name: a folder, or OWNER/NAME on the Hub.
+    config: of a data set on the Hub, or None.
+    split: or None: `train`, or all that a saved data set without splits has.
+  """
+
+  name: str
+  config: str | None
+  split: str | None
+
+
+def parse_hub(path: str) -> HubSpec:
+  """Takes NAME[/CONFIG][:SPLIT] apart; reads and fetches nothing.
+
+  Raises:
+    UserError: if it is neither a folder nor a name that the Hub could have, or
+      the package `datasets` is not installed.
+  """
+  try:
+    importlib.metadata.version('datasets')
+  except importlib.metadata.PackageNotFoundError:
+    raise UserError(
+      f"hf:{path} needs the package datasets: pip install 'lorapr-jax[hf]'"
+    ) from None
+  name, _, split = path.partition(':')
+  if name and Path(name).is_dir():
+    # Absolute, since `json` alone would be a kind of file to `datasets`.
+    return HubSpec(str(Path(name).absolute()), None, split or None)
+  parts = name.split('/')
+  if len(parts) > 3 or not all(part.strip('.~') for part in parts):
+    raise UserError(
+      f'hf:{path}: {name} is no folder, nor OWNER/NAME[/CONFIG] on the Hub'
+    )
+  config = parts.pop() if len(parts) == 3 else None
+  return HubSpec('/'.join(parts), config, split or None)
+
+
+def read_hub(path: str, column: str) -> list[str]:
+  """The texts of a column, in order; a missing one is empty.
+
+  Raises:
+    UserError: if there is no such data set, split or column, or it holds
+      something else than text.
+  """
+  spec = parse_hub(path)
+  # Here, since it takes seconds and other data need none.
+  import datasets
+
+  try:
+    data = _load(spec)
+  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    reason = str(error).strip().partition('\n')[0] or repr(error)
+    raise UserError(f'hf:{path}: {reason}') from None
+  if column not in data.column_names:
+    raise UserError(
+      f'hf:{path} has no column {column!r}; it has '
+      + ', '.join(data.column_names)
+    )
+  texts = ['' if text is None else text for text in data[column]]
+  if not all(isinstance(text, str) for text in texts):
+    raise UserError(f'hf:{path}: the column {column!r} is not text')
+  return texts
+
+
+def _load(spec: HubSpec) -> Any:
+  import datasets
+
+  saved = any((Path(spec.name) / file).is_file() for file in _SAVED)
+  if not saved:
+    return datasets.load_dataset(
+      spec.name, spec.config, split=spec.split or 'train'
+    )
+  data = datasets.load_from_disk(spec.name)
+  if isinstance(data, datasets.Dataset):
+    if spec.split:
+      raise ValueError(f'it has no splits, so no {spec.split!r}')
+    return data
+  split = spec.split or 'train'
+  if split not in data:
+    raise ValueError(f'it has no split {split!r}; it has {", ".join(data)}')
+  return data[split]

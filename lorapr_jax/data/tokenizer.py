@@ -1,0 +1,122 @@
+"""A folder's tokenizer: text to ids and back, and its chat template."""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+import warnings
+
+import numpy as np
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json
+
+# One of these holds the vocabulary.
+_VOCABULARIES = ('tokenizer.json', 'tokenizer.model*', 'vocab.json', 'tekken*')
+
+
+@contextlib.contextmanager
+def _quiet(logging: Any) -> Iterator[None]:
+  """Without transformers' warnings, which are about model types like ours."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity_error()
+  try:
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', FutureWarning)
+      yield
+  finally:
+    logging.set_verbosity(verbosity)
+
+
+class Tokenizer:
+  """A folder's tokenizer, with its own habits about special tokens."""
+
+  def __init__(self, folder: str | Path):
+    """Loads the files of a Hugging Face folder.
+
+    Raises:
+      UserError: if there is no tokenizer that transformers can read.
+    """
+    # Here, since it takes seconds and synthetic data needs none.
+    import transformers
+
+    self.folder = Path(folder)
+    if not any(any(self.folder.glob(name)) for name in _VOCABULARIES):
+      raise UserError(
+        f'{folder} holds no tokenizer files: tokenizer.json (or '
+        "tokenizer.model) is missing; copy the original model's"
+      )
+    try:
+      with _quiet(transformers.logging):
+        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
+          self.folder, local_files_only=True, trust_remote_code=False
+        )
+    # What a damaged file raises is up to transformers and tokenizers, which
+    # raises Exception itself.
+    except Exception as error:
+      self._check_files()
+      raise self._error('the tokenizer', error) from error
+    self.eos_token_id = self._tokenizer.eos_token_id
+
+  def _check_files(self) -> None:
+    """Names what is wrong with the files, where that can be told."""
+    for path in sorted(self.folder.glob('tokenizer*.json')):
+      if read_json(path).get('auto_map'):
+        raise UserError(
+          f'{path} asks for code of its own (auto_map), and no code of a model '
+          'is ever run: use tokenizer files that need none'
+        )
+
+  def encode(self, text: str) -> np.ndarray:
+    """The ids of a text, with BOS in front if that is the tokenizer's habit."""
+    ids = self._tokenizer(text, verbose=False)['input_ids']
+    # Some tokenizers end every text with EOS: that is the packing's business.
+    if ids and ids[-1] == self.eos_token_id:
+      ids = ids[:-1]
+    return np.asarray(ids, np.int32)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of ids, without special tokens; U+FFFD for half a character."""
+    return self._tokenizer.decode(
+      [int(i) for i in ids],
+      skip_special_tokens=True,
+      clean_up_tokenization_spaces=False,
+    )
+
+  @property
+  def has_chat_template(self) -> bool:
+    """Whether `encode_chat` can be used."""
+    return bool(self._tokenizer.chat_template)
+
+  def encode_chat(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
+    """The ids of a conversation, up to where the assistant's answer begins.
+
+    Args:
+      messages: {'role': 'system', 'user' or 'assistant', 'content': text}.
+
+    Raises:
+      UserError: if there is no template, or it does not take these messages.
+    """
+    import jinja2
+
+    try:
+      ids = self._tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=True, return_dict=True
+      )['input_ids']
+    except (ValueError, jinja2.TemplateError) as error:
+      raise self._error('the chat template', error) from None
+    return np.asarray(ids, np.int32)
+
+  def _error(self, what: str, error: Exception) -> UserError:
+    reason = str(error).strip().partition('\n')[0] or repr(error)
+    return UserError(f'{what} of {self.folder} cannot be used: {reason}')
+
+  @property
+  def fingerprint(self) -> bytes:
+    """A hash of the tokenizer's files."""
+    digest = hashlib.sha256()
+    names = ('*token*', 'vocab.json', 'merges.txt')
+    for file in sorted(f for n in names for f in self.folder.glob(n)):
+      digest.update(file.name.encode() + b'\0' + file.read_bytes())
+    return digest.digest()

@@ -1,0 +1,184 @@
+"""A run's checkpoint, or a folder, written in any layout and format."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+import numpy as np
+
+from lorapr_jax import routes, sharding
+from lorapr_jax.checkpoint import RUN_FILE, read_adapters
+from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json
+from lorapr_jax.finish import cut, kept_of, pruned_model
+from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
+from lorapr_jax.inputs import load_base
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.llama import logical_axes, param_shapes
+from lorapr_jax.pruning.shrink import Kept, shrunk_config
+from lorapr_jax.settings import split_model
+
+
+def export(
+  source: Path, route: routes.Route, base: Path | None = None
+) -> dict[str, Any]:
+  """Writes `source` as `route` says, and compares what was written with it.
+
+  Args:
+    source: a run's workdir, finished or not: its last checkpoint is cut as its
+      masks stand, and merged. Or a Hugging Face folder, such as an export.
+      Nothing in it changes.
+    route: where to and how.
+    base: of a workdir whose base has moved: where it is now.
+
+  Returns:
+    As `routes.write`, and {'parameters'} of the pruned model.
+
+  Raises:
+    UserError: for what cannot be exported so, before any weights are read.
+  """
+  route.check_path()
+  if (source / RUN_FILE).exists():
+    model, weights = _of_run(source, route, base)
+  elif (source / 'config.json').exists():
+    if base is not None:
+      raise UserError(f'--base goes with a workdir; {source} is a folder')
+    model, weights = _of_folder(source, route)
+  else:
+    raise UserError(
+      f"{source} is neither a run's workdir, with {RUN_FILE}, nor a Hugging "
+      'Face folder, with config.json'
+    )
+  written = routes.write(route, model, weights)
+  return {**written, 'parameters': model.config.num_parameters}
+
+
+def _of_run(
+  workdir: Path, route: routes.Route, base: Path | None
+) -> tuple[routes.Model, routes.Weights]:
+  run = read_json(workdir / RUN_FILE)
+  config = config_dict.ConfigDict(run['config'])
+  config.model.path = _base_path(workdir, config.model.path, base)
+  # The masks say what is left: the mesh had its part in that while training.
+  sizes, lora_config, plan = split_model(config, tensor_parallel=1)
+  if sizes.to_hf() != run['resolved']['model']:
+    raise UserError(
+      f'{config.model.path} is not the base of {workdir}: its config.json has '
+      'other sizes'
+    )
+  dtype = run['resolved']['base_dtype']
+  lora, masks = read_adapters(workdir)
+  kept = kept_of(masks)
+  path = Path(config.model.path) if config.model.path else None
+  if path:
+    check_tensors(Shards(path), sizes)
+  model = pruned_model(
+    path,
+    sizes,
+    kept,
+    dtype=dtype,
+    plan=plan,
+    settings=run['config']['prune'],
+  )
+  _check_same_base(workdir, model)
+  route.check(model)
+  params = load_base(
+    path, sizes, jnp.dtype(dtype), _places(sizes, dtype), config.train.seed
+  )
+  weights = cut(
+    sizes, lora_config, params, lora, kept, unmerged=route.kind == 'peft'
+  )
+  return model, weights
+
+
+def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
+  if not recorded:
+    if given:
+      raise UserError(
+        f'{workdir} started from random weights: leave out --base'
+      )
+    return ''
+  path = Path(recorded if given is None else given)
+  if not path.is_dir():
+    raise UserError(
+      f'{path}, the base of {workdir}, is not a folder: say where it is now '
+      'with --base FOLDER'
+    )
+  return str(path)
+
+
+def _check_same_base(workdir: Path, model: routes.Model) -> None:
+  """A finished run's export says which weights it started from."""
+  path = workdir / 'export' / 'pruning.json'
+  if path.exists():
+    sha256 = read_json(path)['base']['sha256']
+    if sha256 != model.pruning['base']['sha256']:
+      raise UserError(
+        f'{model.base} is not the base of {workdir}: its weights are others '
+        f'than {path} says'
+      )
+
+
+def _of_folder(
+  folder: Path, route: routes.Route
+) -> tuple[routes.Model, routes.Weights]:
+  if route.kind == 'peft':
+    raise UserError(
+      f"{folder}: LoRA is merged into a folder's weights; an adapter is "
+      "exported from the run's workdir"
+    )
+  config, shards = load_config(folder), Shards(folder)
+  check_tensors(shards, config)
+  dtype = shards.dtype.name
+  before, kept, pruning = None, None, None
+  if (folder / 'pruning.json').exists():
+    pruning = read_json(folder / 'pruning.json')
+    before, kept = _cut_of(folder / 'pruning.json', pruning, config)
+  model = routes.Model(
+    name=folder.resolve().name,
+    config=config,
+    dtype=dtype,
+    base=folder,
+    before=before,
+    kept=kept,
+    pruning=pruning,
+  )
+  route.check(model)
+  params = load_params(folder, config, _places(config, dtype), jnp.dtype(dtype))
+  return model, routes.Weights(params)
+
+
+def _cut_of(
+  path: Path, pruning: dict[str, Any], config: LlamaConfig
+) -> tuple[LlamaConfig | None, Kept | None]:
+  """The sizes before the cut and what it left, as pruning.json says it."""
+  sizes = pruning.get('base', {}).get('config')
+  if sizes is None:  # Written before the sizes were.
+    return None, None
+  layers = LlamaConfig.from_hf({'model_type': 'llama', **sizes}).layers
+  before = dataclasses.replace(config, layers=layers)
+  kept = tuple(
+    {group: np.asarray(indices) for group, indices in layer.items()}
+    for layer in pruning['kept']
+  )
+  # An export that is padded has the sizes before the cut.
+  if config not in (before, shrunk_config(before, kept)):
+    raise UserError(
+      f'{path} is of another model: it says that other sizes were left than '
+      'config.json has'
+    )
+  return before, kept
+
+
+def _places(config: LlamaConfig, dtype: str) -> Any:
+  """A sharding for every tensor: over all devices where they divide it."""
+  divides = config.embed_dim % jax.device_count() == 0
+  sizes = (1, -1, 1) if divides else (-1, 1, 1)
+  return sharding.shardings(
+    sharding.make_mesh(sharding.mesh_sizes(*sizes)),
+    logical_axes(config)['params'],
+    param_shapes(config, jnp.dtype(dtype)),
+  )

@@ -1,0 +1,121 @@
+"""What reading and writing a GGUF share: names of tensors, rows, RoPE.
+
+GGUF is llama.cpp's file format: metadata, which take the place of config.json
+and of the tokenizer's files, and tensors, which are mostly quantised.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LlamaConfig, RopeScaling
+
+# One size for all layers; and a list of sizes, one a layer.
+UNIFORM, PER_LAYER = 'llama', 'deci'
+ROPE_FACTORS = 'rope_freqs.weight'
+# What llama.cpp has no key for, and skips: the parameters behind the table of
+# RoPE factors, and the end tokens where there are several.
+SCALING_KEYS = {
+  field.name: f'lorapr_jax.rope_scaling.{field.name}'
+  for field in dataclasses.fields(RopeScaling)
+}
+EOS_IDS = 'lorapr_jax.eos_token_ids'
+
+_LAYER_TENSORS = {
+  'attn_norm': 'input_layernorm',
+  'attn_q': 'self_attn.q_proj',
+  'attn_k': 'self_attn.k_proj',
+  'attn_v': 'self_attn.v_proj',
+  'attn_output': 'self_attn.o_proj',
+  'ffn_norm': 'post_attention_layernorm',
+  'ffn_gate': 'mlp.gate_proj',
+  'ffn_up': 'mlp.up_proj',
+  'ffn_down': 'mlp.down_proj',
+}
+
+
+class Metadata(dict[str, Any]):
+  """The key-value part of a GGUF; errors name the file and the key."""
+
+  def __init__(self, path: Any, values: Any):
+    super().__init__(values)
+    self._path = path
+
+  def error(self, problem: str) -> UserError:
+    return UserError(f'{self._path}: {problem}')
+
+  def __missing__(self, key: str) -> Any:
+    raise self.error(f'{key} is absent')
+
+  def take(self, key: str, kind: type, default: Any = None) -> Any:
+    """Removes and returns a value, which must be of this type."""
+    value = self.pop(key, self[key] if default is None else default)
+    if not isinstance(value, kind):
+      raise self.error(f'{key} is {value!r}, not of type {kind.__name__}')
+    # Stored in float32: 1e-5 is meant where 9.999999747378752e-06 is read.
+    return float(str(np.float32(value))) if kind is float else value
+
+  def take_only(self, key: str, *values: Any) -> Any:
+    """Removes and returns a value: one of these, or absent (the first)."""
+    found = self.pop(key, values[0])
+    if found not in values:
+      supported = ' and '.join(map(repr, values))
+      raise self.error(f'{key} is {found!r}; only {supported} is supported')
+    return found
+
+
+def hf_names(config: LlamaConfig) -> dict[str, str]:
+  """GGUF's name of every weight -> Hugging Face's, in the model's order."""
+  names = {'token_embd': 'model.embed_tokens'}
+  for i in range(len(config.layers)):
+    for name, hf_name in _LAYER_TENSORS.items():
+      names[f'blk.{i}.{name}'] = f'model.layers.{i}.{hf_name}'
+  names['output_norm'] = 'model.norm'
+  if not config.tie_embeddings:
+    names['output'] = 'lm_head'
+  return {f'{k}.weight': f'{v}.weight' for k, v in names.items()}
+
+
+def is_rotated(name: str) -> bool:
+  """Whether GGUF's tensor of this name makes queries or keys."""
+  return name.endswith(('attn_q.weight', 'attn_k.weight'))
+
+
+def interleaved_to_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
+  """Reorders each head's rows from x0 y0 x1 y1 .. to x0 x1 .. y0 y1 ..
+
+  RoPE rotates the pairs (x, y). GGUF keeps a pair together, Hugging Face keeps
+  the first of all pairs, then the second of all.
+
+  Args:
+    weight: (heads * head_dim, embed), of query or of KV heads.
+    head_dim: rows of a head.
+  """
+  pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
+  return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def halves_to_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
+  """The inverse of `interleaved_to_halves`."""
+  halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
+  return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def rope_factors(config: LlamaConfig) -> np.ndarray:
+  """By what llama.cpp divides each frequency, (H/2,) in float32.
+
+  1 / (k + (1 - k) / factor), where k is the share of a frequency that Llama
+  3's scaling keeps: models/layers.rope_frequencies. Ones without scaling.
+  """
+  scaling = config.rope_scaling
+  if scaling is None:
+    return np.ones(config.head_dim // 2, np.float32)
+  exponents = np.arange(0, config.head_dim, 2) / config.head_dim
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  turns = scaling.original_max_position_embeddings / (2 * math.pi)
+  turns = turns / config.rope_theta**exponents
+  keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  return (1.0 / (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)

@@ -1,0 +1,91 @@
+"""The forward pass of tokens that follow those in a cache. Letters: axes.py.
+
+A cache holds the keys and values of S positions, of which the first are
+filled: (k, v) for each stack, both (L, B, S, K, H).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from lorapr_jax.models import llama
+from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.layers import RMSNorm
+
+Cache = tuple[tuple[Array, Array], ...]
+
+
+def empty_cache(config: LlamaConfig, B: int, S: int, dtype: Any) -> Cache:
+  """Room for S positions of B sequences."""
+
+  def zeros(stack):
+    K, H = stack.shape.num_kv_heads, config.head_dim
+    return jnp.zeros((stack.size, B, S, K, H), dtype)
+
+  return tuple((zeros(stack), zeros(stack)) for stack in config.stacks)
+
+
+def hidden_states(
+  params: Any,
+  tokens: Array,
+  cache: Cache,
+  start: Array,
+  config: LlamaConfig,
+  *,
+  dtype: Any = jnp.float32,
+) -> tuple[Array, Cache]:
+  """As `llama.hidden_states`, for positions start to start + T - 1.
+
+  Args:
+    params: the weights, without adapters.
+    tokens: (B, T) ids.
+    cache: filled before `start`; start + T must not exceed its S.
+    start: a scalar.
+    config: the sizes.
+    dtype: of the computation.
+
+  Returns:
+    The last layer's normalised output, (B, T, D), and the cache with these
+    positions filled.
+  """
+  B, T = tokens.shape
+  angles = llama.rope_angles(config, start + jnp.arange(T))
+  x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
+  filled = []
+  for i, stack in enumerate(config.stacks):
+    layer = _layer(config, stack.shape, angles, start)
+    # The cache is carried: written in place, where an output would be a copy.
+    (x, kv), _ = jax.lax.scan(
+      layer, (x, cache[i]), (params['stacks'][i], jnp.arange(stack.size))
+    )
+    filled.append(kv)
+  norm = RMSNorm(config.norm_eps)
+  x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
+  return x, tuple(filled)
+
+
+def _layer(
+  config: LlamaConfig, shape: LayerShape, angles: Array, start: Array
+) -> Callable[..., Any]:
+  def layer(carry, inputs):
+    x, kv = carry
+    weights, i = inputs
+
+    def attend(q, *new):
+      nonlocal kv
+      kv = tuple(
+        jax.lax.dynamic_update_slice(old, x[None], (i, 0, start, 0, 0))
+        for old, x in zip(kv, new, strict=True)
+      )
+      k, v = (x[i] for x in kv)
+      return causal_attention(q, k, v, start)
+
+    block = llama.Block(config, shape, attend=attend)
+    x = block.apply({'params': weights}, x, angles)
+    return (x, kv), None
+
+  return layer

@@ -1,0 +1,35 @@
+"""What a model costs to run, from its sizes alone. No jax."""
+
+from lorapr_jax.models.config import LlamaConfig
+
+
+def forward_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+  """Floating-point operations of a forward pass, for each of `seq_len` tokens.
+
+  Two for each weight that multiplies a token, the output matrix among them,
+  plus causal attention: token t meets t keys and t values, so on average
+  4 H (T + 1) / 2 operations in each of a layer's query heads. Norms, RoPE and
+  the softmax are left out: they are below a hundredth.
+
+  Args:
+    config: the sizes.
+    seq_len: T, tokens.
+  """
+  tables = config.vocab_size * config.embed_dim
+  norms = (2 * len(config.layers) + 1) * config.embed_dim
+  weights = config.num_parameters - norms
+  if not config.tie_embeddings:
+    weights -= tables  # The input embeddings are looked up.
+  heads = sum(layer.num_heads for layer in config.layers)
+  return 2.0 * weights + 2.0 * config.head_dim * heads * (seq_len + 1)
+
+
+def kv_cache_bytes_per_token(config: LlamaConfig, bytes_each: int) -> int:
+  """Bytes that generation keeps of every token: a key and a value a KV head.
+
+  Args:
+    config: the sizes.
+    bytes_each: of a number in the cache.
+  """
+  kv_heads = sum(layer.num_kv_heads for layer in config.layers)
+  return 2 * kv_heads * config.head_dim * bytes_each

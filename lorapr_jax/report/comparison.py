@@ -1,0 +1,63 @@
+"""Runs beside each other, and whether their perplexities compare."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lorapr_jax.report.run import Run
+
+
+def entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
+  """One entry for each run: what the table of `report` shows."""
+  names = [run.workdir.resolve().name for run in runs]
+  return [
+    {
+      # Two folders of one name are told apart by their paths.
+      'name': name if names.count(name) == 1 else str(run.workdir),
+      'workdir': str(run.workdir),
+      'model': run.summary['model'],
+      'base': run.base,
+      'params_dense': run.summary['params_dense'],
+      'params_pruned': run.summary['params_pruned'],
+      'params_kept': run.summary['params_pruned'] / run.summary['params_dense'],
+      'heads_removed': run.summary['sparsity']['heads']['achieved'],
+      'channels_removed': run.summary['sparsity']['channels']['achieved'],
+      'perplexity': run.summary.get('perplexity') or None,
+      'latency': run.summary.get('latency'),
+      'seconds': sum(run.summary['seconds'].values()),
+    }
+    for name, run in zip(names, runs, strict=True)
+  ]
+
+
+def warnings(compared: Sequence[dict[str, Any]]) -> list[str]:
+  """Why perplexities of these entries do not compare; none if they do."""
+  found = [
+    f'{entry["name"]} has no perplexity'
+    for entry in compared
+    if not entry['perplexity']
+  ]
+  measured = [entry for entry in compared if entry['perplexity']]
+  for what, of in _MEASURED_ON.items():
+    named: dict[str, list[str]] = {}
+    for entry in measured:
+      named.setdefault(str(of(entry)), []).append(entry['name'])
+    if len(named) > 1:
+      listed = '; '.join(f'{v} ({", ".join(n)})' for v, n in named.items())
+      found.append(f'perplexities do not compare, {what}: {listed}')
+  return found
+
+
+def _base(entry: dict[str, Any]) -> str:
+  # The hash: copies of a folder are the same base. Random weights have none.
+  sha256 = entry['base'].get('sha256')
+  return f'SHA-256 {sha256[:12]}...' if sha256 else entry['model']
+
+
+# What perplexities that compare have in common.
+_MEASURED_ON = {
+  'other data': lambda entry: entry['perplexity']['pruned']['data'],
+  'another split': lambda entry: entry['perplexity']['pruned'].get('split'),
+  'another length': lambda entry: entry['perplexity']['pruned']['seq_len'],
+  'other windows': lambda entry: entry['perplexity']['pruned']['windows'],
+  'another base': _base,
+}

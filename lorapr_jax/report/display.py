@@ -1,0 +1,155 @@
+"""What people see while a run goes: a live panel, or plain lines."""
+
+from collections.abc import Mapping
+import contextlib
+from datetime import timedelta
+import logging
+import time
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+
+class Display(contextlib.AbstractContextManager):
+  """Phases with the time spent in each, the loop's progress, and warnings.
+
+  On a terminal a panel is kept up to date in place; elsewhere each phase and
+  each logged step is a line. What the package's modules log as warnings in
+  the meantime is printed, and kept for the summary.
+
+  Attributes:
+    seconds: spent in each phase that has ended.
+    warnings: each once.
+  """
+
+  def __init__(self, console: Console, title: str, steps: int):
+    """A run of `steps` steps; `title` is the panel's."""
+    self.seconds: dict[str, float] = {}
+    self.warnings: list[str] = []
+    self._console, self._title, self._steps = console, title, steps
+    self._phase: str | None = None
+    self._begin = 0.0
+    self._step: int | None = None
+    self._lines: list[str] = []
+    self._notice: str | None = None
+    self._live: Live | None = None
+    if console.is_interactive:
+      self._live = Live(console=console, get_renderable=self._panel)
+    self._handler = _Warnings(self)
+    self._logger = logging.getLogger(__name__.partition('.')[0])
+
+  def __enter__(self) -> 'Display':
+    self._logger.addHandler(self._handler)
+    # The root logger's handlers would print them a second time.
+    self._logger.propagate = False
+    if self._live:
+      self._live.start()
+    return self
+
+  def __exit__(self, *_: Any) -> None:
+    self.stop()
+    if self._live:
+      self._live.stop()
+    self._logger.propagate = True
+    self._logger.removeHandler(self._handler)
+
+  def start(self, phase: str) -> None:
+    """Ends the phase before and starts this one."""
+    self.stop()
+    self._begin, self._phase = time.perf_counter(), phase
+    if not self._live:
+      self.print(phase)
+
+  def stop(self) -> None:
+    """Ends the phase."""
+    self.seconds, self._phase = self._times(), None
+
+  def show(self, record: Mapping[str, float], memory_bytes: int) -> None:
+    """Shows a logged step.
+
+    Args:
+      record: a line of metrics.jsonl.
+      memory_bytes: the largest use so far.
+    """
+    self._step = int(record['step']) + 1
+    left = timedelta(
+      seconds=round(record['seconds'] * (self._steps - self._step))
+    )
+    quality = f'loss {record["loss"]:.3f}'
+    if 'perplexity' in record:
+      quality += f'  perplexity {record["perplexity"]:.2f}'
+    self._lines = [
+      f'{quality}  heads -{record["heads_sparsity"]:.1%}  '
+      f'channels -{record["channels_sparsity"]:.1%}  '
+      f'parameters kept {record["params_kept"]:.1%}',
+      f'{record["tokens_per_second"]:,.0f} tokens/s  '
+      f'memory {memory_bytes / 1e9:.2f} GB  {left} left',
+    ]
+    if not self._live:
+      self.print(f'{self._step}/{self._steps}  ' + '  '.join(self._lines))
+
+  def print(self, text: str) -> None:
+    """A line of its own, above the panel."""
+    # As it is: a path may hold what looks like markup or like :x: an emoji.
+    self._console.print(
+      text, markup=False, emoji=False, highlight=False, soft_wrap=True
+    )
+
+  def warn(self, text: str) -> None:
+    """Prints a warning and keeps it, unless it is known already."""
+    if text not in self.warnings:
+      self.warnings.append(text)
+      self.print(f'warning: {text}')
+
+  def notice_stop(self) -> None:
+    """Says that the run will stop. For a signal handler: it prints nothing.
+
+    The panel shows it when it is next drawn.
+    """
+    self._notice = 'stopping after this step; Ctrl-C again stops at once'
+
+  def _times(self) -> dict[str, float]:
+    """The seconds of each phase, those of the present one included."""
+    times = dict(self.seconds)
+    if self._phase:
+      spent = time.perf_counter() - self._begin
+      times[self._phase] = times.get(self._phase, 0.0) + spent
+    return times
+
+  def _panel(self) -> RenderableType:
+    """The panel as it is now; called in a thread of its own."""
+    phase = self._phase
+    parts: list[RenderableType] = [
+      Text('  ').join(
+        Text(f'{name} {seconds:.0f} s', 'bold' if name == phase else 'dim')
+        for name, seconds in self._times().items()
+      )
+    ]
+    if self._step is not None:
+      progress = Table.grid(padding=(0, 1), expand=True)
+      progress.add_column(no_wrap=True)
+      progress.add_column(ratio=1)
+      progress.add_row(
+        f'step {self._step} of {self._steps}',
+        ProgressBar(total=self._steps, completed=self._step),
+      )
+      parts += [progress, *(Text(line) for line in self._lines)]
+    if self._notice:
+      parts.append(Text(self._notice, 'yellow'))
+    return Panel(Group(*parts), title=Text(self._title), title_align='left')
+
+
+class _Warnings(logging.Handler):
+  """Hands the warnings that are logged to a display."""
+
+  def __init__(self, display: Display):
+    super().__init__(logging.WARNING)
+    self._display = display
+
+  def emit(self, record: logging.LogRecord) -> None:
+    self._display.warn(record.getMessage())

@@ -1,0 +1,281 @@
+"""The report: one HTML file that needs nothing but itself."""
+
+from collections.abc import Mapping, Sequence
+import json
+import math
+from pathlib import Path
+import shlex
+from typing import Any
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.report import comparison, plots, units
+from lorapr_jax.report.run import Run, read_run
+
+REPORT_FILE = 'report.html'
+_TEMPLATES = Path(__file__).parent / 'templates'
+_NAMES = {KV_HEADS: 'KV heads', QUERIES: 'query heads', CHANNELS: 'channels'}
+_TITLES = {
+  'hf': 'Hugging Face folder',
+  'gguf': 'GGUF file',
+  'peft': 'LoRA adapter over the pruned base',
+}
+_KINDS = {'heads': 'heads', 'channels': 'channels', 'params': 'parameters'}
+
+
+def render_report(workdir: str | Path) -> str:
+  """The page of one run, from the files of its workdir alone.
+
+  What an older run did not write is said to be missing.
+
+  Raises:
+    UserError: if the run is not finished, or a file is damaged.
+  """
+  run = read_run(workdir)
+  summary = run.summary
+  return _render(
+    'report.html.jinja',
+    run=run,
+    summary=summary,
+    verdict=_verdict(summary),
+    targets=[
+      {'kind': name, **summary['sparsity'][kind]}
+      for kind, name in _KINDS.items()
+    ],
+    before_after=_before_after(summary),
+    curves=_curves(run),
+    kept=_kept(run),
+    importance=_importance(run),
+    warnings=_warnings(run),
+    total_seconds=sum(summary['seconds'].values()),
+    exports=_exports(run),
+    command=_command(summary.get('command', '')),
+    config_json=json.dumps(run.config, indent=2, ensure_ascii=False),
+  )
+
+
+def render_comparison(workdirs: Sequence[str | Path]) -> str:
+  """The page that compares finished runs.
+
+  Raises:
+    UserError: if a run is not finished, or a file is damaged.
+  """
+  compared = comparison.entries([read_run(w) for w in workdirs])
+  points, dense = [], set()
+  for number, entry in enumerate(compared, 1):
+    if entry['perplexity']:
+      value = entry['perplexity']['pruned']['value']
+      points.append((str(number), entry['params_kept'], value))
+      dense.add((1.0, entry['perplexity']['dense']['value']))
+  return _render(
+    'comparison.html.jinja',
+    entries=compared,
+    warnings=comparison.warnings(compared),
+    figure=points and plots.perplexity_against_size(points, sorted(dense)),
+  )
+
+
+def _render(template: str, **context: Any) -> str:
+  import jinja2
+
+  environment = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(_TEMPLATES),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+  )
+  environment.filters |= {
+    name: getattr(units, name)
+    for name in ('count', 'duration', 'milliseconds', 'share', 'size')
+  }
+  environment.globals['change'] = units.change
+  return environment.get_template(template).render(context)
+
+
+def _verdict(summary: Mapping[str, Any]) -> str:
+  """What the run did, in one sentence of numbers."""
+  dense, pruned = summary['params_dense'], summary['params_pruned']
+  if dense == pruned:
+    text = f'No parameters were removed of {units.parameters(dense)}'
+  else:
+    text = (
+      f'{1 - pruned / dense:.1%} of the parameters were removed '
+      f'({units.parameters(dense)} to {units.parameters(pruned)})'
+    )
+  parts = []
+  if summary.get('perplexity'):
+    before, after = (summary['perplexity'][k] for k in ('dense', 'pruned'))
+    parts.append(
+      f'perplexity went from {before["value"]:.2f} to {after["value"]:.2f} on '
+      f'{before["data"]}'
+    )
+  else:
+    parts.append('perplexity was not measured')
+  if latency := summary.get('latency'):
+    ratio = latency['pruned'] / latency['dense']
+    word = 'less' if ratio <= 1 else 'more'
+    parts.append(f'a prefill takes {abs(1 - ratio):.1%} {word} time')
+  return f'{text}; {" and ".join(parts)}.'
+
+
+def _before_after(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+  rows = []
+
+  def add(name, pair, form, note=''):
+    if pair:
+      before, after = pair['dense'], pair['pruned']
+      rows.append(
+        {
+          'name': name,
+          'note': note,
+          'dense': form(before),
+          'pruned': form(after),
+          'change': units.change(before, after),
+        }
+      )
+
+  params = {k: summary[f'params_{k}'] for k in ('dense', 'pruned')}
+  add('parameters', params, units.count)
+  add('size of the weights', summary.get('bytes'), units.size)
+  flops = summary.get('flops_per_token')
+  note = flops and f'forward, at {flops["seq_len"]} tokens of context'
+  add('operations for a token', flops, units.operations, note)
+  cache = summary.get('kv_cache_bytes_per_token')
+  add('KV cache for a token', cache, units.size)
+  measured = summary.get('perplexity')
+  if measured:
+    on = measured['dense']
+    split = f', split {on["split"]}' if on.get('split') else ''
+    note = (
+      f'{on["data"]}{split}, {on["windows"]} windows of {on["seq_len"]} tokens'
+    )
+    values = {k: measured[k]['value'] for k in ('dense', 'pruned')}
+    add('perplexity', values, '{:.2f}'.format, note)
+  latency = summary.get('latency')
+  note = latency and (
+    f'median of a prefill of {latency["batch_size"]} x {latency["seq_len"]} '
+    'tokens, where the run ran'
+  )
+  add('latency', latency, units.milliseconds, note)
+  return rows
+
+
+def _curves(run: Run) -> dict[str, str]:
+  """The figures over steps; empty where nothing was logged."""
+  records = run.metrics
+  curves = {}
+  if records:
+    curves['loss'] = plots.loss(records)
+    curves['sparsity'] = plots.sparsity(records)
+  measured = run.summary.get('perplexity')
+  if records and measured:
+    curves['perplexity'] = plots.perplexity(
+      records,
+      measured['dense']['value'],
+      measured['pruned']['value'],
+      records[-1]['step'] + 1,
+    )
+  return curves
+
+
+def _kept(run: Run) -> list[dict[str, Any]]:
+  return [
+    {
+      'name': _NAMES[group],
+      'title': _title(_NAMES[group]),
+      'total': kept.shape[1],
+      'binned': kept.shape[1] > plots.MAX_COLUMNS,
+      'layers': [
+        {'first': first, 'last': last, 'count': int(kept[first].sum())}
+        for first, last in plots.runs(kept.sum(axis=1).tolist())
+      ],
+      'figure': plots.kept_map(f'kept-{i}', _NAMES[group], kept),
+    }
+    for i, (group, kept) in enumerate(run.kept.items())
+  ]
+
+
+def _title(name: str) -> str:
+  return name[0].upper() + name[1:]
+
+
+def _importance(run: Run) -> list[dict[str, Any]]:
+  result = []
+  for i, (group, scores) in enumerate(run.scores.items()):
+    name = _NAMES[group]
+    ratios = plots.over_cut_line(scores)
+    entry = {'title': _title(name), 'bands': '', 'histogram': '', 'above': 0.0}
+    if len(ratios['cut']) and len(ratios['kept']):
+      entry['bands'] = plots.importance_bands(f'bands-{i}', name, scores)
+      entry['histogram'] = plots.importance_histogram(f'cut-{i}', name, ratios)
+      entry['above'] = float((ratios['cut'] > 1).mean())
+    result.append(entry)
+  return result
+
+
+def _warnings(run: Run) -> list[str]:
+  found = list(run.summary.get('warnings', ()))
+  last = run.metrics[-1] if run.metrics else {}
+  skipped = run.summary.get('skipped_steps', last.get('skipped', 0))
+  if skipped and not any('skipped' in text for text in found):
+    found.append(f'{skipped} steps were skipped: gradients were not finite')
+  values = run.summary.get('perplexity') or {}
+  for name, measured in values.items():
+    if not math.isfinite(measured['value']):
+      found.append(f'the perplexity of the {name} model is not finite')
+  return found
+
+
+def _exports(run: Run) -> list[dict[str, Any]]:
+  """Every export with what loads it."""
+  return [
+    {**export, 'title': _TITLES[kind], 'snippets': _loaders(kind, export)}
+    for kind, export in run.summary['exports'].items()
+  ]
+
+
+def _loaders(kind: str, export: Mapping[str, Any]) -> list[str]:
+  path = export['path']
+  word = shlex.quote(path)
+  # Layers that differ in size need the code that lies beside the weights.
+  remote = ', trust_remote_code=True' if export['layout'] == 'two_shape' else ''
+  if kind == 'gguf':
+    return [f'llama-cli -m {word} -p "Once upon a time"']
+  if kind == 'peft':
+    return [
+      'from peft import PeftModel\n'
+      'from transformers import AutoModelForCausalLM\n\n'
+      f'folder = {path!r}\n'
+      "base = folder + '/base'\n"
+      f'model = AutoModelForCausalLM.from_pretrained(base{remote})\n'
+      'model = PeftModel.from_pretrained(model, folder)'
+    ]
+  return [
+    'from transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
+    f'folder = {path!r}\n'
+    f'model = AutoModelForCausalLM.from_pretrained(folder{remote})\n'
+    'tokenizer = AutoTokenizer.from_pretrained(folder)',
+    f'python -m lorapr_jax generate --model {word}',
+  ]
+
+
+def _command(command: str) -> str:
+  """The command line again, from the sys.argv that was kept."""
+  if not command:
+    return ''
+  try:
+    program, *rest = shlex.split(command)
+  except ValueError as error:
+    raise UserError(
+      f'the command in summary.json is damaged: {error}'
+    ) from None
+  if Path(program).parts[-2:] == ('lorapr_jax', '__main__.py'):
+    words = ['python', '-m', 'lorapr_jax']
+  else:
+    words = ['python', program] if program.endswith('.py') else [program]
+  lines = [shlex.join(words)]
+  for word in rest:
+    joint = ' \\\n  ' if word.startswith('-') else ' '
+    lines.append(joint + shlex.quote(word))
+  return ''.join(lines)

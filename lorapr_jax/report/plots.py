@@ -1,0 +1,310 @@
+"""The report's figures. Empty data draws an empty figure."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lorapr_jax.report.run import Scores
+from lorapr_jax.report.svg import CUT, DENSE, INK, KEPT, RULE, figure
+
+# So many of them at most beside each other in a heat map.
+MAX_COLUMNS = 64
+_SHADES = 8
+# Of a band of importance.
+_LOW, _HIGH = 0.1, 0.9
+
+Records = Sequence[Mapping[str, Any]]
+
+
+def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
+  points = [(r['step'] + 1, r[key]) for r in records if key in r]
+  steps, values = np.array(points, float).reshape(-1, 2).T
+  return steps, np.where(np.isfinite(values), values, np.nan)
+
+
+def _shade_ramp(axes: Any, records: Records) -> None:
+  """Marks the steps from the first group that is masked to the last one."""
+  steps, kept = _series(records, 'params_kept')
+  if kept.size and kept[0] != kept[-1]:
+    first = max(0, np.flatnonzero(kept < kept[0])[0] - 1)
+    last = np.flatnonzero(kept == kept[-1])[0]
+    axes.axvspan(steps[first], steps[last], color=RULE, alpha=0.45, lw=0)
+
+
+def _step_axis(axes: Any) -> None:
+  axes.set_xlabel('step')
+  axes.margins(x=0.02)
+  axes.xaxis.set_major_locator(_locator())
+
+
+def _locator() -> Any:
+  from matplotlib.ticker import MaxNLocator
+
+  return MaxNLocator(5, integer=True)
+
+
+def loss(records: Records) -> str:
+  """The loss of every logged step, and its running mean."""
+  steps, values = _series(records, 'loss')
+
+  def draw(axes):
+    _shade_ramp(axes, records)
+    finite = np.isfinite(values)
+    width = 2 * (finite.sum() // 20) + 1
+    strength = 0.55 if width > 1 else 1
+    axes.plot(steps, values, 'o-', color=KEPT, lw=0.9, ms=1.8, alpha=strength)
+    if width > 1:
+      padded = np.pad(values[finite], width // 2, mode='reflect')
+      mean = np.convolve(padded, np.full(width, 1 / width), 'valid')
+      axes.plot(steps[finite], mean, color=KEPT)
+    _step_axis(axes)
+
+  return figure('loss', 'Loss over steps', draw)
+
+
+def sparsity(records: Records) -> str:
+  """The shares of heads, channels and parameters that are gone."""
+
+  def draw(axes):
+    from matplotlib.ticker import PercentFormatter
+
+    lines = (
+      ('channels_sparsity', CUT, '-'),
+      ('heads_sparsity', KEPT, '--'),
+    )
+    for key, color, style in lines:
+      steps, values = _series(records, key)
+      axes.step(steps, values, style, where='post', color=color)
+    steps, kept = _series(records, 'params_kept')
+    axes.step(steps, 1 - kept, ':', where='post', color=DENSE)
+    axes.set_ylim(0)
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _step_axis(axes)
+
+  return figure('sparsity', 'Shares removed over steps', draw)
+
+
+def perplexity(
+  records: Records, dense: float, pruned: float, last_step: int
+) -> str:
+  """Of the masked, adapted model; the dense and the exported one."""
+  steps, values = _series(records, 'perplexity')
+
+  def draw(axes):
+    _shade_ramp(axes, records)
+    axes.axhline(dense, color=DENSE, ls='--', lw=1.4)
+    axes.plot(steps, values, 'o-', color=KEPT, ms=3.5)
+    axes.plot([last_step], [pruned], 'D', color=CUT, ms=6)
+    seen = np.array([dense, pruned, *values[np.isfinite(values)]])
+    if seen.max() > 8 * seen.min():
+      _log_axis(axes)
+    axes.set_xlim(0)
+    _step_axis(axes)
+
+  return figure('perplexity', 'Perplexity over steps', draw)
+
+
+def _log_axis(axes: Any) -> None:
+  from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+  axes.set_yscale('log')
+  low, high = axes.get_ylim()
+  wide = high > 10 * low
+  locator = (
+    LogLocator(subs=(1.0, 3.0)) if wide else MaxNLocator(5, steps=[1, 2, 5, 10])
+  )
+  axes.yaxis.set_major_locator(locator)
+  axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f'{value:.3g}'))
+  axes.minorticks_off()
+
+
+def kept_map(name: str, label: str, kept: np.ndarray) -> str:
+  """Which members every layer keeps.
+
+  Args:
+    name: of the figure.
+    label: of a member, in the plural.
+    kept: (layers, members), bool. More than 64 members are shown in bins, by
+      the share of a bin that is kept.
+  """
+  layers, members = kept.shape
+  columns = min(members, MAX_COLUMNS)
+  edges = np.linspace(0, members, columns + 1).round().astype(int)
+  shares = np.add.reduceat(kept, edges[:-1], axis=1) / np.diff(edges)
+  counts = kept.sum(axis=1)
+
+  def draw(axes):
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]], float)
+    gap = 0.12 if columns == members else 0.0
+    shades = np.ceil(shares * _SHADES).astype(int)
+    axes.patch.set_visible(False)
+    for shade in range(_SHADES + 1):
+      at = np.argwhere(shades == shade)[:, ::-1]
+      if not len(at):
+        continue
+      # One path for all squares of a shade keeps the file small.
+      corners = at[:, None] * [members / columns, 1] + square * [
+        (1 - gap) * members / columns,
+        0.88,
+      ]
+      codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(at)
+      axes.add_patch(
+        PathPatch(
+          Path(corners.reshape(-1, 2), codes),
+          color=KEPT if shade else CUT,
+          alpha=shade / _SHADES if shade else 0.3,
+          lw=0,
+        )
+      )
+    axes.set_xlim(0, members)
+    axes.set_ylim(layers, 0)
+    axes.grid(False)
+    axes.spines['bottom'].set_visible(False)
+    axes.tick_params(length=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel('layer')
+    if columns == members:
+      marks = _marks(members)
+      axes.set_xticks([i + 0.44 for i in marks], [str(i) for i in marks])
+    else:
+      axes.xaxis.set_major_locator(_locator())
+    marks = _marks(layers)
+    axes.set_yticks([i + 0.44 for i in marks], [str(i) for i in marks])
+    for first, last in runs(counts):
+      axes.text(
+        members * 1.02,
+        (first + last) / 2 + 0.44,
+        f'{counts[first]:,}',
+        va='center',
+      )
+
+  height = 56 + min(max(11 * layers, 90), 620)
+  return figure(name, f'{label} kept by layer', draw, height)
+
+
+def _marks(count: int) -> range:
+  every = next(step for step in (1, 2, 5, 10, 20, 50) if count <= 12 * step)
+  return range(0, count, every)
+
+
+def runs(counts: Sequence[int]) -> list[tuple[int, int]]:
+  """(first, last) of each run of equal counts."""
+  starts = [i for i, c in enumerate(counts) if not i or c != counts[i - 1]]
+  ends = [*(start - 1 for start in starts[1:]), len(counts) - 1]
+  return list(zip(starts, ends, strict=True))
+
+
+def importance_bands(
+  name: str, label: str, scores: Mapping[int, Scores]
+) -> str:
+  """By layer, the median and the 10% to 90% band, of kept and of cut."""
+
+  def draw(axes):
+    for kept, color in ((False, CUT), (True, KEPT)):
+      levels = np.full((3, max(scores) + 1), np.nan)
+      for layer, (values, mask) in scores.items():
+        chosen = values[(mask == kept) & (values > 0)]
+        if chosen.size:
+          levels[:, layer] = np.quantile(chosen, (_LOW, 0.5, _HIGH))
+      at = np.arange(levels.shape[1])
+      axes.fill_between(at, levels[0], levels[2], color=color, alpha=0.2, lw=0)
+      axes.plot(at, levels[1], 'o-', color=color, ms=3)
+    _log_axis(axes)
+    axes.set_xlabel('layer')
+    axes.xaxis.set_major_locator(_locator())
+
+  return figure(name, f'Importance of {label} by layer', draw)
+
+
+def over_cut_line(scores: Mapping[int, Scores]) -> dict[str, np.ndarray]:
+  """Importance over its row's cut line, of kept and of cut groups.
+
+  The line parts as many groups as were kept from the rest: it is the
+  geometric mean of the two values on either side. Values that are not positive
+  have no logarithm and are left out.
+  """
+  found: dict[str, list[np.ndarray]] = {'kept': [], 'cut': []}
+  for values, mask in scores.values():
+    for row, kept in zip(values, mask, strict=True):
+      count = int(kept.sum())
+      ranked = np.sort(row)[::-1]
+      if count == len(row) or not ranked[count] > 0:
+        continue
+      line = np.sqrt(ranked[count - 1] * ranked[count])
+      for name, chosen in (('kept', kept), ('cut', ~kept)):
+        found[name].append(row[chosen & (row > 0)] / line)
+  return {
+    name: np.concatenate(parts) if parts else np.empty(0)
+    for name, parts in found.items()
+  }
+
+
+def importance_histogram(
+  name: str, label: str, ratios: Mapping[str, np.ndarray]
+) -> str:
+  """How many kept and cut groups lie how far from the cut line.
+
+  Args:
+    name: of the figure.
+    label: of a group, in the plural.
+    ratios: from `over_cut_line`.
+  """
+  values = np.log2(np.concatenate([ratios['cut'], ratios['kept']]))
+  low, high = np.quantile(values, (0.002, 0.998))
+  # A bin ends at the cut line.
+  width = max((high - low) / 40, 1e-6)
+  edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
+
+  def draw(axes):
+    from matplotlib.ticker import FuncFormatter
+
+    for kind, color in (('cut', CUT), ('kept', KEPT)):
+      inside = np.clip(np.log2(ratios[kind]), edges[0], edges[-1])
+      counts, _ = np.histogram(inside, edges)
+      axes.stairs(counts, edges, color=color, fill=True, alpha=0.35, lw=0)
+      axes.stairs(counts, edges, color=color, lw=1.4)
+    axes.axvline(0, color=INK, lw=1, ls='--')
+    axes.xaxis.set_major_locator(_locator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{2**x:.3g}'))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:,.0f}'))
+    axes.yaxis.set_major_locator(_locator())
+    axes.set_xlabel('importance over the cut line')
+
+  return figure(name, f'Distribution of importance of {label}', draw)
+
+
+def perplexity_against_size(
+  points: Sequence[tuple[str, float, float]],
+  dense: Sequence[tuple[float, float]],
+) -> str:
+  """Perplexity of runs against the share of parameters that they keep.
+
+  Args:
+    points: (mark, share kept, perplexity) of each run.
+    dense: (share kept, perplexity) of the models before pruning.
+  """
+
+  def draw(axes):
+    from matplotlib.ticker import PercentFormatter
+
+    axes.plot(*zip(*dense, strict=True), 'o', color=DENSE, mfc='none', ms=7)
+    for mark, share, value in points:
+      axes.plot([share], [value], 'o', color=KEPT, ms=6)
+      axes.annotate(
+        mark,
+        (share, value),
+        xytext=(6, 5),
+        textcoords='offset points',
+      )
+    values = [value for *_, value in (*points, *dense)]
+    if max(values) > 8 * min(values):
+      _log_axis(axes)
+    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axes.set_xlabel('parameters kept')
+    axes.margins(0.1)
+
+  return figure('comparison', 'Perplexity against parameters kept', draw, 280)

@@ -1,0 +1,40 @@
+"""importance.safetensors: what each prunable group scored, and what was cut."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.steps import TrainState
+
+
+def write_scores(
+  path: Path, state: TrainState, config: LlamaConfig, layers: Iterable[int]
+) -> None:
+  """Writes the moving average and the mask of every group, in float32.
+
+  The tensors are `layers.{i}.{group}.importance` and `layers.{i}.{group}.mask`
+  (1 kept, 0 cut), in the shape of the group's axes. A cut group's importance
+  is the one that it had when it was masked.
+
+  Args:
+    path: the file; a run that is repeated from its last checkpoint writes the
+      same again.
+    state: the last one.
+    config: the sizes before the cut.
+    layers: those that are not protected.
+  """
+  tensors, wanted = {}, set(layers)
+  for i, stack in enumerate(config.stacks):
+    trees = {'importance': state.importance[i], 'mask': state.masks[i]}
+    for name, groups in trees.items():
+      for group, stacked in groups.items():
+        for layer, values in enumerate(np.asarray(stacked), stack.start):
+          if layer in wanted:
+            tensors[f'layers.{layer}.{group}.{name}'] = values.copy()
+  partial = path.with_name(f'.{path.name}')
+  save_file(tensors, partial)
+  partial.chmod(0o644)
+  partial.replace(path)
