@@ -21,7 +21,6 @@ LEVELS = (
     'config_files',
     'data.demo',
     'data.hub',
-    'data.tokenizer',
     'files',
     'interrupt',
     'loss',
@@ -36,6 +35,7 @@ LEVELS = (
   ),
   (
     'data.sources',
+    'data.tokenizer',
     'hf.gguf_format',
     'hf.mapping',
     'hf.sentencepiece',

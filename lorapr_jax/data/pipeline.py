@@ -4,6 +4,7 @@ from collections.abc import Callable
 import hashlib
 import logging
 import os
+from pathlib import Path
 import tempfile
 
 import grain

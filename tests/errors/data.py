@@ -36,6 +36,8 @@ CASES = [
   _file('', 'wikitext2'),
   _file('', 'http://example.org/text.txt'),
   _file('', 'demo:news:test'),
+  _file('which is no name', 'hf:'),
+  _file('which is no data set', 'hf:MODEL'),
   _file('which is not there', 'file:NONE.txt'),
   _file('which matches nothing', 'file:*.jsonl'),
   _file('which is a folder', 'file:MODEL'),

@@ -11,11 +11,10 @@ RUN = (
   *('train.steps=2', 'train.checkpoint_every=1', 'data.eval='),
   *('train.seq_len=8', 'prune.every=1'),
 )
-# A run with its checkpoints, killed before its export.
-UNFINISHED = 'RUN was killed before its export'
 
 
 def _unfinished(run: Path) -> None:
+  # As it is when it is killed before its export.
   (run / 'summary.json').unlink()
   shutil.rmtree(run / 'export')
 
@@ -32,10 +31,15 @@ def _run(
   return Case(did, argv, **more)
 
 
-def _damaged(run: Path) -> None:
-  _unfinished(run)
+def damage_checkpoint(run: Path) -> None:
+  """Cuts a file of the last checkpoint short."""
   manifest = run / 'checkpoints' / '2' / 'default' / 'manifest.ocdbt'
   manifest.write_bytes(manifest.read_bytes()[:20])
+
+
+def _damaged(run: Path) -> None:
+  _unfinished(run)
+  damage_checkpoint(run)
 
 
 def _foreign(run: Path) -> None:
@@ -66,7 +70,7 @@ CASES = [
   _run('`--workdir=RUN`, a folder with other files', _foreign),
   _run('`--workdir=RUN`, a file', _file),
   _run('RUN/run.json is cut short', _broken_record),
-  _run('The checkpoints of RUN are cut short', _damaged, late=True),
+  _run('The last checkpoint of RUN is damaged', _damaged, late=True),
   Case(
     '`--workdir=/dev/null/RUN`, a file in the way',
     with_argv(*train_tiny(), '--workdir=/dev/null/RUN'),

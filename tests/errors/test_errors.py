@@ -28,7 +28,15 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
-from tests.errors import commands, conversions, data, folders, runs, settings
+from tests.errors import (
+  commands,
+  conversions,
+  data,
+  folders,
+  outputs,
+  runs,
+  settings,
+)
 from tests.errors.case import Place, train_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +54,7 @@ SECTIONS = {
   'Data': data.CASES,
   'Workdirs, checkpoints and disks': runs.CASES,
   'Conversion': conversions.CASES,
+  'Export, generate, report': outputs.CASES,
 }
 CASES = [case for cases in SECTIONS.values() for case in cases]
 SIZES = {
