@@ -8,7 +8,11 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 	echo runs/demo-$$n)
 
-.PHONY: demo test test-slow test-report test-package test-lowest docs lint clean
+# What users load exports with; each has an environment of its own.
+TOOLS := transformers4 transformers5 llama_cpp lm_eval
+
+.PHONY: demo test test-slow test-report test-package test-lowest test-export \
+  docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -40,6 +44,10 @@ docs: .venv/dev
 	$(BIN)/python -m pdoc --docformat google --output-directory build/docs/api \
 	  lorapr_jax
 
+# Every route of export, in the tools that read it.
+test-export: .venv/run $(TOOLS:%=.venvs/%/made)
+	$(BIN)/python tests/routes/run.py
+
 lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,5 +75,11 @@ $(MODEL)/config.json: | .venv/run
 	  -r requirements-dev.txt
 	touch $@
 
+.venvs/%/made: tests/routes/requirements/%.txt
+	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$* || \
+	  { rm -rf .venvs/$*; exit 1; }
+	.venvs/$*/bin/python -m pip install --quiet -r $<
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lowest
+	rm -rf .venv .venv-lowest .venvs

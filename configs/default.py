@@ -41,6 +41,7 @@ def get_config() -> config_dict.ConfigDict:
   config.data.eval_every = 0
 
   config.lora = config_dict.ConfigDict()
+  # Of A and B.
   config.lora.rank = 8
   # The update is alpha / rank times A B.
   config.lora.alpha = 16.0
@@ -50,11 +51,15 @@ def get_config() -> config_dict.ConfigDict:
   config.lora.targets = 'all'
 
   config.train = config_dict.ConfigDict()
+  # Optimiser steps.
   config.train.steps = 1000
-  # Sequences a step, and sequences at a time.
+  # Sequences a step.
   config.train.batch_size = 128
+  # Sequences at a time; their gradients are added up to a step's.
   config.train.micro_batch_size = 4
+  # Tokens a sequence.
   config.train.seq_len = 512
+  # AdamW's, at the first step.
   config.train.learning_rate = 1e-4
   # linear or cosine (to 0 at the last step), or constant.
   config.train.lr_schedule = 'linear'
@@ -64,8 +69,11 @@ def get_config() -> config_dict.ConfigDict:
   config.train.seed = 0
   # Tokens whose logits exist at the same time.
   config.train.loss_chunk = 128
+  # Steps between lines of metrics.jsonl.
   config.train.log_every = 10
+  # Steps between checkpoints.
   config.train.checkpoint_every = 100
+  # The newest so many stay.
   config.train.checkpoints_kept = 2
 
   config.prune = config_dict.ConfigDict()
@@ -75,8 +83,9 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.order = 'joint'
   # The share to remove, of what `unit` says.
   config.prune.target = 0.5
-  # Their own shares of groups, where they differ from target.
+  # The share of heads, where it differs from target.
   config.prune.heads_target = config_dict.placeholder(float)
+  # The share of channels, where it differs from target.
   config.prune.channels_target = config_dict.placeholder(float)
   # groups (of the layers that are not protected) or params (of the model).
   config.prune.unit = 'groups'
@@ -87,13 +96,15 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.channels = True
   # Steps between maskings.
   config.prune.every = 10
-  # Shares of the steps before and after the cubic ramp.
+  # The share of the steps before the cubic ramp.
   config.prune.warmup = 0.1
+  # The share of the steps after it.
   config.prune.cooldown = 0.1
   # reference (the first tenth of the layers and the last one) or none.
   config.prune.protect = 'reference'
-  # What is kept is a multiple of this (query heads a layer under queries).
+  # The heads kept are a multiple of this (query heads a layer under queries).
   config.prune.heads_multiple_of = 1
+  # The channels kept are a multiple of this.
   config.prune.channels_multiple_of = 1
   # abs or square of the first-order term.
   config.prune.score = 'abs'
@@ -105,9 +116,12 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.decay = 0.9
 
   config.mesh = config_dict.ConfigDict()
-  # Devices by axis; -1: the rest.
+  # Devices that each hold the whole base and their share of a batch; -1: the
+  # rest of the devices.
   config.mesh.data = 1
+  # Devices that share the base's weights and a batch.
   config.mesh.fsdp = -1
+  # Devices that share heads and channels.
   config.mesh.tensor = 1
 
   config.export = config_dict.ConfigDict()

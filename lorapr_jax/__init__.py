@@ -11,11 +11,28 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  from lorapr_jax.api import Model, PrunedRun, evaluate, load, prune
+  from lorapr_jax.api import (
+    Model,
+    PrunedRun,
+    evaluate,
+    export,
+    generate,
+    load,
+    prune,
+  )
   from lorapr_jax.errors import UserError
 
 __version__ = '0.1.0'
-__all__ = ['Model', 'PrunedRun', 'UserError', 'evaluate', 'load', 'prune']
+__all__ = [
+  'Model',
+  'PrunedRun',
+  'UserError',
+  'evaluate',
+  'export',
+  'generate',
+  'load',
+  'prune',
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from lorapr_jax import sharding
+from lorapr_jax import generation, sharding
 from lorapr_jax.config_files import check_key, read_config
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.sources import parse_spec
@@ -157,16 +157,12 @@ def evaluate(
     if value is not None and value < least:
       raise UserError(f'{name} is {value}: it must be at least {least}')
   synthetic = parse_spec(data).scheme == 'synthetic'
-  in_memory = isinstance(model, Model)
-  folder = model.folder if in_memory else Path(model)
-  config = model.config if in_memory else load_config(folder)
+  folder, config = _folder_and_config(model)
   if seq_len > config.max_positions:
     raise UserError(
       f'seq_len is {seq_len}, but the model has {config.max_positions} '
       'positions (max_position_embeddings)'
     )
-  if not in_memory:
-    check_tensors(Shards(folder), config)
   without_tokenizer = synthetic and not any(folder.glob('tokenizer*'))
   windows = pipeline.evaluation_windows(
     data,
@@ -175,7 +171,7 @@ def evaluate(
     config.vocab_size,
   )[:max_windows]
   # The weights last: all that can be wrong has been looked at.
-  loaded = model if in_memory else load(folder, dtype)
+  loaded = model if isinstance(model, Model) else load(folder, dtype)
   return evaluate_perplexity(
     loaded.params,
     windows,
@@ -183,3 +179,116 @@ def evaluate(
     data=data,
     batch_size=batch_size,
   )
+
+
+def export(
+  source: Model | PrunedRun | str | Path,
+  destination: str | Path,
+  *,
+  format: str = 'hf',
+  layout: str = 'auto',
+  model_type: str = 'auto',
+  dtype: str = 'auto',
+  max_shard_size: str = '5GB',
+) -> Path:
+  """Writes a model in another format, layout or dtype; reads it back.
+
+  Args:
+    source: a model, a run or its workdir (its last checkpoint is cut and
+      merged), or a Hugging Face folder.
+    destination: a new folder; for gguf a new .gguf file.
+    format: hf, gguf, or peft: LoRA as an adapter over the pruned base, of a
+      run alone.
+    layout: uniform, two_shape, padded or auto; see configs/default.py.
+    model_type: llama, mistral or auto.
+    dtype: of the weights; auto: the source's.
+    max_shard_size: of one weights file of a folder.
+
+  Returns:
+    The destination.
+
+  Raises:
+    UserError: for what cannot be exported so, before any weights are read.
+    RuntimeError: if what was read back is another model.
+  """
+  # Here, since the other functions need none of it.
+  from lorapr_jax import exports
+  from lorapr_jax.hf.export import parse_size
+  from lorapr_jax.routes import Route
+  from lorapr_jax.settings import ROUTES
+
+  if format not in ROUTES:
+    raise UserError(f'format is {format!r}: choose from {", ".join(ROUTES)}')
+  route = Route(
+    kind=format,
+    path=Path(destination),
+    layout=layout,
+    model_type=model_type,
+    dtype=dtype,
+    max_shard_bytes=parse_size('max_shard_size', max_shard_size),
+  )
+  if isinstance(source, Model):
+    exports.export_params(
+      source.params, source.folder, source.dtype.name, route
+    )
+  elif isinstance(source, PrunedRun):
+    exports.export(source.workdir, route)
+  else:
+    exports.export(Path(source), route)
+  return route.path
+
+
+def generate(
+  model: Model | str | Path,
+  prompt: str,
+  *,
+  max_new_tokens: int = 128,
+  temperature: float = 0.0,
+  top_p: float = 1.0,
+  seed: int = 0,
+  raw: bool = False,
+  dtype: str = 'auto',
+) -> str:
+  """What a model answers, or how it goes on.
+
+  Args:
+    model: a model, or the Hugging Face folder of one.
+    prompt: a user's message where the tokenizer has a chat template, else the
+      beginning of a text.
+    max_new_tokens: at most so many.
+    temperature: of the draws; 0 takes the likeliest token.
+    top_p: draws come from the likeliest tokens of this probability.
+    seed: of the draws.
+    raw: whether the prompt is the beginning of a text in any case.
+    dtype: of weights and computation, as in `load`; a model in memory keeps
+      its own.
+
+  Raises:
+    UserError: for a mistake in the arguments or the folder.
+  """
+  sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
+  folder, config = _folder_and_config(model)
+  tokenizer = Tokenizer(folder)
+  if tokenizer.has_chat_template and not raw:
+    ids = tokenizer.encode_chat([{'role': 'user', 'content': prompt}])
+  else:
+    ids = tokenizer.encode(prompt)
+  generation.check_prompt(ids, config)
+  loaded = model if isinstance(model, Model) else load(folder, dtype)
+  tokens = generation.stream_tokens(
+    loaded.params,
+    config,
+    ids,
+    sampling,
+    stop=generation.stop_ids(folder),
+    dtype=loaded.dtype,
+  )
+  return ''.join(generation.detokenize(tokenizer, ids, tokens))
+
+
+def _folder_and_config(model: Model | str | Path) -> tuple[Path, LlamaConfig]:
+  if isinstance(model, Model):
+    return model.folder, model.config
+  config = load_config(model)
+  check_tensors(Shards(model), config)
+  return Path(model), config

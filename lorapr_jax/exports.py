@@ -122,9 +122,34 @@ def _check_same_base(workdir: Path, model: routes.Model) -> None:
       )
 
 
+def export_params(
+  params: Any, folder: Path, dtype: str, route: routes.Route
+) -> dict[str, Any]:
+  """As `export` of a folder, with weights that are in memory already.
+
+  Args:
+    params: the weights; their sizes are those of the folder.
+    folder: where all but the weights is read.
+    dtype: of the weights, by name.
+    route: where to and how.
+  """
+  model = dataclasses.replace(_model_of(folder, route), dtype=dtype)
+  route.check(model)
+  written = routes.write(route, model, routes.Weights(params))
+  return {**written, 'parameters': model.config.num_parameters}
+
+
 def _of_folder(
   folder: Path, route: routes.Route
 ) -> tuple[routes.Model, routes.Weights]:
+  model = _model_of(folder, route)
+  route.check(model)
+  config, dtype = model.config, model.dtype
+  params = load_params(folder, config, _places(config, dtype), jnp.dtype(dtype))
+  return model, routes.Weights(params)
+
+
+def _model_of(folder: Path, route: routes.Route) -> routes.Model:
   if route.kind == 'peft':
     raise UserError(
       f"{folder}: LoRA is merged into a folder's weights; an adapter is "
@@ -132,30 +157,27 @@ def _of_folder(
     )
   config, shards = load_config(folder), Shards(folder)
   check_tensors(shards, config)
-  dtype = shards.dtype.name
-  before, kept, pruning = None, None, None
+  name, before, kept, pruning = folder.resolve().name, None, None, None
   if (folder / 'pruning.json').exists():
     pruning = read_json(folder / 'pruning.json')
     before, kept = _cut_of(folder / 'pruning.json', pruning, config)
-  model = routes.Model(
-    name=folder.resolve().name,
+    name = pruning['base']['name']
+  return routes.Model(
+    name=name,
     config=config,
-    dtype=dtype,
+    dtype=shards.dtype.name,
     base=folder,
     before=before,
     kept=kept,
     pruning=pruning,
   )
-  route.check(model)
-  params = load_params(folder, config, _places(config, dtype), jnp.dtype(dtype))
-  return model, routes.Weights(params)
 
 
 def _cut_of(
   path: Path, pruning: dict[str, Any], config: LlamaConfig
 ) -> tuple[LlamaConfig | None, Kept | None]:
   """The sizes before the cut and what it left, as pruning.json says it."""
-  sizes = pruning.get('base', {}).get('config')
+  sizes = pruning['base'].get('config')
   if sizes is None:  # Written before the sizes were.
     return None, None
   layers = LlamaConfig.from_hf({'model_type': 'llama', **sizes}).layers

@@ -154,72 +154,96 @@ def random_lora():
   return random_lora
 
 
+# A conversation as the tests' chat template writes it.
+TEMPLATE = (
+  "{% for m in messages %}{% if m.role == 'system' %}"
+  "{{ raise_exception('no system message, please') }}{% endif %}"
+  '<|{{ m.role }}|>{{ m.content }}\n{% endfor %}'
+  '{% if add_generation_prompt %}<|assistant|>{% endif %}'
+)
+
+
+@pytest.fixture(scope='session')
+def add_tokenizer():
+  """Puts a byte-level BPE of 300 ids into a folder; id 0 is EOS."""
+  import json
+
+  import tokenizers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  def add(folder, template_in=None):
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+      vocab_size=300,
+      special_tokens=['<|end|>'],
+      initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+      show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+      ['the quick brown fox jumps over the lazy dog and the other one'], trainer
+    )
+    tokenizer.save(str(folder / 'tokenizer.json'))
+    config = {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      'eos_token': '<|end|>',
+    }
+    if template_in == 'tokenizer_config.json':
+      config['chat_template'] = TEMPLATE
+    elif template_in:
+      (folder / template_in).write_text(TEMPLATE)
+    (folder / 'tokenizer_config.json').write_text(json.dumps(config))
+    return folder
+
+  return add
+
+
+@pytest.fixture(scope='session')
+def text_model(tmp_path_factory, add_tokenizer):
+  """The folder of a tiny random model with a tokenizer and a chat template."""
+  import torch
+  import transformers
+
+  folder = tmp_path_factory.mktemp('text') / 'llama'
+  torch.manual_seed(0)
+  config = transformers.LlamaConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    bos_token_id=None,
+    eos_token_id=0,
+    tie_word_embeddings=True,
+  )
+  transformers.LlamaForCausalLM(config).save_pretrained(folder)
+  return add_tokenizer(folder, 'chat_template.jinja')
+
+
 @pytest.fixture(scope='session')
 def finished_run(tmp_path_factory):
   """The workdir of a short run on configs/tiny.py: 12 steps, all files."""
   import json
-
-  from safetensors.numpy import save_file
 
   from configs import tiny
   from lorapr_jax import train
 
   config = tiny.get_config()
   config.train.steps, config.train.log_every, config.prune.every = 12, 1, 3
+  config.data.eval_every = 3
+  config.export.format = 'hf,gguf'
   config.mesh.data, config.mesh.fsdp = -1, 1
   workdir = tmp_path_factory.mktemp('finished') / 'run'
   summary = train.run(config, workdir)
-  save_file(_importance(workdir), workdir / 'importance.safetensors')
-  log = workdir / 'metrics.jsonl'
-  records = [json.loads(line) for line in log.read_text().splitlines()]
-  for record in records[2::3]:
-    record['perplexity'] = 250.0 - record['step']
-  log.write_text(''.join(json.dumps(record) + '\n' for record in records))
-  summary |= {
-    'base': {'name': 'random weights', 'sha256': None},
-    'bytes': {'dense': 657664, 'pruned': 436480},
-    'flops_per_token': {'dense': 345678, 'pruned': 234567, 'seq_len': 32},
-    'kv_cache_bytes_per_token': {'dense': 2048, 'pruned': 1280},
-    'generations': [
-      {'prompt': 'Once', 'dense': ' upon a time', 'pruned': ' in a while'}
-    ],
-    'skipped_steps': 0,
-    'warnings': [],
-    'exports': {
-      'hf': {
-        'path': str(workdir / 'export'),
-        'layout': 'two_shape',
-        'dtype': 'float32',
-        'max_logit_difference': 0.0,
-      },
-      'gguf': {
-        'path': 'export-gguf/a model.gguf',
-        'layout': None,
-        'dtype': 'f16',
-        'max_logit_difference': 0.00123,
-      },
-    },
-  }
+  # Random weights have no tokenizer to write with.
+  summary['generations'] = [
+    {'prompt': 'Once', 'dense': ' upon a time', 'pruned': ' in a while'}
+  ]
   (workdir / 'summary.json').write_text(json.dumps(summary))
   return workdir
-
-
-def _importance(workdir):
-  """importance.safetensors from the last checkpoint."""
-  import numpy as np
-  import orbax.checkpoint as ocp
-
-  manager = ocp.CheckpointManager(workdir / 'checkpoints')
-  state = manager.restore(12, args=ocp.args.StandardRestore())
-  tensors = {}
-  for group, masks in state['masks'][0].items():
-    importance = np.asarray(state['importance'][0][group])
-    for layer, mask in enumerate(np.asarray(masks)):
-      if not mask.all():
-        name = f'layers.{layer}.{group}'
-        tensors[f'{name}.importance'] = importance[layer].astype('float32')
-        tensors[f'{name}.mask'] = mask.astype('float32')
-  return tensors
 
 
 @pytest.fixture
@@ -229,6 +253,6 @@ def workdir(finished_run, tmp_path):
   shutil.copytree(
     finished_run,
     copy,
-    ignore=shutil.ignore_patterns('checkpoints', '*.safetensors.partial'),
+    ignore=shutil.ignore_patterns('checkpoints', 'export-gguf'),
   )
   return copy

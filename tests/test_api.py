@@ -1,14 +1,21 @@
 """import lorapr_jax as lp: what a notebook does, on tiny models."""
 
+import dataclasses
 import json
 from pathlib import Path
+import shutil
 
+import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 import lorapr_jax as lp
 from lorapr_jax.cli.main import main
 from lorapr_jax.config_files import read_config
+from lorapr_jax.models import llama
 
 MESH = {'data': -1, 'fsdp': 1}  # The tests simulate eight devices.
 SHORT = {'steps': 12, 'log_every': 4}
@@ -57,6 +64,77 @@ def test_the_command_and_the_function_agree(run, capsys):
   printed = json.loads(capsys.readouterr().out)
   result = lp.evaluate(run.export, HELD_OUT, 16)
   assert printed['perplexity'] == result.perplexity
+
+
+def test_export_of_a_run_a_folder_and_a_model_agree(run, tmp_path):
+  model = lp.load(run.export)
+  sources = (run, run.workdir, str(run.export), model)
+  folders = [
+    lp.export(source, tmp_path / str(i), layout='padded')
+    for i, source in enumerate(sources)
+  ]
+  assert folders[0] == tmp_path / '0'
+  weights = [load_file(f / 'model.safetensors') for f in folders]
+  for one, other in ((0, 1), (2, 3)):
+    assert weights[one].keys() == weights[other].keys()
+    for name, x in weights[one].items():
+      np.testing.assert_array_equal(x, weights[other][name])
+  # LoRA is merged anew from the checkpoint, in another order of sums.
+  for name, x in weights[0].items():
+    np.testing.assert_allclose(x, weights[2][name], rtol=0, atol=1e-7)
+  assert lp.load(folders[0]).config.is_uniform and not model.config.is_uniform
+
+
+def test_a_models_own_weights_are_exported(run, tmp_path):
+  model = lp.load(run.export)
+  norm = {'weight': 2 * model.params['norm']['weight']}
+  params = {**model.params, 'norm': norm}
+  changed = dataclasses.replace(model, params=params)
+  folder = lp.export(changed, tmp_path / 'half', dtype='bfloat16')
+  read = lp.load(folder)
+  expected = np.asarray(norm['weight'], ml_dtypes.bfloat16)
+  np.testing.assert_array_equal(read.params['norm']['weight'], expected)
+  with pytest.raises(lp.UserError, match='half exists already'):
+    lp.export(changed, folder)
+  with pytest.raises(lp.UserError, match="format is 'zip': choose from hf, gg"):
+    lp.export(changed, tmp_path / 'zip', format='zip')
+  with pytest.raises(lp.UserError, match="exported from the run's workdir"):
+    lp.export(changed, tmp_path / 'peft', format='peft')
+
+
+@pytest.fixture
+def talking(run, tmp_path):
+  """The pruned model with a tokenizer of three words."""
+  folder = shutil.copytree(run.export, tmp_path / 'talking')
+  vocabulary = {'one': 0, 'two': 1, 'three': 2}
+  vocabulary |= {f'word{i}': i for i in range(3, 256)}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, 'one'))
+  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+  tokenizer.save(str(folder / 'tokenizer.json'))
+  return folder
+
+
+def test_generate_goes_on_with_the_likeliest_tokens(talking):
+  model = lp.load(talking)
+  text = lp.generate(model, 'one two three', max_new_tokens=4)
+  ids = [0, 1, 2]
+  for _ in range(4):
+    hidden = llama.hidden_states(model.params, np.array([ids]), model.config)
+    logits = llama.logits(model.params, hidden)
+    ids.append(int(np.argmax(logits[0, -1])))
+  vocabulary = json.loads((talking / 'tokenizer.json').read_text())
+  words = {i: word for word, i in vocabulary['model']['vocab'].items()}
+  assert text.split() == [words[i] for i in ids[3:]]
+  assert lp.generate(talking, 'one two three', max_new_tokens=4) == text
+  drawn = {
+    lp.generate(model, 'one', max_new_tokens=8, temperature=2.0, seed=seed)
+    for seed in range(3)
+  }
+  assert len(drawn) == 3
+  with pytest.raises(lp.UserError, match='the prompt is empty'):
+    lp.generate(model, '')
+  with pytest.raises(lp.UserError, match='max_new_tokens is 0'):
+    lp.generate(model, 'one', max_new_tokens=0)
 
 
 @pytest.mark.parametrize(

@@ -47,10 +47,17 @@ class Tokenizer:
         f'{folder} holds no tokenizer files: tokenizer.json (or '
         "tokenizer.model) is missing; copy the original model's"
       )
+    # Without its remote code transformers cannot always read the config of our
+    # own export, for which a tokenizer has no use.
+    path = self.folder / 'config.json'
+    remote = path.exists() and 'auto_map' in read_json(path)
     try:
       with _quiet(transformers.logging):
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-          self.folder, local_files_only=True, trust_remote_code=False
+          self.folder,
+          config=transformers.LlamaConfig() if remote else None,
+          local_files_only=True,
+          trust_remote_code=False,
         )
     # What a damaged file raises is up to transformers and tokenizers, which
     # raises Exception itself.

@@ -4,19 +4,12 @@ From its own file (tokenizer.model), or from the list of merges that
 Hugging Face makes of them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import itertools
 from pathlib import Path
-import struct
 from typing import NamedTuple
 
 from lorapr_jax.errors import UserError
-
-# The numbers of the fields of the protocol buffer.
-_PIECES, _TRAINER = 1, 2
-_TEXT, _SCORE, _KIND = 1, 2, 3
-_MODEL_TYPE, _BPE = 3, 2
-_NORMAL = 1
 
 
 class Piece(NamedTuple):
@@ -33,21 +26,19 @@ def read_pieces(path: Path) -> list[Piece]:
   Raises:
     UserError: if the file is damaged, or is no BPE.
   """
-  pieces, model_type = [], None
+  # Here, since few tokenizers come with this file.
+  from google.protobuf.message import DecodeError
+  from sentencepiece import sentencepiece_model_pb2
+
+  model = sentencepiece_model_pb2.ModelProto()
   try:
-    for number, value in _fields(path.read_bytes()):
-      if number == _PIECES:
-        fields = dict(_fields(value))
-        (score,) = struct.unpack('<f', fields.get(_SCORE, bytes(4)))
-        kind = fields.get(_KIND, _NORMAL)
-        pieces.append(Piece(fields[_TEXT].decode('utf-8'), score, kind))
-      elif number == _TRAINER:
-        model_type = dict(_fields(value)).get(_MODEL_TYPE)
-  except (IndexError, KeyError, ValueError, struct.error) as error:
+    model.ParseFromString(path.read_bytes())
+  except DecodeError as error:
     raise UserError(f'{path} is no SentencePiece model: {error}') from None
-  if not pieces or model_type != _BPE:
+  bpe = sentencepiece_model_pb2.TrainerSpec.BPE
+  if not model.pieces or model.trainer_spec.model_type != bpe:
     raise UserError(f'{path} is no SentencePiece model of type BPE')
-  return pieces
+  return [Piece(p.piece, p.score, p.type) for p in model.pieces]
 
 
 def merge_scores(
@@ -84,36 +75,3 @@ def merge_scores(
     )
   ranked = unions + [piece for piece in pieces if piece not in made]
   return {piece: -float(rank) for rank, piece in enumerate(ranked)}
-
-
-def _fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-  """The fields of a message: number, and an int or the bytes it holds."""
-  at = 0
-  while at < len(message):
-    tag, at = _varint(message, at)
-    number, wire_type = tag >> 3, tag & 7
-    if wire_type == 0:
-      value, at = _varint(message, at)
-      yield number, value
-      continue
-    if wire_type == 2:
-      size, at = _varint(message, at)
-    elif wire_type in (1, 5):
-      size = 8 if wire_type == 1 else 4
-    else:
-      raise ValueError(f'wire type {wire_type} at byte {at}')
-    if at + size > len(message):
-      raise ValueError('it ends too early')
-    yield number, message[at : at + size]
-    at += size
-
-
-def _varint(message: bytes, at: int) -> tuple[int, int]:
-  """A number in groups of seven bits, lowest first; and where it ends."""
-  value = shift = 0
-  while True:
-    byte = message[at]
-    value |= (byte & 0x7F) << shift
-    at, shift = at + 1, shift + 7
-    if byte < 0x80:
-      return value, at

@@ -103,20 +103,7 @@ def _read_summary(
   missing = [key for key in _REQUIRED if key not in summary]
   if missing:
     raise UserError(f'{path} is no summary of ours: it has no {missing[0]!r}')
-  if 'exports' not in summary:
-    summary['exports'] = _older_exports(workdir, summary.get('export'))
   return summary
-
-
-def _older_exports(
-  workdir: Path, export: dict[str, Any] | None
-) -> dict[str, Any]:
-  """Runs used to write one folder, and not to write down its layout."""
-  if not export:
-    return {}
-  has_code = 'auto_map' in _read_if_there(workdir / 'export' / 'config.json')
-  layout = 'two_shape' if has_code else 'uniform'
-  return {'hf': {**export, 'path': export['folder'], 'layout': layout}}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

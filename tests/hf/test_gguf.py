@@ -364,7 +364,8 @@ def test_llama3s_tokenizer_puts_bos_first_by_default(tmp_path):
   path = write_gguf(tmp_path / 'a.gguf', metadata=metadata)
   open_gguf(path).write_tokenizer(tmp_path)
   tokenizer = Tokenizer.from_file(str(tmp_path / 'tokenizer.json'))
-  assert tokenizer.encode('the mill').tokens[:2] == ['<|bos|>', 'the']
+  tokens = tokenizer.encode('the mill').tokens
+  assert tokens[0] == '<|bos|>' and tokens.count('<|bos|>') == 1
   settings = json.loads((tmp_path / 'tokenizer_config.json').read_text())
   assert settings['add_bos_token'] is True
 

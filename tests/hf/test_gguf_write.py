@@ -184,8 +184,11 @@ def test_a_table_of_other_factors_is_refused(random_params, tmp_path):
 
 
 def test_without_a_tokenizer(random_params, tmp_path):
-  path = write(tmp_path / 'a.gguf', random_params(UNEQUAL), UNEQUAL)
+  # As in the config.json of LLaMA 1.
+  config = dataclasses.replace(UNEQUAL, pad_token_id=-1)
+  path = write(tmp_path / 'a.gguf', random_params(config), config)
   metadata = contents(path)
+  assert 'tokenizer.ggml.padding_token_id' not in metadata
   assert metadata['tokenizer.ggml.model'] == 'none'
   assert metadata['tokenizer.ggml.eos_token_id'] == 2
   folder = tmp_path / 'folder'
@@ -295,6 +298,9 @@ def test_byte_level_tokenizer_comes_back(pre, tmp_path, random_params):
   assert tokenizer.encode(TEXT).ids == ids
   assert tokenizer.get_vocab() == original.get_vocab()
   assert tokenizer.decode(ids) == original.decode(ids)
+  # A word of the vocabulary is one token, whatever the merges say.
+  model = json.loads(tokenizer.to_str())['model']
+  assert model['ignore_merges'] == (pre == 'llama-bpe')
   template = folder / 'chat_template.jinja'
   assert template.read_text(encoding='utf-8') == '{{ "½" }}\n'
   # The text tells the ways to split it apart.
@@ -305,7 +311,7 @@ def test_byte_level_tokenizer_comes_back(pre, tmp_path, random_params):
 
 PIECES = ['▁', 't', 'h', 'e', 'a', 's', 'n', 'i', 'd']
 UNIONS = ['▁t', 'he', 'an', '▁the', 'is', '▁an', 'the', 'and', 'this', 'th']
-SPM_TEXT = 'the thesis and this ant  hath ½ then <x> t'
+SPM_TEXT = 'the thesis and this ant  hath ½ then <x▁> t'
 
 
 def sentencepiece(unions=UNIONS):
@@ -332,7 +338,7 @@ def sentencepiece(unions=UNIONS):
     single='<s> $A', pair='<s> $A <s> $B', special_tokens=[('<s>', 1)]
   )
   tokenizer.add_special_tokens(special)
-  tokenizer.add_tokens([AddedToken('<x>', normalized=False)])
+  tokenizer.add_tokens([AddedToken('<x▁>', normalized=False)])
   return tokenizer
 
 
@@ -372,7 +378,8 @@ def test_sentencepiece_scores_merge_alike(tmp_path, random_params):
   scores = metadata['tokenizer.ggml.scores']
   count = tokenizer.get_vocab_size()
   assert count == 3 + 256 + len(UNIONS) + len(PIECES) + 1
-  assert tokens[:count] == [tokenizer.id_to_token(i) for i in range(count)]
+  expected = [tokenizer.id_to_token(i) for i in range(count - 1)] + ['<x >']
+  assert tokens[:count] == expected
   assert metadata['tokenizer.ggml.token_type'] == (
     [2, 3, 3]
     + [6] * 256
@@ -383,9 +390,32 @@ def test_sentencepiece_scores_merge_alike(tmp_path, random_params):
   assert metadata['tokenizer.ggml.add_bos_token'] is True
   assert metadata['tokenizer.ggml.add_space_prefix'] is True
   assert metadata['tokenizer.ggml.unknown_token_id'] == 0
-  for text in SPM_TEXT.split('<x>'):
+  for text in SPM_TEXT.split('<x▁>'):
     theirs = tokenizer.encode(text).tokens
     assert ['<s>', *merged_by_score(text, tokens, scores)] == theirs
+
+
+@pytest.mark.parametrize('prepend', ['always', 'first', 'never'])
+def test_spaces_in_the_pre_tokenizer(prepend, tmp_path, random_params):
+  """As newer folders of Llama 2 have them."""
+  tokenizer = sentencepiece()
+  tokenizer.normalizer = None
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+    prepend_scheme=prepend, split=False
+  )
+  base = save_sentencepiece(tmp_path / 'base', tokenizer)
+  metadata = contents(write_with(base, tmp_path, random_params))
+  prefix = metadata['tokenizer.ggml.add_space_prefix']
+  assert prefix == (prepend != 'never')
+
+
+def test_words_split_at_spaces_are_refused(tmp_path, random_params):
+  tokenizer = sentencepiece()
+  tokenizer.normalizer = None
+  tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
+  base = save_sentencepiece(tmp_path / 'base', tokenizer)
+  with pytest.raises(UserError, match='"split": true'):
+    write_with(base, tmp_path, random_params)
 
 
 def field(number, value):
@@ -444,13 +474,22 @@ def missing_merge(base):
   path.write_text(json.dumps(data))
 
 
+def late_merge(base):
+  path = base / 'tokenizer.json'
+  data = json.loads(path.read_text())
+  merges = data['model']['merges']
+  merges.append(merges.pop(merges.index(['t', 'he'])))
+  path.write_text(json.dumps(data))
+
+
 @pytest.mark.parametrize(
   'damage, problem',
   [
+    (late_merge, 'merges are not those of a SentencePiece'),
     (missing_merge, 'merges are not those of a SentencePiece'),
     (other_pieces, "differ: token 259, 'th'"),
     (unigram, 'no SentencePiece model of type BPE'),
-    (half_a_model, 'no SentencePiece model: it ends too early'),
+    (half_a_model, 'is no SentencePiece model: '),
   ],
 )
 def test_a_sentencepiece_that_does_not_fit(

@@ -1,0 +1,246 @@
+"""Writes the parts of docs/ that follow from the code: `make docs`.
+
+configuration.md from configs/default.py, the table of targets.md from the
+planner, and the figures of how-it-works.md.
+"""
+
+import ast
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from configs import default
+from lorapr_jax.files import write_text
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
+from lorapr_jax.pruning.schedule import cubic_sparsity
+from lorapr_jax.pruning.targets import Targets, plan_pruning
+
+DOCS = Path(__file__).parent
+BEGIN, END = '<!-- generated: {} -->', '<!-- end -->'
+
+# Sizes as published in the models' config.json: hidden size, layers, heads,
+# KV heads, channels, vocabulary.
+MODELS = {
+  'LLaMA-7B': (4096, 32, 32, 32, 11008, 32000),
+  'LLaMA-13B': (5120, 40, 40, 40, 13824, 32000),
+  'Llama-3-8B': (4096, 32, 32, 8, 14336, 128256),
+  'Llama-3-70B': (8192, 80, 64, 8, 28672, 128256),
+}
+TARGETS = (
+  Targets(target=0.2),
+  Targets(target=0.5),
+  Targets(target=0.2, unit='params'),
+  Targets(target=0.5, unit='params'),
+  Targets(target=0.5, protect='none', channels_multiple_of=256),
+)
+
+
+def configuration() -> str:
+  """configs/default.py as tables: key, default, meaning."""
+  lines = [
+    '# Configuration',
+    '',
+    'Every setting of `train.py`, from [configs/default.py](../configs/'
+    'default.py). `--config.KEY=VALUE` changes one on the command line.',
+  ]
+  section = None
+  for key, meaning in _comments(Path(default.__file__).read_text()):
+    name, _, _ = key.partition('.')
+    if name != section:
+      section = name
+      lines += ['', f'## {name}', '', '| key | default | meaning |']
+      lines += ['|---|---|---|']
+    value = default.get_config().get_ref(name).get().get(key.split('.')[1])
+    lines.append(f'| `{key}` | {_shown(value)} | {_cell(meaning)} |')
+  return '\n'.join(lines) + '\n'
+
+
+def _comments(source: str) -> list[tuple[str, str]]:
+  """(key, the comment above its assignment) for every key, in order.
+
+  A key without a comment of its own shares the one above.
+  """
+  lines, found, meaning = source.splitlines(), [], ''
+  for node in ast.walk(ast.parse(source)):
+    if not isinstance(node, ast.Assign):
+      continue
+    target = ast.unparse(node.targets[0])
+    if target.count('.') != 2:
+      continue
+    above = []
+    for line in reversed(lines[: node.lineno - 1]):
+      if not line.strip().startswith('#'):
+        break
+      above.insert(0, line.strip().removeprefix('#').strip())
+    meaning = ' '.join(above) if above else ''
+    found.append((target.removeprefix('config.'), meaning))
+  return found
+
+
+def _shown(value: object) -> str:
+  if value is None:
+    return 'unset'
+  if hasattr(value, 'to_dict'):
+    return '`{}`'
+  return f'`{value!r}`' if isinstance(value, str) else f'`{value}`'
+
+
+def _cell(text: str) -> str:
+  return text.replace('|', '\\|').replace('<', '&lt;')
+
+
+def target_table() -> str:
+  """What each target leaves of models that many people use."""
+  lines = [
+    '| model | target | KV heads kept | channels kept | parameters | left |',
+    '|---|---|---|---|---|---|',
+  ]
+  for name, sizes in MODELS.items():
+    config = _config(*sizes)
+    lines.append(
+      f'| {name} | none | {config.layers[0].num_kv_heads} | '
+      f'{config.layers[0].mlp_dim:,} | {_billions(config)} | 100.0% |'
+    )
+    for targets in TARGETS:
+      plan = plan_pruning(config, targets)
+      layer = plan.prunable_layers[0]
+      share = plan.pruned_config.num_parameters / config.num_parameters
+      lines.append(
+        f'| | {_flags(targets)} | {plan.keep[KV_HEADS][layer]} | '
+        f'{plan.keep[CHANNELS][layer]:,} | {_billions(plan.pruned_config)} | '
+        f'{share:.1%} |'
+      )
+  return '\n'.join(lines)
+
+
+def _config(embed, layers, heads, kv_heads, channels, vocab) -> LlamaConfig:
+  return LlamaConfig.from_hf(
+    {
+      'model_type': 'llama',
+      'hidden_size': embed,
+      'num_hidden_layers': layers,
+      'num_attention_heads': heads,
+      'num_key_value_heads': kv_heads,
+      'intermediate_size': channels,
+      'vocab_size': vocab,
+      'tie_word_embeddings': False,
+    }
+  )
+
+
+def _billions(config: LlamaConfig) -> str:
+  return f'{config.num_parameters / 1e9:.2f} B'
+
+
+def _flags(targets: Targets) -> str:
+  text = f'`target={targets.target}`'
+  if targets.unit != 'groups':
+    text += f' `unit={targets.unit}`'
+  if targets.protect != 'reference':
+    text += f' `protect={targets.protect}`'
+  if targets.channels_multiple_of != 1:
+    text += f' `channels_multiple_of={targets.channels_multiple_of}`'
+  return text
+
+
+def fill(page: str, name: str, content: str) -> str:
+  """`page` with what is between the markers of `name` replaced."""
+  begin = BEGIN.format(name)
+  head, found, rest = page.partition(begin)
+  _, end, tail = rest.partition(END)
+  if not (found and end):
+    raise ValueError(f'no {begin} ... {END} in the page')
+  return f'{head}{begin}\n{content}\n{end}{tail}'
+
+
+def ramp_figure() -> Figure:
+  """The cubic ramp, and the steps at which groups are masked."""
+  steps, every = 100, 10
+  figure = Figure(figsize=(6, 3))
+  axes = figure.add_subplot()
+  share = [
+    cubic_sparsity(
+      step, total_steps=steps, warmup=0.1, cooldown=0.1, initial=0.0, final=0.5
+    )
+    for step in range(steps)
+  ]
+  axes.plot(range(steps), share, color='#888', label='cubic ramp')
+  events = [step for step in range(0, steps, every) if share[step] > 0]
+  held = [0.0]
+  for step in range(1, steps):
+    held.append(share[step] if step in events else held[-1])
+  axes.step(
+    range(steps), held, where='post', color='#2a6fbb', label='masked groups'
+  )
+  for left, right, text in ((0, 10, 'warm-up'), (90, 100, 'cool-down')):
+    axes.axvspan(left, right, color='#888', alpha=0.15, linewidth=0)
+    axes.text((left + right) / 2, 0.02, text, ha='center', rotation=90)
+  axes.set(
+    xlabel='step', ylabel='share of groups', xlim=(0, 100), ylim=(0, 0.55)
+  )
+  axes.legend(loc='center right', frameon=False)
+  figure.tight_layout()
+  return figure
+
+
+def group_figure() -> Figure:
+  """Which rows and columns of a layer's weights each group is made of."""
+  figure = Figure(figsize=(7, 3.4))
+  axes = figure.add_subplot()
+  # (name, x, width, height, along which axis the groups lie, how many).
+  tall, wide = 3.0, 2.4
+  weights = (
+    ('q_proj', 0, wide, tall, 'columns', 6),
+    ('k_proj', 3.2, 0.8, tall, 'columns', 2),
+    ('v_proj', 4.6, 0.8, tall, 'columns', 2),
+    ('o_proj', 6.2, tall, wide, 'rows', 6),
+    ('gate_proj', 10.2, wide, tall, 'columns', 8),
+    ('up_proj', 13.2, wide, tall, 'columns', 8),
+    ('down_proj', 16.2, tall, wide, 'rows', 8),
+  )
+  for name, x, width, height, along, parts in weights:
+    head = name in ('q_proj', 'k_proj', 'v_proj', 'o_proj')
+    marked = range(parts // 2, parts) if head else (parts // 2,)
+    for part in range(parts):
+      step = (width if along == 'columns' else height) / parts
+      at = (
+        (x + part * step, -height)
+        if along == 'columns'
+        else (x, -(part + 1) * step)
+      )
+      size = (step, height) if along == 'columns' else (width, step)
+      color = '#2a6fbb' if part in marked else '#dddddd'
+      axes.add_patch(Rectangle(at, *size, facecolor=color, edgecolor='white'))
+    axes.text(x + width / 2, 0.15, name, ha='center', fontsize=8)
+  axes.text(4.6, -3.6, 'a KV head with its query heads', ha='center')
+  axes.text(14.7, -3.6, 'a channel', ha='center')
+  axes.set(xlim=(-0.3, 19.5), ylim=(-4, 0.8), aspect='equal')
+  axes.axis('off')
+  figure.tight_layout()
+  return figure
+
+
+def write_figures(folder: Path) -> None:
+  """The figures of how-it-works.md."""
+  folder.mkdir(exist_ok=True)
+  for name, figure in (('ramp', ramp_figure()), ('groups', group_figure())):
+    figure.savefig(
+      folder / f'{name}.svg',
+      facecolor='white',
+      metadata={'Date': None, 'Creator': None},
+    )
+
+
+def main() -> None:
+  """Writes everything anew."""
+  write_text(DOCS / 'configuration.md', configuration())
+  page = DOCS / 'targets.md'
+  text = page.read_text(encoding='utf-8')
+  write_text(page, fill(text, 'targets', target_table()))
+  write_figures(DOCS / 'figures')
+
+
+if __name__ == '__main__':
+  main()

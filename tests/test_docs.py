@@ -1,0 +1,175 @@
+"""The pages say what is true: commands run, links lead, tables are current."""
+
+import importlib.util
+import os
+from pathlib import Path
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+# Blocks that run elsewhere, by what they contain, and where that is.
+ELSEWHERE = {
+  'make demo': 'by hand: it fetches 110 MB',
+  'benchmarks/': 'by hand: it takes hours; see tests/test_benchmarks.py',
+  'activate': 'a shell of its own',
+  'import PeftModel': 'make test-export',
+}
+# So that a training takes seconds. The pages' own flags stay.
+SHORT = (
+  '--config.train.steps=4 --config.train.batch_size=4 '
+  '--config.train.micro_batch_size=4 --config.train.seq_len=16 '
+  '--config.data.eval_windows=4 --config.prune.every=1 '
+  '--config.report.max_new_tokens=4'
+)
+SHORT_IN_PYTHON = (
+  "train={'steps': 4, 'batch_size': 4, 'micro_batch_size': 4, 'seq_len': 16}, "
+  "report={'max_new_tokens': 4},"
+)
+
+
+def blocks(page):
+  """(language, code) of every fenced block."""
+  text = page.read_text(encoding='utf-8')
+  return re.findall(r'^```(\w+)\n(.*?)^```$', text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope='module')
+def finished(text_model, tmp_path_factory):
+  """A sandbox after a short run, as the pages' commands find it."""
+  folder = tmp_path_factory.mktemp('docs')
+  (folder / 'models').mkdir()
+  shutil.copytree(text_model, folder / 'models' / 'llama')
+  text = 'The weather today is fine, and the news is old. ' * 40
+  (folder / 'heldout.txt').write_text(text)
+  (folder / 'corpus.jsonl').write_text(f'{{"text": "{text}"}}\n' * 4)
+  (folder / 'configs').symlink_to(ROOT / 'configs')
+  (folder / 'train.py').symlink_to(ROOT / 'train.py')
+  run = (
+    'python train.py --config=configs/default.py --workdir=runs/{} '
+    '--config.model.path=models/llama --config.data.train=file:corpus.jsonl '
+    '--config.data.eval=file:heldout.txt'
+  )
+  for name in ('first', 'second'):
+    execute(folder, run.format(name))
+  return folder
+
+
+def execute(folder, command):
+  """Runs a page's shell command in a sandbox."""
+  command = command.replace('\\\n', ' ')
+  if 'train.py' in command or 'lorapr train' in command:
+    command = f'{command.rstrip()} {SHORT}'
+  env = os.environ | {
+    'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
+    'PYTHONPATH': str(ROOT),
+    'LORAPR_CACHE': str(folder / 'cache'),
+    'XLA_FLAGS': '',
+  }
+  done = subprocess.run(
+    ['bash', '-ec', command],
+    cwd=folder,
+    env=env,
+    capture_output=True,
+    text=True,
+    stdin=subprocess.DEVNULL,
+  )
+  assert done.returncode == 0, f'{command}\n{done.stdout}\n{done.stderr}'
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_the_commands_run(page, finished, tmp_path):
+  sandbox = tmp_path / 'sandbox'
+  shutil.copytree(finished, sandbox, symlinks=True)
+  made = re.findall(r'--workdir=(runs/\w+)', page.read_text(encoding='utf-8'))
+  for workdir in made:
+    shutil.rmtree(sandbox / workdir, ignore_errors=True)
+  for language, code in blocks(page):
+    if any(mark in code for mark in ELSEWHERE):
+      continue
+    if language == 'sh':
+      commands = code.replace('\\\n', ' ').splitlines()
+      for command in filter(None, commands):
+        execute(sandbox, command)
+    elif language == 'python':
+      code = code.replace(
+        "'runs/notebook',", f"'runs/notebook', {SHORT_IN_PYTHON}"
+      )
+      execute(sandbox, f'python -c {shlex.quote(code)}')
+    else:
+      raise AssertionError(f'{page}: a block of {language!r}')
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
+def test_the_links_lead_somewhere(page):
+  text = page.read_text(encoding='utf-8')
+  for target in re.findall(r'\]\(([^)#:]+)\)', text):
+    assert (page.parent / target).exists(), f'{page}: {target}'
+
+
+def test_every_page_is_linked_from_the_readme():
+  readme = (ROOT / 'README.md').read_text(encoding='utf-8')
+  for page in PAGES[1:]:
+    assert f'](docs/{page.name})' in readme, page.name
+
+
+@pytest.fixture(scope='module')
+def generate():
+  """docs/generate.py, which is no package's module."""
+  spec = importlib.util.spec_from_file_location(
+    'docs_generate', ROOT / 'docs' / 'generate.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_configuration_page_is_current(generate):
+  found = (ROOT / 'docs' / 'configuration.md').read_text(encoding='utf-8')
+  assert found == generate.configuration(), 'run make docs'
+
+
+def test_every_setting_has_its_comment(generate):
+  for line in generate.configuration().splitlines():
+    if line.startswith('| `'):
+      assert not line.endswith('|  |'), line
+
+
+def test_the_table_of_targets_is_current(generate):
+  page = (ROOT / 'docs' / 'targets.md').read_text(encoding='utf-8')
+  filled = generate.fill(page, 'targets', generate.target_table())
+  assert page == filled, 'run make docs'
+
+
+def test_the_figures_can_be_made(generate, tmp_path):
+  generate.write_figures(tmp_path)
+  for file in tmp_path.iterdir():
+    assert (ROOT / 'docs' / 'figures' / file.name).exists()
+    assert file.read_text().rstrip().endswith('</svg>')
+
+
+def test_the_reference_is_made_from_the_docstrings(tmp_path):
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'pdoc',
+      '-d',
+      'google',
+      '-o',
+      tmp_path,
+      'lorapr_jax',
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'Warn' not in done.stderr, done.stderr
+  page = tmp_path / 'lorapr_jax' / 'pruning' / 'importance.html'
+  assert 'moving average' in page.read_text(encoding='utf-8')
