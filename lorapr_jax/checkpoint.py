@@ -1,5 +1,6 @@
 """Checkpoints of the train state, by orbax; and the log that goes with them."""
 
+import asyncio
 from collections.abc import Iterator
 import contextlib
 import json
@@ -128,10 +129,41 @@ def read_adapters(workdir: Path) -> tuple[Any, Any]:
   return state['lora'], state['masks']
 
 
+class _PatientLoop(asyncio.SelectorEventLoop):
+  """An event loop that closes once its tasks have ended.
+
+  Orbax closes its loops at the first error; each of the reads and writes that
+  are still under way would then print a traceback.
+  """
+
+  def close(self) -> None:
+    tasks = set() if self.is_closed() else asyncio.all_tasks(self)
+    if tasks:
+      ended = asyncio.gather(*tasks, return_exceptions=True)
+      self.run_until_complete(asyncio.wait([ended], timeout=30))
+    super().close()
+
+
+class _PatientLoops(asyncio.DefaultEventLoopPolicy):
+  def new_event_loop(self) -> asyncio.AbstractEventLoop:
+    return _PatientLoop()
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+  before = asyncio.get_event_loop_policy()
+  asyncio.set_event_loop_policy(_PatientLoops())
+  try:
+    yield
+  finally:
+    asyncio.set_event_loop_policy(before)
+
+
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
   try:
-    yield
+    with _patient_loops():
+      yield
   except Exception as error:  # What damage raises is up to orbax.
     raise UserError(
       f'{folder} cannot be read, because it is damaged: move it away to go on '
@@ -159,6 +191,7 @@ class Checkpoints:
       (workdir / 'checkpoints').absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
+    self._loops = _patient_loops()
     # Before it raises an error, orbax logs its traceback.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
 
@@ -186,9 +219,13 @@ class Checkpoints:
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def __enter__(self) -> 'Checkpoints':
+    self._loops.__enter__()
     return self
 
   def __exit__(self, *_: Any) -> None:
     """Waits until everything is written."""
     with _writing(self._manager.directory):
-      self._manager.close()
+      try:
+        self._manager.close()
+      finally:
+        self._loops.__exit__(None, None, None)

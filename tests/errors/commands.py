@@ -46,7 +46,7 @@ CASES = [
     with_argv('train', '--config=NONE.py', '--workdir=RUN'),
   ),
   Case(
-    '`--config=MINE.py`, which is not Python', _config_file('steps: 3\n- 4\n')
+    '`--config=MINE.py`, which is not Python', _config_file('steps = = 3\n')
   ),
   Case(
     '`--config=MINE.py`, which has no `get_config`', _config_file('steps = 3\n')

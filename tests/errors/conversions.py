@@ -4,6 +4,7 @@ import gguf
 
 from tests.errors.case import Case, Place, with_argv
 from tests.errors.commands import CHOICES
+from tests.errors.runs import FULL
 
 
 def _gguf(arch: str, **integers: int):
@@ -59,6 +60,7 @@ CASES = [
     '`convert MODEL OUT` on a full disk',
     _model_to('MODEL', 'OUT'),
     max_file_bytes=20_000,
+    varies=FULL,
   ),
   Case(
     '`convert NONE OUT`, which does not exist',

@@ -7,11 +7,8 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
+from tests.errors import strangers
 from tests.errors.case import Case, Place, change_json, evaluate, with_argv
-
-# Makes a file where it is imported: none of a base's code is ever run.
-MARK = "open('EXECUTED', 'w').close()\n"
-AUTO_CLASSES = ('AutoConfig', 'AutoModelForCausalLM', 'AutoTokenizer')
 
 
 def _changed(did: str, change: Callable[[Path], None], **more) -> Case:
@@ -67,27 +64,19 @@ def _index(weight_map) -> Callable[[Path], None]:
 
 
 def _only_pickle(model: Path) -> None:
+  strangers.add_pickle(model)
   (model / 'model.safetensors').unlink()
-  (model / 'pytorch_model.bin').write_bytes(b'\x80\x04.')
 
 
 def _strangers_model(model: Path) -> None:
-  """config.json names code beside it, and a model type that is not known."""
-  (model / 'stranger.py').write_text(MARK)
-  change_json(
-    model / 'config.json',
-    model_type='stranger',
-    auto_map={name: f'stranger.{name}' for name in AUTO_CLASSES},
-  )
+  strangers.add_model_code(model)
+  change_json(model / 'config.json', model_type='stranger')
 
 
 def _strangers_tokenizer(model: Path) -> None:
-  """tokenizer_config.json names a class that only the code beside it has."""
-  (model / 'stranger.py').write_text(MARK)
+  strangers.add_tokenizer_code(model)
   change_json(
-    model / 'tokenizer_config.json',
-    tokenizer_class='StrangersTokenizer',
-    auto_map={'AutoTokenizer': ['stranger.StrangersTokenizer', None]},
+    model / 'tokenizer_config.json', tokenizer_class='StrangersTokenizer'
   )
 
 
@@ -195,7 +184,7 @@ CASES = [
   _changed(
     'MODEL/tokenizer.json is empty JSON',
     _write('tokenizer.json', '{}'),
-    varies=r'(?<=read \().*(?=\):)',
+    varies=r'(?<=used: ).*',
   ),
   _changed(
     'MODEL/tokenizer_config.json is cut short',

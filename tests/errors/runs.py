@@ -6,10 +6,13 @@ import shutil
 
 from tests.errors.case import Case, Place, train_model, train_tiny, with_argv
 
+# The reason, which safetensors, orbax and NumPy each say in their own words.
+FULL = r'(?<=written \().*(?=\): make)'
 # Of the run that is finished; small, because it is really run.
 RUN = (
   *('train.steps=2', 'train.checkpoint_every=1', 'data.eval='),
-  *('train.seq_len=8', 'prune.every=1'),
+  *('train.seq_len=8', 'prune.every=1', 'prune.protect=none'),
+  *('lora.targets=q_proj,gate_proj', 'lora.dropout=0'),
 )
 
 
@@ -32,9 +35,9 @@ def _run(
 
 
 def damage_checkpoint(run: Path) -> None:
-  """Cuts a file of the last checkpoint short."""
-  manifest = run / 'checkpoints' / '2' / 'default' / 'manifest.ocdbt'
-  manifest.write_bytes(manifest.read_bytes()[:20])
+  """Cuts the arrays of the last checkpoint short."""
+  for file in (run / 'checkpoints' / '2').rglob('d/*'):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def _damaged(run: Path) -> None:
@@ -91,6 +94,7 @@ CASES = [
     _unfinished,
     late=True,
     max_file_bytes=50_000,
+    varies=FULL,
   ),
   Case(
     'The disk is full when a checkpoint is saved',
@@ -98,5 +102,6 @@ CASES = [
     late=True,
     max_file_bytes=20_000,
     leaves=('RUN', 'RUN/'),
+    varies=FULL,
   ),
 ]

@@ -65,7 +65,6 @@ CASES = [
   tiny_override('export.gguf_dtype=q4'),
   tiny_override('export.max_shard_size=5'),
   tiny_override('data.eval_every=-1'),
-  tiny_override('report.prompts=hello', 'which is no tuple'),
   tiny_override('report.max_new_tokens=-1'),
   # Meshes, of the eight devices that the tests have.
   tiny_override('mesh.tensor=3', 'on 8 devices'),
