@@ -279,7 +279,11 @@ def test_a_base_that_has_moved_is_asked_for(moved, run, capsys, tmp_path):
   'source, args, message',
   [
     ('nowhere', ['out'], "is neither a run's workdir, with run.json, nor a"),
-    ('workdir', ['here'], 'here exists already; nothing is written over it'),
+    (
+      'workdir',
+      ['here'],
+      'here exists already, and nothing is written over it',
+    ),
     ('workdir', ['out', '--format=gguf'], 'of a GGUF file ends in .gguf'),
     ('workdir', ['out.gguf'], 'is named like a GGUF file, but format hf'),
     ('workdir', ['out', '--dtype=q8_0'], 'dtype q8_0 is one of format gguf'),

@@ -355,7 +355,10 @@ def test_what_computes_nan_is_never_the_same(pruned, tmp_path):
     (dict(kind='hf', path='a.gguf'), 'a.gguf is named like a GGUF file'),
     (dict(kind='hf', path='a', dtype='q8_0'), 'dtype q8_0 is one of format'),
     (dict(kind='peft', path='a', dtype='f16'), 'dtype f16 is one of format'),
-    (dict(kind='hf', path='.'), 'exists already; nothing is written over it'),
+    (
+      dict(kind='hf', path='.'),
+      'exists already, and nothing is written over it',
+    ),
   ],
 )
 def test_a_route_that_cannot_be_is_refused(options, message, pruned, tmp_path):
