@@ -66,7 +66,7 @@ def test_a_long_prompt_may_come_in_chunks(save_hf, load, monkeypatch):
   config, params = load(save_hf('gqa'))
   [want] = _transformers(save_hf('gqa'), [_prompt(55)], 8)
   assert _tokens(params, config, _prompt(55)) == want
-  monkeypatch.setattr(generate, '_LARGEST', 16)
+  monkeypatch.setattr(generation, '_LARGEST', 16)
   assert _tokens(params, config, _prompt(55)) == want
 
 

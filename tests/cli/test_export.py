@@ -282,7 +282,7 @@ def test_a_base_that_has_moved_is_asked_for(moved, run, capsys, tmp_path):
     (
       'workdir',
       ['here'],
-      'here exists already, and nothing is written over it',
+      'here exists already, and nothing is written',
     ),
     ('workdir', ['out', '--format=gguf'], 'of a GGUF file ends in .gguf'),
     ('workdir', ['out.gguf'], 'is named like a GGUF file, but format hf'),

@@ -357,7 +357,7 @@ def test_what_computes_nan_is_never_the_same(pruned, tmp_path):
     (dict(kind='peft', path='a', dtype='f16'), 'dtype f16 is one of format'),
     (
       dict(kind='hf', path='.'),
-      'exists already, and nothing is written over it',
+      'exists already, and nothing is written',
     ),
   ],
 )
