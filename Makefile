@@ -41,8 +41,6 @@ test-lowest: .venv-lowest/dev
 
 docs: .venv/dev
 	PYTHONPATH=. $(BIN)/python docs/generate.py
-	$(BIN)/python -m pdoc --docformat google --output-directory build/docs/api \
-	  lorapr_jax
 
 # Every route of export, in the tools that read it.
 test-export: .venv/run $(TOOLS:%=.venvs/%/made)

@@ -1,16 +1,19 @@
 """Writes the parts of docs/ that follow from the code: `make docs`.
 
 configuration.md from configs/default.py, the table of targets.md from the
-planner, and the figures of how-it-works.md.
+planner, the figures of how-it-works.md; and build/docs/api, the reference.
 """
 
 import ast
 from pathlib import Path
+import pkgutil
 
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+import pdoc
 
 from configs import default
+import lorapr_jax
 from lorapr_jax.files import write_text
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
@@ -233,6 +236,20 @@ def write_figures(folder: Path) -> None:
     )
 
 
+def write_reference(folder: Path) -> None:
+  """The reference of every public function, as HTML, from the docstrings."""
+  # pdoc does not see what is loaded when it is first used.
+  for name in lorapr_jax.__all__:
+    setattr(lorapr_jax, name, getattr(lorapr_jax, name))
+  modules = [
+    module.name
+    for module in pkgutil.iter_modules(lorapr_jax.__path__, 'lorapr_jax.')
+    if not module.name.endswith('__main__')
+  ]
+  pdoc.render.configure(docformat='google')
+  pdoc.pdoc('lorapr_jax', *modules, output_directory=folder)
+
+
 def main() -> None:
   """Writes everything anew."""
   write_text(DOCS / 'configuration.md', configuration())
@@ -240,6 +257,7 @@ def main() -> None:
   text = page.read_text(encoding='utf-8')
   write_text(page, fill(text, 'targets', target_table()))
   write_figures(DOCS / 'figures')
+  write_reference(DOCS.parent / 'build' / 'docs' / 'api')
 
 
 if __name__ == '__main__':

@@ -1,8 +1,12 @@
 """Checkpoints of the train state, by orbax; and the log that goes with them."""
 
+import asyncio
+from collections.abc import Iterator
+import contextlib
 import json
-import os
+import logging
 from pathlib import Path
+import tempfile
 from typing import Any
 
 import jax
@@ -33,11 +37,14 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
   parent = workdir.absolute()
   while not parent.exists():
     parent = parent.parent
-  if not parent.is_dir() or not os.access(parent, os.W_OK):
+  try:
+    # Permissions say too little: for root, and on a disk that is read-only.
+    tempfile.TemporaryFile(dir=parent).close()
+  except OSError as error:
     raise UserError(
-      f'{workdir} cannot be written: {parent} is no folder of '
-      'yours; choose another --workdir'
-    )
+      f'{workdir} cannot be made: {parent} takes no files ({error.strerror}); '
+      'choose another --workdir'
+    ) from None
   if (workdir / SUMMARY_FILE).exists():
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
@@ -103,7 +110,7 @@ def read_adapters(workdir: Path) -> tuple[Any, Any]:
     Trees with an entry for each stack of the base.
 
   Raises:
-    UserError: if there is no checkpoint.
+    UserError: if there is no checkpoint, or it cannot be read.
   """
   folder = (workdir / 'checkpoints').absolute()
   steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
@@ -113,13 +120,66 @@ def read_adapters(workdir: Path) -> tuple[Any, Any]:
       'every train.checkpoint_every steps'
     )
   path = folder / str(max(steps)) / 'default'
-  # Its own metadata say which shapes it has.
-  shapes = ocp.StandardCheckpointHandler().metadata(path).tree
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _reading(path.parent), ocp.StandardCheckpointer() as checkpointer:
+    # Its own metadata say which shapes it has.
+    shapes = ocp.StandardCheckpointHandler().metadata(path).tree
     state = checkpointer.restore(
       path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     )
   return state['lora'], state['masks']
+
+
+class _PatientLoop(asyncio.SelectorEventLoop):
+  """An event loop that closes once its tasks have ended.
+
+  Orbax closes its loops at the first error; each of the reads and writes that
+  are still under way would then print a traceback.
+  """
+
+  def close(self) -> None:
+    tasks = set() if self.is_closed() else asyncio.all_tasks(self)
+    if tasks:
+      ended = asyncio.gather(*tasks, return_exceptions=True)
+      self.run_until_complete(asyncio.wait([ended], timeout=30))
+    super().close()
+
+
+class _PatientLoops(asyncio.DefaultEventLoopPolicy):
+  def new_event_loop(self) -> asyncio.AbstractEventLoop:
+    return _PatientLoop()
+
+
+@contextlib.contextmanager
+def _patient_loops() -> Iterator[None]:
+  before = asyncio.get_event_loop_policy()
+  asyncio.set_event_loop_policy(_PatientLoops())
+  try:
+    yield
+  finally:
+    asyncio.set_event_loop_policy(before)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+  try:
+    with _patient_loops():
+      yield
+  except Exception as error:  # What damage raises is up to orbax.
+    raise UserError(
+      f'{folder} cannot be read, because it is damaged: move it away to go on '
+      'from the checkpoint before it, or from the start'
+    ) from error
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # As above.
+    raise UserError(
+      f'{folder} cannot be written ({error}): make room, and run the same '
+      'command again to go on from the last checkpoint'
+    ) from error
 
 
 class Checkpoints:
@@ -131,25 +191,41 @@ class Checkpoints:
       (workdir / 'checkpoints').absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
+    self._loops = _patient_loops()
+    # Before it raises an error, orbax logs its traceback.
+    logging.getLogger('absl').setLevel(logging.CRITICAL)
 
   def restore(self, state: TrainState) -> TrainState:
-    """The newest complete checkpoint, or `state` if there is none."""
+    """The newest complete checkpoint, or `state` if there is none.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
     step = self._manager.latest_step()
     if step is None:
       return state
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
-    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    with _reading(self._manager.directory / str(step)):
+      return self._manager.restore(
+        step, args=ocp.args.StandardRestore(abstract)
+      )
 
   def save(self, state: TrainState, step: int) -> None:
     """Saves in the background; `state` may be donated once this returns."""
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = jax.tree.map(jnp.copy, state)
-    self._manager.save(step, args=ocp.args.StandardSave(state))
+    with _writing(self._manager.directory):
+      self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def __enter__(self) -> 'Checkpoints':
+    self._loops.__enter__()
     return self
 
   def __exit__(self, *_: Any) -> None:
     """Waits until everything is written."""
-    self._manager.close()
+    with _writing(self._manager.directory):
+      try:
+        self._manager.close()
+      finally:
+        self._loops.__exit__(None, None, None)

@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from ml_collections import config_dict
 
@@ -49,6 +50,39 @@ def read_config(name: str) -> config_dict.ConfigDict:
   return module.get_config()
 
 
+def check_config(config: Any, name: str) -> None:
+  """Refuses what is no config with the keys of configs/default.py.
+
+  Args:
+    config: what a file's `get_config()` returned.
+    name: of the file, for the error.
+
+  Raises:
+    UserError: naming a key that is missing or unknown.
+  """
+  advice = 'start from configs/default.py, as configs/tiny.py does'
+  if not isinstance(config, config_dict.ConfigDict):
+    raise UserError(
+      f'{name}: get_config() returns a {type(config).__name__}, not a '
+      f'ConfigDict; {advice}'
+    )
+  known, found = _keys(read_config('default')), _keys(config)
+  for what, keys in (
+    ('lacks', known - found),
+    ('has the unknown', found - known),
+  ):
+    if keys:
+      raise UserError(f'{name} {what} config.{min(keys)}: {advice}')
+
+
+def _keys(config: config_dict.ConfigDict) -> set[str]:
+  return {
+    f'{section}.{key}'
+    for section, keys in config.items()
+    for key in (keys if isinstance(keys, config_dict.ConfigDict) else ())
+  }
+
+
 def check_key(config: config_dict.ConfigDict, flag: str) -> None:
   """Refuses a key that a config does not have.
 
@@ -67,7 +101,7 @@ def check_key(config: config_dict.ConfigDict, flag: str) -> None:
       hint = (
         f'; did you mean {path}.{close[0]}?'
         if close
-        else (f'; {path} has {", ".join(names)}' if names else '')
+        else f'; {path} has {", ".join(names) or "no keys"}'
       )
       raise UserError(f'unknown setting {flag}{hint}')
     node, path = node[name], f'{path}.{name}'

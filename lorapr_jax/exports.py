@@ -59,7 +59,7 @@ def export(
 def _of_run(
   workdir: Path, route: routes.Route, base: Path | None
 ) -> tuple[routes.Model, routes.Weights]:
-  run = read_json(workdir / RUN_FILE)
+  run = _read(workdir / RUN_FILE, ('config', 'resolved'))
   config = config_dict.ConfigDict(run['config'])
   config.model.path = _base_path(workdir, config.model.path, base)
   # The masks say what is left: the mesh had its part in that while training.
@@ -94,6 +94,14 @@ def _of_run(
   return model, weights
 
 
+def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+  value = read_json(path)
+  missing = [key for key in keys if key not in value]
+  if missing:
+    raise UserError(f'{path} is none of ours: it has no {", ".join(missing)}')
+  return value
+
+
 def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
   if not recorded:
     if given:
@@ -114,7 +122,7 @@ def _check_same_base(workdir: Path, model: routes.Model) -> None:
   """A finished run's export says which weights it started from."""
   path = workdir / 'export' / 'pruning.json'
   if path.exists():
-    sha256 = read_json(path)['base']['sha256']
+    sha256 = _read(path, ('base',))['base']['sha256']
     if sha256 != model.pruning['base']['sha256']:
       raise UserError(
         f'{model.base} is not the base of {workdir}: its weights are others '
@@ -159,7 +167,7 @@ def _model_of(folder: Path, route: routes.Route) -> routes.Model:
   check_tensors(shards, config)
   name, before, kept, pruning = folder.resolve().name, None, None, None
   if (folder / 'pruning.json').exists():
-    pruning = read_json(folder / 'pruning.json')
+    pruning = _read(folder / 'pruning.json', ('base', 'sparsity', 'kept'))
     before, kept = _cut_of(folder / 'pruning.json', pruning, config)
     name = pruning['base']['name']
   return routes.Model(

@@ -1,9 +1,14 @@
 """JSON files, read with clear errors and written whole or not at all."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import os
 from pathlib import Path
+import tempfile
 from typing import Any
+
+from safetensors import SafetensorError
 
 from lorapr_jax.errors import UserError
 
@@ -35,3 +40,30 @@ def write_text(path: Path, text: str) -> None:
   partial = path.with_name(path.name + '.partial')
   partial.write_text(text, encoding='utf-8')
   os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def new_path(path: Path) -> Iterator[Path]:
+  """A temporary path, which gets this name once what is there is complete.
+
+  Raises:
+    UserError: if `path` exists or cannot be written.
+  """
+  if path.exists():
+    raise UserError(
+      f'{path} exists already, and nothing is written over it: choose another '
+      'name'
+    )
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+      dir=path.parent, prefix=f'.{path.name}-'
+    ) as temporary:
+      partial = Path(temporary) / path.name
+      yield partial
+      os.replace(partial, path)
+  except (OSError, SafetensorError) as error:
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(
+      f'{path} cannot be written ({reason}): make room, or choose another place'
+    ) from error

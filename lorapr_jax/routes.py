@@ -105,7 +105,10 @@ class Route:
       UserError: saying so.
     """
     if self.path.exists():
-      raise UserError(f'{self.path} exists already; nothing is written over it')
+      raise UserError(
+        f'{self.path} exists already, and nothing is written over it: choose '
+        'another name'
+      )
     if self.kind == 'gguf' and self.path.suffix != '.gguf':
       raise UserError(f'{self.path}: the name of a GGUF file ends in .gguf')
     if self.kind != 'gguf' and self.path.suffix == '.gguf':

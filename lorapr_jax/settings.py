@@ -77,7 +77,7 @@ class TrainSettings:
       if field.name not in ('seed', 'lr_schedule') and not value > 0:
         raise UserError(f'train.{field.name} is {value}: it must be positive')
     if not math.isfinite(self.learning_rate):
-      raise UserError(f'train.learning_rate is {self.learning_rate}')
+      raise UserError('train.learning_rate is inf: it must be finite')
     if not 0 <= self.seed < 2**32:
       raise UserError(f'train.seed is {self.seed}: it must be in [0, 2^32)')
     if self.seq_len < 2:
@@ -254,6 +254,12 @@ def split_model(
     tensor_parallel: the size of the mesh axis that splits heads.
   """
   sizes = _model_sizes(config.model)
+  for shape in sizes.layers:
+    if shape.num_kv_heads % tensor_parallel:
+      raise UserError(
+        f'mesh.tensor={tensor_parallel} does not divide the '
+        f'{shape.num_kv_heads} KV heads of the model: choose a divisor'
+      )
   lora = LoraConfig(
     rank=config.lora.rank,
     alpha=config.lora.alpha,
@@ -282,7 +288,11 @@ def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
     )
   if model.path:
     return load_config(model.path)
-  return LlamaConfig.from_hf(model.sizes.to_dict())
+  try:
+    return LlamaConfig.from_hf(model.sizes.to_dict())
+  except UserError as error:
+    reason = str(error).removeprefix('config.json: ')
+    raise UserError(f'model.sizes: {reason}') from None
 
 
 def _data_settings(

@@ -41,7 +41,8 @@ def mesh_sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
     raise UserError(
       f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not '
-      f'multiply to the {devices} devices that there are'
+      f'multiply to the {devices} devices that there are: set one of them to '
+      '-1 for the rest, the others to divisors'
     )
   return sizes
 

@@ -38,8 +38,12 @@ def main(argv: list[str] | None = None) -> int:
       )
     # Imported here: a command loads only what it needs.
     importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
-  except (UserError, OSError) as error:
+  except UserError as error:
     print(f'error: {error}', file=sys.stderr)
+    return 1
+  except OSError as error:
+    where = f'{error.filename}: ' if error.filename else ''
+    print(f'error: {where}{error.strerror or error}', file=sys.stderr)
     return 1
   except Stopped as stopped:
     print(f'{stopped}; {_how_to_go_on()}', file=sys.stderr)

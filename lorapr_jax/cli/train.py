@@ -1,5 +1,6 @@
 """train: flags to config, then lorapr_jax.train.run."""
 
+import re
 import sys
 
 from absl import flags
@@ -7,7 +8,7 @@ from ml_collections import config_dict, config_flags
 
 from lorapr_jax import train
 from lorapr_jax.cli.arguments import print_json
-from lorapr_jax.config_files import check_key, find_config
+from lorapr_jax.config_files import check_config, check_key, find_config
 from lorapr_jax.errors import UserError
 from lorapr_jax.report.summary import print_summary
 
@@ -40,8 +41,9 @@ def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
   argv = _with_config_found(argv)
   overrides = [arg for arg in argv if arg.startswith(('--config.', '-config.'))]
   values, _ = _parse([arg for arg in argv if arg not in overrides])
-  if values.config is None or values.workdir is None:
+  if values.config is None or not values.workdir:
     raise UserError('train needs --config=configs/X.py and --workdir=DIR')
+  check_config(values.config, _config_flag(argv))
   for arg in overrides:
     check_key(values.config, '--' + arg.lstrip('-').partition('=')[0])
   values, rest = _parse(argv)
@@ -72,10 +74,20 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     rest = values([sys.argv[0], *argv])
     # A file that cannot be read raises only now.
     getattr(values.config, 'to_dict', None)
-  except (
-    *(flags.Error, OSError, TypeError, ValueError),
-    *(AttributeError, KeyError, ImportError, SyntaxError),
-  ) as error:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raise UserError(lines[-1] if lines else repr(error)) from None
+  except flags.Error as error:
+    first, *more = str(error).strip().splitlines()
+    if more:  # The traceback of a config's file.
+      first = f'{_config_flag(argv)} cannot be read: {more[-1]}'
+    raise UserError(first) from None
+  except Exception as error:  # The file is a program: it may raise anything.
+    while isinstance(error, AttributeError | KeyError) and error.args:
+      error = error.args[0]  # Which may be an exception again.
+    # ml_collections shows the whole section where it lacks a key.
+    text = re.sub(r' Other fields present: .*', '', str(error))
+    text = ' '.join(text.split()) or repr(error)
+    raise UserError(f'{_config_flag(argv)} cannot be read: {text}') from None
   return values, rest[1:]
+
+
+def _config_flag(argv: list[str]) -> str:
+  return next(arg for arg in argv if arg.lstrip('-').startswith('config='))

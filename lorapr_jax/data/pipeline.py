@@ -4,6 +4,7 @@ from collections.abc import Callable
 import hashlib
 import logging
 import os
+from pathlib import Path
 import tempfile
 
 import grain
@@ -100,10 +101,7 @@ def _windows(
         f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but '
         f'the model has a vocabulary of {vocab_size}'
       )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-      np.save(file, tokens)
-    os.replace(file.name, path)
+    _keep(path, tokens)
   tokens = np.load(path, mmap_mode='r')
   rest = len(tokens) % seq_len
   if rest:
@@ -112,6 +110,22 @@ def _windows(
       *(spec, rest, len(tokens), seq_len),
     )
   return tokens[: len(tokens) - rest].reshape(-1, seq_len)
+
+
+def _keep(path: Path, tokens: np.ndarray) -> None:
+  """Writes an array to the cache, whole or not at all."""
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as partial:
+      # Not by its name: NumPy's own writing may say nothing of a full disk.
+      with tempfile.NamedTemporaryFile(dir=partial, delete=False) as file:
+        np.save(file, tokens)
+      os.replace(file.name, path)
+  except OSError as error:
+    raise UserError(
+      f'{path.parent} cannot hold the packed text ({error.strerror or error}): '
+      'set LORAPR_CACHE to a folder with room'
+    ) from error
 
 
 def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:

@@ -149,7 +149,9 @@ def _read_file(file: Path, options: dict[str, str]) -> list[str]:
   try:
     text = file.read_text(encoding='utf-8-sig')
   except UnicodeDecodeError as error:
-    raise UserError(f'{file} is not UTF-8 text: {error}') from None
+    raise UserError(
+      f'{file} is not UTF-8 text ({error}): save it as UTF-8'
+    ) from None
   if file.suffix == '.jsonl':
     return _read_jsonl(file, text, options.get('field', 'text'))
   if file.suffix == '.csv':
@@ -179,9 +181,9 @@ def _read_jsonl(file: Path, text: str, field: str) -> list[str]:
 def _read_csv(file: Path, text: str, column: str) -> list[str]:
   csv.field_size_limit(len(text) + 1)
   reader = csv.DictReader(io.StringIO(text, newline=''))
-  if column not in (reader.fieldnames or ()):
+  columns = reader.fieldnames or ()
+  if column not in columns:
     raise UserError(
-      f'{file} has no column {column!r}; it has '
-      + ', '.join(reader.fieldnames or ())
+      f'{file} has no column {column!r}; it has {", ".join(columns) or "none"}'
     )
   return [row[column] or '' for row in reader]

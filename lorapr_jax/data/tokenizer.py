@@ -59,9 +59,21 @@ class Tokenizer:
           local_files_only=True,
           trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-      raise self._error('the tokenizer', error) from None
+    # What a damaged file raises is up to transformers and tokenizers, which
+    # raises Exception itself.
+    except Exception as error:
+      self._check_files()
+      raise self._error('the tokenizer', error) from error
     self.eos_token_id = self._tokenizer.eos_token_id
+
+  def _check_files(self) -> None:
+    """Names what is wrong with the files, where that can be told."""
+    for path in sorted(self.folder.glob('tokenizer*.json')):
+      if read_json(path).get('auto_map'):
+        raise UserError(
+          f'{path} asks for code of its own (auto_map), and no code of a model '
+          'is ever run: use tokenizer files that need none'
+        )
 
   def encode(self, text: str) -> np.ndarray:
     """The ids of a text, with BOS in front if that is the tokenizer's habit."""
@@ -105,7 +117,7 @@ class Tokenizer:
 
   def _error(self, what: str, error: Exception) -> UserError:
     reason = str(error).strip().partition('\n')[0] or repr(error)
-    return UserError(f'{what} of {self.folder}: {reason}')
+    return UserError(f'{what} of {self.folder} cannot be used: {reason}')
 
   @property
   def fingerprint(self) -> bytes:

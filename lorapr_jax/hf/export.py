@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 import re
 import shutil
-import tempfile
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import write_json
+from lorapr_jax.files import new_path, write_json
 from lorapr_jax.hf.mapping import hf_name, letters_of, locate, to_hf_layout
 from lorapr_jax.models.config import LlamaConfig
 
@@ -277,18 +276,11 @@ def new_folder(folder: Path) -> Iterator[Path]:
   """A temporary folder that gets its name once it is complete.
 
   Raises:
-    UserError: if `folder` exists.
+    UserError: if `folder` exists or cannot be written.
   """
-  if folder.exists():
-    raise UserError(f'{folder} exists already; nothing is written over it')
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=folder.parent, prefix=f'.{folder.name}-'
-  ) as temporary:
-    partial = Path(temporary) / folder.name
+  with new_path(folder) as partial:
     partial.mkdir()
     yield partial
-    os.replace(partial, folder)
 
 
 def copy_companions(base: Path, folder: Path) -> None:

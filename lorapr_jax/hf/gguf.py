@@ -81,11 +81,16 @@ def open_gguf(path: str | Path) -> GgufModel:
     UserError: where the file is not a GGUF, or naming the metadata key or the
       tensor that asks for something unsupported.
   """
+  if not Path(path).is_file():
+    raise UserError(f'{path}: cannot be read as GGUF: there is no such file')
   try:
     reader = gguf.GGUFReader(path)
   # What a truncated or foreign file raises depends on where gguf-py stumbles.
   except (OSError, ValueError, IndexError, KeyError) as error:
-    raise UserError(f'{path}: cannot be read as GGUF: {error}') from error
+    raise UserError(
+      f'{path}: cannot be read as GGUF ({error}): it is damaged, or of '
+      'another kind'
+    ) from error
   metadata = Metadata(
     path, ((k, v.contents()) for k, v in reader.fields.items())
   )

@@ -52,7 +52,7 @@ class Metadata(dict[str, Any]):
 
   def take(self, key: str, kind: type, default: Any = None) -> Any:
     """Removes and returns a value, which must be of this type."""
-    value = self.pop(key, default)
+    value = self.pop(key, self[key] if default is None else default)
     if not isinstance(value, kind):
       raise self.error(f'{key} is {value!r}, not of type {kind.__name__}')
     # Stored in float32: 1e-5 is meant where 9.999999747378752e-06 is read.

@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import math
-import os
 from pathlib import Path
-import tempfile
 from typing import Any
 
 import gguf
@@ -13,6 +11,7 @@ import jax
 import numpy as np
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import new_path
 from lorapr_jax.hf.export import hf_tensors
 from lorapr_jax.hf.gguf_format import (
   EOS_IDS,
@@ -67,8 +66,6 @@ def write_gguf(
       none that llama.cpp has (gguf_vocabulary.py); before anything is written.
   """
   path = Path(path)
-  if path.exists():
-    raise UserError(f'{path} exists already; nothing is written over it')
   if dtype not in _TYPES:
     raise UserError(
       f'export.gguf_dtype is {dtype!r}: choose from {", ".join(DTYPES)}'
@@ -82,18 +79,13 @@ def write_gguf(
     **_sizes(config),
     **vocabulary(base and Path(base), config),
   }
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.TemporaryDirectory(
-    dir=path.parent, prefix=f'.{path.name}-'
-  ) as folder:
-    partial = Path(folder) / path.name
+  with new_path(path) as partial:
     arch = UNIFORM if config.is_uniform else PER_LAYER
     writer = gguf.GGUFWriter(partial, arch)
     with contextlib.closing(writer):
       for key, value in metadata.items():
         _add(writer, key, value)
       _write_tensors(writer, params, config, matrix_type)
-    os.replace(partial, path)
 
 
 def _sizes(config: LlamaConfig) -> dict[str, Any]:

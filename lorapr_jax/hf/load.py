@@ -22,6 +22,9 @@ from lorapr_jax.hf.mapping import (
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import param_shapes
 
+# As safetensors names them.
+_DTYPES = ('F16', 'BF16', 'F32', 'F64')
+
 
 def load_config(folder: str | Path) -> LlamaConfig:
   """The sizes in a folder's config.json.
@@ -35,8 +38,9 @@ def load_config(folder: str | Path) -> LlamaConfig:
       f'{folder} is not a folder; a Hugging Face folder with '
       'config.json and *.safetensors is expected'
     )
+  hf = read_json(folder / 'config.json')
   try:
-    return LlamaConfig.from_hf(read_json(folder / 'config.json'))
+    return LlamaConfig.from_hf(hf)
   except UserError as error:
     raise UserError(f'{folder}: {error}') from None
 
@@ -53,7 +57,10 @@ class Shards:
     folder = Path(folder)
     index = folder / 'model.safetensors.index.json'
     if index.exists():
-      names = sorted(set(read_json(index)['weight_map'].values()))
+      weight_map = read_json(index).get('weight_map')
+      if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f'{index} has no weight_map of tensors to files')
+      names = sorted(set(map(str, weight_map.values())))
     else:
       names = sorted(path.name for path in folder.glob('*.safetensors'))
     if not names:
@@ -118,7 +125,14 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
         + (f' and {len(names) - 1} more' if len(names) > 1 else '')
       )
   for name, shape in expected.items():
-    found = tuple(shards.slice_of(name).get_shape())
+    tensor = shards.slice_of(name)
+    if tensor.get_dtype() not in _DTYPES:
+      raise UserError(
+        f'{shards.folder}: {name} is of type {tensor.get_dtype()}; only '
+        f'{", ".join(_DTYPES)} are supported: start from weights that are not '
+        'quantised'
+      )
+    found = tuple(tensor.get_shape())
     if found != shape:
       raise UserError(
         f'{shards.folder}: {name} has shape {found}, but config.json says '

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import itertools
+import json
 import math
 from typing import Any, NamedTuple
 
@@ -24,6 +25,24 @@ _ONLY_SUPPORTED = {
   'quantization_config': None,
   'sliding_window': None,
 }
+# What each of these keys is, where it is neither absent nor null.
+_TYPES = {
+  'bos_token_id': (int, 'an integer'),
+  'eos_token_id': (int | list, 'an integer or a list of them'),
+  'layer_types': (list, 'a list'),
+  'pad_token_id': (int, 'an integer'),
+  'per_layer_config': (dict, 'an object'),
+  'rope_parameters': (dict, 'an object'),
+  'rope_scaling': (dict, 'an object'),
+  'tie_word_embeddings': (bool, 'true or false'),
+}
+_POSITIVE = (
+  'head_dim',
+  'max_position_embeddings',
+  'num_key_value_heads',
+  'rms_norm_eps',
+  'rope_theta',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,16 +179,23 @@ class LlamaConfig:
       UserError: naming the key that asks for something unsupported.
     """
     _check_supported(hf)
+    hf = {key: value for key, value in hf.items() if value is not None}
     layers = _read_layers(hf)
     embed_dim = _required(hf, 'hidden_size')
+    head_dim = hf.get('head_dim') or (
+      embed_dim // _required(hf, 'num_attention_heads')
+    )
+    if head_dim < 2 or head_dim % 2:
+      raise UserError(
+        f'config.json: heads of {head_dim} dimensions, which RoPE cannot pair'
+      )
     theta, scaling = _read_rope(hf)
     eos = hf.get('eos_token_id')
     # Hugging Face's defaults, for the keys that old files leave out.
     return cls(
       vocab_size=_required(hf, 'vocab_size'),
       embed_dim=embed_dim,
-      head_dim=hf.get('head_dim')
-      or embed_dim // _required(hf, 'num_attention_heads'),
+      head_dim=head_dim,
       layers=layers,
       norm_eps=hf.get('rms_norm_eps', 1e-6),
       rope_theta=theta,
@@ -225,9 +251,22 @@ class LlamaConfig:
 def _required(hf: Mapping[str, Any], key: str) -> int:
   if not isinstance(hf.get(key), int) or hf[key] < 1:
     raise UserError(
-      f'config.json: {key} is {hf.get(key)!r}, not a positive number'
+      f'config.json: {key} is {json.dumps(hf.get(key))}, not a positive integer'
     )
   return hf[key]
+
+
+def _check_types(hf: Mapping[str, Any]) -> None:
+  for key, (kind, text) in _TYPES.items():
+    value = hf.get(key)
+    if value is not None and not isinstance(value, kind):
+      raise UserError(f'config.json: {key} is {json.dumps(value)}, not {text}')
+  for key in _POSITIVE:
+    value = hf.get(key)
+    if value is not None and not (isinstance(value, int | float) and value > 0):
+      raise UserError(
+        f'config.json: {key} is {json.dumps(value)}, not a positive number'
+      )
 
 
 def _check_supported(hf: Mapping[str, Any]) -> None:
@@ -245,8 +284,10 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
   for key, value in _ONLY_SUPPORTED.items():
     if hf.get(key, value) != value:
       raise UserError(
-        f'config.json: {key} is {hf[key]!r}; only {value!r} is supported'
+        f'config.json: {key} is {json.dumps(hf[key])}; only '
+        f'{json.dumps(value)} is supported'
       )
+  _check_types(hf)
   if set(hf.get('layer_types') or ()) - {'full_attention'}:
     raise UserError(
       f'config.json: layer_types has {sorted(set(hf["layer_types"]))}; only '
@@ -269,6 +310,10 @@ def _read_layers(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
         f'config.json: per_layer_config has {index!r}, but the layers are 0 '
         f'to {num_layers - 1}'
       )
+    if not isinstance(per_layer[index], dict):
+      raise UserError(
+        f'config.json: per_layer_config has no sizes for layer {index}'
+      )
   by_index = {int(index): sizes for index, sizes in per_layer.items()}
   return tuple(
     _read_layer({**hf, **by_index.get(i, {})}) for i in range(num_layers)
@@ -278,7 +323,8 @@ def _read_layers(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
 def _read_layer(hf: Mapping[str, Any]) -> LayerShape:
   heads = _required(hf, 'num_attention_heads')
   absent = 8 if hf['model_type'] == 'mistral' else heads
-  kv_heads = hf.get('num_key_value_heads') or absent
+  key = 'num_key_value_heads'
+  kv_heads = _required({key: absent, **hf}, key)
   if heads % kv_heads:
     raise UserError(
       f'config.json: num_attention_heads {heads} is not a multiple of '
@@ -320,6 +366,11 @@ def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
       f'config.json: rope_theta is {hf["rope_theta"]} but '
       f'{key}.rope_theta is {theta}'
     )
+  if not isinstance(theta, int | float) or theta <= 0:
+    raise UserError(
+      f'config.json: {key}.rope_theta is {json.dumps(theta)}, not a positive '
+      'number'
+    )
   if rope.get('partial_rotary_factor', 1.0) != 1.0:
     raise UserError(
       f'config.json: {key}.partial_rotary_factor is not supported'
@@ -333,7 +384,10 @@ def _read_rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
       'are supported'
     )
   fields = [field.name for field in dataclasses.fields(RopeScaling)]
-  missing = [field for field in fields if field not in rope]
+  missing = [f for f in fields if not isinstance(rope.get(f), int | float)]
   if missing:
-    raise UserError(f'config.json: {key} lacks {", ".join(missing)}')
+    raise UserError(
+      f'config.json: {key} of type llama3 needs the numbers '
+      + ', '.join(missing)
+    )
   return float(theta), RopeScaling(**{field: rope[field] for field in fields})

@@ -279,7 +279,11 @@ def test_a_base_that_has_moved_is_asked_for(moved, run, capsys, tmp_path):
   'source, args, message',
   [
     ('nowhere', ['out'], "is neither a run's workdir, with run.json, nor a"),
-    ('workdir', ['here'], 'here exists already; nothing is written over it'),
+    (
+      'workdir',
+      ['here'],
+      'here exists already, and nothing is written',
+    ),
     ('workdir', ['out', '--format=gguf'], 'of a GGUF file ends in .gguf'),
     ('workdir', ['out.gguf'], 'is named like a GGUF file, but format hf'),
     ('workdir', ['out', '--dtype=q8_0'], 'dtype q8_0 is one of format gguf'),
@@ -315,6 +319,12 @@ def test_a_workdir_without_a_checkpoint_is_refused(
   assert f'{unfinished} holds no checkpoint' in message
 
 
+def test_a_run_json_of_something_else_is_refused(capsys, tmp_path):
+  (tmp_path / 'run.json').write_text('{"config": {}}')
+  message = refusal(capsys, tmp_path, tmp_path, tmp_path / 'out')
+  assert 'run.json is none of ours: it has no resolved' in message
+
+
 def test_a_gguf_needs_a_tokenizer(run, capsys, tmp_path):
   source = shutil.copytree(run[0] / 'export', tmp_path / 'source')
   (source / 'tokenizer.json').unlink()
@@ -327,8 +337,9 @@ def test_a_gguf_needs_a_tokenizer(run, capsys, tmp_path):
   [
     (lambda p: p['base'].pop('config'), 'has no pruning.json that says it'),
     (lambda p: p['kept'][0]['mlp'].pop(), 'pruning.json is of another model'),
+    (lambda p: p.pop('kept'), 'pruning.json is none of ours: it has no kept'),
   ],
-  ids=['without sizes', 'of another model'],
+  ids=['without sizes', 'of another model', 'foreign'],
 )
 def test_padded_needs_what_pruning_json_says(
   change, message, run, capsys, tmp_path

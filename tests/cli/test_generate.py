@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from lorapr_jax import generate
+from lorapr_jax import generation
 from lorapr_jax.cli import generate as command
 from lorapr_jax.cli.main import main
 from lorapr_jax.data.tokenizer import Tokenizer
@@ -53,8 +53,8 @@ def expected(folders, load):
   def expected(prompt):
     tokenizer = Tokenizer(folders / 'raw')
     config, params = load(folders / 'raw')
-    sampling = generate.Sampling(8)
-    pieces = generate.stream_text(
+    sampling = generation.Sampling(8)
+    pieces = generation.stream_text(
       params, config, tokenizer, prompt, sampling, dtype='float32'
     )
     return ''.join(pieces)

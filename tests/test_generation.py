@@ -11,11 +11,11 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models
 
-from lorapr_jax import generate, sharding
+from lorapr_jax import generation, sharding
 from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.generate import Sampling, detokenize, nucleus, stream_tokens
+from lorapr_jax.generation import Sampling, detokenize, nucleus, stream_tokens
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.llama import logical_axes
 
@@ -66,7 +66,7 @@ def test_a_long_prompt_may_come_in_chunks(save_hf, load, monkeypatch):
   config, params = load(save_hf('gqa'))
   [want] = _transformers(save_hf('gqa'), [_prompt(55)], 8)
   assert _tokens(params, config, _prompt(55)) == want
-  monkeypatch.setattr(generate, '_LARGEST', 16)
+  monkeypatch.setattr(generation, '_LARGEST', 16)
   assert _tokens(params, config, _prompt(55)) == want
 
 
@@ -159,7 +159,9 @@ def test_tokens_as_likely_as_the_last_of_the_nucleus_stay():
 )
 def test_draws_have_the_distribution(temperature, top_p, expected):
   logits = jnp.log(jnp.array([0.2, 0.1, 0.4, 0.3])) + 50.0
-  draw = jax.vmap(lambda key: generate.sample(logits, key, temperature, top_p))
+  draw = jax.vmap(
+    lambda key: generation.sample(logits, key, temperature, top_p)
+  )
   tokens = jax.jit(draw)(jax.random.split(jax.random.key(0), 20_000))
   shares = np.bincount(tokens, minlength=4) / 20_000
   # Four standard deviations, and none at all for what must not be drawn.
@@ -187,7 +189,7 @@ def test_a_handful_of_compilations(random_params):
     for temperature in (0.0, 0.7):
       sampling = Sampling(4, temperature, 0.9, seed=length)
       assert len(_tokens(params, config, _prompt(length), sampling)) == 4
-  step = generate._make_advance(config, jnp.dtype('float32'), place)
+  step = generation._make_advance(config, jnp.dtype('float32'), place)
   # One token, or a prompt of up to 16, into a cache of 16; and one token, or
   # a prompt of up to 16 or 32, into a cache of 32.
   assert step._cache_size() == 2 + 3
@@ -202,8 +204,8 @@ def test_sharded_weights_are_used_where_they_lie(random_params):
     assert _tokens(sharded, CONFIG, _prompt(length)) == (
       _tokens(params, CONFIG, _prompt(length))
     )
-  place = generate._place_beside(sharded)
-  step = generate._make_advance(CONFIG, jnp.dtype('float32'), place)
+  place = generation._place_beside(sharded)
+  step = generation._make_advance(CONFIG, jnp.dtype('float32'), place)
   assert step._cache_size() == 2
 
 
@@ -211,13 +213,13 @@ def test_stop_ids(tmp_path):
   def write(name, **keys):
     (tmp_path / name).write_text(json.dumps(keys))
 
-  assert generate.stop_ids(tmp_path) == set()
+  assert generation.stop_ids(tmp_path) == set()
   write('config.json', eos_token_id=2)
-  assert generate.stop_ids(tmp_path) == {2}
+  assert generation.stop_ids(tmp_path) == {2}
   write('generation_config.json', bos_token_id=1)
-  assert generate.stop_ids(tmp_path) == {2}
+  assert generation.stop_ids(tmp_path) == {2}
   write('generation_config.json', eos_token_id=[3, 0])
-  assert generate.stop_ids(tmp_path) == {0, 3}
+  assert generation.stop_ids(tmp_path) == {0, 3}
 
 
 @pytest.fixture
@@ -288,7 +290,7 @@ def test_text_is_streamed_from_a_prompt_or_a_message(
   for chat, prompt in ((False, 'the'), (True, '<|user|>the\n<|assistant|>')):
     ids = tokenizer.encode(prompt)
     want = tokenizer.decode(_tokens(params, CONFIG, ids, Sampling(20)))
-    pieces = generate.stream_text(
+    pieces = generation.stream_text(
       *(params, CONFIG, tokenizer, 'the', Sampling(20)),
       dtype='float32',
       chat=chat,
@@ -303,7 +305,7 @@ def test_a_real_model_writes_what_transformers_writes(load):
   if not folder.is_dir():
     pytest.skip(f'{folder} is not there: `make demo` makes it')
   config, params = load(folder)
-  tokenizer, stop = Tokenizer(folder), generate.stop_ids(folder)
+  tokenizer, stop = Tokenizer(folder), generation.stop_ids(folder)
   texts = ('The capital of France is', 'Write a poem about 東京 and the sea.')
   prompts = [tokenizer.encode(text) for text in texts]
   prompts += [

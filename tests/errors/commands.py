@@ -1,0 +1,108 @@
+"""Commands and their flags."""
+
+from tests.errors.case import CONFIGS, Case, evaluate, train_tiny, with_argv
+
+# How argparse quotes choices is up to Python's version.
+CHOICES = r'(?<=choose from ).*(?=\) \(python)'
+TINY = f'--config={CONFIGS}/tiny.py'
+
+
+def _config_file(text, *more):
+  def argv(place):
+    place.write('MINE.py', text)
+    return ['train', '--config=MINE.py', '--workdir=RUN', *more]
+
+  return argv
+
+
+def _bad_evaluate(*more):
+  def argv(place):
+    place.copy('MODEL')
+    place.text()
+    return evaluate(*more)
+
+  return argv
+
+
+def _inspect(*more):
+  def argv(place):
+    place.copy('MODEL')
+    return ['inspect', '--model', 'MODEL', *more]
+
+  return argv
+
+
+CASES = [
+  Case('`prune`, which is no command', with_argv('prune')),
+  Case('`train` without `--workdir`', with_argv('train', TINY)),
+  Case('`train` without `--config`', with_argv('train', '--workdir=RUN')),
+  Case('`train --workdir=`', with_argv('train', TINY, '--workdir=')),
+  Case(
+    '`train --steps=3`, an unknown flag', with_argv(*train_tiny(), '--steps=3')
+  ),
+  Case('`train ... more`', with_argv(*train_tiny(), 'more')),
+  Case(
+    '`--config=NONE.py`, which does not exist',
+    with_argv('train', '--config=NONE.py', '--workdir=RUN'),
+  ),
+  Case(
+    '`--config=MINE.py`, which is not Python', _config_file('steps = = 3\n')
+  ),
+  Case(
+    '`--config=MINE.py`, which has no `get_config`', _config_file('steps = 3\n')
+  ),
+  Case(
+    '`--config=MINE.py`, which imports what is not there',
+    _config_file('import nothing_like_this\n'),
+  ),
+  Case(
+    '`--config=MINE.py`, which sets an unknown key',
+    _config_file(
+      'from configs import default\n\n\ndef get_config():\n'
+      '  config = default.get_config()\n  config.train.step = 3\n'
+      '  return config\n'
+    ),
+  ),
+  Case(
+    '`--config=MINE.py`, which sets a key to another type',
+    _config_file(
+      'from configs import default\n\n\ndef get_config():\n'
+      '  config = default.get_config()\n  config.train.steps = "3"\n'
+      '  return config\n'
+    ),
+  ),
+  Case(
+    '`--config=MINE.py`, which does not start from configs/default.py',
+    _config_file(
+      'from ml_collections import config_dict\n\n\ndef get_config():\n'
+      '  return config_dict.create(train=dict(steps=3))\n'
+    ),
+  ),
+  Case(
+    '`--config=MINE.py`, whose `get_config` returns a dict',
+    _config_file('def get_config():\n  return {"steps": 3}\n'),
+  ),
+  Case(
+    '`evaluate` without `--data`', with_argv('evaluate', '--model', 'MODEL')
+  ),
+  Case('`evaluate --seq_len 1`', _bad_evaluate('--seq_len', '1')),
+  Case('`evaluate --seq_len many`', _bad_evaluate('--seq_len', 'many')),
+  Case(
+    '`evaluate --seq_len 999`, more than the model has positions',
+    _bad_evaluate('--seq_len', '999'),
+  ),
+  Case('`evaluate --batch_size 0`', _bad_evaluate('--batch_size', '0')),
+  Case(
+    '`evaluate --dtype int8`', _bad_evaluate('--dtype', 'int8'), varies=CHOICES
+  ),
+  Case('`inspect` without `--model`', with_argv('inspect')),
+  Case('`inspect --target 1.5`', _inspect('--target', '1.5')),
+  Case('`inspect --target half`', _inspect('--target', 'half')),
+  Case('`inspect --protect last`', _inspect('--protect', 'last')),
+  Case(
+    '`inspect --channels maybe`',
+    _inspect('--channels', 'maybe'),
+    varies=CHOICES,
+  ),
+  Case('`inspect --layers 3`, an unknown flag', _inspect('--layers', '3')),
+]

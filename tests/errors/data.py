@@ -1,0 +1,92 @@
+"""Data specs and files that cannot be read as text."""
+
+from tests.errors.case import (
+  Case,
+  Place,
+  evaluate,
+  train_model,
+  train_tiny,
+  with_argv,
+)
+
+
+def _file(did: str, spec: str, **files: str | bytes) -> Case:
+  """`evaluate` on a spec, with these files; `a_txt` is written as a.txt."""
+
+  def argv(place: Place) -> list[str]:
+    place.copy('MODEL')
+    for name, content in files.items():
+      place.write(name.replace('_', '.'), content)
+    return evaluate('--data', spec)
+
+  return Case(f'`{spec}`, {did}' if did else f'`{spec}`', argv)
+
+
+def _train(did: str, text: str, *overrides: str, **more) -> Case:
+  def argv(place: Place) -> list[str]:
+    place.copy('MODEL')
+    place.text(text)
+    return train_model(*overrides)
+
+  return Case(did, argv, **more)
+
+
+CASES = [
+  Case('`data.train=`', with_argv(*train_tiny('data.train='))),
+  _file('', 'wikitext2'),
+  _file('', 'http://example.org/text.txt'),
+  _file('', 'demo:news:test'),
+  _file('which is not there', 'file:NONE.txt'),
+  _file('which matches nothing', 'file:*.jsonl'),
+  _file('which is a folder', 'file:MODEL'),
+  _file('a kind that is not read', 'file:a.pdf', a_pdf='%PDF'),
+  _file('of two kinds', 'file:[ab].*', a_txt='word', b_csv='text\nword\n'),
+  _file('an unknown option', 'file:a.txt?field=text', a_txt='word'),
+  _file('', 'synthetic:many'),
+  _file('', 'synthetic:0?windows=0'),
+  _file('', 'synthetic:0?rows=8'),
+  _file('of a model with a tokenizer', 'synthetic:0'),
+  _file('which is not UTF-8', 'file:a.txt', a_txt='größe'.encode('latin-1')),
+  _file('which is empty', 'file:b.txt', b_txt=''),
+  _file('two words, for windows of 32', 'file:c.txt', c_txt='word word'),
+  _file(
+    'line 2 is cut short',
+    'file:a.jsonl',
+    a_jsonl='{"text": "word"}\n{"text": "wo',
+  ),
+  _file('without the field', 'file:b.jsonl', b_jsonl='{"body": "word"}'),
+  _file('where the field is a number', 'file:c.jsonl', c_jsonl='{"text": 3}'),
+  _file('a list', 'file:d.jsonl', d_jsonl='["word"]'),
+  _file('without the column', 'file:a.csv', a_csv='title,body\na,b\n'),
+  _file('which is empty', 'file:b.csv', b_csv=''),
+  _file('a lone surrogate', 'file:e.jsonl', e_jsonl='{"text": "\\ud800"}'),
+  Case(
+    '`data.train=file:TEXT.txt` for random weights',
+    lambda place: [
+      *train_tiny(f'data.train=file:{place.text().name}'),
+    ],
+    late=True,
+  ),
+  Case(
+    '`data.train=synthetic:1?windows=15`, with train.batch_size=16',
+    with_argv(*train_tiny('data.train=synthetic:1?windows=15')),
+    late=True,
+  ),
+  _train(
+    '`data.train` of seven windows, with train.batch_size=8',
+    'word ' * 223,
+    late=True,
+    leaves=('CACHE', 'CACHE/'),
+  ),
+  _train(
+    '`data.eval=file:NONE.txt`, which is not there',
+    'word ' * 600,
+    'data.eval=file:NONE.txt',
+  ),
+  _train(
+    '`data.eval_seq_len=65` of a model with 64 positions',
+    'word ' * 600,
+    'data.eval_seq_len=65',
+  ),
+  _train('`data.eval_windows=-1`', 'word ' * 600, 'data.eval_windows=-1'),
+]

@@ -1,0 +1,194 @@
+"""Model folders and tokenizers that cannot be used."""
+
+from collections.abc import Callable
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+from tests.errors import strangers
+from tests.errors.case import Case, Place, change_json, evaluate, with_argv
+
+
+def _changed(did: str, change: Callable[[Path], None], **more) -> Case:
+  """`evaluate` of a good model after `change`."""
+
+  def argv(place: Place) -> list[str]:
+    change(place.copy('MODEL'))
+    place.text()
+    return evaluate()
+
+  return Case(did, argv, **more)
+
+
+def _config(did: str, **changes) -> Case:
+  def change(model):
+    change_json(model / 'config.json', **changes)
+
+  return _changed(f'MODEL/config.json has {did}', change)
+
+
+def _weights(did: str, edit: Callable[[dict[str, np.ndarray]], None]) -> Case:
+  def change(model):
+    tensors = load_file(model / 'model.safetensors')
+    edit(tensors)
+    save_file(tensors, model / 'model.safetensors')
+
+  return _changed(did, change)
+
+
+def _cast(name: str, dtype: str) -> Callable[[dict[str, np.ndarray]], None]:
+  def edit(tensors):
+    tensors[name] = tensors[name].astype(dtype)
+
+  return edit
+
+
+def _write(name: str, content: str) -> Callable[[Path], None]:
+  return lambda model: (model / name).write_text(content)
+
+
+def _truncate(name: str) -> Callable[[Path], None]:
+  def change(model):
+    content = (model / name).read_bytes()
+    (model / name).write_bytes(content[: len(content) // 2])
+
+  return change
+
+
+def _index(weight_map) -> Callable[[Path], None]:
+  return _write(
+    'model.safetensors.index.json', json.dumps({'weight_map': weight_map})
+  )
+
+
+def _only_pickle(model: Path) -> None:
+  strangers.add_pickle(model)
+  (model / 'model.safetensors').unlink()
+
+
+def _strangers_model(model: Path) -> None:
+  strangers.add_model_code(model)
+  change_json(model / 'config.json', model_type='stranger')
+
+
+def _strangers_tokenizer(model: Path) -> None:
+  strangers.add_tokenizer_code(model)
+  change_json(
+    model / 'tokenizer_config.json', tokenizer_class='StrangersTokenizer'
+  )
+
+
+def _large_vocabulary(model: Path) -> None:
+  tokenizer = json.loads((model / 'tokenizer.json').read_text())
+  tokenizer['model']['vocab']['word'] = 64
+  (model / 'tokenizer.json').write_text(json.dumps(tokenizer))
+
+
+QUERIES = 'model.layers.1.self_attn.q_proj.weight'
+CASES = [
+  Case(
+    '`--model MODEL`, which does not exist',
+    with_argv(*evaluate('--data', 'synthetic:0')),
+  ),
+  _changed('MODEL is a file', lambda m: m.rename('OLD') and m.write_text('')),
+  _changed('no MODEL/config.json', lambda m: (m / 'config.json').unlink()),
+  _changed('MODEL/config.json is cut short', _write('config.json', '{"a": 1')),
+  _changed('MODEL/config.json is a list', _write('config.json', '[]')),
+  _config('model_type qwen2', model_type='qwen2'),
+  _config('model_type mistral without sliding_window', model_type='mistral'),
+  _config('sliding_window 4096', sliding_window=4096),
+  _config('attention_bias true', attention_bias=True),
+  _config('hidden_act gelu', hidden_act='gelu'),
+  _config(
+    'a quantization_config', quantization_config={'quant_method': 'gptq'}
+  ),
+  _config(
+    'layer_types with sliding_attention',
+    layer_types=['full_attention', 'sliding_attention'],
+  ),
+  _config(
+    'rope_scaling of type yarn',
+    rope_scaling={'rope_type': 'yarn', 'factor': 4.0},
+  ),
+  _config(
+    'rope_scaling of type llama3 without its factors',
+    rope_scaling={'rope_type': 'llama3', 'factor': 4.0},
+  ),
+  _config('rope_scaling that is a list', rope_scaling=['yarn']),
+  _config('rope_theta "high"', rope_theta='high'),
+  _config('no hidden_size', hidden_size=None),
+  _config('vocab_size "64"', vocab_size='64'),
+  _config('num_hidden_layers 0', num_hidden_layers=0),
+  _config('num_key_value_heads "2"', num_key_value_heads='2'),
+  _config('num_key_value_heads 3 for 4 heads', num_key_value_heads=3),
+  _config('head_dim 7', head_dim=7),
+  _config('rms_norm_eps "small"', rms_norm_eps='small'),
+  _config('max_position_embeddings "64"', max_position_embeddings='64'),
+  _config('intermediate_size 40, the weights 48', intermediate_size=40),
+  _config('num_hidden_layers 3, the weights 2', num_hidden_layers=3),
+  _config(
+    'per_layer_config of a llama',
+    per_layer_config={'0': {'intermediate_size': 40}},
+  ),
+  _config(
+    'per_layer_config for layer 7',
+    model_type='pruned_llama',
+    per_layer_config={'7': {'intermediate_size': 40}},
+  ),
+  # Weights.
+  _weights(f'MODEL lacks {QUERIES}', lambda t: t.pop(QUERIES) is None),
+  _weights(
+    'MODEL has q_proj.bias as well',
+    lambda t: t.update({QUERIES.replace('weight', 'bias'): np.zeros(32)}),
+  ),
+  _weights(
+    f'{QUERIES} is transposed and cut',
+    lambda t: t.update({QUERIES: np.zeros((32, 16), np.float32)}),
+  ),
+  _weights(f'{QUERIES} is int8', _cast(QUERIES, 'int8')),
+  _changed(
+    'MODEL/model.safetensors is cut short',
+    _truncate('model.safetensors'),
+    varies=r'(?<=read: ).*',
+  ),
+  _changed(
+    'MODEL/model.safetensors is text',
+    _write('model.safetensors', 'version 1 of a pointer'),
+    varies=r'(?<=read: ).*',
+  ),
+  _changed(
+    'MODEL/model.safetensors.index.json names an absent file',
+    _index({QUERIES: 'model-00001-of-00002.safetensors'}),
+  ),
+  _changed(
+    'MODEL/model.safetensors.index.json has no weight_map',
+    _write('model.safetensors.index.json', '{}'),
+  ),
+  _changed(
+    'MODEL/model.safetensors.index.json has a list as weight_map',
+    _index(['model.safetensors']),
+  ),
+  _changed('MODEL has pytorch_model.bin alone', _only_pickle),
+  _changed('MODEL names code of its own in auto_map', _strangers_model),
+  # Tokenizers.
+  _changed(
+    'the tokenizer names code of its own in auto_map', _strangers_tokenizer
+  ),
+  _changed(
+    'MODEL has no tokenizer',
+    lambda m: [path.unlink() for path in m.glob('tokenizer*')] and None,
+  ),
+  _changed('MODEL/tokenizer.json is cut short', _truncate('tokenizer.json')),
+  _changed(
+    'MODEL/tokenizer.json is empty JSON',
+    _write('tokenizer.json', '{}'),
+    varies=r'(?<=used: ).*',
+  ),
+  _changed(
+    'MODEL/tokenizer_config.json is cut short',
+    _write('tokenizer_config.json', '{"a'),
+  ),
+  _changed('the tokenizer has more tokens than MODEL', _large_vocabulary),
+]

@@ -1,0 +1,107 @@
+"""Workdirs that are taken, damaged checkpoints, and disks."""
+
+from collections.abc import Callable
+from pathlib import Path
+import shutil
+
+from tests.errors.case import Case, Place, train_model, train_tiny, with_argv
+
+# The reason, which safetensors, orbax and NumPy each say in their own words.
+FULL = r'(?<=written \().*(?=\): make)'
+# Of the run that is finished; small, because it is really run.
+RUN = (
+  *('train.steps=2', 'train.checkpoint_every=1', 'data.eval='),
+  *('train.seq_len=8', 'prune.every=1', 'prune.protect=none'),
+  *('lora.targets=q_proj,gate_proj', 'lora.dropout=0'),
+)
+
+
+def _unfinished(run: Path) -> None:
+  # As it is when it is killed before its export.
+  (run / 'summary.json').unlink()
+  shutil.rmtree(run / 'export')
+
+
+def _run(
+  did: str, change: Callable[[Path], None], *overrides: str, **more
+) -> Case:
+  """The finished run's own command, after `change`."""
+
+  def argv(place: Place) -> list[str]:
+    change(place.copy('RUN'))
+    return train_tiny(*RUN, *overrides)
+
+  return Case(did, argv, **more)
+
+
+def damage_checkpoint(run: Path) -> None:
+  """Cuts the arrays of the last checkpoint short."""
+  for file in (run / 'checkpoints' / '2').rglob('d/*'):
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def _damaged(run: Path) -> None:
+  _unfinished(run)
+  damage_checkpoint(run)
+
+
+def _foreign(run: Path) -> None:
+  shutil.rmtree(run)
+  run.mkdir()
+  (run / 'notes.txt').write_text('mine')
+
+
+def _file(run: Path) -> None:
+  shutil.rmtree(run)
+  run.write_text('mine')
+
+
+def _broken_record(run: Path) -> None:
+  _unfinished(run)
+  (run / 'run.json').write_text('{"config":')
+
+
+def _packing(place: Place) -> list[str]:
+  place.copy('MODEL')
+  place.text()
+  return train_model()
+
+
+CASES = [
+  _run('`--workdir=RUN` of a run that is finished', lambda run: None),
+  _run('`--workdir=RUN` of another run', _unfinished, 'prune.target=0.25'),
+  _run('`--workdir=RUN`, a folder with other files', _foreign),
+  _run('`--workdir=RUN`, a file', _file),
+  _run('RUN/run.json is cut short', _broken_record),
+  _run('The last checkpoint of RUN is damaged', _damaged, late=True),
+  Case(
+    '`--workdir=/dev/null/RUN`, a file in the way',
+    with_argv(*train_tiny(), '--workdir=/dev/null/RUN'),
+  ),
+  Case(
+    '`--workdir=/proc/RUN`, a read-only folder',
+    with_argv(*train_tiny(), '--workdir=/proc/RUN'),
+  ),
+  Case(
+    'The disk is full when data is packed',
+    _packing,
+    late=True,
+    max_file_bytes=1000,
+    leaves=('CACHE', 'CACHE/windows'),
+  ),
+  _run(
+    'The disk is full when the run is exported',
+    _unfinished,
+    late=True,
+    max_file_bytes=50_000,
+    varies=FULL,
+  ),
+  Case(
+    'The disk is full when a checkpoint is saved',
+    with_argv(*train_tiny(*RUN)),
+    late=True,
+    max_file_bytes=20_000,
+    leaves=('RUN', 'RUN/'),
+    varies=FULL,
+  ),
+]
