@@ -1,5 +1,7 @@
 """train: flags to config, then lorapr_jax.train.run."""
 
+import ast
+from pathlib import Path
 import re
 import sys
 
@@ -60,9 +62,19 @@ def _with_config_found(argv: list[str]) -> list[str]:
     if flag in ('--config', '-config'):
       # What follows a colon is for the file's get_config().
       name, *more = (name if equals else next(rest, '')).split(':', 1)
-      arg = '--config=' + ':'.join([str(find_config(name)), *more])
+      path = find_config(name)
+      _check_syntax(path, name)
+      arg = '--config=' + ':'.join([str(path), *more])
     found.append(arg)
   return found
+
+
+def _check_syntax(path: Path, name: str) -> None:
+  # Of a file that is not Python, what reads it tells one thing or another.
+  try:
+    ast.parse(path.read_bytes(), path.name)
+  except (SyntaxError, ValueError) as error:
+    raise UserError(f'--config={name} cannot be read: {error}') from None
 
 
 def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:

@@ -142,6 +142,15 @@ def test_a_conversation_outlives_a_mistake(run, expected, monkeypatch):
   assert 'error: the prompt has 128 tokens' in err
 
 
+@pytest.fixture
+def ctrl_c():
+  """SIGINT as in a terminal; in the background, shells have it ignored."""
+  old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.usefixtures('ctrl_c')
 def test_ctrl_c_stops_the_answer_alone(folders, capsys, monkeypatch):
   tokenizer = Tokenizer(folders / 'raw')
   seen = []
