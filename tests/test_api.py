@@ -111,6 +111,10 @@ def talking(run, tmp_path):
   tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, 'one'))
   tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
   tokenizer.save(str(folder / 'tokenizer.json'))
+  # Without it, transformers 4 adds the tokens of a LLaMA.
+  (folder / 'tokenizer_config.json').write_text(
+    json.dumps({'tokenizer_class': 'PreTrainedTokenizerFast'})
+  )
   return folder
 
 
