@@ -77,11 +77,15 @@ def get_config() -> config_dict.ConfigDict:
   config.train.checkpoints_kept = 2
 
   config.prune = config_dict.ConfigDict()
-  # lora, magnitude or random.
+  # lora (LoRAPrune), gradient (of the base: a second copy of its weights),
+  # activation (Wanda-sp), magnitude or random.
   config.prune.criterion = 'lora'
-  # joint (prune while LoRA trains) or none (train LoRA alone).
+  # joint (prune while LoRA trains), prune_then_tune (prune at once, then train
+  # LoRA on what is left, for as many steps in all) or none (prune at once).
   config.prune.order = 'joint'
-  # The share to remove, of what `unit` says.
+  # The first steps of the other two orders: they only measure importance.
+  config.prune.calibration_steps = 10
+  # The share to remove, of what `unit` says; 0: LoRA is trained, no more.
   config.prune.target = 0.5
   # The share of heads, where it differs from target.
   config.prune.heads_target = config_dict.placeholder(float)
@@ -114,6 +118,14 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.cross_term = True
   # Of the moving average over steps.
   config.prune.decay = 0.9
+
+  config.recover = config_dict.ConfigDict()
+  # Steps of LoRA after the cut, on the small arrays.
+  config.recover.steps = 0
+  # Their text; empty: data.train goes on.
+  config.recover.data = ''
+  # At the first of them; 0: train.learning_rate.
+  config.recover.learning_rate = 0.0
 
   config.mesh = config_dict.ConfigDict()
   # Devices that each hold the whole base and their share of a batch; -1: the

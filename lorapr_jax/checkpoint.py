@@ -100,20 +100,29 @@ def trim_metrics(workdir: Path, step: int) -> None:
   write_text(path, ''.join(kept))
 
 
-def read_adapters(workdir: Path) -> tuple[Any, Any]:
-  """LoRA and masks of a workdir's newest complete checkpoint.
+def saved_steps(folder: Path) -> list[int]:
+  """The steps of the complete checkpoints in a folder, if it is there."""
+  return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+
+
+def read_adapters(workdir: Path, folder: str) -> tuple[Any, Any]:
+  """LoRA and masks of the newest complete checkpoint of one phase.
 
   They come as host arrays, wherever they lay in training, and nothing in the
   workdir changes.
 
+  Args:
+    workdir: of the run.
+    folder: of the phase's checkpoints in it.
+
   Returns:
-    Trees with an entry for each stack of the base.
+    Trees with an entry for each stack of what the phase trained.
 
   Raises:
     UserError: if there is no checkpoint, or it cannot be read.
   """
-  folder = (workdir / 'checkpoints').absolute()
-  steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+  folder = (workdir / folder).absolute()
+  steps = saved_steps(folder)
   if not steps:
     raise UserError(
       f'{workdir} holds no checkpoint: go on with its run, which writes one '
@@ -183,12 +192,12 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 class Checkpoints:
-  """The train states of a workdir: everything but the base."""
+  """The train states of a phase: everything but the base."""
 
-  def __init__(self, workdir: Path, keep: int):
-    """Opens workdir/checkpoints; the newest `keep` are kept."""
+  def __init__(self, folder: Path, keep: int):
+    """Opens a folder; the newest `keep` are kept."""
     self._manager = ocp.CheckpointManager(
-      (workdir / 'checkpoints').absolute(),
+      folder.absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
     self._loops = _patient_loops()

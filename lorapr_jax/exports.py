@@ -10,14 +10,15 @@ from ml_collections import config_dict
 import numpy as np
 
 from lorapr_jax import routes, sharding
-from lorapr_jax.checkpoint import RUN_FILE, read_adapters
+from lorapr_jax.checkpoint import RUN_FILE, read_adapters, saved_steps
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
-from lorapr_jax.finish import cut, kept_of, pruned_model
+from lorapr_jax.finish import cut, kept_of, merge, pruned_model
 from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
 from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import logical_axes, param_shapes
+from lorapr_jax.phases import checkpoints_of
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.settings import split_model
 
@@ -70,7 +71,7 @@ def _of_run(
       'other sizes'
     )
   dtype = run['resolved']['base_dtype']
-  lora, masks = read_adapters(workdir)
+  lora, masks = read_adapters(workdir, checkpoints_of('prune'))
   kept = kept_of(masks)
   path = Path(config.model.path) if config.model.path else None
   if path:
@@ -88,9 +89,13 @@ def _of_run(
   params = load_base(
     path, sizes, jnp.dtype(dtype), _places(sizes, dtype), config.train.seed
   )
-  weights = cut(
-    sizes, lora_config, params, lora, kept, unmerged=route.kind == 'peft'
-  )
+  params, lora = cut(sizes, lora_config, params, lora, kept)
+  for name in ('recover', 'tune'):
+    # What was trained after the cut has its size.
+    if saved_steps((workdir / checkpoints_of(name)).absolute()):
+      lora, _ = read_adapters(workdir, checkpoints_of(name))
+      break
+  weights = merge(params, lora, lora_config, unmerged=route.kind == 'peft')
   return model, weights
 
 

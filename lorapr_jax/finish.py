@@ -1,5 +1,6 @@
 """The end of a run: cut, merge, and every export that was asked for."""
 
+from collections.abc import Callable
 import dataclasses
 from pathlib import Path
 import time
@@ -9,6 +10,8 @@ import jax
 
 from lorapr_jax import routes, steps
 from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.eval.latency import paired_latency
+from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.generation import Sampling, stream_text
 from lorapr_jax.hf.export import parse_size
 from lorapr_jax.hf.load import content_hash
@@ -20,6 +23,8 @@ from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import summary
 from lorapr_jax.settings import RunSettings
 
+_LATENCY = {'batch_size': 1, 'seq_len': 128}
+
 
 def cut(
   config: LlamaConfig,
@@ -27,10 +32,8 @@ def cut(
   params: Any,
   lora: Any,
   kept: Kept,
-  *,
-  unmerged: bool,
-) -> routes.Weights:
-  """Takes away what is not kept and merges LoRA: smaller dense weights.
+) -> tuple[Any, Any]:
+  """Takes away what is not kept: smaller weights, and smaller adapters.
 
   Args:
     config: the sizes before the cut.
@@ -38,20 +41,33 @@ def cut(
     params: the base.
     lora: its adapters, by stack.
     kept: from `kept_groups`; empty: nothing is cut.
-    unmerged: whether the smaller weights without LoRA are held as well.
   """
-  if kept:
-    axes = llama.block_axes(lora_config)
+  if not kept:
+    return params, lora
+  axes = llama.block_axes(lora_config)
 
-    @jax.jit
-    def smaller(stacks, lora):
-      return (
-        shrink(stacks, axes['params'], kept, config),
-        shrink(lora, axes['lora'], kept, config),
-      )
+  @jax.jit
+  def smaller(stacks, lora):
+    return (
+      shrink(stacks, axes['params'], kept, config),
+      shrink(lora, axes['lora'], kept, config),
+    )
 
-    stacks, lora = smaller(params['stacks'], lora)
-    params = {**params, 'stacks': stacks}
+  stacks, lora = smaller(params['stacks'], lora)
+  return {**params, 'stacks': stacks}, lora
+
+
+def merge(
+  params: Any, lora: Any, lora_config: LoraConfig, *, unmerged: bool
+) -> routes.Weights:
+  """Adds LoRA to the weights: an ordinary LLaMA.
+
+  Args:
+    params: the base.
+    lora: its adapters, by stack.
+    lora_config: of the adapters.
+    unmerged: whether the weights without LoRA are held as well.
+  """
   merged = merge_adapters(params, lora, lora_config.scale)
   if not unmerged:
     return routes.Weights(merged)
@@ -127,6 +143,36 @@ def side_by_side(
     | {name: go_on(prompt, *model) for name, model in models.items()}
     for prompt in settings.report.prompts
   ]
+
+
+def compare(
+  settings: RunSettings,
+  params: Any,
+  config: LlamaConfig,
+  merged: Any,
+  measured: dict[str, Perplexity | None],
+  perplexity: Callable[..., Perplexity | None],
+) -> dict[str, Any]:
+  """The dense and the pruned model side by side, as summary.json has it.
+
+  Args:
+    settings: of the run.
+    params: the dense weights.
+    config: the sizes after the cut.
+    merged: the weights after it.
+    measured: perplexities so far, by name.
+    perplexity: of weights; None where there is no held-out text.
+  """
+  dense = settings.step
+  small = steps.StepSettings(config, dtype=dense.dtype)
+  models = {'dense': (params, dense), 'pruned': (merged, small)}
+  return {
+    'perplexity': summary.perplexity_report(
+      **measured, pruned=perplexity(merged, small)
+    ),
+    'latency': {**paired_latency(models, **_LATENCY), **_LATENCY},
+    'generations': side_by_side(models, settings),
+  }
 
 
 def export_run(

@@ -1,6 +1,6 @@
 """What a run starts from: batches, held-out text, the base on the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,10 +35,14 @@ class Places(NamedTuple):
   state: NamedSharding
 
   @classmethod
-  def of(cls, settings: RunSettings) -> 'Places':
-    """Refuses sizes that the mesh does not divide, before any work."""
-    mesh = sharding.make_mesh(settings.mesh)
-    config, train = settings.step.config, settings.train
+  def of(cls, settings: RunSettings, config: LlamaConfig) -> 'Places':
+    """Refuses sizes that the mesh does not divide, before any work.
+
+    Args:
+      settings: of the run.
+      config: the sizes, before the cut or after it.
+    """
+    mesh, train = sharding.make_mesh(settings.mesh), settings.train
     parts = settings.mesh['data'] * settings.mesh['fsdp']
     if train.micro_batch_size % parts:
       raise UserError(
@@ -78,25 +82,32 @@ def load_base(
 
 
 def load_data(
-  settings: RunSettings,
-) -> tuple[Callable[[int], Any], np.ndarray | None]:
-  """The function t -> batch t, and the held-out windows if there are any."""
+  settings: RunSettings, specs: Iterable[str]
+) -> tuple[dict[str, Callable[[int], Any]], np.ndarray | None]:
+  """The batches of each spec, and the held-out windows if there are any.
+
+  Returns:
+    {spec: the function t -> batch t}, and (W, T) ids or None.
+  """
   train, data = settings.train, settings.data
   path, vocab = settings.model_path, settings.step.config.vocab_size
   tokenizer = Tokenizer(path) if path else None
   if tokenizer:
     for prompt in settings.report.prompts:
       check_prompt(tokenizer.encode(prompt), settings.step.config)
-  batch_at = pipeline.batches(
-    pipeline.training_windows(data.train, tokenizer, train.seq_len, vocab),
-    batch_size=train.batch_size,
-    micro_batch_size=train.micro_batch_size,
-    seed=train.seed,
-    shuffle=data.shuffle,
-  )
+  batches = {
+    spec: pipeline.batches(
+      pipeline.training_windows(spec, tokenizer, train.seq_len, vocab),
+      batch_size=train.batch_size,
+      micro_batch_size=train.micro_batch_size,
+      seed=train.seed,
+      shuffle=data.shuffle,
+    )
+    for spec in dict.fromkeys(specs)
+  }
   if not data.eval:
-    return batch_at, None
+    return batches, None
   held_out = pipeline.evaluation_windows(
     data.eval, tokenizer, data.eval_seq_len, vocab
   )
-  return batch_at, held_out[: data.eval_windows or None]
+  return batches, held_out[: data.eval_windows or None]

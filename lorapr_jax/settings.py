@@ -33,7 +33,7 @@ from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
 from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.steps import StepSettings
 
-ORDERS = ('joint', 'none')
+ORDERS = ('joint', 'prune_then_tune', 'none')
 ROUTES = ('hf', 'gguf', 'peft')
 _DTYPES = ('auto', 'float32', 'bfloat16')
 
@@ -88,6 +88,31 @@ class TrainSettings:
         f'train.micro_batch_size {self.micro_batch_size}'
       )
     _choose('train.lr_schedule', self.lr_schedule, LR_SCHEDULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class RecoverSettings:
+  """The `recover.*` keys."""
+
+  steps: int
+  data: str
+  learning_rate: float
+
+  def __post_init__(self):
+    if self.steps < 0:
+      raise UserError(f'recover.steps is {self.steps}: 0 or a number of steps')
+    if not 0 <= self.learning_rate < math.inf:
+      raise UserError(
+        f'recover.learning_rate is {self.learning_rate}: 0, for '
+        'train.learning_rate, or a positive number'
+      )
+    if self.data:
+      parse_spec(self.data)
+      if not self.steps:
+        raise UserError(
+          f'recover.data is {self.data!r}, but recover.steps is 0: give a '
+          'number of steps, or leave it out'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +182,10 @@ class RunSettings:
     model_path: the base's folder, or None for random weights.
     base_dtype: of the frozen weights.
     step: what the compiled functions are specialised to.
+    order: one of ORDERS.
     plan: what will be left; None if nothing is pruned.
-    schedule: of the pruning.
+    schedule: of joint pruning.
+    calibration_steps: of the other orders.
     mesh: sizes of data, fsdp, tensor.
   """
 
@@ -167,8 +194,11 @@ class RunSettings:
   step: StepSettings
   data: DataSettings
   train: TrainSettings
+  recover: RecoverSettings
+  order: str
   plan: PruningPlan | None
   schedule: PruneSchedule
+  calibration_steps: int
   criterion: Criterion
   mesh: dict[str, int]
   export: ExportSettings
@@ -232,10 +262,13 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     step=step,
     data=data,
     train=train,
+    recover=RecoverSettings(**config.recover),
+    order=prune.order,
     plan=plan,
     schedule=PruneSchedule(
       train.steps, prune.every, prune.warmup, prune.cooldown
     ),
+    calibration_steps=_calibration_steps(prune, train),
     criterion=criterion,
     mesh=mesh,
     export=export,
@@ -323,6 +356,20 @@ def _data_settings(
   )
 
 
+def _calibration_steps(
+  prune: config_dict.ConfigDict, train: TrainSettings
+) -> int:
+  steps = prune.calibration_steps
+  if steps < 1:
+    raise UserError(f'prune.calibration_steps is {steps}: it must be positive')
+  if prune.order == 'prune_then_tune' and steps >= train.steps:
+    raise UserError(
+      f'prune.calibration_steps {steps} leaves none of train.steps '
+      f'{train.steps} to tune: lower it, or use prune.order=none'
+    )
+  return steps
+
+
 def _lora_targets(names: str) -> tuple[str, ...]:
   if names == 'all':
     return LORA_TARGETS
@@ -343,14 +390,16 @@ def _plan(
       if field.name != 'tensor_parallel'
     },
   )
-  if _choose('prune.order', prune.order, ORDERS) == 'none':
-    return None
+  _choose('prune.order', prune.order, ORDERS)
   plan = plan_pruning(sizes, targets)
   if not plan.keep:
-    raise UserError(
-      'prune.target is 0: nothing would be pruned; for tuning alone use '
-      'prune.order=none'
-    )
+    if prune.order != 'joint':
+      raise UserError(
+        f'prune.target is 0: nothing would be pruned by '
+        f'prune.order={prune.order}; LoRA alone is trained by '
+        'prune.order=joint'
+      )
+    return None
   if prune.criterion == 'lora':
     adapters = block_axes(lora)['lora']
     for group in plan.keep:

@@ -19,6 +19,7 @@ import optax
 
 from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
+from lorapr_jax.models.axes import PROJECTIONS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.masks import initial_masks, select_masks
@@ -108,7 +109,7 @@ def token_losses(
   token_weights: Array,
   settings: StepSettings,
   **model: Any,
-) -> Array:
+) -> tuple[Array, Any]:
   """The weighted negative log-likelihood of each predicted token, (B, T).
 
   Position t predicts token t + 1; the last position has no target and loses
@@ -119,9 +120,13 @@ def token_losses(
     tokens: (B, T).
     token_weights: (B, T), the weight of each token as a target.
     settings: of the run.
-    **model: lora, masks, dropout_key of `llama.hidden_states`.
+    **model: lora, masks, dropout_key, observe of
+      `llama.observed_hidden_states`.
+
+  Returns:
+    The losses, and what was observed.
   """
-  hidden = llama.hidden_states(
+  hidden, observed = llama.observed_hidden_states(
     params,
     tokens,
     settings.config,
@@ -139,54 +144,96 @@ def token_losses(
     weights.reshape(-1),
     settings.loss_chunk,
   )
-  return losses.reshape(tokens.shape)
+  return losses.reshape(tokens.shape), observed
+
+
+def projections(stacks: Any) -> Any:
+  """Of a tree with an entry for each stack, the parts that are pruned."""
+  return tuple({part: stack[part] for part in PROJECTIONS} for stack in stacks)
 
 
 def make_lora_gradients(
-  settings: StepSettings, out_sharding: Sharding
+  settings: StepSettings,
+  out_sharding: Sharding,
+  *,
+  needs: str | None = None,
+  base_sharding: Any = None,
 ) -> Callable[..., Any]:
-  """The jitted step: (params, lora, masks, batch, key) -> (metrics, grads).
+  """The jitted step: params, lora, masks, batch, key -> metrics, grads, more.
 
   `batch` is {'tokens', 'weights'}, each (M, B, T): M micro-batches whose
   gradients are summed inside, so that one micro-batch's activations exist at
   a time. The loss is the mean over all the batch's target tokens. `grads`
   has the structure of `lora`, clipped to `clip_norm`; `metrics` has `loss`
-  and `grad_norm` (before clipping).
+  and `grad_norm` (before clipping). `more` is {} or, if `needs` is
+
+    'base_grads'  {'base_grads': the gradients of `projections(params)`, in
+                  float32, scaled as `grads` were by the clipping}
+    'statistics'  {'statistics': what `llama.observed_hidden_states` observed,
+                  summed over the batch}
+
+  Args:
+    settings: of the run.
+    out_sharding: of all that comes out, but
+    base_sharding: of the base, which its gradients share.
+    needs: of the criterion.
   """
   use_dropout = settings.lora.dropout > 0
 
   def gradients(params, lora, masks, batch, key):
     count = jnp.maximum(jnp.sum(batch['weights'][..., 1:]), 1.0)
+    trained = {'lora': lora}
+    if needs == 'base_grads':
+      trained['base'] = projections(params['stacks'])
 
-    def loss(lora, micro, key):
-      losses = token_losses(
-        params,
+    def loss(trained, micro, key):
+      base = trained.get('base', params['stacks'])
+      stacks = tuple(
+        stack | new for stack, new in zip(params['stacks'], base, strict=True)
+      )
+      losses, observed = token_losses(
+        {**params, 'stacks': stacks},
         micro['tokens'],
         micro['weights'],
         settings,
-        lora=lora,
+        lora=trained['lora'],
         masks=masks,
         dropout_key=key if use_dropout else None,
+        observe=needs == 'statistics',
       )
-      return jnp.sum(losses) / count
+      return jnp.sum(losses) / count, observed
+
+    value_and_grads = jax.value_and_grad(loss, has_aux=True)
 
     def accumulate(total, inputs):
-      value_and_grads = jax.value_and_grad(loss)(lora, *inputs)
-      return jax.tree.map(jnp.add, total, value_and_grads), None
+      new = value_and_grads(trained, *inputs)
+      return jax.tree.map(jnp.add, total, new), None
 
-    micro_batches = batch['tokens'].shape[0]
-    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, lora))
-    (value, grads), _ = jax.lax.scan(
-      accumulate, zeros, (batch, jax.random.split(key, micro_batches))
+    keys = jax.random.split(key, batch['tokens'].shape[0])
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32),
+      jax.eval_shape(value_and_grads, trained, *first),
     )
-    norm = optax.tree.norm(grads)
+    ((value, observed), grads), _ = jax.lax.scan(
+      accumulate, zeros, (batch, keys)
+    )
+    norm = optax.tree.norm(grads['lora'])
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
-    return {'loss': value, 'grad_norm': norm}, grads
+    more = {
+      'base_grads': grads.get('base'),
+      'statistics': observed,
+    }
+    metrics = {'loss': value, 'grad_norm': norm}
+    return metrics, grads['lora'], {needs: more[needs]} if needs else {}
 
+  more_sharding = out_sharding
+  if needs == 'base_grads' and base_sharding is not None:
+    more_sharding = {needs: projections(base_sharding['stacks'])}
   return jax.jit(
     gradients,
-    out_shardings=out_sharding,
+    out_shardings=(out_sharding, out_sharding, more_sharding),
     compiler_options=compiler_options(),
   )
 
@@ -196,7 +243,10 @@ def make_update_importance(
   criterion: importance_lib.Criterion,
   out_sharding: Sharding,
 ) -> Callable[..., Any]:
-  """(importance, params, lora, grads, masks, grad_norm) -> (importance, ok).
+  """The jitted update of the average, from what the step returned:
+
+    (importance, params, lora, grads, more, masks, grad_norm)
+      -> (importance, ok)
 
   The moving average goes layer by layer: the dense scores of one layer exist
   at a time. Where the gradients or the new scores are not finite, the old
@@ -207,6 +257,8 @@ def make_update_importance(
 
   def update_layer(inputs):
     old, signals, masks = inputs
+    if not masks:  # Nothing is ranked after the cut.
+      return old
     scores = importance_lib.element_scores(
       signals, scale=settings.lora.scale, criterion=criterion
     )
@@ -214,7 +266,7 @@ def make_update_importance(
       old, scores, masks, axes, norm=criterion.norm, decay=criterion.decay
     )
 
-  def update(importance, params, lora, grads, masks, grad_norm):
+  def update(importance, params, lora, grads, more, masks, grad_norm):
     new = tuple(
       jax.lax.map(
         update_layer,
@@ -225,6 +277,7 @@ def make_update_importance(
             lora[i],
             grads[i],
             stack.start + jnp.arange(stack.size),
+            **{name: value[i] for name, value in more.items()},
           ),
           masks[i],
         ),

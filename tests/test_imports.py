@@ -62,7 +62,7 @@ LEVELS = (
     'hf.gguf_write',
     'settings',
   ),
-  ('inputs', 'report'),
+  ('inputs', 'phases', 'report'),
   ('report.comparison', 'report.plots', 'routes'),
   ('finish', 'report.page'),
   ('train',),

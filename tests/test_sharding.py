@@ -168,7 +168,7 @@ def _prune(config, mesh, params):
       'weights': rng.integers(0, 2, (2, 8, 10)).astype(np.float32),
     }
     batch = jax.device_put(batch, places)
-    metrics, grads = lora_gradients(
+    metrics, grads, more = lora_gradients(
       params, state.lora, state.masks, batch, jax.random.key(step)
     )
     importance, ok = update_importance(
@@ -176,6 +176,7 @@ def _prune(config, mesh, params):
       params,
       state.lora,
       grads,
+      more,
       state.masks,
       metrics['grad_norm'],
     )

@@ -142,7 +142,7 @@ def _plain(lora, params, masks, batch):
 
 def test_gradients_are_those_of_the_formulas_clipped(trees):
   params, lora, masks = trees
-  metrics, grads = _gradients(trees, _batch())
+  metrics, grads, _ = _gradients(trees, _batch())
   value, want = _plain(lora, params, masks, _batch())
   assert metrics['loss'] == pytest.approx(float(value), rel=1e-5)
   norm = optax.tree.norm(want)
@@ -157,11 +157,54 @@ def test_gradients_are_those_of_the_formulas_clipped(trees):
   assert jnp.all(grads[0]['mlp']['down_proj']['a'][1, 5:9] == 0)
 
 
+def _observed(trees, batch, needs, settings=SETTINGS):
+  step = steps.make_lora_gradients(settings, _device(), needs=needs)
+  return step(*trees, batch, jax.random.key(0))
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_gradients_of_the_base_are_those_of_the_formulas(trees, micro_batches):
+  params, lora, masks = trees
+  batch = _batch(micro_batches)
+  metrics, grads, more = _observed(trees, batch, 'base_grads')
+  plain = jax.jit(jax.grad(lambda p: _plain(lora, p, masks, _batch())[0]))
+  want = steps.projections(plain(params)['stacks'])
+  clip = SETTINGS.clip_norm / metrics['grad_norm']
+  want = jax.tree.map(lambda g: g * clip, want)
+  _assert_close(more, {'base_grads': want}, atol=1e-6)
+  # They are more than LoRA's, which stay as they are.
+  _assert_close(grads, _gradients(trees, batch)[1], atol=1e-6)
+  assert optax.tree.norm(want) > 0.1
+
+
+@pytest.mark.parametrize('micro_batches', [1, 2])
+def test_statistics_are_the_sums_of_squared_inputs(trees, micro_batches):
+  params, _, masks = trees
+  batch = _batch(micro_batches)
+  _, grads, more = _observed(trees, batch, 'statistics')
+  first = more['statistics'][0]
+  x = params['embed_tokens']['weight'][_batch()['tokens'].reshape(-1)]
+  x = x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
+  x = x * params['stacks'][0]['input_layernorm']['weight'][0]
+  for name in ('q_proj', 'k_proj', 'v_proj'):
+    squares = first['self_attn'][name]['squares']
+    np.testing.assert_allclose(squares[0], jnp.sum(x * x, 0), rtol=1e-4)
+  # What is masked puts nothing in.
+  channels = masks[0]['mlp'][1] > 0
+  squares = first['mlp']['down_proj']['squares'][1]
+  assert jnp.all((squares > 0) == channels) and not jnp.all(channels)
+  assert first['self_attn']['o_proj']['squares'].shape[1:] == (
+    *(CONFIG.layers[0].num_kv_heads, CONFIG.layers[0].queries_per_kv),
+    CONFIG.head_dim,
+  )
+  _assert_close(grads, _gradients(trees, batch)[1], atol=1e-6)
+
+
 def test_small_gradients_are_not_clipped(trees):
   params, lora, masks = trees
   # A small last norm makes small logits, and those small gradients.
   params['norm']['weight'] *= 1e-3
-  metrics, grads = _gradients(trees, _batch())
+  metrics, grads, _ = _gradients(trees, _batch())
   _, want = _plain(lora, params, masks, _batch())
   assert 1e-4 < metrics['grad_norm'] < SETTINGS.clip_norm
   _assert_close(grads, want, atol=1e-7)
@@ -171,7 +214,7 @@ def test_a_batch_without_a_target_has_no_loss_and_no_gradients(trees):
   batch = _batch()
   # The first token is nobody's target.
   weights = jnp.zeros_like(batch['weights']).at[..., 0].set(1.0)
-  metrics, grads = _gradients(trees, {**batch, 'weights': weights})
+  metrics, grads, _ = _gradients(trees, {**batch, 'weights': weights})
   assert metrics['loss'] == 0
   assert all(jnp.all(g == 0) for g in jax.tree.leaves(grads))
 
@@ -199,7 +242,7 @@ def test_dropout_is_drawn_anew_for_each_key_and_micro_batch(trees):
 def test_adapters_on_a_bf16_base_have_float32_gradients(trees, random_params):
   _, lora, masks = trees
   base = random_params(CONFIG, 'bfloat16')
-  metrics, grads = _gradients((base, lora, masks), _batch())
+  metrics, grads, _ = _gradients((base, lora, masks), _batch())
   assert {g.dtype for g in jax.tree.leaves(grads)} == {jnp.dtype('float32')}
   exact = jax.tree.map(lambda x: x.astype(jnp.float32), base)
   value, want = _plain(lora, exact, masks, _batch())
@@ -231,7 +274,7 @@ def state():
 def _train_step(functions, state, params, keep=None):
   """One turn of the loop in lorapr_jax/train.py: (loss, the next state)."""
   lora_gradients, update_importance, apply_update = functions
-  metrics, grads = lora_gradients(
+  metrics, grads, more = lora_gradients(
     params, state.lora, state.masks, _batch(2), jax.random.key(0)
   )
   importance, ok = update_importance(
@@ -239,6 +282,7 @@ def _train_step(functions, state, params, keep=None):
     params,
     state.lora,
     grads,
+    more,
     state.masks,
     metrics['grad_norm'],
   )
@@ -251,8 +295,8 @@ def _train_step(functions, state, params, keep=None):
 
 def test_micro_batches_add_up_to_the_batch(functions, trees):
   trees = jax.device_put(trees, _device())
-  whole, grads = _gradients(trees, _batch())
-  parts, part_grads = functions[0](*trees, _batch(2), jax.random.key(0))
+  whole, grads, _ = _gradients(trees, _batch())
+  parts, part_grads, _ = functions[0](*trees, _batch(2), jax.random.key(0))
   # Their tokens count differently: a mean of means would be another loss.
   counts = _batch(2)['weights'][..., 1:].sum(axis=(1, 2))
   assert counts[0] != counts[1]
@@ -355,13 +399,26 @@ def test_a_step_of_smollm2_holds_less_than_one_copy_of_the_model(dtype):
   assert memory.alias_size_in_bytes < 0.01 * base
 
 
+def test_the_true_gradient_costs_a_copy_of_the_projections():
+  settings = steps.StepSettings(SMOLLM2, LoraConfig(dropout=0.0))
+  arguments = _abstract_smollm2(settings.lora, jnp.dtype('bfloat16'))
+  held = {}
+  for needs in (None, 'statistics', 'base_grads'):
+    step = steps.make_lora_gradients(settings, _device(), needs=needs)
+    memory = step.lower(*arguments).compile().memory_analysis()
+    held[needs] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+  gradient = 4 * sum(SMOLLM2.layer_parameters(x) for x in SMOLLM2.layers)
+  assert held['base_grads'] - held[None] > 0.95 * gradient
+  assert held['statistics'] - held[None] < 0.02 * gradient
+
+
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_importance_of_smollm2_needs_the_scores_of_one_layer(dtype):
   settings = steps.StepSettings(SMOLLM2)
   params, lora, masks, _, _ = _abstract_smollm2(settings.lora, jnp.dtype(dtype))
   update = steps.make_update_importance(settings, Criterion(), _device())
   norm = jax.ShapeDtypeStruct((), jnp.float32)
-  lowered = update.lower(masks, params, lora, lora, masks, norm)
+  lowered = update.lower(masks, params, lora, lora, {}, masks, norm)
   memory = lowered.compile().memory_analysis()
   layer = 4 * SMOLLM2.layer_parameters(SMOLLM2.layers[0])
   assert memory.temp_size_in_bytes < 6 * layer

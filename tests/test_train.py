@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,9 +56,9 @@ def metrics(workdir):
   return [json.loads(line) for line in lines]
 
 
-def final_state(workdir):
-  manager = ocp.CheckpointManager(workdir / 'checkpoints')
-  return manager.restore(60, args=ocp.args.StandardRestore())
+def final_state(workdir, folder='checkpoints', step=60):
+  manager = ocp.CheckpointManager(workdir / folder)
+  return manager.restore(step, args=ocp.args.StandardRestore())
 
 
 def flatten(tree, path=''):
@@ -214,14 +215,16 @@ def wait_for_steps(process, workdir, steps):
   raise AssertionError(f'no {steps} steps in time')
 
 
-def assert_same_run(workdir, expected):
+def assert_same_run(workdir, expected, *checkpoint):
   def without_times(records):
     return [
       {k: v for k, v in record.items() if k not in TIMING} for record in records
     ]
 
   assert without_times(metrics(workdir)) == without_times(metrics(expected))
-  ours, theirs = (dict(flatten(final_state(w))) for w in (workdir, expected))
+  ours, theirs = (
+    dict(flatten(final_state(w, *checkpoint))) for w in (workdir, expected)
+  )
   assert ours.keys() == theirs.keys()
   assert any('/lora/' in key for key in ours)
   for key, value in ours.items():
@@ -257,7 +260,10 @@ def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
   'override',
   [
     '--config.prune.heads=queries',
+    '--config.prune.target=0',
     '--config.prune.order=none',
+    '--config.prune.criterion=gradient',
+    '--config.prune.criterion=activation',
     '--config.prune.protect=none',
     '--config.prune.criterion=magnitude',
   ],
@@ -273,6 +279,71 @@ def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
   config = load_config(tmp_path / 'run' / 'export')
   layer = {
     '--config.prune.heads=queries': LayerShape(4, 1, 64),
-    '--config.prune.order=none': LayerShape(4, 2, 128),
+    '--config.prune.target=0': LayerShape(4, 2, 128),
   }.get(override, LayerShape(2, 2, 64))
   assert config.layers[0] == layer
+
+
+PHASES = [
+  *('--config=configs/tiny.py', '--config.train.steps=9'),
+  *('--config.train.log_every=1', '--config.train.checkpoint_every=2'),
+  *('--config.prune.order=prune_then_tune', '--config.recover.steps=4'),
+  *('--config.prune.calibration_steps=3', '--config.recover.data=synthetic:9'),
+  *('--config.export.format=hf,peft', '--config.recover.learning_rate=0.003'),
+]
+
+
+@pytest.fixture(scope='module')
+def phased(tmp_path_factory):
+  """A run that calibrates, tunes and recovers."""
+  workdir = tmp_path_factory.mktemp('phases') / 'run'
+  assert main(['train', *PHASES, f'--workdir={workdir}']) == 0
+  return workdir
+
+
+def test_pruned_at_once_then_tuned_then_recovered(phased):
+  records = metrics(phased)
+  assert [record['step'] for record in records] == list(range(13))
+  assert [record['tokens'] for record in records[-2:]] == [6144, 6656]
+  channels = [record['channels_sparsity'] for record in records]
+  assert channels == [0.0, 0.0] + [0.5] * 11
+  rates = [record['lr'] for record in records]
+  assert rates[:3] == [0.0] * 3
+  assert rates[3] == pytest.approx(1e-2) and rates[9] == pytest.approx(3e-3)
+  # Calibration changes nothing, and tuning helps.
+  summary = json.loads((phased / 'summary.json').read_text())
+  values = {k: v['value'] for k, v in summary['perplexity'].items()}
+  assert list(values) == ['dense', 'cut', 'pruned']
+  assert values['pruned'] < values['cut']
+  assert summary['seconds'].keys() >= {'calibrate', 'tune', 'recover'}
+  small = LayerShape(2, 2, 64)
+  assert load_config(phased / 'export').layers[0] == small
+  assert load_config(phased / 'export-peft' / 'base').layers[0] == small
+
+
+@pytest.mark.parametrize(
+  'phase, last', [('checkpoints-tune', 5), ('checkpoints-recover', 3)]
+)
+def test_a_run_cut_short_in_any_phase_goes_on_bit_for_bit(
+  phased, tmp_path, capsys, phase, last
+):
+  workdir = tmp_path / 'run'
+  shutil.copytree(phased, workdir)
+  # As a kill would have left it after this phase's step `last`.
+  if phase == 'checkpoints-tune':
+    shutil.rmtree(workdir / 'checkpoints-recover')
+  for step in (workdir / phase).iterdir():
+    if int(step.name) > last:
+      shutil.rmtree(step)
+  (workdir / 'summary.json').unlink()
+  assert main(['train', *PHASES, f'--workdir={workdir}']) == 0
+  done = {'checkpoints-tune': 3, 'checkpoints-recover': 9}[phase] + last
+  assert f'resuming at step {done} of 13' in capsys.readouterr().err
+  assert_same_run(workdir, phased, 'checkpoints-recover', 4)
+  # The cut arrays are those that were exported, and export finds them again.
+  again = ['export', str(workdir), str(tmp_path / 'again'), '--format', 'hf']
+  assert main(again) == 0, capsys.readouterr().err
+  name = 'model.safetensors'
+  exported = (phased / 'export' / name).read_bytes()
+  assert (workdir / 'export' / name).read_bytes() == exported
+  assert (tmp_path / 'again' / name).read_bytes() == exported

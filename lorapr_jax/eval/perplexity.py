@@ -41,7 +41,7 @@ class Perplexity:
 @functools.cache
 def _window_losses(settings: StepSettings) -> Callable[..., Any]:
   def losses(params, tokens, weights, lora, masks):
-    each = token_losses(
+    each, _ = token_losses(
       params, tokens, weights, settings, lora=lora, masks=masks
     )
     return jnp.sum(each, axis=1)

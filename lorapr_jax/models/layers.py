@@ -13,6 +13,8 @@ from lorapr_jax.models.config import LoraConfig, RopeScaling
 
 # The name of the projections' outputs, for rematerialisation policies.
 PROJECTION = 'projection'
+# The collection of what a caller may observe of the projections' inputs.
+STATISTICS = 'statistics'
 
 
 class RMSNorm(nn.Module):
@@ -78,7 +80,8 @@ class LoRAEinsum(nn.Module):
 
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
   the rank, B the rank to W's other axes. W is in the collection `params`, A
-  and B in `lora`, in float32 whatever W's dtype.
+  and B in `lora`, in float32 whatever W's dtype. Where the collection
+  STATISTICS is mutable, it gets the sum over tokens of x^2, as `squares`.
 
   Attributes:
     spec: x, W -> y; one of config.PROJECTIONS.
@@ -97,6 +100,9 @@ class LoRAEinsum(nn.Module):
     inputs, outputs = self.shape[:split], self.shape[split:]
     fan_in = math.prod(inputs)
     weight = self.param('weight', nn.initializers.normal(0.02), self.shape)
+    if self.is_mutable_collection(STATISTICS):
+      squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
+      self.put_variable(STATISTICS, 'squares', squares)
 
     # Each einsum as a product of two matrices, which XLA's CPU backend does
     # faster than it contracts several axes.

@@ -22,6 +22,7 @@ from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
   PROJECTION,
+  STATISTICS,
   LoRAEinsum,
   RMSNorm,
   apply_rope,
@@ -192,6 +193,13 @@ def rope_angles(config: LlamaConfig, positions: Array) -> Array:
 
 
 def hidden_states(
+  params: Any, tokens: Array, config: LlamaConfig, **options: Any
+) -> Array:
+  """`observed_hidden_states`, of which nothing is observed."""
+  return observed_hidden_states(params, tokens, config, **options)[0]
+
+
+def observed_hidden_states(
   params: Any,
   tokens: Array,
   config: LlamaConfig,
@@ -202,7 +210,8 @@ def hidden_states(
   dropout_key: Array | None = None,
   remat: str = 'blocks',
   dtype: Any = jnp.float32,
-) -> Array:
+  observe: bool = False,
+) -> tuple[Array, Any]:
   """The last layer's normalised output, (B, T, D), computed in `dtype`.
 
   Args:
@@ -213,6 +222,11 @@ def hidden_states(
     masks: None where nothing is masked.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
+    observe: whether the projections' inputs are observed.
+
+  Returns:
+    The output, and by stack what was observed: for each layer and projection
+    {'squares': the sum over tokens of its squared input}; else {}.
   """
   B, T = tokens.shape
   angles = rope_angles(config, jnp.arange(T, dtype=jnp.float32))
@@ -222,6 +236,7 @@ def hidden_states(
   if masks is None:
     masks = tuple({} for _ in config.stacks)
   x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
+  observed = []
   for i, stack in enumerate(config.stacks):
     layers = {'params': params['stacks'][i], 'lora': lora[i]}
     keys = None
@@ -229,23 +244,31 @@ def hidden_states(
       keys = jax.random.split(
         jax.random.fold_in(dropout_key, stack.start), stack.size
       )
-    layer = _layer(Block(config, stack.shape, lora_config), axes, angles)
+    block = Block(config, stack.shape, lora_config)
+    layer = _layer(block, axes, angles, observe)
     layer = jax.checkpoint(
       layer, policy=REMAT_POLICIES[remat], prevent_cse=False
     )
-    x, _ = jax.lax.scan(layer, x, (layers, masks[i], keys))
+    x, statistics = jax.lax.scan(layer, x, (layers, masks[i], keys))
+    observed.append(statistics)
   norm = RMSNorm(config.norm_eps)
-  return norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
+  x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
+  return x, tuple(observed)
 
 
-def _layer(block: Block, axes: Any, angles: Array) -> Callable[..., Any]:
+def _layer(
+  block: Block, axes: Any, angles: Array, observe: bool
+) -> Callable[..., Any]:
   def layer(x, inputs):
     trees, masks, key = inputs
     variables = {
       name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
     }
     rngs = None if key is None else {'dropout': key}
-    return block.apply(variables, x, angles, rngs=rngs), None
+    x, observed = block.apply(
+      variables, x, angles, rngs=rngs, mutable=[STATISTICS] if observe else []
+    )
+    return x, observed.get(STATISTICS, {})
 
   return layer
 

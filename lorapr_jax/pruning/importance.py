@@ -25,12 +25,18 @@ class Signals(NamedTuple):
     lora: {part: {projection: {'a': A, 'b': B}}}, for the targets.
     lora_grads: the gradients of `lora`.
     layer: the layer's index in the model.
+    base_grads: of the projections of `params`, for a criterion that needs
+      them.
+    statistics: {part: {projection: {'squares': S}}}, for a criterion that
+      needs them: S is the sum over tokens of the projection's squared input.
   """
 
   params: Any
   lora: Any
   lora_grads: Any
   layer: Array
+  base_grads: Any = None
+  statistics: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +68,11 @@ class Criterion:
     if not 0.0 <= self.decay < 1.0:
       raise UserError(f'prune.decay is {self.decay}: it must be in [0, 1)')
 
+  @property
+  def needs(self) -> str | None:
+    """The field of `Signals` that must be filled in for this criterion."""
+    return {'gradient': 'base_grads', 'activation': 'statistics'}.get(self.name)
+
 
 def _effective_weight(
   signals: Signals, part: str, name: str, scale: float
@@ -89,6 +100,21 @@ def _lora(signals, part, name, scale, criterion):
   return gradient * _effective_weight(signals, part, name, scale)
 
 
+def _gradient(signals, part, name, scale, criterion):
+  # LLM-Pruner's first-order term (arXiv 2305.11627, eq. 4), from the true
+  # gradient of the frozen weight.
+  gradient = signals.base_grads[part][name]['weight']
+  return gradient * _effective_weight(signals, part, name, scale)
+
+
+def _activation(signals, part, name, scale, criterion):
+  # Wanda's score (arXiv 2306.11695, eq. 1), which Wanda-sp (arXiv 2312.11983)
+  # sums over groups: |W_ij| times the L2 norm of input feature i over tokens.
+  weight = _effective_weight(signals, part, name, scale)
+  norms = jnp.sqrt(signals.statistics[part][name]['squares'])
+  return weight * norms.reshape(norms.shape + (1,) * (weight.ndim - norms.ndim))
+
+
 def _magnitude(signals, part, name, scale, criterion):
   return _effective_weight(signals, part, name, scale)
 
@@ -107,6 +133,8 @@ def _random(signals, part, name, scale, criterion):
 # the absolute value or the square, or None where it has nothing to say.
 CRITERIA: dict[str, Callable[..., Array | None]] = {
   'lora': _lora,
+  'gradient': _gradient,
+  'activation': _activation,
   'magnitude': _magnitude,
   'random': _random,
 }

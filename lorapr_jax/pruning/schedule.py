@@ -60,6 +60,11 @@ class PruneSchedule:
         'shares of the steps: neither negative, and less than 1 together'
       )
 
+  @classmethod
+  def once(cls, steps: int) -> 'PruneSchedule':
+    """The whole target at the last of so many steps."""
+    return cls(steps, every=steps, warmup=0.5, cooldown=0.0)
+
   @property
   def ramp_end(self) -> int:
     """The step at which the target is reached."""

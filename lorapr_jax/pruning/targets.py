@@ -59,7 +59,7 @@ class Targets:
     if self.heads == 'none' and not self.channels:
       raise UserError(
         'prune.heads is none and prune.channels is false: there is nothing '
-        'to prune; for tuning alone use prune.order=none'
+        'to prune; for tuning alone use prune.target=0'
       )
     if self.unit == 'params' and (self.heads_target, self.channels_target) != (
       None,
@@ -318,7 +318,6 @@ def _solve_parameters(
     least = removed(kept | {finest.group: below})
     raise UserError(
       f'prune.target={target} of the parameters rounds to nothing pruned; the '
-      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or '
-      'prune.order=none'
+      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or 0'
     )
   return kept

@@ -138,7 +138,7 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   config, plan = settings.step.config, settings.plan
   show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if plan is None:
-    show('nothing is pruned (prune.order=none)')
+    show('nothing is pruned (prune.target=0)')
     return
   layer = plan.prunable_layers[0]
   protected = len(config.layers) - len(plan.prunable_layers)

@@ -17,6 +17,7 @@ from lorapr_jax.hf.export import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.phases import phases
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.settings import split_config
 
@@ -124,7 +125,56 @@ def test_a_padded_export_needs_no_layers_of_one_size():
 
 
 def test_tuning_alone_has_no_plan():
-  assert settings('--config.prune.order=none').plan is None
+  assert settings('--config.prune.target=0').plan is None
+
+
+@pytest.mark.parametrize('order', ['prune_then_tune', 'none'])
+def test_pruning_at_once_needs_something_to_prune(order):
+  with pytest.raises(UserError, match=f'prune.target is 0.*{order}'):
+    settings('--config.prune.target=0', f'--config.prune.order={order}')
+
+
+def test_calibration_leaves_steps_to_tune():
+  with pytest.raises(UserError, match='leaves none of train.steps 10'):
+    settings('--config.prune.order=prune_then_tune', '--config.train.steps=10')
+
+
+@pytest.mark.parametrize(
+  'overrides, expected',
+  [
+    ([], [('prune', 0, 60, 0, 1e-2)]),
+    (['prune.order=none'], [('calibrate', 0, 10, 0, 0.0)]),
+    (
+      ['prune.order=prune_then_tune', 'recover.steps=7'],
+      [
+        ('calibrate', 0, 10, 0, 0.0),
+        ('tune', 10, 50, 10, 1e-2),
+        ('recover', 60, 7, 60, 1e-2),
+      ],
+    ),
+    (
+      [
+        *('recover.steps=7', 'recover.data=synthetic:5'),
+        'recover.learning_rate=0.5',
+      ],
+      [('prune', 0, 60, 0, 1e-2), ('recover', 60, 7, 0, 0.5)],
+    ),
+  ],
+)
+def test_the_order_decides_the_phases(overrides, expected):
+  found = phases(settings(*(f'--config.{x}' for x in overrides)))
+  assert [
+    (p.name, p.first_step, p.steps, p.first_batch, p.learning_rate)
+    for p in found
+  ] == expected
+  # Only the first masks, and pruning at once does so at its last step.
+  assert [p.schedule is not None for p in found] == [
+    i == 0 for i in range(len(found))
+  ]
+  if found[0].name == 'calibrate':
+    steps = range(found[0].steps)
+    masked = [s for s in steps if found[0].schedule.is_pruning_step(s)]
+    assert masked == [9] and found[0].schedule.progress(9) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -212,9 +262,12 @@ def refusal(capsys, workdir, *argv):
     # Pruning.
     ('prune.target=1.2', 'prune.target is 1.2: it must be in [0, 1)'),
     ('prune.target=nan', 'prune.target is nan'),
-    ('prune.target=0', 'prune.target is 0: nothing would be pruned'),
-    ('prune.target=0.001', 'rounds to nothing pruned; the nearest that works'),
     ('prune.order=later', "prune.order is 'later': choose from joint"),
+    ('prune.calibration_steps=0', 'prune.calibration_steps is 0'),
+    ('recover.steps=-1', 'recover.steps is -1'),
+    ('recover.learning_rate=-1.0', 'recover.learning_rate is -1.0'),
+    ('recover.data=synthetic:2', 'but recover.steps is 0'),
+    ('prune.target=0.001', 'rounds to nothing pruned; the nearest that works'),
     ('prune.criterion=taylor', "prune.criterion is 'taylor': choose from lora"),
     ('prune.score=cube', "prune.score is 'cube'"),
     ('prune.unit=flops', "prune.unit is 'flops'"),

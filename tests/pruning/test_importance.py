@@ -206,7 +206,7 @@ def test_the_jitted_step_is_the_methods_in_every_layer(heads, criterion):
   ]
   for t in range(3):
     params, lora, grads = random_model(config, LORA, 10 * t)
-    importance, ok = step(importance, params, lora, grads, masks, 1.0)
+    importance, ok = step(importance, params, lora, grads, {}, masks, 1.0)
     assert ok
     for layer, (i, row) in enumerate(((0, 0), (1, 0), (1, 1))):
       trees = [layer_of(x[i], row) for x in (params['stacks'], lora, grads)]
@@ -225,18 +225,74 @@ def test_the_jitted_step_is_the_methods_in_every_layer(heads, criterion):
     masks = jax.tree.map(lambda m, t=t: mask_one(m, t), masks)
 
 
-def one_step(config, name, seed, **options):
+def one_step(config, name, seed, more=None, **options):
   """The scores of one step under a criterion, by stack."""
   step = make_step(config, Criterion(name=name, decay=0.0, **options))
   masks = stack_masks(config, ('kv_heads', 'mlp'))
   importance, ok = step(
     jax.tree.map(np.zeros_like, masks),
     *random_model(config, LORA, seed),
+    more or {},
     masks,
     1.0,
   )
   assert ok
   return importance
+
+
+def expected_scores(name, block, adapters, signal):
+  """|term| of every element by the criterion's formula, in NumPy."""
+  scores = {}
+  for part in ('self_attn', 'mlp'):
+    for projection, adapter in adapters[part].items():
+      split = PARTS[projection]
+      update = matrix(adapter['a'], -1) @ matrix(adapter['b'], 1)
+      weight = matrix(block[part][projection]['weight'], split) + 1.5 * update
+      if name == 'gradient':
+        factor = matrix(signal[part][projection]['weight'], split)
+      else:  # The norm of each input feature: a row of the weight.
+        factor = np.sqrt(np.ravel(signal[part][projection]['squares']))[:, None]
+      scores[projection] = np.abs(factor * weight)
+  return scores
+
+
+def input_squares(weight, projection):
+  """Random sums of squares in the shape of a projection's input."""
+  inputs = {'o_proj': 3}.get(projection, 1)
+  shape = weight.shape[: 1 + inputs]  # With `layers` in front.
+  return np.random.default_rng(weight.size).uniform(0.1, 9.0, shape)
+
+
+@pytest.mark.parametrize('name', ['gradient', 'activation'])
+def test_baselines_are_the_formulas_of_their_papers(name):
+  config = model(SHAPE, SHAPE)
+  params, lora, _ = random_model(config, LORA, 0)
+  stack = {part: params['stacks'][0][part] for part in ('self_attn', 'mlp')}
+  if name == 'gradient':
+    signal = randomise(stack, 7)
+  else:
+    signal = {
+      part: {
+        projection: {'squares': input_squares(leaf['weight'], projection)}
+        for projection, leaf in projections.items()
+      }
+      for part, projections in stack.items()
+    }
+  needs = Criterion(name).needs
+  found = one_step(config, name, 0, {needs: (signal,)}, norm=False)[0]
+  for layer in range(2):
+    block, adapters, here = (
+      layer_of(x, layer) for x in (params['stacks'][0], lora[0], signal)
+    )
+    scores = expected_scores(name, block, adapters, here)
+    for group, ours in found.items():
+      expected = reference.group_scores(
+        scores,
+        np.ones(ours[layer].size),
+        reference.members(group, **SIZES),
+        norm=False,
+      )
+      np.testing.assert_allclose(np.ravel(ours[layer]), expected, rtol=2e-5)
 
 
 def test_magnitude_is_the_sum_of_the_weights_that_would_go():
@@ -297,7 +353,7 @@ def test_what_is_not_finite_keeps_the_old_average(bad):
     grads[0]['self_attn']['o_proj']['a'][0, 1] = 1e30
   else:
     norm = np.inf
-  kept, ok = step(old, params, lora, grads, masks, norm)
+  kept, ok = step(old, params, lora, grads, {}, masks, norm)
   assert not ok
   jax.tree.map(np.testing.assert_array_equal, kept, old)
 
@@ -305,7 +361,7 @@ def test_what_is_not_finite_keeps_the_old_average(bad):
 @pytest.mark.parametrize(
   'options, message',
   [
-    ({'name': 'taylor'}, "prune.criterion is 'taylor'.*lora, magnitude"),
+    ({'name': 'taylor'}, "prune.criterion is 'taylor'.*lora, gradient"),
     ({'score': 'cube'}, "prune.score is 'cube'.*abs, square"),
     ({'decay': 1.0}, 'prune.decay is 1.0'),
     ({'decay': -0.1}, 'prune.decay is -0.1'),

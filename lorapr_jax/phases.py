@@ -1,0 +1,84 @@
+"""What a run consists of, by prune.order: prune, calibrate, tune, recover."""
+
+import dataclasses
+
+from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.settings import RunSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+  """Steps on arrays of one size, with one schedule.
+
+  Attributes:
+    name: shown, and that of its checkpoints.
+    first_step: the steps of the run before it.
+    steps: its own.
+    data: the spec of its text.
+    first_batch: the batch of `data` at its first step.
+    learning_rate: at its first step; 0 leaves the adapters as they are.
+    schedule: of the masks; None where nothing is masked.
+  """
+
+  name: str
+  first_step: int
+  steps: int
+  data: str
+  first_batch: int
+  learning_rate: float
+  schedule: PruneSchedule | None = None
+
+  @property
+  def checkpoints(self) -> str:
+    """The folder of its checkpoints in the workdir."""
+    return checkpoints_of(self.name)
+
+
+def checkpoints_of(name: str) -> str:
+  """The folder in which a phase of this name keeps its checkpoints."""
+  after_the_cut = name in ('tune', 'recover')
+  return f'checkpoints-{name}' if after_the_cut else 'checkpoints'
+
+
+def phases(settings: RunSettings) -> tuple[Phase, ...]:
+  """The phases of a run, in order. After the first comes the cut.
+
+    joint            prune (train.steps), while LoRA trains
+    prune_then_tune  calibrate (prune.calibration_steps), with untrained
+                     adapters, and prune at once; tune (the rest of
+                     train.steps) on what is left
+    none             calibrate
+    and, with any of them, recover (recover.steps) on what is left.
+
+  All take one batch a step, so that joint and prune_then_tune see the same
+  tokens.
+  """
+  train, recover = settings.train, settings.recover
+  calibration = settings.calibration_steps
+  rate, result = train.learning_rate, []
+
+  def add(name, steps, rate, schedule=None, data=settings.data.train):
+    first = sum(phase.steps for phase in result)
+    # Data of its own starts from its beginning; else the stream goes on.
+    start = first if data == settings.data.train else 0
+    phase = Phase(name, first, steps, data, start, rate, schedule)
+    result.append(phase)
+
+  if settings.order == 'joint':
+    schedule = settings.schedule if settings.plan else None
+    add('prune', train.steps, rate, schedule)
+  else:
+    once = PruneSchedule.once(calibration)
+    add('calibrate', calibration, 0.0, once)
+  if settings.order == 'prune_then_tune':
+    add('tune', train.steps - calibration, rate)
+  if recover.steps:
+    rate = recover.learning_rate or rate
+    data = recover.data or settings.data.train
+    add('recover', recover.steps, rate, data=data)
+  return tuple(result)
+
+
+def total_steps(settings: RunSettings) -> int:
+  """Of all phases together."""
+  return sum(phase.steps for phase in phases(settings))
