@@ -119,7 +119,7 @@ def token_losses(
     tokens: (B, T).
     token_weights: (B, T), the weight of each token as a target.
     settings: of the run.
-    **model: lora, masks, dropout_key of `llama.hidden_states`.
+    **model: segments, lora, masks, dropout_key of `llama.hidden_states`.
   """
   hidden = llama.hidden_states(
     params,
@@ -147,11 +147,12 @@ def make_lora_gradients(
 ) -> Callable[..., Any]:
   """The jitted step: (params, lora, masks, batch, key) -> (metrics, grads).
 
-  `batch` is {'tokens', 'weights'}, each (M, B, T): M micro-batches whose
-  gradients are summed inside, so that one micro-batch's activations exist at
-  a time. The loss is the mean over all the batch's target tokens. `grads`
-  has the structure of `lora`, clipped to `clip_norm`; `metrics` has `loss`
-  and `grad_norm` (before clipping).
+  `batch` is {'tokens', 'weights'}, with 'segments' where documents share a
+  window, each (M, B, T): M micro-batches whose gradients are summed inside,
+  so that one micro-batch's activations exist at a time. The loss is the mean
+  over all the batch's target tokens. `grads` has the structure of `lora`,
+  clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
+  clipping).
   """
   use_dropout = settings.lora.dropout > 0
 
@@ -164,6 +165,7 @@ def make_lora_gradients(
         micro['tokens'],
         micro['weights'],
         settings,
+        segments=micro.get('segments'),
         lora=lora,
         masks=masks,
         dropout_key=key if use_dropout else None,
