@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from lorapr_jax.data.sources import parse_spec
+from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.export import (
   DTYPES,
@@ -298,11 +298,11 @@ def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
 def _data_settings(
   data: config_dict.ConfigDict, train: TrainSettings
 ) -> DataSettings:
-  for key in ('train', 'eval'):
-    if data[key]:
-      parse_spec(data[key])
+  if data.eval:
+    parse_spec(data.eval)
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
+  parse_mixture(data.train)
   if data.eval_every < 0 or (data.eval_every and not data.eval):
     raise UserError(
       f'data.eval_every is {data.eval_every}: 0, or a number of steps, with '

@@ -21,6 +21,7 @@ LEVELS = (
     'config_files',
     'data.demo',
     'data.hub',
+    'data.text_files',
     'files',
     'interrupt',
     'loss',

@@ -42,7 +42,7 @@ def training_windows(
   """
   if tokenizer is None:
     return _synthetic(spec, seq_len, vocab_size)
-  documents = read_documents(spec)
+  documents = list(read_documents(spec))
   eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
   def encode() -> np.ndarray:
@@ -65,7 +65,7 @@ def evaluation_windows(
   """
   if tokenizer is None:
     return _synthetic(spec, seq_len, vocab_size)
-  documents = read_documents(spec)
+  documents = list(read_documents(spec))
 
   def encode() -> np.ndarray:
     return tokenizer.encode('\n\n'.join(documents))
