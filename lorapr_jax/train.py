@@ -25,7 +25,7 @@ from lorapr_jax.finish import (
 )
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
 from lorapr_jax.hf.load import Shards, check_tensors
-from lorapr_jax.inputs import Places, load_base, load_data
+from lorapr_jax.inputs import Places, device_batches, load_base, load_data
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
@@ -205,7 +205,7 @@ def train_and_prune(
   settings: RunSettings,
   places: Places,
   params: Any,
-  batch_at: Callable[[int], Any],
+  batch_at: Callable[..., Any],
   perplexity: Callable[..., Perplexity | None],
   workdir: Path,
   display: Display,
@@ -246,9 +246,10 @@ def train_and_prune(
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_step)
   previous_loss = state.step
-  with signals, checkpoints, log:
-    for step in range(first_step, train.steps):
-      batch = jax.device_put(batch_at(step), places.batch)
+  rest = range(first_step, train.steps)
+  stream = device_batches(batch_at, places.batch, train.micro_batch_size, rest)
+  with signals, checkpoints, log, stream as batches:
+    for step, batch in zip(rest, batches, strict=True):
       results, grads = lora_gradients(
         params,
         state.lora,

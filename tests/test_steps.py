@@ -378,7 +378,7 @@ def _packed():
   tokens = np.zeros(SEGMENTS.shape, np.int32)
   tokens[SEGMENTS > 0] = np.concatenate(documents)
   # A document's first token is no target; nor is padding.
-  inside = SEGMENTS == np.roll(SEGMENTS, 1, axis=1)
+  inside = np.roll(SEGMENTS, 1, axis=1) == SEGMENTS
   inside[:, 0] = False
   weights = (inside & (SEGMENTS > 0)).astype(np.float32)
   batch = {'tokens': tokens, 'weights': weights, 'segments': SEGMENTS}
