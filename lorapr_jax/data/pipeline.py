@@ -183,6 +183,8 @@ def _check_vocabulary(
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
   """A folder that appears in the cache whole or not at all."""
+  above = folder.parent, folder.parent.parent
+  made = [path for path in above if not path.exists()]
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
@@ -197,6 +199,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
       f'{folder.parent} cannot hold the packed text '
       f'({error.strerror or error}): set LORAPR_CACHE to a folder with room'
     ) from error
+  finally:
+    # Empty ones are left over from what failed; others are not removed.
+    with contextlib.suppress(OSError):
+      for path in made:
+        path.rmdir()
 
 
 def _warn(spec: Spec, pack: str, windows: np.ndarray, counts: Counts) -> None:

@@ -39,7 +39,7 @@ def _template(did: str, record: str, *overrides: str) -> Case:
     place.write('a.jsonl', f'{record}\n{record}\n')
     return train_model('data.train=file:a.jsonl', *overrides)
 
-  return Case(did, argv, late=True, leaves=('CACHE', 'CACHE/'))
+  return Case(did, argv, late=True)
 
 
 CASES = [
@@ -110,7 +110,6 @@ CASES = [
     'word word',
     'data.packing=concatenate',
     late=True,
-    leaves=('CACHE', 'CACHE/'),
   ),
   _train('`data.loss=answers`', 'word ' * 600, 'data.loss=answers'),
   _train(
