@@ -23,6 +23,7 @@ LEVELS = (
     'data.demo',
     'data.hub',
     'data.text_files',
+    'data.tfds',
     'files',
     'interrupt',
     'loss',

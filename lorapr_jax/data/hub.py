@@ -10,7 +10,7 @@ import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line
 
 # What `save_to_disk` leaves of one data set, and of several splits.
 _SAVED = ('state.json', 'dataset_dict.json')
@@ -104,8 +104,7 @@ def _load(path: str) -> Any:
   try:
     return _load_split(spec)
   except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    reason = str(error).strip().partition('\n')[0] or repr(error)
-    raise UserError(f'hf:{path}: {reason}') from None
+    raise UserError(f'hf:{path}: {first_line(error)}') from None
 
 
 def _load_split(spec: HubSpec) -> Any:

@@ -7,6 +7,9 @@
   hf:NAME[:SPLIT]      a Hugging Face data set: a local folder, or
                        OWNER/NAME[/CONFIG] on the Hub (?column=text); a
                        document a row
+  tfds:NAME[:SPLIT]    a TensorFlow data set, NAME[/CONFIG][:VERSION], with a
+                       split such as train[:10%] (?column=text&data_dir=DIR); a
+                       document a record
   demo:news:train      the demo's news articles, all but the last tenth
   demo:news:heldout    the last tenth
   synthetic:SEED       token ids of a made-up language, for models without a
@@ -26,7 +29,7 @@ import logging
 import math
 import re
 
-from lorapr_jax.data import hub, text_files
+from lorapr_jax.data import hub, text_files, tfds
 from lorapr_jax.data.demo import news_split
 from lorapr_jax.data.text_files import Record
 from lorapr_jax.errors import UserError
@@ -123,9 +126,9 @@ def parse_spec(spec: str) -> Spec:
   options = dict(
     (option.partition('=')[::2]) for option in query.split('&') if option
   )
-  if not colon or scheme not in ('file', 'hf', 'demo', 'synthetic'):
+  if not colon or scheme not in ('file', 'tfds', 'hf', 'demo', 'synthetic'):
     raise UserError(
-      f'data spec {spec!r} is not known: use file:PATH, hf:NAME, '
+      f'data spec {spec!r} is not known: use file:PATH, tfds:NAME, hf:NAME, '
       'demo:news:train, demo:news:heldout or synthetic:SEED'
     )
   known = ('windows',) if scheme == 'synthetic' else ()
@@ -142,6 +145,9 @@ def parse_spec(spec: str) -> Spec:
   if scheme == 'hf':
     hub.parse_hub(path)
     known = ('column',)
+  if scheme == 'tfds':
+    tfds.parse_tfds(path)
+    known = ('column', 'data_dir')
   if scheme == 'file':
     known = text_files.OPTIONS[text_files.kind(text_files.find_files(path)[0])]
   unknown = sorted(set(options) - set(known))
@@ -172,6 +178,8 @@ def read_records(
       yield from text_files.read_files(
         spec.path, fields, lines='lines' in spec.options
       )
+    case 'tfds':
+      yield from tfds.read_tfds(_tfds_spec(spec), fields)
     case 'hf':
       yield from hub.read_hub(spec.path, fields)
     case 'demo':
@@ -182,6 +190,10 @@ def read_records(
         f'{spec.text} has token ids, no text: it needs a model without a '
         'tokenizer'
       )
+
+
+def _tfds_spec(spec: Spec) -> tfds.TfdsSpec:
+  return tfds.parse_tfds(spec.path, spec.options.get('data_dir'))
 
 
 def read_documents(spec: Spec | str) -> Iterator[str]:
@@ -226,10 +238,14 @@ def identity(spec: Spec) -> bytes:
   Raises:
     UserError: if the data cannot be read.
   """
-  digest = hashlib.sha256(repr((spec.scheme, sorted(spec.options))).encode())
+  # Where it lies does not count, only what it is.
+  options = [o for o in sorted(spec.options.items()) if o[0] != 'data_dir']
+  digest = hashlib.sha256(repr((spec.scheme, options)).encode())
   match spec.scheme:
     case 'file':
       digest.update(text_files.hash_files(spec.path))
+    case 'tfds':
+      digest.update(tfds.tfds_fingerprint(_tfds_spec(spec)))
     case 'hf':
       digest.update(hub.hub_fingerprint(spec.path))
     case 'demo':

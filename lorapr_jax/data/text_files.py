@@ -14,7 +14,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line
 
 Record = dict[str, Any]
 
@@ -136,7 +136,7 @@ def _open(file: Path) -> Iterator[BinaryIO]:
       with file.open('rb') as stream:
         yield stream
   except OSError as error:
-    raise UserError(f'{file} cannot be read: {error}') from None
+    raise UserError(f'{file} cannot be read: {first_line(error)}') from None
 
 
 def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
@@ -209,5 +209,5 @@ def _parquet(
       yield from batch.to_pylist()
   except (pyarrow.ArrowException, UnicodeDecodeError) as error:
     raise UserError(
-      f'{file} is no Parquet file that can be read: {error}'
+      f'{file} is no Parquet file that can be read: {first_line(error)}'
     ) from None
