@@ -385,27 +385,44 @@ def _packed():
   return {k: jnp.asarray(v)[None] for k, v in batch.items()}, documents
 
 
+@jax.jit
+def _alone(lora, params, masks, documents):
+  """The losses of each document's tokens, each in a window of its own."""
+  losses = {}
+  # Those of one length at a time, to compile less.
+  for size in sorted({len(d) for d in documents}):
+    same = [i for i, d in enumerate(documents) if len(d) == size]
+    tokens = jnp.stack([documents[i] for i in same])
+    each = steps.token_losses(
+      params, tokens, jnp.ones(tokens.shape), SETTINGS, lora=lora, masks=masks
+    )
+    losses |= dict(zip(same, each, strict=True))
+  return jnp.concatenate([losses[i] for i in range(len(documents))])
+
+
 def test_packed_documents_have_the_losses_of_each_alone(trees):
   params, lora, masks = trees
   batch, documents = _packed()
-  model = dict(lora=lora, masks=masks)
+  packed = jax.tree.map(lambda x: x[0], batch)
 
-  def losses(tokens, **more):
-    shape = tokens.shape
-    weights = more.pop('weights', jnp.ones(shape))
+  @jax.jit
+  def losses(segments):
     return steps.token_losses(
-      params, tokens, weights, SETTINGS, **model, **more
+      params,
+      packed['tokens'],
+      packed['weights'],
+      SETTINGS,
+      segments=segments,
+      lora=lora,
+      masks=masks,
     )
 
-  packed = jax.tree.map(lambda x: x[0], batch)
-  together = np.asarray(losses(**packed))
-  alone = [np.asarray(losses(jnp.asarray(d)[None]))[0] for d in documents]
-  np.testing.assert_allclose(
-    together[SEGMENTS > 0], np.concatenate(alone), atol=1e-5
-  )
+  together = np.asarray(losses(packed['segments']))
+  alone = _alone(lora, params, masks, documents)
+  np.testing.assert_allclose(together[SEGMENTS > 0], alone, atol=1e-5)
   assert np.all(together[SEGMENTS == 0] == 0)
   # Without segments they are others: attention then crosses.
-  crossing = losses(packed['tokens'], weights=packed['weights'])
+  crossing = losses(jnp.ones_like(packed['segments']))
   assert np.abs(crossing - together).max() > 1e-3
 
 
@@ -415,20 +432,12 @@ def test_packed_documents_have_the_gradient_of_each_alone(trees):
   settings = dataclasses.replace(SETTINGS, clip_norm=1e9)
   metrics, grads = _gradients(trees, batch, settings)
 
+  @jax.jit
+  @jax.value_and_grad
   def loss(lora):
-    total = 0.0
-    for document in documents:
-      tokens = jnp.asarray(document)[None]
-      total += steps.token_losses(
-        params,
-        tokens,
-        jnp.ones(tokens.shape),
-        SETTINGS,
-        lora=lora,
-        masks=masks,
-      ).sum()
-    return total / sum(len(d) - 1 for d in documents)
+    losses = _alone(lora, params, masks, documents)
+    return jnp.sum(losses) / sum(len(d) - 1 for d in documents)
 
-  value, want = jax.value_and_grad(loss)(lora)
+  value, want = loss(lora)
   np.testing.assert_allclose(metrics['loss'], value, rtol=1e-5)
   _assert_close(grads, want)
