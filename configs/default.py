@@ -27,8 +27,22 @@ def get_config() -> config_dict.ConfigDict:
   config.model.remat = 'blocks'
 
   config.data = config_dict.ConfigDict()
-  # Data specs (lorapr_jax/data/sources.py): file:, hf:, demo:news:, synthetic:.
+  # Data specs (lorapr_jax/data/sources.py): file:, hf:, demo:news:, synthetic:;
+  # or a mixture, 0.7*SPEC + 0.3*SPEC.
   config.data.train = ''
+  # What makes a text of a record: a Jinja template over its fields, or chat:
+  # the tokenizer's chat template over messages or conversations. Empty: the
+  # spec's text column is the text (docs/data.md).
+  config.data.template = ''
+  # A Jinja template of the answer, which follows the template's text.
+  config.data.response = ''
+  # The tokens that count in the loss: all, or response.
+  config.data.loss = 'all'
+  # documents (whole ones share a window, none sees another) or concatenate
+  # (all end to end, as the papers do for C4).
+  config.data.packing = 'documents'
+  # No document of a spec is packed after so many tokens; 0: all are.
+  config.data.max_tokens = 0
   # Whether windows are shuffled, anew in every epoch.
   config.data.shuffle = True
   # Held-out text; empty: no perplexities.

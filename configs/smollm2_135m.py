@@ -22,6 +22,7 @@ def get_config() -> config_dict.ConfigDict:
   # The activations of 1,024 tokens are small beside this model's weights.
   config.model.remat = 'dots'
   config.data.train = 'demo:news:train'
+  config.data.packing = 'concatenate'
   config.data.eval = 'demo:news:heldout'
   config.data.eval_windows = 80
   config.train.steps = 60

@@ -28,6 +28,7 @@ def get_config() -> config_dict.ConfigDict:
     }
   )
   config.data.train = 'synthetic:0?windows=512'
+  config.data.packing = 'concatenate'
   config.data.eval = 'synthetic:1?windows=32'
   config.train.steps = 60
   config.train.batch_size = 16

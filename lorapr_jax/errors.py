@@ -3,3 +3,8 @@
 
 class UserError(Exception):
   """A mistake of the user's: says what is wrong, where, and what to do."""
+
+
+def first_line(error: Exception) -> str:
+  """What another library's exception says, for a message of one line."""
+  return str(error).strip().partition('\n')[0] or repr(error)

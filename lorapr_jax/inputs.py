@@ -1,6 +1,8 @@
 """What a run starts from: batches, held-out text, the base on the mesh."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ import numpy as np
 
 from lorapr_jax import sharding
 from lorapr_jax.data import pipeline
+from lorapr_jax.data.ahead import in_order
+from lorapr_jax.data.batches import batches
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.generation import check_prompt
@@ -83,11 +87,11 @@ def load_base(
 
 def load_data(
   settings: RunSettings, specs: Iterable[str]
-) -> tuple[dict[str, Callable[[int], Any]], np.ndarray | None]:
+) -> tuple[dict[str, Callable[..., Any]], np.ndarray | None]:
   """The batches of each spec, and the held-out windows if there are any.
 
   Returns:
-    {spec: the function t -> batch t}, and (W, T) ids or None.
+    {spec: the function of `batches`}, and (W, T) ids or None.
   """
   train, data = settings.train, settings.data
   path, vocab = settings.model_path, settings.step.config.vocab_size
@@ -95,19 +99,66 @@ def load_data(
   if tokenizer:
     for prompt in settings.report.prompts:
       check_prompt(tokenizer.encode(prompt), settings.step.config)
-  batches = {
-    spec: pipeline.batches(
-      pipeline.training_windows(spec, tokenizer, train.seq_len, vocab),
+
+  def batches_of(spec: str) -> Callable[..., Any]:
+    parts = pipeline.training_windows(
+      spec,
+      tokenizer,
+      train.seq_len,
+      vocab,
+      pack=data.packing,
+      template=data.template,
+      max_tokens=data.max_tokens,
+    )
+    return batches(
+      parts,
       batch_size=train.batch_size,
       micro_batch_size=train.micro_batch_size,
       seed=train.seed,
       shuffle=data.shuffle,
     )
-    for spec in dict.fromkeys(specs)
-  }
+
+  streams = {spec: batches_of(spec) for spec in dict.fromkeys(specs)}
   if not data.eval:
-    return batches, None
+    return streams, None
   held_out = pipeline.evaluation_windows(
     data.eval, tokenizer, data.eval_seq_len, vocab
   )
-  return batches, held_out[: data.eval_windows or None]
+  return streams, held_out[: data.eval_windows or None]
+
+
+@contextlib.contextmanager
+def device_batches(
+  batch_at: Callable[..., dict[str, np.ndarray]],
+  place: NamedSharding,
+  rows: int,
+  steps: range,
+) -> Iterator[Iterator[dict[str, jax.Array]]]:
+  """The batches of these steps on their devices, made ahead in a thread.
+
+  What goes wrong there is raised where the batch is taken. At the end of the
+  `with` block the thread has ended.
+
+  Args:
+    batch_at: from `load_data`. Each process reads its devices' rows alone.
+    place: of a batch.
+    rows: B, the rows of a micro-batch.
+    steps: whose batches come, in order.
+  """
+  devices = place.addressable_devices_indices_map((1, rows, 1)).values()
+  bounds = [index[1].indices(rows)[:2] for index in devices]
+  first, last = min(b for b, _ in bounds), max(e for _, e in bounds)
+
+  def put(step: int) -> dict[str, jax.Array]:
+    def array(read: np.ndarray) -> jax.Array:
+      def of_device(index: tuple[slice, ...]) -> np.ndarray:
+        begin, end, _ = index[1].indices(rows)
+        return read[:, begin - first : end - first]
+
+      shape = (read.shape[0], rows, read.shape[2])
+      return jax.make_array_from_callback(shape, place, of_device)
+
+    return jax.tree.map(array, batch_at(step, slice(first, last)))
+
+  with ThreadPoolExecutor(1) as pool:
+    yield in_order(pool, put, steps, ahead=2)

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from lorapr_jax.data.sources import parse_spec
+from lorapr_jax.data.packing import PACKINGS
+from lorapr_jax.data.sources import parse_mixture, parse_spec
+from lorapr_jax.data.templates import Template
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.export import (
   DTYPES,
@@ -44,6 +46,9 @@ class DataSettings:
 
   train: str
   shuffle: bool
+  packing: str
+  max_tokens: int
+  template: Template
   eval: str
   eval_seq_len: int
   eval_windows: int
@@ -107,7 +112,7 @@ class RecoverSettings:
         'train.learning_rate, or a positive number'
       )
     if self.data:
-      parse_spec(self.data)
+      parse_mixture(self.data)
       if not self.steps:
         raise UserError(
           f'recover.data is {self.data!r}, but recover.steps is 0: give a '
@@ -331,11 +336,23 @@ def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
 def _data_settings(
   data: config_dict.ConfigDict, train: TrainSettings
 ) -> DataSettings:
-  for key in ('train', 'eval'):
-    if data[key]:
-      parse_spec(data[key])
+  if data.eval:
+    parse_spec(data.eval)
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
+  parts = parse_mixture(data.train)
+  _choose('data.packing', data.packing, PACKINGS)
+  if data.max_tokens and data.max_tokens < train.seq_len:
+    raise UserError(
+      f'data.max_tokens is {data.max_tokens}: 0 for all, or at least the '
+      f'{train.seq_len} of train.seq_len'
+    )
+  template = Template(data.template, data.response, data.loss)
+  if data.template and not any(template.applies_to(p.spec) for p in parts):
+    raise UserError(
+      f'data.template has no records to fill in: {data.train} is plain text '
+      '(text files, the demo, and specs that name their column are)'
+    )
   if data.eval_every < 0 or (data.eval_every and not data.eval):
     raise UserError(
       f'data.eval_every is {data.eval_every}: 0, or a number of steps, with '
@@ -349,6 +366,9 @@ def _data_settings(
   return DataSettings(
     train=data.train,
     shuffle=data.shuffle,
+    packing=data.packing,
+    max_tokens=data.max_tokens,
+    template=template,
     eval=data.eval,
     eval_seq_len=data.eval_seq_len or train.seq_len,
     eval_windows=data.eval_windows,

@@ -120,7 +120,7 @@ def token_losses(
     tokens: (B, T).
     token_weights: (B, T), the weight of each token as a target.
     settings: of the run.
-    **model: lora, masks, dropout_key, observe of
+    **model: segments, lora, masks, dropout_key, observe of
       `llama.observed_hidden_states`.
 
   Returns:
@@ -161,11 +161,12 @@ def make_lora_gradients(
 ) -> Callable[..., Any]:
   """The jitted step: params, lora, masks, batch, key -> metrics, grads, more.
 
-  `batch` is {'tokens', 'weights'}, each (M, B, T): M micro-batches whose
-  gradients are summed inside, so that one micro-batch's activations exist at
-  a time. The loss is the mean over all the batch's target tokens. `grads`
-  has the structure of `lora`, clipped to `clip_norm`; `metrics` has `loss`
-  and `grad_norm` (before clipping). `more` is {} or, if `needs` is
+  `batch` is {'tokens', 'weights'}, with 'segments' where documents share a
+  window, each (M, B, T): M micro-batches whose gradients are summed inside,
+  so that one micro-batch's activations exist at a time. The loss is the mean
+  over all the batch's target tokens. `grads` has the structure of `lora`,
+  clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
+  clipping). `more` is {} or, if `needs` is
 
     'base_grads'  {'base_grads': the gradients of `projections(params)`, in
                   float32, scaled as `grads` were by the clipping}
@@ -196,6 +197,7 @@ def make_lora_gradients(
         micro['tokens'],
         micro['weights'],
         settings,
+        segments=micro.get('segments'),
         lora=trained['lora'],
         masks=masks,
         dropout_key=key if use_dropout else None,

@@ -27,7 +27,7 @@ from lorapr_jax.finish import (
 )
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
 from lorapr_jax.hf.load import Shards, check_tensors
-from lorapr_jax.inputs import Places, load_base, load_data
+from lorapr_jax.inputs import Places, device_batches, load_base, load_data
 from lorapr_jax.phases import Phase, phases, total_steps
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.report import metrics, summary
@@ -84,7 +84,7 @@ def run_phases(
   # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
   display.start('data')
   first, *later = phases(settings)
-  batches, held_out = load_data(settings, (p.data for p in (first, *later)))
+  streams, held_out = load_data(settings, (p.data for p in (first, *later)))
   checkpoint.claim_workdir(workdir, identity)
   summary.print_plan(settings, display.print)
 
@@ -119,7 +119,7 @@ def run_phases(
   run_phase = functools.partial(
     train_phase,
     settings=settings,
-    batches=batches,
+    streams=streams,
     perplexity=perplexity,
     workdir=workdir,
     display=display,
@@ -223,7 +223,7 @@ def train_phase(
   params: Any,
   *,
   settings: RunSettings,
-  batches: Mapping[str, Callable[[int], Any]],
+  streams: Mapping[str, Callable[..., Any]],
   perplexity: Callable[..., Perplexity | None],
   workdir: Path,
   display: Display,
@@ -237,7 +237,7 @@ def train_phase(
     places: for those sizes.
     params: the base, or what is left of it.
     settings: of the run.
-    batches: {spec: the function t -> batch t}.
+    streams: {spec: the function of `batches`}, from `load_data`.
     perplexity: of weights and adapters; None where there is no held-out text.
     workdir: of the run.
     display: of the run.
@@ -289,10 +289,15 @@ def train_phase(
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_of_run)
   previous_loss = state.step
-  with signals, checkpoints, log:
-    for step in range(first_step, phase.steps):
-      batch = batches[phase.data](phase.first_batch + step)
-      batch = jax.device_put(batch, places.batch)
+  rest = range(first_step, phase.steps)
+  batches = device_batches(
+    streams[phase.data],
+    places.batch,
+    train.micro_batch_size,
+    range(phase.first_batch + first_step, phase.first_batch + phase.steps),
+  )
+  with signals, checkpoints, log, batches as stream:
+    for step, batch in zip(rest, stream, strict=True):
       results, grads, more = lora_gradients(
         params,
         state.lora,

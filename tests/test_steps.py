@@ -422,3 +422,79 @@ def test_importance_of_smollm2_needs_the_scores_of_one_layer(dtype):
   memory = lowered.compile().memory_analysis()
   layer = 4 * SMOLLM2.layer_parameters(SMOLLM2.layers[0])
   assert memory.temp_size_in_bytes < 6 * layer
+
+
+# Two documents and padding in one window; the same two in the other order.
+SEGMENTS = np.array([[1] * 4 + [2] * 3 + [0] * 2, [1] * 3 + [2] * 4 + [0] * 2])
+
+
+def _packed():
+  """A batch of packed documents, and the documents alone: (ids, ...)."""
+  rng = np.random.default_rng(5)
+  documents = [rng.integers(0, CONFIG.vocab_size, n) for n in (4, 3, 3, 4)]
+  tokens = np.zeros(SEGMENTS.shape, np.int32)
+  tokens[SEGMENTS > 0] = np.concatenate(documents)
+  # A document's first token is no target; nor is padding.
+  inside = np.roll(SEGMENTS, 1, axis=1) == SEGMENTS
+  inside[:, 0] = False
+  weights = (inside & (SEGMENTS > 0)).astype(np.float32)
+  batch = {'tokens': tokens, 'weights': weights, 'segments': SEGMENTS}
+  return {k: jnp.asarray(v)[None] for k, v in batch.items()}, documents
+
+
+@jax.jit
+def _alone(lora, params, masks, documents):
+  """The losses of each document's tokens, each in a window of its own."""
+  losses = {}
+  # Those of one length at a time, to compile less.
+  for size in sorted({len(d) for d in documents}):
+    same = [i for i, d in enumerate(documents) if len(d) == size]
+    tokens = jnp.stack([documents[i] for i in same])
+    each = steps.token_losses(
+      params, tokens, jnp.ones(tokens.shape), SETTINGS, lora=lora, masks=masks
+    )
+    losses |= dict(zip(same, each, strict=True))
+  return jnp.concatenate([losses[i] for i in range(len(documents))])
+
+
+def test_packed_documents_have_the_losses_of_each_alone(trees):
+  params, lora, masks = trees
+  batch, documents = _packed()
+  packed = jax.tree.map(lambda x: x[0], batch)
+
+  @jax.jit
+  def losses(segments):
+    return steps.token_losses(
+      params,
+      packed['tokens'],
+      packed['weights'],
+      SETTINGS,
+      segments=segments,
+      lora=lora,
+      masks=masks,
+    )
+
+  together = np.asarray(losses(packed['segments']))
+  alone = _alone(lora, params, masks, documents)
+  np.testing.assert_allclose(together[SEGMENTS > 0], alone, atol=1e-5)
+  assert np.all(together[SEGMENTS == 0] == 0)
+  # Without segments they are others: attention then crosses.
+  crossing = losses(jnp.ones_like(packed['segments']))
+  assert np.abs(crossing - together).max() > 1e-3
+
+
+def test_packed_documents_have_the_gradient_of_each_alone(trees):
+  params, lora, masks = trees
+  batch, documents = _packed()
+  settings = dataclasses.replace(SETTINGS, clip_norm=1e9)
+  metrics, grads = _gradients(trees, batch, settings)
+
+  @jax.jit
+  @jax.value_and_grad
+  def loss(lora):
+    losses = _alone(lora, params, masks, documents)
+    return jnp.sum(losses) / sum(len(d) - 1 for d in documents)
+
+  value, want = loss(lora)
+  np.testing.assert_allclose(metrics['loss'], value, rtol=1e-5)
+  _assert_close(grads, want)

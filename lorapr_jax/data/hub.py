@@ -4,12 +4,13 @@ NAME is a local folder, written by `save_to_disk` or of parquet, JSON or CSV
 files, or OWNER/NAME on the Hub. The network is used for the latter alone.
 """
 
+from collections.abc import Iterator, Sequence
 import dataclasses
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line
 
 # What `save_to_disk` leaves of one data set, and of several splits.
 _SAVED = ('state.json', 'dataset_dict.json')
@@ -56,34 +57,57 @@ def parse_hub(path: str) -> HubSpec:
   return HubSpec('/'.join(parts), config, split or None)
 
 
-def read_hub(path: str, column: str) -> list[str]:
-  """The texts of a column, in order; a missing one is empty.
+def read_hub(
+  path: str, fields: Sequence[str] | None = None
+) -> Iterator[dict[str, Any]]:
+  """The rows, in order.
+
+  Args:
+    path: of the spec.
+    fields: the columns that are needed; None: all.
 
   Raises:
-    UserError: if there is no such data set, split or column, or it holds
-      something else than text.
+    UserError: if there is no such data set, split or column.
+  """
+  data = _load(path)
+  if fields is not None:
+    for field in fields:
+      if field not in data.column_names:
+        raise UserError(
+          f'hf:{path} has no column {field!r}; it has '
+          + ', '.join(data.column_names)
+        )
+    data = data.select_columns(list(fields))
+  yield from data
+
+
+def hub_fingerprint(path: str) -> bytes:
+  """What the library itself tells data sets apart by; reads no rows.
+
+  Raises:
+    UserError: if there is no such data set or split.
+  """
+  data = _load(path)
+  return f'{data.split} {len(data)} {data._fingerprint}'.encode()
+
+
+def _load(path: str) -> Any:
+  """The rows of a split, which stay on disk.
+
+  Raises:
+    UserError: if there is no such data set or split.
   """
   spec = parse_hub(path)
   # Here, since it takes seconds and other data need none.
   import datasets
 
   try:
-    data = _load(spec)
+    return _load_split(spec)
   except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    reason = str(error).strip().partition('\n')[0] or repr(error)
-    raise UserError(f'hf:{path}: {reason}') from None
-  if column not in data.column_names:
-    raise UserError(
-      f'hf:{path} has no column {column!r}; it has '
-      + ', '.join(data.column_names)
-    )
-  texts = ['' if text is None else text for text in data[column]]
-  if not all(isinstance(text, str) for text in texts):
-    raise UserError(f'hf:{path}: the column {column!r} is not text')
-  return texts
+    raise UserError(f'hf:{path}: {first_line(error)}') from None
 
 
-def _load(spec: HubSpec) -> Any:
+def _load_split(spec: HubSpec) -> Any:
   import datasets
 
   saved = any((Path(spec.name) / file).is_file() for file in _SAVED)

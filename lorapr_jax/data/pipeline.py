@@ -1,57 +1,94 @@
-"""Text to token windows on disk to batches; batch t depends on seed and t."""
+"""Text to windows of tokens, packed once and kept in the cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
 import hashlib
 import logging
 import os
 from pathlib import Path
 import tempfile
+from typing import Any
 
-import grain
 import numpy as np
 
+from lorapr_jax.data import packing
 from lorapr_jax.data.demo import cache_dir
-from lorapr_jax.data.sources import parse_spec, read_documents
+from lorapr_jax.data.packing import Counts, Packed, Tokens, Windows
+from lorapr_jax.data.sources import (
+  Spec,
+  identity,
+  parse_mixture,
+  parse_spec,
+  read_documents,
+)
+from lorapr_jax.data.templates import PLAIN, Template, template_documents
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json, write_json
 
 # Part of the cache's key: raise it when the windows change.
-_FORMAT = 2
+_FORMAT = 3
 
 _log = logging.getLogger(__name__)
 
 
 def training_windows(
-  spec: str, tokenizer: Tokenizer | None, seq_len: int, vocab_size: int
-) -> np.ndarray:
-  """Every document followed by EOS, end to end, cut into windows (W, T).
+  mixture: str,
+  tokenizer: Tokenizer | None,
+  seq_len: int,
+  vocab_size: int,
+  *,
+  pack: str,
+  template: Template = PLAIN,
+  max_tokens: int = 0,
+) -> tuple[Packed, ...]:
+  """The documents of each spec of a mixture, in windows of tokens.
 
-  The last, incomplete window is dropped, with a warning. Packed once, then
-  memory-mapped from the cache, whose key is a hash of text, tokenizer and
-  length.
+  Every document ends with EOS, unless the chat template wrote it. Packed once
+  and memory-mapped from the cache, whose key is a hash of data, tokenizer and
+  settings. What is cut, padded or left out is counted in a warning.
 
   Args:
-    spec: a data spec (data/sources.py).
+    mixture: a data spec, or several with weights (data/sources.py).
     tokenizer: None for synthetic data.
     seq_len: T.
     vocab_size: the model's.
+    pack: `documents`: whole ones side by side, apart by their segments;
+      `concatenate`: end to end, as one text.
+    template: what makes texts of records.
+    max_tokens: no document of a spec is read after so many; 0: all are.
 
   Raises:
     UserError: if there is less than one window, or a token that the model
       does not know.
   """
-  if tokenizer is None:
-    return _synthetic(spec, seq_len, vocab_size)
-  documents = read_documents(spec)
-  eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
-  def encode() -> np.ndarray:
-    return np.concatenate(
-      [np.append(tokenizer.encode(d), eos) for d in documents]
+  def part(spec: Spec) -> Windows:
+    if tokenizer is None:
+      return {'tokens': _synthetic(spec, seq_len, vocab_size)}
+    applied = template if template.applies_to(spec) else PLAIN
+
+    def documents() -> Iterator[Tokens]:
+      total = 0
+      for document in packing.tokenise(
+        template_documents(spec, applied, tokenizer),
+        tokenizer,
+        whole=applied.is_chat,
+      ):
+        yield document
+        total += len(document.ids)
+        if max_tokens and total >= max_tokens:
+          break
+
+    key = ('train', applied, pack, max_tokens)
+    weighted = applied.loss != 'all'
+    return _windows(
+      key, spec, tokenizer, seq_len, vocab_size, documents, pack, weighted
     )
 
-  return _windows(
-    'train', spec, documents, tokenizer, seq_len, vocab_size, encode
+  return tuple(
+    Packed(each.weight, part(each.spec)) for each in parse_mixture(mixture)
   )
 
 
@@ -63,82 +100,146 @@ def evaluation_windows(
   Documents are joined by a blank line (docs/method.md, evaluation). The
   arguments and errors are those of `training_windows`.
   """
+  parsed = parse_spec(spec)
   if tokenizer is None:
-    return _synthetic(spec, seq_len, vocab_size)
-  documents = read_documents(spec)
+    return _synthetic(parsed, seq_len, vocab_size)
 
-  def encode() -> np.ndarray:
-    return tokenizer.encode('\n\n'.join(documents))
+  def documents() -> Iterator[Tokens]:
+    ids = tokenizer.encode('\n\n'.join(read_documents(parsed)))
+    yield Tokens(ids, np.ones(len(ids), np.uint8))
 
-  return _windows(
-    'eval', spec, documents, tokenizer, seq_len, vocab_size, encode
-  )
+  key = ('eval',)
+  return _windows(key, parsed, tokenizer, seq_len, vocab_size, documents)[
+    'tokens'
+  ]
 
 
 def _windows(
-  purpose: str,
-  spec: str,
-  documents: list[str],
+  key: tuple[Any, ...],
+  spec: Spec,
   tokenizer: Tokenizer,
   seq_len: int,
   vocab_size: int,
-  encode: Callable[[], np.ndarray],
-) -> np.ndarray:
-  key = f'{_FORMAT} {purpose} {seq_len} {vocab_size}'
-  digest = hashlib.sha256(key.encode())
-  digest.update(tokenizer.fingerprint)
+  documents: Callable[[], Iterator[Tokens]],
+  pack: str = 'concatenate',
+  weighted: bool = False,
+) -> Windows:
+  """The windows of the documents, packed unless they lie in the cache."""
+  key = (_FORMAT, *key, seq_len, spec.column)
+  digest = hashlib.sha256(repr(key).encode())
+  digest.update(identity(spec) + tokenizer.fingerprint)
+  folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
+  if not folder.exists():
+    counts = Counts()
+    stream = _counted(documents(), counts, tokenizer, vocab_size)
+    names = ['tokens']
+    if pack == 'documents':
+      parts = packing.fill(stream, seq_len, counts)
+      names += ['segments', 'weights']
+    else:
+      parts = packing.concatenate(stream)
+      names += ['weights'] if weighted else []
+    with _new_folder(folder) as partial:
+      packing.write(partial, parts, names)
+      if pack == 'concatenate' and counts.tokens < seq_len:
+        raise UserError(
+          f'{spec.text} has {counts.tokens} tokens: fewer than one window of '
+          f'{seq_len}'
+        )
+      write_json(partial / 'counts.json', dataclasses.asdict(counts))
+  counts = Counts(**read_json(folder / 'counts.json'))
+  _check_vocabulary(counts, tokenizer, vocab_size)
+  windows = packing.read(folder, seq_len)
+  _warn(spec, pack, windows['tokens'], counts)
+  return windows
+
+
+def _counted(
+  documents: Iterator[Tokens],
+  counts: Counts,
+  tokenizer: Tokenizer,
+  vocab_size: int,
+) -> Iterator[Tokens]:
   for document in documents:
-    digest.update(document.encode() + b'\0')
-  path = cache_dir() / 'windows' / f'{digest.hexdigest()[:32]}.npy'
-  if not path.exists():
-    tokens = encode().astype(np.int32)
-    if len(tokens) < seq_len:
-      raise UserError(
-        f'{spec} has {len(tokens)} tokens: fewer than one window of {seq_len}'
-      )
-    if tokens.max() >= vocab_size:
-      raise UserError(
-        f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but '
-        f'the model has a vocabulary of {vocab_size}'
-      )
-    _keep(path, tokens)
-  tokens = np.load(path, mmap_mode='r')
-  rest = len(tokens) % seq_len
-  if rest:
-    _log.warning(
-      '%s: the last %d of %d tokens fill no window of %d and are left out',
-      *(spec, rest, len(tokens), seq_len),
+    counts.documents += 1
+    counts.tokens += len(document.ids)
+    counts.largest_id = max(
+      counts.largest_id, int(document.ids.max(initial=-1))
     )
-  return tokens[: len(tokens) - rest].reshape(-1, seq_len)
+    _check_vocabulary(counts, tokenizer, vocab_size)
+    yield document
 
 
-def _keep(path: Path, tokens: np.ndarray) -> None:
-  """Writes an array to the cache, whole or not at all."""
+def _check_vocabulary(
+  counts: Counts, tokenizer: Tokenizer, vocab_size: int
+) -> None:
+  if counts.largest_id >= vocab_size:
+    raise UserError(
+      f'the tokenizer of {tokenizer.folder} gives id {counts.largest_id}, but '
+      f'the model has a vocabulary of {vocab_size}'
+    )
+
+
+@contextlib.contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+  """A folder that appears in the cache whole or not at all."""
+  above = folder.parent, folder.parent.parent
+  made = [path for path in above if not path.exists()]
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as partial:
-      # Not by its name: NumPy's own writing may say nothing of a full disk.
-      with tempfile.NamedTemporaryFile(dir=partial, delete=False) as file:
-        np.save(file, tokens)
-      os.replace(file.name, path)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+      partial = Path(temporary) / folder.name
+      partial.mkdir()
+      yield partial
+      # Another process may have been faster, with the same.
+      if not folder.exists():
+        os.replace(partial, folder)
   except OSError as error:
     raise UserError(
-      f'{path.parent} cannot hold the packed text ({error.strerror or error}): '
-      'set LORAPR_CACHE to a folder with room'
+      f'{folder.parent} cannot hold the packed text '
+      f'({error.strerror or error}): set LORAPR_CACHE to a folder with room'
     ) from error
+  finally:
+    # Empty ones are left over from what failed; others are not removed.
+    with contextlib.suppress(OSError):
+      for path in made:
+        path.rmdir()
 
 
-def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:
-  """A language in which nine tokens of ten follow from the one before."""
-  parsed = parse_spec(spec)
-  if parsed.scheme != 'synthetic':
-    raise UserError(
-      f'{spec} is text, but the model has no tokenizer: set model.path to a '
-      'Hugging Face folder, or use synthetic:SEED'
+def _warn(spec: Spec, pack: str, windows: np.ndarray, counts: Counts) -> None:
+  """Says what was left out, cut or padded."""
+  seq_len = windows.shape[1]
+  rest = counts.tokens % seq_len
+  if pack == 'concatenate' and rest:
+    _log.warning(
+      '%s: the last %d of %d tokens fill no window of %d and are left out',
+      *(spec.text, rest, counts.tokens, seq_len),
     )
-  count = int(parsed.options.get('windows', 256))
+  if counts.cut:
+    _log.warning(
+      '%s: %d of %d documents are longer than a window of %d tokens and go on '
+      'in another, without what came before',
+      *(spec.text, counts.cut, counts.documents, seq_len),
+    )
+  # The rest of the last windows is no cause for worry, a tenth of them all is.
+  if counts.padding * 10 > windows.size:
+    _log.warning(
+      '%s: %d of %d positions are padding, since documents stay whole; '
+      'data.packing=concatenate has none',
+      *(spec.text, counts.padding, windows.size),
+    )
+
+
+def _synthetic(spec: Spec, seq_len: int, vocab_size: int) -> np.ndarray:
+  """A language in which nine tokens of ten follow from the one before."""
+  if spec.scheme != 'synthetic':
+    raise UserError(
+      f'{spec.text} is text, but the model has no tokenizer: set model.path to '
+      'a Hugging Face folder, or use synthetic:SEED'
+    )
+  count = int(spec.options.get('windows', 256))
   successor = np.random.default_rng(0).permutation(vocab_size)
-  rng = np.random.default_rng((1, int(parsed.path)))
+  rng = np.random.default_rng((1, int(spec.path)))
   tokens = rng.integers(vocab_size, size=(count, seq_len), dtype=np.int32)
   follows = rng.random((count, seq_len)) < 0.9
   for t in range(1, seq_len):
@@ -146,43 +247,3 @@ def _synthetic(spec: str, seq_len: int, vocab_size: int) -> np.ndarray:
       follows[:, t], successor[tokens[:, t - 1]], tokens[:, t]
     )
   return tokens
-
-
-def batches(
-  windows: np.ndarray,
-  *,
-  batch_size: int,
-  micro_batch_size: int,
-  seed: int,
-  shuffle: bool,
-) -> Callable[[int], dict[str, np.ndarray]]:
-  """The function t -> batch t: {'tokens', 'weights'}, each (M, B, T).
-
-  A pure function of the seed and t, so that a resumed run goes on with the
-  data it would have seen. Every epoch has its own order.
-
-  Args:
-    windows: (W, T).
-    batch_size: windows a batch, M B.
-    micro_batch_size: B.
-    seed: of the order.
-    shuffle: False takes the windows as they come.
-
-  Raises:
-    UserError: if there is less than one batch.
-  """
-  if len(windows) < batch_size:
-    raise UserError(
-      f'the training data has {len(windows)} windows of {windows.shape[1]} '
-      f'tokens: fewer than one batch of {batch_size}'
-    )
-  dataset = grain.MapDataset.source(windows)
-  if shuffle:
-    dataset = dataset.seed(seed).shuffle()
-  dataset = dataset.repeat().batch(batch_size)
-
-  def batch(t: int) -> dict[str, np.ndarray]:
-    tokens = dataset[t].reshape(-1, micro_batch_size, windows.shape[1])
-    return {'tokens': tokens, 'weights': np.ones(tokens.shape, np.float32)}
-
-  return batch

@@ -2,36 +2,44 @@
 
   file:PATH            .txt: one document; LF line ends
   file:PATH?lines      its stripped lines, joined by a blank line: one document
-  file:PATH            .jsonl (?field=text) or .csv (?column=text): a document
-                       a record
+  file:PATH            .jsonl (?field=text), .csv or .parquet (?column=text): a
+                       document a record
   hf:NAME[:SPLIT]      a Hugging Face data set: a local folder, or
                        OWNER/NAME[/CONFIG] on the Hub (?column=text); a
                        document a row
+  tfds:NAME[:SPLIT]    a TensorFlow data set, NAME[/CONFIG][:VERSION], with a
+                       split such as train[:10%] (?column=text&data_dir=DIR); a
+                       document a record
   demo:news:train      the demo's news articles, all but the last tenth
   demo:news:heldout    the last tenth
   synthetic:SEED       token ids of a made-up language, for models without a
                        tokenizer (?windows=256)
-PATH may have wildcards; the files are read in sorted order.
+PATH may have wildcards, whose files are read in sorted order, and may end in
+.gz or .zst.
+
+For training there are mixtures, `0.7*SPEC + 0.3*SPEC`: the weights are the
+shares of the windows that are drawn from each, and each begins again when it
+is used up, whatever the others do.
 """
 
-import csv
+from collections.abc import Iterator, Sequence
 import dataclasses
-import glob
-import io
-import json
+import hashlib
 import logging
-from pathlib import Path
+import math
+import re
 
+from lorapr_jax.data import hub, text_files, tfds
 from lorapr_jax.data.demo import news_split
-from lorapr_jax.data.hub import parse_hub, read_hub
+from lorapr_jax.data.text_files import Record
 from lorapr_jax.errors import UserError
 
 _log = logging.getLogger(__name__)
-_OPTIONS = {
-  '.txt': ('lines',),
-  '.jsonl': ('field',),
-  '.csv': ('column',),
-}
+
+_NUMBER = r'-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?'
+_WEIGHTED = re.compile(rf'({_NUMBER})\s*\*\s*(.*)', re.DOTALL)
+# Where another spec begins: a path may have a plus or a star of its own.
+_PLUS = re.compile(rf' \+ +(?=(?:{_NUMBER}\s*\*|[a-z]+:))')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,62 @@ class Spec:
   path: str
   options: dict[str, str]
 
+  @property
+  def column(self) -> str:
+    """The column of a record that holds its text."""
+    return self.options.get('column') or self.options.get('field') or 'text'
+
+
+@dataclasses.dataclass(frozen=True)
+class Weighted:
+  """A part of a mixture.
+
+  Attributes:
+    weight: its share of the windows that are drawn; those of all parts add
+      up to 1.
+    spec: what it is drawn from.
+  """
+
+  weight: float
+  spec: Spec
+
+
+def parse_mixture(spec: str) -> tuple[Weighted, ...]:
+  """Takes `0.7*SPEC + 0.3*SPEC` apart; one SPEC alone has weight 1.
+
+  Weights are any positive numbers; only their ratios count. Reads and fetches
+  nothing.
+
+  Raises:
+    UserError: if a spec cannot be, has no weight beside others, or mixes token
+      ids with text.
+  """
+  parts = [part.strip() for part in _PLUS.split(spec)]
+  weights, specs = [], []
+  for part in parts:
+    weighted = _WEIGHTED.fullmatch(part)
+    if not weighted and len(parts) > 1:
+      raise UserError(
+        f'data spec {spec!r}: {part!r} has no weight; write 0.7*SPEC + 0.3*SPEC'
+      )
+    number, part = weighted.groups() if weighted else ('1', part)
+    weights.append(float(number))
+    if not 0 < weights[-1] < math.inf:
+      raise UserError(
+        f'data spec {spec!r}: the weight {number} is not a number above 0'
+      )
+    specs.append(parse_spec(part))
+  if len(specs) > 1 and any(part.scheme == 'synthetic' for part in specs):
+    raise UserError(
+      f'data spec {spec!r}: synthetic: has token ids, no text, so nothing '
+      'mixes with it'
+    )
+  total = math.fsum(weights)
+  return tuple(
+    Weighted(weight / total, part)
+    for weight, part in zip(weights, specs, strict=True)
+  )
+
 
 def parse_spec(spec: str) -> Spec:
   """Takes SCHEME:PATH[?OPTION[=VALUE][&...]] apart and checks it.
@@ -50,16 +114,21 @@ def parse_spec(spec: str) -> Spec:
   Looks at file names, but reads and fetches nothing.
 
   Raises:
-    UserError: if the spec is unknown or its file does not exist.
+    UserError: if the spec is unknown, a mixture, or its file does not exist.
   """
+  if _WEIGHTED.fullmatch(spec) or _PLUS.search(spec):
+    raise UserError(
+      f'data spec {spec!r} is a mixture, which only data.train takes: give one '
+      'spec, without a weight'
+    )
   scheme, colon, rest = spec.partition(':')
   path, _, query = rest.partition('?')
   options = dict(
     (option.partition('=')[::2]) for option in query.split('&') if option
   )
-  if not colon or scheme not in ('file', 'hf', 'demo', 'synthetic'):
+  if not colon or scheme not in ('file', 'tfds', 'hf', 'demo', 'synthetic'):
     raise UserError(
-      f'data spec {spec!r} is not known: use file:PATH, hf:NAME, '
+      f'data spec {spec!r} is not known: use file:PATH, tfds:NAME, hf:NAME, '
       'demo:news:train, demo:news:heldout or synthetic:SEED'
     )
   known = ('windows',) if scheme == 'synthetic' else ()
@@ -74,16 +143,13 @@ def parse_spec(spec: str) -> Spec:
     if options.get('windows', '1').strip('0') == '':
       raise UserError(f'data spec {spec!r}: it needs at least one window')
   if scheme == 'hf':
-    parse_hub(path)
+    hub.parse_hub(path)
     known = ('column',)
+  if scheme == 'tfds':
+    tfds.parse_tfds(path)
+    known = ('column', 'data_dir')
   if scheme == 'file':
-    suffixes = {file.suffix for file in _files(path)}
-    if len(suffixes) > 1 or not suffixes <= set(_OPTIONS):
-      raise UserError(
-        f'data spec {spec!r}: files of {", ".join(sorted(suffixes))}; give '
-        f'one kind of {", ".join(_OPTIONS)}'
-      )
-    known = _OPTIONS[suffixes.pop()]
+    known = text_files.OPTIONS[text_files.kind(text_files.find_files(path)[0])]
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise UserError(
@@ -93,97 +159,98 @@ def parse_spec(spec: str) -> Spec:
   return Spec(spec, scheme, path, options)
 
 
-def _files(path: str) -> list[Path]:
-  if glob.has_magic(path):
-    files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
-  else:
-    files = [Path(path)]
-  if not files:
-    raise UserError(f'{path} matches no file')
-  for file in files:
-    if not file.is_file():
-      raise UserError(f'{file} is not a file')
-  return files
+def read_records(
+  spec: Spec, fields: Sequence[str] | None = None
+) -> Iterator[Record]:
+  """The records of a spec in order, read as they are asked for.
 
+  A record is a dict of columns; one of text alone has the column `text`.
 
-def read_documents(spec: str) -> list[str]:
-  """The documents of a spec, in order; documents without text are dropped.
+  Args:
+    spec: what to read.
+    fields: the columns that are needed; None: all.
 
   Raises:
-    UserError: if a file cannot be read as what it should be, or no text is
-      left.
+    UserError: if it cannot be read, or has not all the fields.
   """
-  parsed = parse_spec(spec)
-  if parsed.scheme == 'synthetic':
-    raise UserError(
-      f'{spec} has token ids, no text: it needs a model without a tokenizer'
-    )
-  if parsed.scheme == 'demo':
-    documents = news_split(parsed.path.removeprefix('news:'))
-  elif parsed.scheme == 'hf':
-    documents = read_hub(parsed.path, parsed.options.get('column', 'text'))
-  else:
-    documents = [
-      document
-      for file in _files(parsed.path)
-      for document in _read_file(file, parsed.options)
-    ]
-  for number, document in enumerate(documents, 1):
-    if not document.isascii():
-      try:
-        document.encode()
-      except UnicodeEncodeError as error:
-        raise UserError(f'{spec}, document {number}: {error}') from None
-  filled = [document for document in documents if document.strip()]
-  if not filled:
-    raise UserError(f'{spec} holds no text')
-  if len(filled) < len(documents):
+  match spec.scheme:
+    case 'file':
+      yield from text_files.read_files(
+        spec.path, fields, lines='lines' in spec.options
+      )
+    case 'tfds':
+      yield from tfds.read_tfds(_tfds_spec(spec), fields)
+    case 'hf':
+      yield from hub.read_hub(spec.path, fields)
+    case 'demo':
+      for article in news_split(spec.path.removeprefix('news:')):
+        yield text_files.pick({'text': article}, fields, spec.text)
+    case _:
+      raise UserError(
+        f'{spec.text} has token ids, no text: it needs a model without a '
+        'tokenizer'
+      )
+
+
+def _tfds_spec(spec: Spec) -> tfds.TfdsSpec:
+  return tfds.parse_tfds(spec.path, spec.options.get('data_dir'))
+
+
+def read_documents(spec: Spec | str) -> Iterator[str]:
+  """The documents of a spec, in order: the texts of one column.
+
+  Those without text are left out; their number is in a warning at the end.
+
+  Raises:
+    UserError: if it cannot be read, has something else than text, or no text
+      at all.
+  """
+  if isinstance(spec, str):
+    spec = parse_spec(spec)
+  count = empty = 0
+  for record in read_records(spec, [spec.column]):
+    count += 1
+    text = record[spec.column]
+    if text is not None and not isinstance(text, str):
+      raise UserError(
+        f'{spec.text}, record {count}: {spec.column!r} is not text but '
+        f'{type(text).__name__}'
+      )
+    if text and not text.isspace():
+      yield text
+    else:
+      empty += 1
+  if empty == count:
+    raise UserError(f'{spec.text} holds no text')
+  if empty:
     _log.warning(
       '%s: %d of %d documents hold no text and are left out',
-      *(spec, len(documents) - len(filled), len(documents)),
+      *(spec.text, empty, count),
     )
-  return filled
 
 
-def _read_file(file: Path, options: dict[str, str]) -> list[str]:
-  try:
-    text = file.read_text(encoding='utf-8-sig')
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f'{file} is not UTF-8 text ({error}): save it as UTF-8'
-    ) from None
-  if file.suffix == '.jsonl':
-    return _read_jsonl(file, text, options.get('field', 'text'))
-  if file.suffix == '.csv':
-    return _read_csv(file, text, options.get('column', 'text'))
-  if 'lines' in options:
-    lines = (line.strip() for line in text.split('\n'))
-    return ['\n\n'.join(line for line in lines if line)]
-  return [text]
+def identity(spec: Spec) -> bytes:
+  """A hash that changes when what `read_records` gives changes.
 
+  Of the content itself, or of what stands for it where another library keeps
+  it. Tokenises nothing; reads no more than it must.
 
-def _read_jsonl(file: Path, text: str, field: str) -> list[str]:
-  documents = []
-  for number, line in enumerate(text.split('\n'), 1):
-    if not line.strip():
-      continue
-    try:
-      documents.append(json.loads(line)[field])
-    except (json.JSONDecodeError, KeyError, TypeError):
-      raise UserError(
-        f'{file}:{number} is no JSON object with the field {field!r}'
-      ) from None
-    if not isinstance(documents[-1], str):
-      raise UserError(f'{file}:{number}: {field!r} is not a string')
-  return documents
-
-
-def _read_csv(file: Path, text: str, column: str) -> list[str]:
-  csv.field_size_limit(len(text) + 1)
-  reader = csv.DictReader(io.StringIO(text, newline=''))
-  columns = reader.fieldnames or ()
-  if column not in columns:
-    raise UserError(
-      f'{file} has no column {column!r}; it has {", ".join(columns) or "none"}'
-    )
-  return [row[column] or '' for row in reader]
+  Raises:
+    UserError: if the data cannot be read.
+  """
+  # Where it lies does not count, only what it is.
+  options = [o for o in sorted(spec.options.items()) if o[0] != 'data_dir']
+  digest = hashlib.sha256(repr((spec.scheme, options)).encode())
+  match spec.scheme:
+    case 'file':
+      digest.update(text_files.hash_files(spec.path))
+    case 'tfds':
+      digest.update(tfds.tfds_fingerprint(_tfds_spec(spec)))
+    case 'hf':
+      digest.update(hub.hub_fingerprint(spec.path))
+    case 'demo':
+      for article in news_split(spec.path.removeprefix('news:')):
+        digest.update(article.encode() + b'\0')
+    case _:
+      digest.update(spec.path.encode())
+  return digest.digest()

@@ -65,6 +65,8 @@ class Tokenizer:
       self._check_files()
       raise self._error('the tokenizer', error) from error
     self.eos_token_id = self._tokenizer.eos_token_id
+    # Whether it runs outside Python, in threads of its own.
+    self.is_fast = self._tokenizer.is_fast
 
   def _check_files(self) -> None:
     """Names what is wrong with the files, where that can be told."""
@@ -77,11 +79,20 @@ class Tokenizer:
 
   def encode(self, text: str) -> np.ndarray:
     """The ids of a text, with BOS in front if that is the tokenizer's habit."""
-    ids = self._tokenizer(text, verbose=False)['input_ids']
+    return self.encode_batch([text])[0]
+
+  def encode_batch(
+    self, texts: list[str], *, special: bool = True
+  ) -> list[np.ndarray]:
+    """The ids of each text; `special` False is without BOS."""
+    if not texts:
+      return []
+    batch = self._tokenizer(texts, add_special_tokens=special, verbose=False)
+    ids = [np.asarray(ids, np.int32) for ids in batch['input_ids']]
+    if not special:
+      return ids
     # Some tokenizers end every text with EOS: that is the packing's business.
-    if ids and ids[-1] == self.eos_token_id:
-      ids = ids[:-1]
-    return np.asarray(ids, np.int32)
+    return [i[:-1] if len(i) and i[-1] == self.eos_token_id else i for i in ids]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens; U+FFFD for half a character."""
@@ -105,15 +116,29 @@ class Tokenizer:
     Raises:
       UserError: if there is no template, or it does not take these messages.
     """
+    text = self.chat_text(messages, answer_next=True)
+    return self.encode_batch([text], special=False)[0]
+
+  def chat_text(
+    self, messages: Sequence[dict[str, str]], *, answer_next: bool = False
+  ) -> str:
+    """A conversation as the chat template writes it, special tokens included.
+
+    Args:
+      messages: as for `encode_chat`.
+      answer_next: whether it ends where the assistant's answer begins.
+
+    Raises:
+      UserError: as `encode_chat`.
+    """
     import jinja2
 
     try:
-      ids = self._tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=True, return_dict=True
-      )['input_ids']
+      return self._tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=answer_next, tokenize=False
+      )
     except (ValueError, jinja2.TemplateError) as error:
       raise self._error('the chat template', error) from None
-    return np.asarray(ids, np.int32)
 
   def _error(self, what: str, error: Exception) -> UserError:
     reason = str(error).strip().partition('\n')[0] or repr(error)
@@ -123,7 +148,7 @@ class Tokenizer:
   def fingerprint(self) -> bytes:
     """A hash of the tokenizer's files."""
     digest = hashlib.sha256()
-    names = ('*token*', 'vocab.json', 'merges.txt')
+    names = ('*token*', 'vocab.json', 'merges.txt', 'chat_template*')
     for file in sorted(f for n in names for f in self.folder.glob(n)):
       digest.update(file.name.encode() + b'\0' + file.read_bytes())
     return digest.digest()

@@ -55,9 +55,10 @@ def apply_rope(x: Array, angles: Array) -> Array:
 
   Args:
     x: (B, T, ..., H), in Hugging Face's half-split layout.
-    angles: (T, H/2), in radians.
+    angles: (T, H/2), or (B, T, H/2), in radians.
   """
-  shape = (1, x.shape[1]) + (1,) * (x.ndim - 3) + (x.shape[-1] // 2,)
+  heads = (1,) * (x.ndim - 3)
+  shape = (-1, x.shape[1], *heads, x.shape[-1] // 2)
   cos, sin = jnp.cos(angles).reshape(shape), jnp.sin(angles).reshape(shape)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin]

@@ -17,7 +17,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.attention import causal_attention, segment_positions
 from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
@@ -76,7 +76,7 @@ class Attention(nn.Module):
     lora_x = _lora_input(self, x, self.lora)
 
     def sequences(tokens: Array) -> Array:
-      return tokens.reshape(-1, angles.shape[0], *tokens.shape[1:])
+      return tokens.reshape(-1, angles.shape[-2], *tokens.shape[1:])
 
     q = sequences(project['q_proj'](x, lora_x))
     k = sequences(project['k_proj'](x, lora_x))
@@ -103,12 +103,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One decoder layer over tokens (N, D); angles (T, H/2) fix T."""
+  """One decoder layer over tokens (N, D); angles (..., T, H/2) fix T."""
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None = None
-  attend: Callable[..., Array] = causal_attention  # Or with a cache.
+  attend: Callable[..., Array] = causal_attention  # Or a cache, or segments.
 
   @nn.compact
   def __call__(self, x: Array, angles: Array) -> Array:
@@ -185,11 +185,11 @@ def output_weight(params: Any) -> Array:
 
 
 def rope_angles(config: LlamaConfig, positions: Array) -> Array:
-  """The angles (T, H/2) of positions (T,), which are float32."""
+  """The angles (..., T, H/2) of positions (..., T), which are float32."""
   frequencies = rope_frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling
   )
-  return positions[:, None] * frequencies
+  return positions[..., None] * frequencies
 
 
 def hidden_states(
@@ -204,6 +204,7 @@ def observed_hidden_states(
   tokens: Array,
   config: LlamaConfig,
   *,
+  segments: Array | None = None,
   lora: Any = None,
   lora_config: LoraConfig | None = None,
   masks: Any = None,
@@ -218,6 +219,8 @@ def observed_hidden_states(
     params: the frozen base.
     tokens: (B, T) ids.
     config: the sizes, of which `config.stacks` follows the trees.
+    segments: (B, T): numbers of the documents that share a window, in runs.
+      Attention and positions stay within one; None: a window is one text.
     lora: adapters, with `lora_config`; None runs the base alone.
     masks: None where nothing is masked.
     dropout_key: None for no dropout.
@@ -229,7 +232,11 @@ def observed_hidden_states(
     {'squares': the sum over tokens of its squared input}; else {}.
   """
   B, T = tokens.shape
-  angles = rope_angles(config, jnp.arange(T, dtype=jnp.float32))
+  positions, attend = jnp.arange(T), causal_attention
+  if segments is not None:
+    positions = segment_positions(segments)
+    attend = functools.partial(causal_attention, segments=segments)
+  angles = rope_angles(config, positions.astype(jnp.float32))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
   axes = block_axes(lora_config)
@@ -244,7 +251,7 @@ def observed_hidden_states(
       keys = jax.random.split(
         jax.random.fold_in(dropout_key, stack.start), stack.size
       )
-    block = Block(config, stack.shape, lora_config)
+    block = Block(config, stack.shape, lora_config, attend)
     layer = _layer(block, axes, angles, observe)
     layer = jax.checkpoint(
       layer, policy=REMAT_POLICIES[remat], prevent_cse=False

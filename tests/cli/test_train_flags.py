@@ -365,6 +365,7 @@ def test_a_corpus_that_is_too_short_stops_before_any_work(
     f'--workdir={workdir}',
     f'--config.model.path={folder}',
     f'--config.data.train=file:{tmp_path}/corpus.txt',
+    '--config.data.packing=concatenate',
     '--config.train.seq_len=64',
     '--config.train.batch_size=8',
     '--config.train.micro_batch_size=8',

@@ -1,4 +1,4 @@
-"""Text to windows to batches, with a small tokenizer that is trained here."""
+"""Text to windows, with a small tokenizer that is trained here."""
 
 import json
 
@@ -8,6 +8,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from lorapr_jax.data import pipeline
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import write_json
 from lorapr_jax.hf.export import hf_config
@@ -74,6 +75,15 @@ def corpus(tmp_path):
   return f'file:{tmp_path}/corpus.jsonl'
 
 
+def concatenated(spec, tokenizer, seq_len, vocab_size):
+  """The windows (W, T) of one spec, its documents end to end."""
+  [part] = pipeline.training_windows(
+    spec, tokenizer, seq_len, vocab_size, pack='concatenate'
+  )
+  assert part.windows.keys() == {'tokens'}
+  return part.windows['tokens']
+
+
 def test_the_tokenizer_of_an_export_needs_no_remote_code(tmp_path):
   folder = save_tokenizer(tmp_path / 'model')
   scaling = RopeScaling(4.0, 1.0, 4.0, 32)
@@ -87,7 +97,7 @@ def test_the_tokenizer_of_an_export_needs_no_remote_code(tmp_path):
   write_json(
     folder / 'config.json', hf_config(sizes, 'float32', 'auto', 'auto')
   )
-  ids = pipeline.Tokenizer(folder).encode(TEXTS[0])
+  ids = Tokenizer(folder).encode(TEXTS[0])
   assert ids.tolist() == plain_ids(folder, TEXTS[0])
 
 
@@ -102,9 +112,7 @@ def test_training_windows_are_documents_and_eos_end_to_end(
     expected += [*bos, *plain_ids(folder, text), 0]
   # The corpus must not happen to be a number of whole windows.
   assert len(expected) % 8
-  windows = pipeline.training_windows(
-    corpus, pipeline.Tokenizer(folder), 8, VOCAB
-  )
+  windows = concatenated(corpus, Tokenizer(folder), 8, VOCAB)
   assert windows.shape == (len(expected) // 8, 8)
   assert windows.ravel().tolist() == expected[: windows.size]
 
@@ -117,9 +125,7 @@ def test_evaluation_text_is_joined_by_a_blank_line_and_encoded_once(
   bos = [1] if habit == 'bos' else []
   expected = bos + plain_ids(folder, '\n\n'.join(TEXTS))
   assert len(expected) % 8
-  windows = pipeline.evaluation_windows(
-    corpus, pipeline.Tokenizer(folder), 8, VOCAB
-  )
+  windows = pipeline.evaluation_windows(corpus, Tokenizer(folder), 8, VOCAB)
   assert windows.shape == (len(expected) // 8, 8)
   assert windows.ravel().tolist() == expected[: windows.size]
 
@@ -129,7 +135,7 @@ def test_windows_are_literally_these(tmp_path):
   (tmp_path / 'a.txt').write_text('abcabc')
   letters = plain_ids(folder, 'abc')
   assert len(letters) == 3
-  tokenizer = pipeline.Tokenizer(folder)
+  tokenizer = Tokenizer(folder)
   a, b, c = letters
   spec = f'file:{tmp_path}/a.txt'
   assert pipeline.evaluation_windows(spec, tokenizer, 2, 258).tolist() == [
@@ -137,29 +143,25 @@ def test_windows_are_literally_these(tmp_path):
     [c, a],
     [b, c],
   ]
-  assert pipeline.training_windows(spec, tokenizer, 4, 258).tolist() == [
-    [a, b, c, a]
-  ]
-  assert pipeline.training_windows(spec, tokenizer, 7, 258).tolist() == [
+  assert concatenated(spec, tokenizer, 4, 258).tolist() == [[a, b, c, a]]
+  assert concatenated(spec, tokenizer, 7, 258).tolist() == [
     [a, b, c, a, b, c, 0]
   ]
 
 
 def test_windows_are_packed_once(tmp_path, corpus, cache):
-  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
-  first = pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
+  tokenizer = Tokenizer(save_tokenizer(tmp_path / 'model'))
+  first = concatenated(corpus, tokenizer, 8, VOCAB)
   [path] = cache.iterdir()
-  assert isinstance(first, np.memmap)
-  np.save(path, np.full(24, 5, np.int32))
-  again = pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
+  assert isinstance(first.base, np.memmap)
+  np.full(24, 5, np.int32).tofile(path / 'tokens.bin')
+  again = concatenated(corpus, tokenizer, 8, VOCAB)
   assert again.tolist() == [[5] * 8] * 3
 
 
-@pytest.mark.parametrize(
-  'make', [pipeline.training_windows, pipeline.evaluation_windows]
-)
+@pytest.mark.parametrize('make', [concatenated, pipeline.evaluation_windows])
 def test_tokens_that_fill_no_window_are_counted(tmp_path, corpus, make, caplog):
-  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
+  tokenizer = Tokenizer(save_tokenizer(tmp_path / 'model'))
   tokens = make(corpus, tokenizer, 1, VOCAB).size
   assert caplog.messages == []
   message = (
@@ -175,18 +177,16 @@ def test_tokens_that_fill_no_window_are_counted(tmp_path, corpus, make, caplog):
 def test_the_cache_knows_text_tokenizer_length_and_purpose(
   tmp_path, corpus, cache
 ):
-  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
-  other = pipeline.Tokenizer(save_tokenizer(tmp_path / 'other', vocab_size=280))
+  tokenizer = Tokenizer(save_tokenizer(tmp_path / 'model'))
+  other = Tokenizer(save_tokenizer(tmp_path / 'other', vocab_size=280))
   (tmp_path / 'other.txt').write_text(TEXTS[0])
-  pipeline.training_windows(corpus, tokenizer, 8, VOCAB)
+  concatenated(corpus, tokenizer, 8, VOCAB)
   for entries, change in enumerate(
     (
-      lambda: pipeline.training_windows(corpus, tokenizer, 9, VOCAB),
-      lambda: pipeline.training_windows(corpus, other, 8, VOCAB),
+      lambda: concatenated(corpus, tokenizer, 9, VOCAB),
+      lambda: concatenated(corpus, other, 8, VOCAB),
       lambda: pipeline.evaluation_windows(corpus, tokenizer, 8, VOCAB),
-      lambda: pipeline.training_windows(
-        f'file:{tmp_path}/other.txt', tokenizer, 8, VOCAB
-      ),
+      lambda: concatenated(f'file:{tmp_path}/other.txt', tokenizer, 8, VOCAB),
     ),
     start=2,
   ):
@@ -195,18 +195,16 @@ def test_the_cache_knows_text_tokenizer_length_and_purpose(
 
 
 def test_the_same_text_from_another_file_is_found_in_the_cache(tmp_path, cache):
-  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
+  tokenizer = Tokenizer(save_tokenizer(tmp_path / 'model'))
   for name in ('a.txt', 'b.txt'):
     (tmp_path / name).write_text(TEXTS[0])
-    pipeline.training_windows(f'file:{tmp_path}/{name}', tokenizer, 8, VOCAB)
+    concatenated(f'file:{tmp_path}/{name}', tokenizer, 8, VOCAB)
   assert len(list(cache.iterdir())) == 1
 
 
-@pytest.mark.parametrize(
-  'make', [pipeline.training_windows, pipeline.evaluation_windows]
-)
+@pytest.mark.parametrize('make', [concatenated, pipeline.evaluation_windows])
 def test_what_does_not_fit_the_model_is_refused(tmp_path, corpus, make):
-  tokenizer = pipeline.Tokenizer(save_tokenizer(tmp_path / 'model'))
+  tokenizer = Tokenizer(save_tokenizer(tmp_path / 'model'))
   with pytest.raises(UserError, match='fewer than one window of 5000'):
     make(corpus, tokenizer, 5000, VOCAB)
   largest = int(make(corpus, tokenizer, 8, VOCAB).max())
@@ -219,15 +217,15 @@ def test_what_does_not_fit_the_model_is_refused(tmp_path, corpus, make):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
   with pytest.raises(UserError, match='holds no tokenizer files'):
-    pipeline.Tokenizer(tmp_path)
+    Tokenizer(tmp_path)
   (tmp_path / 'tokenizer.json').write_text('{}')
   with pytest.raises(UserError, match='the tokenizer of') as error:
-    pipeline.Tokenizer(tmp_path)
+    Tokenizer(tmp_path)
   assert '\n' not in str(error.value)
 
 
 def synthetic(spec, seq_len=16, vocab=50):
-  return pipeline.training_windows(spec, None, seq_len, vocab)
+  return concatenated(spec, None, seq_len, vocab)
 
 
 def test_synthetic_data_are_a_function_of_the_spec():
@@ -256,63 +254,3 @@ def test_all_synthetic_data_are_of_one_language():
 def test_text_needs_a_tokenizer(corpus):
   with pytest.raises(UserError, match='the model has no tokenizer'):
     synthetic(corpus)
-
-
-def windows_of(count, seq_len=3):
-  """Windows that tell which they are."""
-  return np.arange(count * seq_len, dtype=np.int32).reshape(count, seq_len)
-
-
-def make_batches(count, **options):
-  defaults = dict(batch_size=4, micro_batch_size=2, seed=0, shuffle=True)
-  return pipeline.batches(windows_of(count), **{**defaults, **options})
-
-
-def order(batch_at, steps):
-  """The numbers of the windows of the first batches, in order."""
-  tokens = np.concatenate(
-    [batch_at(t)['tokens'].reshape(-1, 3) for t in range(steps)]
-  )
-  np.testing.assert_array_equal(tokens, windows_of(100)[tokens[:, 0] // 3])
-  return (tokens[:, 0] // 3).tolist()
-
-
-def test_a_batch_is_a_function_of_the_seed_and_the_step():
-  forwards, again = make_batches(10), make_batches(10)
-  for t in (7, 0, 31, 7):
-    np.testing.assert_array_equal(forwards(t)['tokens'], again(t)['tokens'])
-  assert order(forwards, 5) != order(make_batches(10, seed=1), 5)
-
-
-@pytest.mark.parametrize('count', [8, 10])
-def test_each_epoch_is_a_permutation_of_its_own(count):
-  seen = order(make_batches(count), 2 * count)
-  epochs = [tuple(seen[i : i + count]) for i in range(0, len(seen), count)]
-  assert len(epochs) == 8
-  assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
-  assert len(set(epochs)) == len(epochs)
-
-
-def test_without_shuffling_windows_come_in_order():
-  seen = order(make_batches(6, shuffle=False), 4)
-  assert seen == [0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3]
-
-
-def test_micro_batches_split_the_batch_in_order():
-  batch = make_batches(6, shuffle=False)(0)
-  assert batch['tokens'].tolist() == [
-    [[0, 1, 2], [3, 4, 5]],
-    [[6, 7, 8], [9, 10, 11]],
-  ]
-  assert batch['weights'].shape == (2, 2, 3)
-  assert np.all(batch['weights'] == 1)
-  whole = make_batches(6, micro_batch_size=4)(0)['tokens']
-  single = make_batches(6, micro_batch_size=1)(0)['tokens']
-  assert whole.shape == (1, 4, 3) and single.shape == (4, 1, 3)
-  np.testing.assert_array_equal(whole.reshape(4, 3), single.reshape(4, 3))
-
-
-def test_less_than_one_batch_is_refused():
-  with pytest.raises(UserError, match='3 windows of 3 tokens: fewer than one'):
-    make_batches(3)
-  assert len(order(make_batches(4), 1)) == 4

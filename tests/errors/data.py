@@ -31,6 +31,17 @@ def _train(did: str, text: str, *overrides: str, **more) -> Case:
   return Case(did, argv, **more)
 
 
+def _template(did: str, record: str, *overrides: str) -> Case:
+  """Training on two records of a .jsonl."""
+
+  def argv(place: Place) -> list[str]:
+    place.copy('MODEL')
+    place.write('a.jsonl', f'{record}\n{record}\n')
+    return train_model('data.train=file:a.jsonl', *overrides)
+
+  return Case(did, argv, late=True)
+
+
 CASES = [
   Case('`data.train=`', with_argv(*train_tiny('data.train='))),
   _file('', 'wikitext2'),
@@ -87,6 +98,57 @@ CASES = [
     '`data.eval_seq_len=65` of a model with 64 positions',
     'word ' * 600,
     'data.eval_seq_len=65',
+  ),
+  _train('`data.packing=pad`', 'word ' * 600, 'data.packing=pad'),
+  _train(
+    '`data.max_tokens=31`, with train.seq_len=32',
+    'word ' * 600,
+    'data.max_tokens=31',
+  ),
+  _train(
+    '`data.packing=concatenate` of two words, for windows of 32',
+    'word word',
+    'data.packing=concatenate',
+    late=True,
+  ),
+  _train('`data.loss=answers`', 'word ' * 600, 'data.loss=answers'),
+  _train(
+    '`data.loss=response`, without data.response',
+    'word ' * 600,
+    'data.loss=response',
+  ),
+  _train('`data.template={{text`', 'word ' * 600, 'data.template={{text'),
+  _train(
+    '`data.template={{text}}` for a text file',
+    'word ' * 600,
+    'data.template={{text}}',
+  ),
+  _train(
+    '`data.response={{answer}}`, without data.template',
+    'word ' * 600,
+    'data.response={{answer}}',
+  ),
+  _template(
+    '`data.template={{question}}`, which the records have not',
+    '{"q": "word", "a": "word"}',
+    'data.template={{question}}',
+  ),
+  _template(
+    '`data.template=chat` for records without messages',
+    '{"q": "word", "a": "word"}',
+    'data.template=chat',
+  ),
+  _template(
+    '`data.template={{a}}` where `a` is always empty',
+    '{"a": ""}',
+    'data.template={{a}}',
+  ),
+  _template(
+    '`data.loss=response` where the response is always empty',
+    '{"q": "word", "a": ""}',
+    'data.template={{q}}',
+    'data.response={{a}}',
+    'data.loss=response',
   ),
   _train('`data.eval_windows=-1`', 'word ' * 600, 'data.eval_windows=-1'),
 ]

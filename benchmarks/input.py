@@ -1,0 +1,82 @@
+"""How much faster batches come than a step takes them.
+
+  PYTHONPATH=. python benchmarks/input.py [--config=smollm2_135m] \\
+    [--packing=documents] [--step_tokens_per_second=N]
+
+Prints tokens per second of the input, taken as the loop takes it: each batch on
+its devices; of the step's gradient, with random weights of the model's sizes,
+unless a figure is given; and their ratio. Below 20 the exit status is 1: at 20,
+batches that are made ahead never keep a step waiting.
+"""
+
+import argparse
+import sys
+import time
+
+import jax
+import numpy as np
+
+from lorapr_jax import steps
+from lorapr_jax.config_files import read_config
+from lorapr_jax.inputs import Places, device_batches, load_base, load_data
+from lorapr_jax.optimizer import make_optimizer
+from lorapr_jax.settings import RunSettings, split_config
+
+GOAL = 20
+BATCHES, STEPS = 200, 3
+
+
+def input_speed(settings: RunSettings, places: Places) -> float:
+  """Tokens per second of the batches, without packing and the first one."""
+  batch_at, _ = load_data(settings)
+  rows = settings.train.micro_batch_size
+  with device_batches(batch_at, places.batch, rows, range(BATCHES)) as batches:
+    jax.block_until_ready(next(batches))
+    start = time.perf_counter()
+    tokens = 0
+    for batch in batches:
+      tokens += jax.block_until_ready(batch)['tokens'].size
+  return tokens / (time.perf_counter() - start)
+
+
+def step_speed(settings: RunSettings, places: Places) -> float:
+  """Tokens per second of the gradient: the median of some, once compiled."""
+  step, seed = settings.step, settings.train.seed
+  params = load_base(None, step.config, settings.base_dtype, places.base, seed)
+  key = jax.random.key(seed)
+  state = steps.init_state(key, step, (), make_optimizer(1e-4))
+  state = jax.device_put(state, places.state)
+  gradients = steps.make_lora_gradients(step, places.state)
+  batch_at, _ = load_data(settings)
+  batch = jax.device_put(batch_at(0), places.batch)
+  seconds = []
+  for _ in range(1 + STEPS):
+    start = time.perf_counter()
+    jax.block_until_ready(
+      gradients(params, state.lora, state.masks, batch, key)
+    )
+    seconds.append(time.perf_counter() - start)
+  return batch['tokens'].size / float(np.median(seconds[1:]))
+
+
+def main() -> int:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--config', default='smollm2_135m')
+  parser.add_argument('--packing', default='', help="default: the config's")
+  parser.add_argument('--step_tokens_per_second', type=float)
+  arguments = parser.parse_args()
+  config = read_config(arguments.config)
+  config.data.packing = arguments.packing or config.data.packing
+  settings = split_config(config)
+  places = Places.of(settings)
+  source = input_speed(settings, places)
+  step = arguments.step_tokens_per_second or step_speed(settings, places)
+  print(f'input  {source:12,.0f} tokens/s')
+  print(f'step   {step:12,.0f} tokens/s')
+  print(f'ratio  {source / step:12,.0f} (goal: at least {GOAL})')
+  return int(source < GOAL * step)
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,0 +1,75 @@
+"""Windows to batches: batch t depends on the seed and t alone."""
+
+from collections.abc import Callable, Sequence
+import itertools
+
+import grain
+import numpy as np
+
+from lorapr_jax.data.packing import Packed
+from lorapr_jax.errors import UserError
+
+
+def batches(
+  parts: Sequence[Packed],
+  *,
+  batch_size: int,
+  micro_batch_size: int,
+  seed: int,
+  shuffle: bool,
+) -> Callable[..., dict[str, np.ndarray]]:
+  """The function (t, rows) -> batch t, or some rows of its micro-batches.
+
+  A batch is {'tokens', 'weights'}, and 'segments' where documents share a
+  window, each (M, B, T). It is a pure function of the seed and t, so that a
+  resumed run goes on with the data it would have seen, and each process of
+  many can read its own rows alone. Every epoch of a part has its own order.
+
+  Args:
+    parts: from `training_windows`.
+    batch_size: windows a batch, M B.
+    micro_batch_size: B.
+    seed: of the order.
+    shuffle: False takes the windows as they come.
+
+  Raises:
+    UserError: if there is less than one batch.
+  """
+  sizes = [len(part.windows['tokens']) for part in parts]
+  seq_len = parts[0].windows['tokens'].shape[1]
+  if sum(sizes) < batch_size:
+    raise UserError(
+      f'the training data has {sum(sizes)} windows of {seq_len} tokens: fewer '
+      f'than one batch of {batch_size}'
+    )
+  # Windows are numbered through the parts; grain gives the numbers, since it
+  # takes its time for each element.
+  starts = np.cumsum([0, *sizes])
+  orders = []
+  for i, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
+    order = grain.MapDataset.range(start, end)
+    if shuffle:
+      order = order.seed((seed + i) % 2**32).shuffle()
+    orders.append(order.repeat())
+  order = orders[0]
+  if len(orders) > 1:
+    order = grain.MapDataset.mix(orders, [part.weight for part in parts])
+  order = order.batch(batch_size)
+
+  def batch(t: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
+    numbers = order[t].reshape(-1, micro_batch_size)[:, rows]
+    shape = (*numbers.shape, seq_len)
+    result = {
+      'tokens': np.empty(shape, np.int32),
+      'weights': np.ones(shape, np.float32),
+    }
+    if 'segments' in parts[0].windows:
+      result['segments'] = np.empty(shape, np.int32)
+    part_of = np.searchsorted(starts, numbers, side='right') - 1
+    for i, part in enumerate(parts):
+      here = part_of == i
+      for name, array in part.windows.items():
+        result[name][here] = array[numbers[here] - starts[i]]
+    return result
+
+  return batch

@@ -1,0 +1,225 @@
+"""Records to documents: plain text, a Jinja template, or the chat template."""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import logging
+from typing import Any, NamedTuple
+
+from lorapr_jax.data import text_files
+from lorapr_jax.data.sources import Spec, read_documents, read_records
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.errors import UserError
+
+LOSSES = ('all', 'response')
+CHAT = 'chat'
+
+_log = logging.getLogger(__name__)
+
+# The names of ShareGPT's conversations, in those of chat templates.
+_ROLES = {'human': 'user', 'gpt': 'assistant'}
+
+
+@functools.cache
+def _compile(key: str, source: str) -> Any:
+  # Here, since it is needed for templates alone.
+  import jinja2
+  from jinja2 import sandbox
+
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined,
+    keep_trailing_newline=True,
+    finalize=lambda value: '' if value is None else value,
+  )
+  try:
+    return environment.from_string(source)
+  except jinja2.TemplateSyntaxError as error:
+    raise UserError(
+      f'{key} is no Jinja template: line {error.lineno}: {error.message}'
+    ) from None
+
+
+def _render(key: str, source: str, record: dict[str, Any], where: str) -> str:
+  import jinja2
+
+  try:
+    return _compile(key, source).render(record)
+  except jinja2.UndefinedError as error:
+    raise UserError(
+      f'{where}: {key}: {error.message}; the record has {", ".join(record)}'
+    ) from None
+  # What else a template raises is up to what its author wrote in it.
+  except Exception as error:
+    raise UserError(f'{where}: {key}: {error}') from error
+
+
+class Document(NamedTuple):
+  """One text to learn.
+
+  Attributes:
+    text: not empty.
+    responses: the (start, end) of the characters that count in the loss; None:
+      all do.
+  """
+
+  text: str
+  responses: tuple[tuple[int, int], ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """What makes a text of a record: the keys data.template, response and loss.
+
+  Attributes:
+    template: a Jinja template over the record's columns, or `chat`: the
+      tokenizer's chat template over its `messages` or `conversations`.
+    response: a Jinja template of the answer, which follows the first.
+    loss: one of LOSSES: whether all tokens count or only the answer's.
+  """
+
+  template: str = ''
+  response: str = ''
+  loss: str = 'all'
+
+  def __post_init__(self):
+    """Refuses what no record could be put into."""
+    if self.loss not in LOSSES:
+      raise UserError(
+        f'data.loss is {self.loss!r}: choose from {", ".join(LOSSES)}'
+      )
+    if self.response and (not self.template or self.is_chat):
+      raise UserError(
+        'data.response follows a Jinja template: set data.template to one, or '
+        'leave data.response empty'
+      )
+    if self.loss == 'response' and not (self.response or self.is_chat):
+      raise UserError(
+        'data.loss=response needs to know the response: set data.template and '
+        'data.response, or data.template=chat'
+      )
+    if not self.is_chat:
+      _compile('data.template', self.template)
+      _compile('data.response', self.response)
+
+  @property
+  def is_chat(self) -> bool:
+    """Whether the tokenizer's template is used."""
+    return self.template == CHAT
+
+  def applies_to(self, spec: Spec) -> bool:
+    """Whether the spec has records to fill in, and names no text of its own.
+
+    So a mixture can have plain text beside records: text files, the demo's
+    news, and what names its column (`?column=text`) are plain text.
+    """
+    if not self.template or {'column', 'field'} & set(spec.options):
+      return False
+    if spec.scheme == 'file':
+      return text_files.kind(text_files.find_files(spec.path)[0]) != '.txt'
+    return spec.scheme not in ('demo', 'synthetic')
+
+
+PLAIN = Template()
+
+
+def template_documents(
+  spec: Spec, template: Template, tokenizer: Tokenizer
+) -> Iterator[Document]:
+  """The documents of a spec: its records through the template, if it applies.
+
+  Records without text, or without the response that is to be learnt, are left
+  out; their number is in a warning at the end.
+
+  Raises:
+    UserError: if a record does not fit the template, or no text is left.
+  """
+  if not template.applies_to(spec):
+    yield from map(Document, read_documents(spec))
+    return
+  render = functools.partial(_chat, tokenizer) if template.is_chat else _fill
+  total = empty = 0
+  for record in read_records(spec):
+    total += 1
+    where = f'{spec.text}, record {total}'
+    document = render(template, record, where)
+    learnt = document.responses is None or any(
+      document.text[slice(*span)].strip() for span in document.responses
+    )
+    if learnt and document.text.strip():
+      yield document
+    else:
+      empty += 1
+  what = 'text' if template.loss == 'all' else 'response to learn'
+  if empty == total:
+    raise UserError(
+      f'{spec.text}: none of its {total} records gives any {what} by '
+      'data.template'
+    )
+  if empty:
+    _log.warning(
+      '%s: %d of %d records give no %s and are left out',
+      *(spec.text, empty, total, what),
+    )
+
+
+def _fill(template: Template, record: dict[str, Any], where: str) -> Document:
+  prompt = _render('data.template', template.template, record, where)
+  answer = _render('data.response', template.response, record, where)
+  text = prompt + answer
+  if template.loss == 'all':
+    return Document(text)
+  return Document(text, ((len(prompt), len(text)),))
+
+
+def _chat(
+  tokenizer: Tokenizer,
+  template: Template,
+  record: dict[str, Any],
+  where: str,
+) -> Document:
+  """A conversation; each assistant's turn is a response, its end included."""
+  messages = _messages(record, where)
+  try:
+    text = tokenizer.chat_text(messages)
+    if template.loss == 'all':
+      return Document(text)
+    spans = []
+    for i, message in enumerate(messages):
+      if message['role'] == 'assistant':
+        before = tokenizer.chat_text(messages[:i], answer_next=True)
+        through = tokenizer.chat_text(messages[: i + 1])
+        if not (text.startswith(through) and through.startswith(before)):
+          raise UserError(
+            "the tokenizer's chat template writes a turn otherwise once others "
+            'follow, so that responses cannot be told: use data.loss=all'
+          )
+        spans.append((len(before), len(through)))
+  except UserError as error:
+    raise UserError(f'{where}: {error}') from None
+  return Document(text, tuple(spans))
+
+
+def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
+  """{'role', 'content'} of each turn, from OpenAI's or ShareGPT's form."""
+  turns = record.get('messages', record.get('conversations'))
+  if turns is None:
+    raise UserError(
+      f'{where}: data.template=chat needs the field messages or conversations; '
+      f'the record has {", ".join(record)}'
+    )
+  try:
+    messages = []
+    for turn in turns:
+      role = turn['role'] if 'role' in turn else turn['from']
+      content = turn['content'] if 'content' in turn else turn['value']
+      if not isinstance(content, str):
+        raise TypeError
+      messages.append({'role': _ROLES.get(role, role), 'content': content})
+  except (KeyError, TypeError):
+    raise UserError(
+      f'{where}: a message is no object with the texts role and content (or '
+      'from and value)'
+    ) from None
+  if not messages:
+    raise UserError(f'{where}: there are no messages')
+  return messages

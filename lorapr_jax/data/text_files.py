@@ -1,0 +1,213 @@
+"""Records out of files: text, JSON lines, CSV and Parquet, compressed or not.
+
+What a file is follows from its name: notes.txt, corpus.jsonl.zst, rows.csv.gz.
+They are read a line at a time, or a row group of Parquet at a time.
+"""
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import csv
+import glob
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from lorapr_jax.errors import UserError, first_line
+
+Record = dict[str, Any]
+
+# The kinds, each with the options that a spec may give it.
+OPTIONS = {
+  '.txt': ('lines',),
+  '.jsonl': ('field',),
+  '.csv': ('column',),
+  '.parquet': ('column',),
+}
+_COMPRESSED = ('.gz', '.zst')
+# Longer than any text in one CSV field.
+_FIELD_LIMIT = 2**31 - 1
+
+
+def find_files(path: str) -> list[Path]:
+  """The file, or those that wildcards match in sorted order; reads none.
+
+  Raises:
+    UserError: if there is none, or they are not all of one kind that is read.
+  """
+  # A file whose very name has brackets is no pattern.
+  if glob.has_magic(path) and not Path(path).is_file():
+    files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+  else:
+    files = [Path(path)]
+  if not files:
+    raise UserError(f'{path} matches no file')
+  for file in files:
+    if not file.is_file():
+      raise UserError(f'{file} is not a file')
+  kinds = {kind(file) for file in files}
+  if len(kinds) > 1 or not kinds <= set(OPTIONS):
+    raise UserError(
+      f'{path} has files of {", ".join(sorted(kinds))}; give one kind of '
+      f'{", ".join(OPTIONS)}, each also {" or ".join(_COMPRESSED)}'
+    )
+  return files
+
+
+def kind(file: Path) -> str:
+  """The suffix, without that of a compression."""
+  return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
+
+
+def read_files(
+  path: str, fields: Sequence[str] | None = None, *, lines: bool = False
+) -> Iterator[Record]:
+  """The records of the files, in order.
+
+  A text is one record, with its text in `text` and LF line ends.
+
+  Args:
+    path: of a file, or with wildcards.
+    fields: what is wanted of a record; None: all.
+    lines: strips the lines of a text and joins them by a blank line.
+
+  Raises:
+    UserError: if a file cannot be read as what it should be, or has not all
+      the fields.
+  """
+  for file in find_files(path):
+    with _open(file) as stream:
+      match kind(file):
+        case '.txt':
+          yield pick({'text': _text(file, stream, lines)}, fields, str(file))
+        case '.jsonl':
+          yield from _json_lines(file, stream, fields)
+        case '.csv':
+          yield from _csv(file, stream, fields)
+        case '.parquet':
+          yield from _parquet(file, stream, fields)
+
+
+def hash_files(path: str) -> bytes:
+  """A hash of the files' bytes as they lie there, and of their kinds."""
+  digest = hashlib.sha256()
+  for file in find_files(path):
+    digest.update(''.join(file.suffixes[-2:]).encode())
+    with file.open('rb') as stream:
+      digest.update(hashlib.file_digest(stream, 'sha256').digest())
+  return digest.digest()
+
+
+def pick(
+  record: Record,
+  fields: Sequence[str] | None,
+  where: str,
+  noun: str = 'column',
+) -> Record:
+  """These fields of a record; None: all.
+
+  Raises:
+    UserError: if it has not all of them.
+  """
+  if fields is None:
+    return record
+  for field in fields:
+    if field not in record:
+      raise UserError(
+        f'{where} has no {noun} {field!r}; it has '
+        + (', '.join(record) or 'none')
+      )
+  return {field: record[field] for field in fields}
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[BinaryIO]:
+  """The bytes of a file, decompressed as they are read."""
+  try:
+    if file.suffix in _COMPRESSED:
+      # Here, since it takes a while and plain files need it not. It refuses a
+      # stream that was cut short, which zstandard does not.
+      import pyarrow
+
+      with pyarrow.input_stream(str(file), compression='detect') as stream:
+        yield io.BufferedReader(stream)
+    else:
+      with file.open('rb') as stream:
+        yield stream
+  except OSError as error:
+    raise UserError(f'{file} cannot be read: {first_line(error)}') from None
+
+
+def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
+  """Lines with LF ends; a byte order mark is dropped."""
+  for number, line in enumerate(stream, 1):
+    try:
+      text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
+    except UnicodeDecodeError as error:
+      raise UserError(
+        f'{file}:{number} is not UTF-8 text ({error}): save it as UTF-8'
+      ) from None
+    # The stream splits at LF alone; this turns a CR into one as well.
+    yield from io.StringIO(text, newline=None)
+
+
+def _text(file: Path, stream: BinaryIO, lines: bool) -> str:
+  if not lines:
+    return ''.join(_lines(file, stream))
+  stripped = (line.strip() for line in _lines(file, stream))
+  return '\n\n'.join(line for line in stripped if line)
+
+
+def _json_lines(
+  file: Path, stream: BinaryIO, fields: Sequence[str] | None
+) -> Iterator[Record]:
+  for number, line in enumerate(_lines(file, stream), 1):
+    if not line.strip():
+      continue
+    try:
+      record = json.loads(line)
+      # An escape may stand for half a character, which no text can hold.
+      if '\\u' in line:
+        json.dumps(record, ensure_ascii=False).encode()
+    except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
+      raise UserError(f'{file}:{number} is not JSON: {error}') from None
+    if not isinstance(record, dict):
+      raise UserError(f'{file}:{number} is no JSON object')
+    yield pick(record, fields, f'{file}:{number}', 'field')
+
+
+def _csv(
+  file: Path, stream: BinaryIO, fields: Sequence[str] | None
+) -> Iterator[Record]:
+  csv.field_size_limit(_FIELD_LIMIT)
+  reader = csv.DictReader(_lines(file, stream))
+  try:
+    if not reader.fieldnames:
+      raise UserError(f'{file} is empty: its first line names the columns')
+    names = pick(dict.fromkeys(reader.fieldnames), fields, str(file))
+    for row in reader:
+      # A row that is cut short has None for the rest.
+      yield {name: row[name] or '' for name in names}
+  except csv.Error as error:
+    raise UserError(f'{file}:{reader.line_num}: {error}') from None
+
+
+def _parquet(
+  file: Path, stream: BinaryIO, fields: Sequence[str] | None
+) -> Iterator[Record]:
+  import pyarrow
+  import pyarrow.parquet
+
+  try:
+    table = pyarrow.parquet.ParquetFile(
+      # Its index is at its end, so that it needs all of a compressed file.
+      io.BytesIO(stream.read()) if file.suffix in _COMPRESSED else stream
+    )
+    pick(dict.fromkeys(table.schema_arrow.names), fields, str(file))
+    for batch in table.iter_batches(batch_size=1024, columns=fields):
+      yield from batch.to_pylist()
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    raise UserError(
+      f'{file} is no Parquet file that can be read: {first_line(error)}'
+    ) from None
