@@ -27,8 +27,8 @@ def get_config() -> config_dict.ConfigDict:
   config.model.remat = 'blocks'
 
   config.data = config_dict.ConfigDict()
-  # Data specs (lorapr_jax/data/sources.py): file:, hf:, demo:news:, synthetic:;
-  # or a mixture, 0.7*SPEC + 0.3*SPEC.
+  # A data spec (docs/data.md): file:, tfds:, hf:, demo:news: or synthetic:; or
+  # a mixture, '0.7*tfds:c4 + 0.3*file:alpaca.jsonl'.
   config.data.train = ''
   # What makes a text of a record: a Jinja template over its fields, or chat:
   # the tokenizer's chat template over messages or conversations. Empty: the
@@ -45,7 +45,7 @@ def get_config() -> config_dict.ConfigDict:
   config.data.max_tokens = 0
   # Whether windows are shuffled, anew in every epoch.
   config.data.shuffle = True
-  # Held-out text; empty: no perplexities.
+  # A data spec of held-out text; empty: no perplexities.
   config.data.eval = ''
   # Tokens a window of the held-out text; 0: train.seq_len.
   config.data.eval_seq_len = 0

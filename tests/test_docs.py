@@ -49,7 +49,8 @@ def finished(text_model, tmp_path_factory):
   (folder / 'models').mkdir()
   shutil.copytree(text_model, folder / 'models' / 'llama')
   text = 'The weather today is fine, and the news is old. ' * 40
-  (folder / 'heldout.txt').write_text(text)
+  for name in ('heldout.txt', 'notes.txt'):
+    (folder / name).write_text(text)
   (folder / 'corpus.jsonl').write_text(f'{{"text": "{text}"}}\n' * 4)
   (folder / 'configs').symlink_to(ROOT / 'configs')
   (folder / 'train.py').symlink_to(ROOT / 'train.py')

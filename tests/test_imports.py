@@ -210,6 +210,9 @@ def test_only_the_files_beside_an_export_import_torch():
   [
     ('lorapr_jax', 'jax'),
     ('lorapr_jax.api', 'torch'),
+    ('lorapr_jax.data.sources', 'datasets'),
+    ('lorapr_jax.data.sources', 'pyarrow'),
+    ('lorapr_jax.data.sources', 'tensorflow_datasets'),
     ('lorapr_jax.train', 'torch'),
     ('lorapr_jax.cli.main', 'torch'),
   ],

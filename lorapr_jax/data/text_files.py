@@ -90,12 +90,19 @@ def read_files(
 
 
 def hash_files(path: str) -> bytes:
-  """A hash of the files' bytes as they lie there, and of their kinds."""
+  """A hash of the files' bytes as they lie there, and of their kinds.
+
+  Raises:
+    UserError: if one cannot be read.
+  """
   digest = hashlib.sha256()
   for file in find_files(path):
-    digest.update(''.join(file.suffixes[-2:]).encode())
-    with file.open('rb') as stream:
-      digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    digest.update(f'{kind(file)}{file.suffix}'.encode())
+    try:
+      with file.open('rb') as stream:
+        digest.update(hashlib.file_digest(stream, 'sha256').digest())
+    except OSError as error:
+      raise UserError(f'{file} cannot be read: {error}') from None
   return digest.digest()
 
 
@@ -170,8 +177,12 @@ def _json_lines(
       # An escape may stand for half a character, which no text can hold.
       if '\\u' in line:
         json.dumps(record, ensure_ascii=False).encode()
-    except (json.JSONDecodeError, RecursionError, UnicodeEncodeError) as error:
-      raise UserError(f'{file}:{number} is not JSON: {error}') from None
+    except json.JSONDecodeError as error:
+      raise UserError(
+        f'{file}:{number} is not JSON: column {error.colno}: {error.msg}'
+      ) from None
+    except (RecursionError, UnicodeEncodeError) as error:
+      raise UserError(f'{file}:{number}: {first_line(error)}') from None
     if not isinstance(record, dict):
       raise UserError(f'{file}:{number} is no JSON object')
     yield pick(record, fields, f'{file}:{number}', 'field')

@@ -7,7 +7,12 @@ import zipfile
 
 import pytest
 
-from lorapr_jax.data.sources import parse_spec, read_documents
+from lorapr_jax.data.sources import (
+  identity,
+  parse_spec,
+  read_documents,
+  read_records,
+)
 from lorapr_jax.errors import UserError
 
 
@@ -79,6 +84,11 @@ def test_the_demos_news_come_by_split(tmp_path, monkeypatch):
   articles = [f'article {i}' for i in range(20)]
   assert read('demo:news:train') == articles[:18]
   assert read('demo:news:heldout') == articles[18:]
+  train, heldout = map(parse_spec, ('demo:news:train', 'demo:news:heldout'))
+  assert list(read_records(heldout)) == [{'text': t} for t in articles[18:]]
+  with pytest.raises(UserError, match="heldout has no column 'n'; it has text"):
+    list(read_records(heldout, ['n']))
+  assert identity(train) == identity(train) != identity(heldout)
 
 
 def test_a_spec_is_taken_apart():
@@ -104,6 +114,7 @@ def test_parsing_looks_at_names_and_reads_nothing(tmp_path):
     ('demo:news', 'only demo:news:train and demo:news:heldout exist'),
     ('demo:news:test', 'only demo:news:train and demo:news:heldout exist'),
     ('demo:news:train?lines', "option 'lines' is not known here"),
+    ('tfds:x?field=y', "option 'field' is not known here; there is column, d"),
     ('synthetic:', "'' is not a number"),
     ('synthetic:one', "'one' is not a number"),
     ('synthetic:1?windows=-3', "'-3' is not a number"),
@@ -194,6 +205,17 @@ def test_a_saved_data_set(tmp_path, datasets):
     ('two:test?column=other', ['e']),
   ):
     assert read(f'hf:{tmp_path}/{spec}') == documents
+  identities = [
+    identity(parse_spec(f'hf:{tmp_path}/{spec}'))
+    for spec in ('one', 'two:test', 'one?column=other')
+  ]
+  assert len(set(identities)) == 3
+  assert identity(parse_spec(f'hf:{tmp_path}/one')) == identities[0]
+  spec = parse_spec(f'hf:{tmp_path}/two:test')
+  assert list(read_records(spec)) == [
+    {'text': 'three', 'other': 'e', 'number': 3}
+  ]
+  assert list(read_records(spec, ['number'])) == [{'number': 3}]
   for spec, message in (
     ('one:test', "one:test: it has no splits, so no 'test'"),
     ('two:dev', "it has no split 'dev'; it has train, test"),
@@ -223,6 +245,9 @@ def test_a_folder_of_files(tmp_path, monkeypatch, datasets, suffix):
   assert read('hf:json') == ['one', 'two\n']
   assert read('hf:json:test') == ['three']
   assert read('hf:json:test?column=other') == ['e']
+  spec = parse_spec('hf:json')
+  before = identity(spec)
+  assert identity(spec) == before != identity(parse_spec('hf:json:test'))
   with pytest.raises(UserError, match='hf:json:dev: Unknown split "dev"'):
     read('hf:json:dev')
 
