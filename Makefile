@@ -11,11 +11,16 @@ NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 # What users load exports with; each has an environment of its own.
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
-.PHONY: demo test test-slow test-report test-package test-lowest test-export \
+.PHONY: demo compare test test-slow test-report test-package test-lowest test-export \
   docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
+
+# LoRAPrune beside the alternatives; what runs/compare holds is not run again.
+# COMPARE='--full' or "--text 'PTB validation=file:ptb.txt?lines'" adds to it.
+compare: .venv/run $(MODEL)/config.json
+	PYTHONPATH=. $(BIN)/python benchmarks/compare.py $(COMPARE)
 
 # What has a target of its own below is not among these.
 MAIN := not slow and not packaging and not browser

@@ -1,16 +1,21 @@
 """The benchmarks' tools that others rely on."""
 
+import importlib.util
 from pathlib import Path
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import pytest
 
+from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.pruning.importance import CRITERIA
+from lorapr_jax.settings import ORDERS
 
 ROOT = Path(__file__).parent.parent
 
@@ -45,3 +50,62 @@ def test_the_mha_copy_is_the_same_function(tmp_path):
     llama.hidden_states(params, tokens, config),
     atol=1e-5,
   )
+
+
+@pytest.fixture(scope='module')
+def compare():
+  """benchmarks/compare.py, which is no part of the package."""
+  spec = importlib.util.spec_from_file_location(
+    'compare', ROOT / 'benchmarks' / 'compare.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  sys.modules['compare'] = module  # Where its dataclasses look.
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_comparison_has_the_runs_that_it_should(compare):
+  runs = [(row, seed) for row in compare.ROWS for seed in row.seeds]
+  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 14
+  assert sum(len(row.seeds) for row in compare.FULL) == 90
+  for row, seed in runs:
+    flags = compare.arguments(row, seed, 'MODEL', 'TRAIN')
+    config, _ = parse_flags([*flags, '--workdir=DIR'])
+    assert config.train.steps * config.train.batch_size == 800
+    assert config.train.seq_len == 128 and config.train.seed == seed
+    assert config.prune.criterion in CRITERIA
+    assert config.prune.order in ORDERS
+    targets = config.prune.heads_target, config.prune.channels_target
+    removed = {20: (1, 284), 50: (4, 768)}[row.percent]
+    assert (9 * targets[0], 1536 * targets[1]) == pytest.approx(removed)
+
+
+def test_the_comparison_says_where_lora_wins_and_where_not(compare):
+  def run(news):
+    return {
+      'held-out news': news,
+      'kept': 0.6,
+      'memory': 3e9,
+      'speed': 100.0,
+      'versions': {'jax': '0.10.2'},
+    }
+
+  row = compare.Row
+  results = {
+    row(50, 'joint', 'lora', (0, 1)): [run(90.0), run(110.0)],
+    row(50, 'joint', 'gradient'): [run(80.0)],
+    row(50, 'joint', 'random'): [run(300.0)],
+    row(50, 'none', 'lora'): [run(105.0)],
+  }
+  texts = {'held-out news': 'file:heldout.txt'}
+  page = compare.page({'held-out news': 40.0}, results, texts, 'COMMAND')
+  assert '- 50%, joint, gradient: 20% lower on held-out news\n' in page
+  assert '- 50%, joint, random: 200% higher on held-out news\n' in page
+  inside = '5% higher on held-out news, within the range of its seeds'
+  assert f'- 50%, none, lora: {inside}\n' in page
+  assert '| 50% | joint | lora | 2 | 60.0% | 100.0 (90.0-110.0) |' in page
+  assert '| 0% | dense |  |  | 100% | 40.0 |' in page
+  assert 'COMMAND' in page and 'jax 0.10.2' in page
+  # One legend entry and one mark for each row, and the dense model's.
+  axes = compare.draw({'held-out news': 40.0}, results).axes[0]
+  assert len(axes.get_legend_handles_labels()[1]) == 5

@@ -1,6 +1,6 @@
 """Settings: unknown ones, wrong types, impossible values, meshes."""
 
-from tests.errors.case import tiny_override
+from tests.errors.case import Case, tiny_override, train_tiny, with_argv
 
 CASES = [
   # Keys and types.
@@ -41,7 +41,14 @@ CASES = [
   tiny_override('lora.targets='),
   # Pruning.
   tiny_override('prune.target=1.2'),
-  tiny_override('prune.target=0'),
+  tiny_override('prune.calibration_steps=0'),
+  Case(
+    '`--config.prune.target=0 --config.prune.order=none`',
+    with_argv(*train_tiny('prune.target=0', 'prune.order=none')),
+  ),
+  tiny_override('recover.steps=-1'),
+  tiny_override('recover.learning_rate=-1.0'),
+  tiny_override('recover.data=synthetic:2', 'without recover.steps'),
   tiny_override('prune.target=0.001', 'which rounds to nothing'),
   tiny_override('prune.order=later'),
   tiny_override('prune.criterion=taylor'),
