@@ -60,8 +60,8 @@ def import_harness() -> ModuleType:
     from lorapr_jax.eval import harness
   except ModuleNotFoundError as error:
     raise UserError(
-      'tasks need the package lm_eval, of which '
-      f"{error.name} is missing: pip install 'lorapr-jax[eval]'"
+      f'tasks need the package lm_eval ({error.name} is missing): '
+      "pip install 'lorapr-jax[eval]'"
     ) from None
   return harness
 
@@ -109,7 +109,8 @@ def evaluate_tasks(
   harness = import_harness()
   import lm_eval
 
-  loaded = load_tasks(find_tasks(tasks, include_path), tasks)
+  manager = find_tasks(tasks, include_path)
+  loaded = load_tasks(manager, tasks)
   language_model = harness.HarnessModel(
     in_memory(model, dtype), batch_size=batch_size
   )
@@ -120,6 +121,7 @@ def evaluate_tasks(
     results = lm_eval.simple_evaluate(
       model=language_model,
       tasks=loaded,
+      task_manager=manager,
       num_fewshot=num_fewshot,
       limit=limit,
       apply_chat_template=chat,

@@ -1,6 +1,9 @@
 """lm_eval's tasks: the numbers of its own model `hf` on the same folder."""
 
 import json
+from pathlib import Path
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import lm_eval
@@ -15,6 +18,7 @@ from lorapr_jax.eval import zero_shot
 from lorapr_jax.eval.harness import HarnessModel, read_generation_kwargs
 from lorapr_jax.model import Model
 
+ROOT = Path(__file__).parents[2]
 # In lm_eval's words; each takes its data from a file beside it.
 TASKS = {
   'ends': """\
@@ -274,6 +278,22 @@ def test_data_that_is_not_there_is_one_line(
   out, err = capsys.readouterr()
   assert out == '' and err.splitlines()[-1].startswith(
     'error: the data of task missing cannot be read: '
+  )
+
+
+def test_without_lm_eval_there_is_one_line():
+  code = (
+    "import sys; sys.modules['lm_eval'] = None\n"
+    'from lorapr_jax.cli.main import main\n'
+    "sys.exit(main(['lm_eval', 'ls', 'tasks']))"
+  )
+  done = subprocess.run(
+    [sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT
+  )
+  assert done.returncode == 1 and done.stdout == ''
+  assert done.stderr == (
+    'error: tasks need the package lm_eval (lm_eval is missing): '
+    "pip install 'lorapr-jax[eval]'\n"
   )
 
 
