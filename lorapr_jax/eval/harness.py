@@ -57,17 +57,12 @@ class HarnessModel(TemplateLM):
       dtype: float32, bfloat16 or auto.
       batch_size: rows at a time; `auto` is 8.
       max_batch_size: of no meaning here.
-      device: must be None: JAX takes all.
+      device: nor this, for which lm_eval gives `cuda:0` whatever there is.
 
     Raises:
       UserError: for a mistake in them, or in the folder.
     """
     super().__init__()
-    if device is not None:
-      raise UserError(
-        f'device is {device!r}: all devices of JAX are used; choose with the '
-        'environment variables JAX_PLATFORMS or CUDA_VISIBLE_DEVICES'
-      )
     size = str(batch_size).replace('auto', '8')
     if not size.isdigit() or int(size) < 1:
       raise UserError(f'batch_size is {batch_size}: it must be at least 1')

@@ -34,7 +34,7 @@ class TextPerplexity:
 
   Attributes:
     name: of the text.
-    split: of the data set, or the file's name.
+    split: of the data set; `file` for a file.
     made_of: what the text is: rows or lines joined by a blank line, or a file
       as it is.
     measured: the perplexity.
@@ -153,8 +153,7 @@ def _origin(spec: Spec) -> tuple[str, str]:
   if spec.scheme == 'hf':
     return parse_hub(spec.path).split or 'train', 'rows'
   if spec.scheme == 'file':
-    name = Path(spec.path).name
-    if not name.endswith('.txt'):
-      return name, 'rows'
-    return name, 'lines' if 'lines' in spec.options else 'one text'
+    if 'lines' in spec.options:
+      return 'file', 'lines'
+    return 'file', 'one text' if spec.path.endswith('.txt') else 'rows'
   return spec.path.rpartition(':')[2], 'rows'

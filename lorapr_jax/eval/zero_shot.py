@@ -59,8 +59,9 @@ def import_harness() -> ModuleType:
   try:
     from lorapr_jax.eval import harness
   except ModuleNotFoundError as error:
+    missing = str(error.name).partition('.')[0]
     raise UserError(
-      f'tasks need the package lm_eval ({error.name} is missing): '
+      f'tasks need the package lm_eval ({missing} is missing): '
       "pip install 'lorapr-jax[eval]'"
     ) from None
   return harness

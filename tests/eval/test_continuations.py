@@ -80,7 +80,13 @@ def check(found, expected):
 
 
 def test_each_scores_as_it_would_alone(params, pairs, alone):
-  check(score(params, pairs, batch_size=4), alone)
+  place = sharding.beside(params, ())
+  jitted = continuations._make_score(CONFIG, jnp.dtype('float32'), place)
+  for _ in range(2):
+    check(score(params, pairs, batch_size=2), alone)
+    # It is compiled a handful of times: the rows have six lengths.
+    lengths = {row.length for row in continuations._rows(pairs, CONFIG)}
+    assert len(lengths) == 6 and jitted._cache_size() == 3
 
 
 def test_what_is_likeliest_is_greedy(params):
@@ -99,29 +105,6 @@ def test_a_mesh_scores_as_one_device(params, pairs, alone):
   placed = jax.device_put(params, places)
   # One batch of eight: three are raised to that.
   check(score(placed, pairs[:15], batch_size=3), alone[:15])
-
-
-def test_it_is_compiled_a_handful_of_times(random_params):
-  config = LlamaConfig(
-    vocab_size=50,
-    embed_dim=8,
-    head_dim=4,
-    layers=(LayerShape(1, 1, 8),),
-    max_positions=64,
-  )
-  pairs = [([1] * length, [2, 3]) for length in range(1, 24)]
-  params = random_params(config)
-  place = sharding.beside(params, ())
-  jitted = continuations._make_score(config, jnp.dtype('float32'), place)
-  for _ in range(2):
-    scores = list(
-      continuations.score_continuations(
-        params, config, pairs, dtype=jnp.float32, batch_size=4
-      )
-    )
-    assert len(scores) == len(pairs)
-    # 16 and 24.
-    assert jitted._cache_size() == 2
 
 
 def test_a_context_is_computed_once():

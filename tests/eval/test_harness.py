@@ -245,7 +245,6 @@ def test_a_generation_needs_room(ours):
 @pytest.mark.parametrize(
   'settings, message',
   [
-    ({'device': 'cuda:0'}, "device is 'cuda:0': all devices"),
     ({'batch_size': '0'}, 'batch_size is 0'),
     ({'batch_size': 'auto:4'}, 'batch_size is auto:4'),
   ],

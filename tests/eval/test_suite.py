@@ -105,7 +105,7 @@ def test_every_text_at_every_length_is_transformers(
   origins = {r['name']: (r['split'], r['made_of']) for r in report['results']}
   assert origins == {
     'wikitext2': ('test', 'rows'),
-    'ptb': ('ptb.txt', 'lines'),
+    'ptb': ('file', 'lines'),
   }
   # The model has 512 positions.
   skipped = [(s['name'], s['seq_len']) for s in report['skipped']]
@@ -120,7 +120,7 @@ def test_the_table_names_text_split_length_and_windows(
   out = capsys.readouterr().out
   rows = [line.split() for line in out.splitlines() if line.strip()]
   assert ['wikitext2', 'test', 'rows', '128', '3'] in [row[:5] for row in rows]
-  assert ['ptb', 'ptb.txt', 'lines', '128', '3'] in [row[:5] for row in rows]
+  assert ['ptb', 'file', 'lines', '128', '3'] in [row[:5] for row in rows]
   assert all(f'{name}: {spec}' in out for name, spec in specs.items())
 
 
