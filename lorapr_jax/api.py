@@ -7,35 +7,18 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from lorapr_jax import generation, sharding
+from lorapr_jax import generation
 from lorapr_jax.config_files import check_key, read_config
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
-from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
-from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import logical_axes, param_shapes
-from lorapr_jax.settings import resolve_dtype
+from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
+from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
+from lorapr_jax.model import Model, folder_and_config, in_memory
+from lorapr_jax.model import load as load
 from lorapr_jax.steps import StepSettings
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """A model in memory.
-
-  Attributes:
-    params: its weights, a tree of arrays.
-    config: its sizes.
-    folder: where it was read, and its tokenizer lies.
-    dtype: of the weights, and of computation with them.
-  """
-
-  params: Any = dataclasses.field(repr=False)
-  config: LlamaConfig
-  folder: Path
-  dtype: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,27 +37,6 @@ class PrunedRun:
   def export(self) -> Path:
     """The pruned model's Hugging Face folder."""
     return self.workdir / 'export'
-
-
-def load(folder: str | Path, dtype: str = 'auto') -> Model:
-  """Reads a model from a Hugging Face folder, onto all devices.
-
-  Args:
-    folder: a llama or mistral in safetensors, or an export.
-    dtype: float32, bfloat16, or auto: float32 on CPU, bfloat16 elsewhere.
-
-  Raises:
-    UserError: if there is no such folder or its model is not supported.
-  """
-  config = load_config(folder)
-  check_tensors(Shards(folder), config)
-  resolved = resolve_dtype('dtype', dtype)
-  mesh = sharding.make_mesh(sharding.mesh_sizes(data=-1, fsdp=1, tensor=1))
-  places = sharding.shardings(
-    mesh, logical_axes(config)['params'], param_shapes(config, resolved)
-  )
-  params = load_params(folder, config, places, resolved)
-  return Model(params, config, Path(folder), resolved)
 
 
 def prune(
@@ -157,7 +119,7 @@ def evaluate(
     if value is not None and value < least:
       raise UserError(f'{name} is {value}: it must be at least {least}')
   synthetic = parse_spec(data).scheme == 'synthetic'
-  folder, config = _folder_and_config(model)
+  folder, config = folder_and_config(model)
   if seq_len > config.max_positions:
     raise UserError(
       f'seq_len is {seq_len}, but the model has {config.max_positions} '
@@ -171,7 +133,7 @@ def evaluate(
     config.vocab_size,
   )[:max_windows]
   # The weights last: all that can be wrong has been looked at.
-  loaded = model if isinstance(model, Model) else load(folder, dtype)
+  loaded = in_memory(model, dtype)
   return evaluate_perplexity(
     loaded.params,
     windows,
@@ -267,14 +229,14 @@ def generate(
     UserError: for a mistake in the arguments or the folder.
   """
   sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
-  folder, config = _folder_and_config(model)
+  folder, config = folder_and_config(model)
   tokenizer = Tokenizer(folder)
   if tokenizer.has_chat_template and not raw:
     ids = tokenizer.encode_chat([{'role': 'user', 'content': prompt}])
   else:
     ids = tokenizer.encode(prompt)
   generation.check_prompt(ids, config)
-  loaded = model if isinstance(model, Model) else load(folder, dtype)
+  loaded = in_memory(model, dtype)
   tokens = generation.stream_tokens(
     loaded.params,
     config,
@@ -284,11 +246,3 @@ def generate(
     dtype=loaded.dtype,
   )
   return ''.join(generation.detokenize(tokenizer, ids, tokens))
-
-
-def _folder_and_config(model: Model | str | Path) -> tuple[Path, LlamaConfig]:
-  if isinstance(model, Model):
-    return model.folder, model.config
-  config = load_config(model)
-  check_tensors(Shards(model), config)
-  return Path(model), config

@@ -16,9 +16,10 @@ from typing import Any
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Sharding
 import numpy as np
 
+from lorapr_jax import sharding
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
@@ -175,7 +176,7 @@ def stream_tokens(
 
 def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
   end = min(len(ids) + sampling.max_new_tokens, config.max_positions)
-  place = _place_beside(params)
+  place = sharding.beside(params, ())
   cache = _make_cache(config, _bucket(end), dtype, place)()
   advance = functools.partial(
     _make_advance(config, dtype, place),
@@ -201,14 +202,6 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
 def _bucket(count: int) -> int:
   """The next power of two."""
   return max(_SMALLEST, 1 << (count - 1).bit_length())
-
-
-def _place_beside(params: Any) -> Sharding:
-  """On the weights' devices, on each whole."""
-  place = params['norm']['weight'].sharding
-  if isinstance(place, NamedSharding):
-    return NamedSharding(place.mesh, PartitionSpec())
-  return place
 
 
 @functools.cache

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
 from lorapr_jax.errors import UserError
@@ -91,3 +91,22 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
     shapes: a tree of arrays or `jax.ShapeDtypeStruct` of the same structure.
   """
   return jax.tree.map(lambda a, x: sharding(mesh, a, x.shape), axes, shapes)
+
+
+def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
+  """The sharding of a tensor with these axis names on the weights' devices.
+
+  No axes: whole on each device. Sizes are not checked; see `batch_parts`.
+  """
+  place = params['norm']['weight'].sharding
+  return (
+    sharding(place.mesh, axes) if isinstance(place, NamedSharding) else (place)
+  )
+
+
+def batch_parts(params: Any) -> int:
+  """Into how many parts a batch is cut beside these weights."""
+  place = params['norm']['weight'].sharding
+  if not isinstance(place, NamedSharding):
+    return 1
+  return math.prod(place.mesh.shape[axis] for axis in RULES['batch'])

@@ -204,7 +204,7 @@ def test_sharded_weights_are_used_where_they_lie(random_params):
     assert _tokens(sharded, CONFIG, _prompt(length)) == (
       _tokens(params, CONFIG, _prompt(length))
     )
-  place = generation._place_beside(sharded)
+  place = sharding.beside(sharded, ())
   step = generation._make_advance(CONFIG, jnp.dtype('float32'), place)
   assert step._cache_size() == 2
 

@@ -12,7 +12,8 @@ from lorapr_jax.interrupt import Stopped
 COMMANDS = {
   'train': 'prune a model by a config',
   'convert': 'turn a GGUF file or a Hugging Face folder into such a folder',
-  'evaluate': 'the perplexity of a folder on a text',
+  'evaluate': 'perplexities of a folder, or its scores in tasks',
+  'lm_eval': "lm-evaluation-harness's own command line, with our model",
   'export': 'write a run or a folder in another layout or format',
   'generate': 'text from a folder, streamed; a chat where it has a template',
   'report': 'the page of a finished run, or several runs compared',

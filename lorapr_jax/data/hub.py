@@ -1,4 +1,4 @@
-"""Hugging Face data sets: NAME[/CONFIG][:SPLIT].
+"""Hugging Face data sets: NAME[/CONFIG][@REVISION][:SPLIT].
 
 NAME is a local folder, written by `save_to_disk` or of parquet, JSON or CSV
 files, or OWNER/NAME on the Hub. The network is used for the latter alone.
@@ -18,21 +18,23 @@ _SAVED = ('state.json', 'dataset_dict.json')
 
 @dataclasses.dataclass(frozen=True)
 class HubSpec:
-  """NAME[/CONFIG][:SPLIT] taken apart.
+  """NAME[/CONFIG][@REVISION][:SPLIT] taken apart.
 
   Attributes:
     name: a folder, or OWNER/NAME on the Hub.
     config: of a data set on the Hub, or None.
+    revision: of its repository, or None: the newest.
     split: or None: `train`, or all that a saved data set without splits has.
   """
 
   name: str
   config: str | None
+  revision: str | None
   split: str | None
 
 
 def parse_hub(path: str) -> HubSpec:
-  """Takes NAME[/CONFIG][:SPLIT] apart; reads and fetches nothing.
+  """Takes NAME[/CONFIG][@REVISION][:SPLIT] apart; reads and fetches nothing.
 
   Raises:
     UserError: if it is neither a folder nor a name that the Hub could have, or
@@ -47,14 +49,15 @@ def parse_hub(path: str) -> HubSpec:
   name, _, split = path.partition(':')
   if name and Path(name).is_dir():
     # Absolute, since `json` alone would be a kind of file to `datasets`.
-    return HubSpec(str(Path(name).absolute()), None, split or None)
+    return HubSpec(str(Path(name).absolute()), None, None, split or None)
+  name, _, revision = name.partition('@')
   parts = name.split('/')
   if len(parts) > 3 or not all(part.strip('.~') for part in parts):
     raise UserError(
       f'hf:{path}: {name} is no folder, nor OWNER/NAME[/CONFIG] on the Hub'
     )
   config = parts.pop() if len(parts) == 3 else None
-  return HubSpec('/'.join(parts), config, split or None)
+  return HubSpec('/'.join(parts), config, revision or None, split or None)
 
 
 def read_hub(
@@ -113,7 +116,10 @@ def _load_split(spec: HubSpec) -> Any:
   saved = any((Path(spec.name) / file).is_file() for file in _SAVED)
   if not saved:
     return datasets.load_dataset(
-      spec.name, spec.config, split=spec.split or 'train'
+      spec.name,
+      spec.config,
+      revision=spec.revision,
+      split=spec.split or 'train',
     )
   data = datasets.load_from_disk(spec.name)
   if isinstance(data, datasets.Dataset):

@@ -103,6 +103,11 @@ class Tokenizer:
     )
 
   @property
+  def wrapped(self) -> Any:
+    """transformers' own object, for what asks for one."""
+    return self._tokenizer
+
+  @property
   def has_chat_template(self) -> bool:
     """Whether `encode_chat` can be used."""
     return bool(self._tokenizer.chat_template)

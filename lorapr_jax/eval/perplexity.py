@@ -9,8 +9,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 import numpy as np
 
+from lorapr_jax import sharding
 from lorapr_jax.steps import StepSettings, compiler_options, token_losses
 
 
@@ -39,14 +41,18 @@ class Perplexity:
 
 
 @functools.cache
-def _window_losses(settings: StepSettings) -> Callable[..., Any]:
+def _window_losses(
+  settings: StepSettings, place: Sharding
+) -> Callable[..., Any]:
   def losses(params, tokens, weights, lora, masks):
     each, _ = token_losses(
       params, tokens, weights, settings, lora=lora, masks=masks
     )
     return jnp.sum(each, axis=1)
 
-  return jax.jit(losses, compiler_options=compiler_options())
+  return jax.jit(
+    losses, out_shardings=place, compiler_options=compiler_options()
+  )
 
 
 def evaluate_perplexity(
@@ -62,17 +68,20 @@ def evaluate_perplexity(
   """Scores each window alone: exp of the mean NLL of its T - 1 predictions.
 
   Args:
-    params: the base.
+    params: the base. On a mesh, its data and fsdp axes share each batch.
     windows: (W, T) ids. The last batch is filled up with windows that do not
       count, so that everything compiles once.
     settings: sizes and dtype.
     data: the spec, for the result.
-    batch_size: windows at a time.
+    batch_size: windows at a time; raised to a multiple of these axes.
     lora: adapters, or None.
     masks: or None.
   """
   count, seq_len = windows.shape
-  batch_size = min(batch_size, count)
+  parts = sharding.batch_parts(params)
+  batch_size = -(-min(batch_size, count) // parts) * parts
+  place = sharding.beside(params, ('batch', 'length'))
+  score = _window_losses(settings, sharding.beside(params, ()))
   results, starts = [], []
   for start in range(0, count, batch_size):
     tokens = np.array(windows[start : start + batch_size])
@@ -80,7 +89,9 @@ def evaluate_perplexity(
     tokens = np.pad(tokens, ((0, missing), (0, 0)))
     weights = np.ones(tokens.shape, np.float32)
     starts.append(time.perf_counter())
-    losses = _window_losses(settings)(params, tokens, weights, lora, masks)
+    losses = score(
+      params, *jax.device_put((tokens, weights), place), lora, masks
+    )
     results.append(np.asarray(losses)[: batch_size - missing])
   end = time.perf_counter()
   timed, begin = count * seq_len, starts[0]

@@ -24,6 +24,25 @@ def _bad_evaluate(*more):
   return argv
 
 
+def _evaluate(*what):
+  def argv(place):
+    place.copy('MODEL')
+    return ['evaluate', '--model', 'MODEL', *what]
+
+  return argv
+
+
+def _own_task(place):
+  place.write(
+    'TASKS/mine.yaml',
+    'task: mine\ntest_split: test\ndataset_path: json\n'
+    'dataset_kwargs:\n  data_files: NONE.jsonl\n'
+    'output_type: multiple_choice\ndoc_to_text: "{{q}}"\n'
+    'doc_to_choice: "{{ways}}"\ndoc_to_target: answer\n',
+  )
+  return _evaluate('--tasks', 'mine', '--include_path', 'TASKS')(place)
+
+
 def _inspect(*more):
   def argv(place):
     place.copy('MODEL')
@@ -83,7 +102,12 @@ CASES = [
     _config_file('def get_config():\n  return {"steps": 3}\n'),
   ),
   Case(
-    '`evaluate` without `--data`', with_argv('evaluate', '--model', 'MODEL')
+    '`evaluate` without `--data`, `--suite` and `--tasks`',
+    with_argv('evaluate', '--model', 'MODEL'),
+  ),
+  Case(
+    '`evaluate --data` without `--seq_len`',
+    with_argv('evaluate', '--model', 'MODEL', '--data', 'file:TEXT.txt'),
   ),
   Case('`evaluate --seq_len 1`', _bad_evaluate('--seq_len', '1')),
   Case('`evaluate --seq_len many`', _bad_evaluate('--seq_len', 'many')),
@@ -94,6 +118,30 @@ CASES = [
   Case('`evaluate --batch_size 0`', _bad_evaluate('--batch_size', '0')),
   Case(
     '`evaluate --dtype int8`', _bad_evaluate('--dtype', 'int8'), varies=CHOICES
+  ),
+  Case(
+    '`evaluate --suite paper --seq_len 512`, more than the model has positions',
+    _evaluate('--suite', 'paper', '--seq_len', '512'),
+  ),
+  Case(
+    '`evaluate --suite paper --limit 3`, a flag of `--tasks`',
+    _evaluate('--suite', 'paper', '--limit', '3'),
+  ),
+  Case(
+    '`evaluate --tasks piqa --limit 0`', _evaluate('--tasks=piqa', '--limit=0')
+  ),
+  Case(
+    '`evaluate --tasks piqa --include_path NONE`, no folder',
+    _evaluate('--tasks', 'piqa', '--include_path', 'NONE'),
+  ),
+  Case(
+    '`evaluate --tasks piqa --apply_chat_template`, where there is no template',
+    _evaluate('--tasks', 'piqa', '--apply_chat_template'),
+  ),
+  Case(
+    '`evaluate --tasks mine`, whose data is not there',
+    _own_task,
+    varies=r'(?<=read: ).*',
   ),
   Case('`inspect` without `--model`', with_argv('inspect')),
   Case('`inspect --target 1.5`', _inspect('--target', '1.5')),

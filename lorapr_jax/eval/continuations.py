@@ -1,0 +1,214 @@
+"""How likely continuations of contexts are, each context computed once.
+
+Continuations of the same context share a row (models/branches.py), in which
+those of one token take no room at all. Rows are padded to one of few lengths,
+for each of which the model is compiled once.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Sharding
+import numpy as np
+
+from lorapr_jax import sharding
+from lorapr_jax.errors import UserError
+from lorapr_jax.models import branches, llama
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.steps import compiler_options
+
+_SHORTEST = 16
+# A row takes in no further continuation beyond this.
+_FULL = 2048
+# Tokens of a row whose logits exist at the same time; divides every length.
+_CHUNK = 8
+
+
+class Score(NamedTuple):
+  """Of a continuation.
+
+  Attributes:
+    log_likelihood: of all its tokens, in nats.
+    is_greedy: whether each of them is the likeliest.
+  """
+
+  log_likelihood: float
+  is_greedy: bool
+
+
+@dataclasses.dataclass
+class _Row:
+  """A context, some of its continuations, and what is asked of each token."""
+
+  tokens: list[int]
+  positions: list[int]
+  branches: list[int]
+  # What comes behind which of `tokens`.
+  after: list[int] = dataclasses.field(default_factory=list)
+  targets: list[int] = dataclasses.field(default_factory=list)
+  # The number of the pair, and its number of targets.
+  pairs: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+  @classmethod
+  def of(cls, context: Sequence[int]) -> '_Row':
+    T = len(context)
+    return cls(list(context), list(range(T)), [branches.TRUNK] * T)
+
+  @property
+  def length(self) -> int:
+    return max(len(self.tokens), len(self.targets))
+
+  def add(self, pair: int, context_length: int, continuation: Sequence[int]):
+    # The last token predicts nothing.
+    start, count = len(self.tokens), len(continuation) - 1
+    self.tokens += continuation[:-1]
+    self.positions += range(context_length, context_length + count)
+    self.branches += [len(self.pairs) + 1] * count
+    self.after += [context_length - 1, *range(start, start + count)]
+    self.targets += continuation
+    self.pairs.append((pair, count + 1))
+
+
+def score_continuations(
+  params: Any,
+  config: LlamaConfig,
+  pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
+  *,
+  dtype: Any,
+  batch_size: int,
+) -> Iterator[tuple[int, Score]]:
+  """(index of the pair, its score), the longest first.
+
+  A context that is too long loses its beginning.
+
+  Args:
+    params: the weights. On a mesh, its data and fsdp axes share each batch.
+    config: the sizes.
+    pairs: (ids of a context, ids that follow), neither empty.
+    dtype: of the computation.
+    batch_size: rows at a time; raised to a multiple of these axes.
+
+  Raises:
+    UserError: for a pair with nothing in it, with ids that the model does not
+      have, or whose continuation alone is too long for the model.
+  """
+  parts = sharding.batch_parts(params)
+  batch_size = -(-batch_size // parts) * parts
+  place = sharding.beside(params, ('batch', 'length'))
+  score = _make_score(config, jnp.dtype(dtype), sharding.beside(params, ()))
+  rows = sorted(_rows(pairs, config), key=lambda row: -row.length)
+  for start in range(0, len(rows), batch_size):
+    batch = rows[start : start + batch_size]
+    shape = batch_size, bucket(batch[0].length)
+    arrays = [
+      _padded([getattr(row, name) for row in batch], shape)
+      for name in ('tokens', 'positions', 'branches', 'after', 'targets')
+    ]
+    most = max(len(row.targets) for row in batch)
+    scores = score(params, most, *jax.device_put(arrays, place))
+    for row, *found in zip(batch, *map(np.asarray, scores), strict=False):
+      yield from _split(row, *found)
+
+
+def _rows(pairs, config) -> list[_Row]:
+  groups: dict[tuple[int, ...], list[int]] = {}
+  limit = config.max_positions
+  for i, (context, continuation) in enumerate(pairs):
+    if not len(context) or not len(continuation):
+      raise UserError('a continuation, or what it continues, has no tokens')
+    if len(continuation) > limit:
+      raise UserError(
+        f'a continuation has {len(continuation)} tokens, but the model has '
+        f'{limit} positions (max_position_embeddings)'
+      )
+    if max(*context, *continuation) >= config.vocab_size:
+      raise UserError(
+        f'a text has the id {max(*context, *continuation)}, but the model has '
+        f'a vocabulary of {config.vocab_size}: the tokenizer is not of this '
+        'model'
+      )
+    # Its last token takes no position.
+    context = tuple(context[-(limit + 1 - len(continuation)) :])
+    groups.setdefault(context, []).append(i)
+  rows = []
+  for context, members in groups.items():
+    row = _Row.of(context)
+    for i in members:
+      continuation = list(pairs[i][1])
+      if row.pairs and row.length + len(continuation) > _FULL:
+        rows.append(row)
+        row = _Row.of(context)
+      row.add(i, len(context), continuation)
+    rows.append(row)
+  return rows
+
+
+def bucket(length: int) -> int:
+  """The least of 16, 24, 32, 48, 64, 96, ... that is not below."""
+  power = max(_SHORTEST, 1 << (length - 1).bit_length())
+  between = power * 3 // 4
+  return between if between > _SHORTEST and length <= between else power
+
+
+def _padded(values: list[list[int]], shape: tuple[int, int]) -> np.ndarray:
+  out = np.zeros(shape, np.int32)
+  for row, value in zip(out, values, strict=False):
+    row[: len(value)] = value
+  return out
+
+
+def _split(row: _Row, log_p: np.ndarray, hits: np.ndarray):
+  start = 0
+  for pair, count in row.pairs:
+    end = start + count
+    total = float(log_p[start:end].sum(dtype=np.float64))
+    yield pair, Score(total, bool(hits[start:end].all()))
+    start = end
+
+
+@functools.cache
+def _make_score(
+  config: LlamaConfig, dtype: Any, place: Sharding
+) -> Callable[..., tuple[Array, Array]]:
+  """The jitted pass; it is compiled for every (B, T).
+
+  (params, count, tokens, positions, branches, after, targets), all but the
+  first two (B, T) -> of each row's first `count` targets the log-likelihood
+  behind token number `after`, and whether it is the likeliest; both (B, T).
+  """
+
+  def score(params, count, tokens, positions, numbers, after, targets):
+    hidden = branches.hidden_states(
+      params, tokens, positions, numbers, config, dtype=dtype
+    )
+
+    def chunk(i, out):
+      def columns(x):
+        return jax.lax.dynamic_slice_in_dim(x, i * _CHUNK, _CHUNK, axis=1)
+
+      x = jnp.take_along_axis(hidden, columns(after)[..., None], axis=1)
+      logits = llama.logits(params, x)
+      target = columns(targets)[..., None]
+      log_p = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
+      found = (
+        log_p - jax.nn.logsumexp(logits, axis=-1),
+        jnp.argmax(logits, axis=-1) == target[..., 0],
+      )
+      return tuple(
+        jax.lax.dynamic_update_slice_in_dim(old, new, i * _CHUNK, axis=1)
+        for old, new in zip(out, found, strict=True)
+      )
+
+    zeros = jnp.zeros(tokens.shape)
+    # No more than there are: a row's targets are few beside its context.
+    chunks = (count + _CHUNK - 1) // _CHUNK
+    return jax.lax.fori_loop(0, chunks, chunk, (zeros, zeros > 0))
+
+  return jax.jit(
+    score, out_shardings=place, compiler_options=compiler_options()
+  )

@@ -1,0 +1,243 @@
+"""Our model as lm-evaluation-harness wants one: `lorapr` in its registry.
+
+Importing this imports lm_eval, an optional extra; see eval/zero_shot.py.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import register_model
+
+# So that its own models are registered too, which ours alone would prevent.
+import lm_eval.models  # noqa: F401
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from tqdm import tqdm
+
+from lorapr_jax import generation
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.errors import UserError
+from lorapr_jax.eval.continuations import score_continuations
+from lorapr_jax.model import Model, load
+
+# As lm_eval's `hf` has them.
+_MAX_GEN_TOKS = 256
+_MAX_GEN_TOKS_NAMES = (
+  'max_gen_toks',
+  'max_new_tokens',
+  'max_tokens',
+  'max_completion_tokens',
+)
+
+
+@register_model('lorapr')
+class HarnessModel(TemplateLM):
+  """A model of ours, on all devices.
+
+  Attributes:
+    model: the model.
+    tokenizer: transformers' own.
+    max_length: the tokens that a request may have.
+  """
+
+  def __init__(
+    self,
+    pretrained: Model | str,
+    dtype: str = 'auto',
+    batch_size: int | str = 8,
+    max_batch_size: int | None = None,
+    device: str | None = None,
+  ):
+    """Reads the model; the arguments are those that lm_eval gives.
+
+    Args:
+      pretrained: a model, or its Hugging Face folder.
+      dtype: float32, bfloat16 or auto.
+      batch_size: rows at a time; `auto` is 8.
+      max_batch_size: of no meaning here.
+      device: nor this, for which lm_eval gives `cuda:0` whatever there is.
+
+    Raises:
+      UserError: for a mistake in them, or in the folder.
+    """
+    super().__init__()
+    size = str(batch_size).replace('auto', '8')
+    if not size.isdigit() or int(size) < 1:
+      raise UserError(f'batch_size is {batch_size}: it must be at least 1')
+    self._batch_size = int(size)
+    is_model = isinstance(pretrained, Model)
+    self._tokenizer = Tokenizer(pretrained.folder if is_model else pretrained)
+    self.tokenizer = self._tokenizer.wrapped
+    if self.prefix_token_id is None:
+      raise UserError(
+        f'the tokenizer of {self._tokenizer.folder} has neither a BOS nor an '
+        'EOS token: a text has nothing to begin with'
+      )
+    self.model = pretrained if is_model else load(pretrained, dtype)
+    self.max_length = self.model.config.max_positions
+
+  @property
+  def eot_token_id(self) -> int:
+    """The id that ends a text."""
+    return self.tokenizer.eos_token_id
+
+  @property
+  def prefix_token_id(self) -> int:
+    """The id that a text without a context begins with: BOS, else EOS."""
+    bos = self.tokenizer.bos_token_id
+    return self.eot_token_id if bos is None else bos
+
+  @property
+  def tokenizer_name(self) -> str:
+    """For lm_eval's cache of requests."""
+    return str(self._tokenizer.folder.absolute()).replace('/', '__')
+
+  def tok_encode(
+    self, string: str, add_special_tokens: bool | None = None, **_: Any
+  ) -> list[int]:
+    """Ids of a text; BOS in front, once, if that is the tokenizer's habit."""
+    if add_special_tokens is None:
+      # A chat template writes it out.
+      prefix = self.tokenizer.decode(self.prefix_token_id)
+      add_special_tokens = not string.startswith(prefix)
+    return self.tokenizer.encode(
+      string, add_special_tokens=add_special_tokens, verbose=False
+    )
+
+  def apply_chat_template(
+    self,
+    chat_history: list[dict[str, str]],
+    add_generation_prompt: bool = True,
+  ) -> str:
+    """A conversation as one text.
+
+    Raises:
+      UserError: if there is no template, or it does not take these messages.
+    """
+    try:
+      return self.tokenizer.apply_chat_template(
+        chat_history,
+        tokenize=False,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=not add_generation_prompt,
+      )
+    except (ValueError, jinja2.TemplateError) as error:
+      raise UserError(
+        f'the chat template of {self._tokenizer.folder} cannot be used: '
+        + str(error).strip().partition('\n')[0]
+      ) from None
+
+  def _loglikelihood_tokens(
+    self,
+    requests: Sequence[tuple[Any, list[int], list[int]]],
+    disable_tqdm: bool = False,
+    **_: Any,
+  ) -> list[tuple[float, bool]]:
+    scores = score_continuations(
+      self.model.params,
+      self.model.config,
+      [pair for _, *pair in requests],
+      dtype=self.model.dtype,
+      batch_size=self._batch_size,
+    )
+    results: list[Any] = [None] * len(requests)
+    progress = tqdm(
+      scores, 'log-likelihoods', total=len(requests), disable=disable_tqdm
+    )
+    for i, score in progress:
+      results[i] = tuple(score)
+      # Those of a rolling window have no text of their own.
+      if (text := requests[i][0]) is not None:
+        self.cache_hook.add_partial('loglikelihood', text, results[i])
+    return results
+
+  def loglikelihood_rolling(
+    self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[float]:
+    """The log-likelihood of whole texts, in windows as large as can be."""
+    windows, owners = [], []
+    for owner, request in enumerate(requests):
+      rolling = get_rolling_token_windows(
+        token_list=self.tok_encode(request.args[0]),
+        prefix_token=self.prefix_token_id,
+        max_seq_len=self.max_length,
+        context_len=1,
+      )
+      for window in map(make_disjoint_window, rolling):
+        windows.append((None, *window))
+        owners.append(owner)
+    totals = [0.0] * len(requests)
+    scores = self._loglikelihood_tokens(windows, disable_tqdm)
+    for owner, (log_likelihood, _) in zip(owners, scores, strict=True):
+      totals[owner] += log_likelihood
+    for request, total in zip(requests, totals, strict=True):
+      self.cache_hook.add_partial('loglikelihood_rolling', request.args, total)
+    return totals
+
+  def generate_until(
+    self, requests: list[Instance], disable_tqdm: bool = False
+  ) -> list[str]:
+    """What follows each context, up to a stop sequence or EOS."""
+    texts = []
+    progress = tqdm(requests, 'generations', disable=disable_tqdm)
+    for i, request in enumerate(progress):
+      context, settings = request.args
+      # Repeated draws from the same context differ.
+      texts.append(self._generate(context, settings, seed=i))
+      self.cache_hook.add_partial('generate_until', request.args, texts[-1])
+    return texts
+
+  def _generate(self, context: str, settings: dict[str, Any], seed: int) -> str:
+    sampling, until = read_generation_kwargs(settings, seed)
+    room = self.max_length - sampling.max_new_tokens
+    if room < 1:
+      raise UserError(
+        f'max_gen_toks is {sampling.max_new_tokens}, but the model has '
+        f'{self.max_length} positions (max_position_embeddings): give fewer '
+        'in the task (generation_kwargs)'
+      )
+    ids = self.tok_encode(context)[-room:]
+    tokens = generation.stream_tokens(
+      self.model.params,
+      self.model.config,
+      ids,
+      sampling,
+      stop=generation.stop_ids(self._tokenizer.folder) | {self.eot_token_id},
+      dtype=self.model.dtype,
+    )
+    text = ''
+    for piece in generation.detokenize(self._tokenizer, ids, tokens):
+      text += piece
+      if any(stop in text for stop in until):
+        break
+    for stop in until:
+      text = text.partition(stop)[0]
+    return text
+
+
+def read_generation_kwargs(
+  settings: dict[str, Any], seed: int
+) -> tuple[generation.Sampling, list[str]]:
+  """A task's generation_kwargs: how tokens are drawn, and what ends a text.
+
+  Raises:
+    UserError: for one that is not known here.
+  """
+  rest = dict(settings)
+  until = rest.pop('until', None) or []
+  until = [until] if isinstance(until, str) else [s for s in until if s]
+  lengths = [rest.pop(name, None) for name in _MAX_GEN_TOKS_NAMES]
+  length = next((n for n in lengths if n is not None), _MAX_GEN_TOKS)
+  temperature = float(rest.pop('temperature', 0.0))
+  if not rest.pop('do_sample', temperature > 0.0):
+    temperature = 0.0
+  top_p = float(rest.pop('top_p', 1.0))
+  # One beam is no beam search.
+  if rest and rest != {'num_beams': 1}:
+    raise UserError(
+      f'generation_kwargs {", ".join(sorted(rest))}: only until, do_sample, '
+      f'temperature, top_p and {_MAX_GEN_TOKS_NAMES[0]} are supported'
+    )
+  return generation.Sampling(int(length), temperature, top_p, seed), until

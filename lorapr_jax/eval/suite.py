@@ -1,0 +1,159 @@
+"""The papers' perplexities: named texts at several lengths.
+
+The protocol is that of docs/method.md, evaluation: rows joined by a blank line,
+tokenised once, cut at each length into windows that are scored alone.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from lorapr_jax.data.hub import parse_hub, read_hub
+from lorapr_jax.data.sources import Spec, parse_spec, read_documents
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.errors import UserError
+from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
+from lorapr_jax.model import Model, folder_and_config, in_memory
+from lorapr_jax.steps import StepSettings
+
+# The papers' texts. PTB's own repository is a script, which is never run: the
+# Hub's conversion of it to Parquet is read.
+PAPER_TEXTS = {
+  'wikitext2': 'hf:Salesforce/wikitext/wikitext-2-raw-v1:test',
+  'ptb': 'hf:ptb-text-only/ptb_text_only@refs/convert/parquet:validation'
+  '?column=sentence',
+}
+PAPER_LENGTHS = (128, 512, 2048)
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPerplexity:
+  """The perplexity of a text of the suite at one length.
+
+  Attributes:
+    name: of the text.
+    split: of the data set; `file` for a file.
+    made_of: what the text is: rows or lines joined by a blank line, or a file
+      as it is.
+    measured: the perplexity.
+  """
+
+  name: str
+  split: str
+  made_of: str
+  measured: Perplexity
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+  """A text at a length at which there is nothing to measure, and why."""
+
+  name: str
+  seq_len: int
+  reason: str
+
+
+def evaluate_suite(
+  model: Model | str | Path,
+  texts: dict[str, str] = PAPER_TEXTS,
+  *,
+  seq_len: int | None = None,
+  max_windows: int | None = None,
+  batch_size: int = 8,
+  dtype: str = 'auto',
+) -> Iterator[TextPerplexity | Skipped]:
+  """The perplexity of each text at 128, 512 and 2048 tokens, as they come.
+
+  Texts are read before the weights. Lengths that the model or a text does not
+  reach are skipped.
+
+  Args:
+    model: a model, or the Hugging Face folder of one.
+    texts: name -> data spec; PAPER_TEXTS are fetched when they are read.
+    seq_len: this length alone, which then must be reached.
+    max_windows: at most so many of each text; None: all.
+    batch_size: windows at a time.
+    dtype: of weights and computation; a model in memory keeps its own.
+
+  Raises:
+    UserError: for a mistake in the arguments, the folder or a text.
+  """
+  for name, value, least in (
+    ('seq_len', seq_len, 2),
+    ('max_windows', max_windows, 1),
+    ('batch_size', batch_size, 1),
+  ):
+    if value is not None and value < least:
+      raise UserError(f'{name} is {value}: it must be at least {least}')
+  folder, config = folder_and_config(model)
+  specs = {name: parse_spec(text) for name, text in texts.items()}
+  tokenizer = Tokenizer(folder)
+  lengths = PAPER_LENGTHS if seq_len is None else (seq_len,)
+  limit = config.max_positions
+  if min(lengths) > limit:
+    raise UserError(
+      f'seq_len is {min(lengths)}, but the model has {limit} positions '
+      '(max_position_embeddings)'
+    )
+  tokens, plan = {}, []
+  for name, spec in specs.items():
+    tokens[name] = _tokens(spec, tokenizer, config.vocab_size)
+    for length in lengths:
+      reason = None
+      if length > limit:
+        reason = f'the model has {limit} positions (max_position_embeddings)'
+      elif length > len(tokens[name]):
+        reason = f'{spec.text} has {len(tokens[name])} tokens'
+      plan.append((name, length, reason))
+  reasons = [reason for *_, reason in plan]
+  if all(reasons) or (seq_len is not None and any(reasons)):
+    name, length, reason = next(entry for entry in plan if entry[-1])
+    raise UserError(f'{name}: {reason}, fewer than one window of {length}')
+  loaded = in_memory(model, dtype)
+  settings = StepSettings(loaded.config, dtype=loaded.dtype)
+
+  def measure() -> Iterator[TextPerplexity | Skipped]:
+    for name, length, reason in plan:
+      if reason:
+        yield Skipped(name, length, reason)
+        continue
+      spec, ids = specs[name], tokens[name]
+      windows = ids[: len(ids) // length * length].reshape(-1, length)
+      measured = evaluate_perplexity(
+        loaded.params,
+        windows[:max_windows],
+        settings,
+        data=spec.text,
+        batch_size=batch_size,
+      )
+      yield TextPerplexity(name, *_origin(spec), measured)
+
+  return measure()
+
+
+def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+  if spec.scheme == 'hf':
+    # Empty rows count too: WikiText2 has a third of them.
+    rows = read_hub(spec.path, spec.options.get('column', 'text'))
+  else:
+    rows = read_documents(spec.text)
+  tokens = tokenizer.encode('\n\n'.join(rows))
+  if len(tokens) and tokens.max() >= vocab_size:
+    raise UserError(
+      f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but the '
+      f'model has a vocabulary of {vocab_size}'
+    )
+  return tokens
+
+
+def _origin(spec: Spec) -> tuple[str, str]:
+  """The split, and what the text is made of."""
+  if spec.scheme == 'hf':
+    return parse_hub(spec.path).split or 'train', 'rows'
+  if spec.scheme == 'file':
+    if 'lines' in spec.options:
+      return 'file', 'lines'
+    return 'file', 'one text' if spec.path.endswith('.txt') else 'rows'
+  return spec.path.rpartition(':')[2], 'rows'

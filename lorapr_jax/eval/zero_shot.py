@@ -1,0 +1,221 @@
+"""Tasks of lm-evaluation-harness on a model of ours, by its own API."""
+
+from collections.abc import Sequence
+import contextlib
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+import sys
+from types import ModuleType
+from typing import Any
+
+from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.errors import UserError
+from lorapr_jax.model import Model, folder_and_config, in_memory
+
+# The seven of the papers (docs/method.md, evaluation).
+PAPER_TASKS = (
+  'boolq',
+  'piqa',
+  'hellaswag',
+  'winogrande',
+  'arc_easy',
+  'arc_challenge',
+  'openbookqa',
+)
+# Resamplings for the error of what is no mean, such as a perplexity.
+_BOOTSTRAPS = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskScore:
+  """What a task measured.
+
+  Attributes:
+    task: its name.
+    version: the task's own version; figures of two do not compare.
+    shots: examples before each question.
+    documents: the number of questions.
+    metrics: name -> value; where a task has several filters, the name is
+      METRIC,FILTER.
+    errors: name -> standard error, where it is known.
+  """
+
+  task: str
+  version: str
+  shots: int
+  documents: int
+  metrics: dict[str, float]
+  errors: dict[str, float]
+
+
+def import_harness() -> ModuleType:
+  """eval/harness.py, whose import takes seconds and registers the model.
+
+  Raises:
+    UserError: if lm_eval is not installed.
+  """
+  try:
+    from lorapr_jax.eval import harness
+  except ModuleNotFoundError as error:
+    missing = str(error.name).partition('.')[0]
+    raise UserError(
+      f'tasks need the package lm_eval ({missing} is missing): '
+      "pip install 'lorapr-jax[eval]'"
+    ) from None
+  return harness
+
+
+def evaluate_tasks(
+  model: Model | str | Path,
+  tasks: Sequence[str],
+  *,
+  include_path: str | Path | None = None,
+  limit: int | None = None,
+  num_fewshot: int | None = None,
+  chat: bool = False,
+  batch_size: int = 8,
+  dtype: str = 'auto',
+) -> list[TaskScore]:
+  """The scores of tasks of lm-evaluation-harness, and of its groups.
+
+  Args:
+    model: a model, or the Hugging Face folder of one.
+    tasks: their names; PAPER_TASKS are the papers' seven.
+    include_path: a folder of more tasks, YAML files.
+    limit: at most so many questions of each; None: all.
+    num_fewshot: examples before each question; None: as many as the task says.
+    chat: whether questions are put as a user's message, through the
+      tokenizer's chat template.
+    batch_size: rows at a time.
+    dtype: of weights and computation; a model in memory keeps its own.
+
+  Raises:
+    UserError: for a mistake in the arguments or the folder, an unknown task, or
+      one whose data cannot be read.
+  """
+  for name, value, least in (
+    ('limit', limit, 1),
+    ('num_fewshot', num_fewshot, 0),
+    ('batch_size', batch_size, 1),
+  ):
+    if value is not None and value < least:
+      raise UserError(f'{name} is {value}: it must be at least {least}')
+  if include_path is not None and not Path(include_path).is_dir():
+    raise UserError(f'include_path {include_path} is not a folder')
+  folder, _ = folder_and_config(model)
+  if chat and not Tokenizer(folder).has_chat_template:
+    raise UserError(f'the tokenizer of {folder} has no chat template')
+  harness = import_harness()
+  import lm_eval
+
+  manager = find_tasks(tasks, include_path)
+  loaded = load_tasks(manager, tasks)
+  language_model = harness.HarnessModel(
+    in_memory(model, dtype), batch_size=batch_size
+  )
+  # It would fork, which JAX does not survive.
+  os.environ['DISABLE_MULTIPROC'] = '1'
+  # It prints.
+  with contextlib.redirect_stdout(sys.stderr):
+    results = lm_eval.simple_evaluate(
+      model=language_model,
+      tasks=loaded,
+      task_manager=manager,
+      num_fewshot=num_fewshot,
+      limit=limit,
+      apply_chat_template=chat,
+      bootstrap_iters=_BOOTSTRAPS,
+      log_samples=False,
+    )
+  return [_score(name, results) for name in results['results']]
+
+
+def find_tasks(names: Sequence[str], include_path: str | Path | None) -> Any:
+  """The lm_eval TaskManager that knows all the names.
+
+  Raises:
+    UserError: naming the one that is not known, and others like it.
+  """
+  from lm_eval.tasks import TaskManager
+
+  if not names:
+    raise UserError('no tasks are named')
+  if include_path is not None:
+    # The thousands that come with it take seconds to look through.
+    manager = TaskManager(include_path=include_path, include_defaults=False)
+    if set(names) <= set(manager.all_subtasks):
+      return manager
+  manager = TaskManager(include_path=include_path)
+  check_names(names, manager.all_tasks)
+  return manager
+
+
+def check_names(names: Sequence[str], known: Sequence[str]) -> None:
+  """Raises a UserError for a name that is not known, with others like it."""
+  for name in names:
+    if name not in known:
+      close = difflib.get_close_matches(name, known)
+      raise UserError(
+        f'{name!r} is no task of lm_eval: '
+        + (f'did you mean {", ".join(close)}? ' if close else '')
+        + '`python -m lorapr_jax lm_eval ls tasks` shows all'
+      )
+
+
+def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
+  """The tasks and groups with their data, which is fetched if need be.
+
+  Raises:
+    UserError: naming the task whose data cannot be read.
+  """
+  import datasets
+
+  loaded = []
+  for name in names:
+    try:
+      found = manager.load([name])
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+      reason = str(error).strip().partition('\n')[0] or repr(error)
+      raise UserError(
+        f'the data of task {name} cannot be read: {reason}'
+      ) from None
+    loaded += found['groups'].values() or found['tasks'].values()
+  return loaded
+
+
+def _score(name: str, results: dict[str, Any]) -> TaskScore:
+  metrics, errors = {}, {}
+  for key, value in results['results'][name].items():
+    metric, comma, filter_name = key.partition(',')
+    if not comma or isinstance(value, str):
+      continue
+    kept = metrics
+    if metric.endswith('_stderr'):
+      metric, kept = metric.removesuffix('_stderr'), errors
+    label = metric if filter_name == 'none' else f'{metric},{filter_name}'
+    kept[label] = float(value)
+  return TaskScore(
+    task=name,
+    version=str(results['versions'].get(name)),
+    shots=results['n-shot'].get(name, 0),
+    documents=results['n-samples'].get(name, {}).get('effective', 0),
+    metrics=metrics,
+    errors=errors,
+  )
+
+
+def mean_accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
+  """The means over tasks of acc, and of acc_norm (acc where there is none).
+
+  Empty where not every task has an accuracy.
+  """
+  if not all('acc' in score.metrics for score in scores):
+    return {}
+  rows = [score.metrics for score in scores]
+  means = {
+    'acc': [row['acc'] for row in rows],
+    'acc_norm': [row.get('acc_norm', row['acc']) for row in rows],
+  }
+  return {name: sum(values) / len(rows) for name, values in means.items()}
