@@ -17,10 +17,10 @@ from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.packing import Counts, Packed, Tokens, Windows
 from lorapr_jax.data.sources import (
   Spec,
+  evaluation_text,
   identity,
   parse_mixture,
   parse_spec,
-  read_documents,
 )
 from lorapr_jax.data.templates import PLAIN, Template, template_documents
 from lorapr_jax.data.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json
 
 # Part of the cache's key: raise it when the windows change.
-_FORMAT = 3
+_FORMAT = 4
 
 _log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def evaluation_windows(
     return _synthetic(parsed, seq_len, vocab_size)
 
   def documents() -> Iterator[Tokens]:
-    ids = tokenizer.encode('\n\n'.join(read_documents(parsed)))
+    ids = tokenizer.encode(evaluation_text(parsed))
     yield Tokens(ids, np.ones(len(ids), np.uint8))
 
   key = ('eval',)

@@ -196,37 +196,61 @@ def _tfds_spec(spec: Spec) -> tfds.TfdsSpec:
   return tfds.parse_tfds(spec.path, spec.options.get('data_dir'))
 
 
-def read_documents(spec: Spec | str) -> Iterator[str]:
-  """The documents of a spec, in order: the texts of one column.
-
-  Those without text are left out; their number is in a warning at the end.
+def read_rows(spec: Spec) -> Iterator[str]:
+  """The texts of one column in order, with those that are empty.
 
   Raises:
     UserError: if it cannot be read, has something else than text, or no text
       at all.
   """
-  if isinstance(spec, str):
-    spec = parse_spec(spec)
-  count = empty = 0
-  for record in read_records(spec, [spec.column]):
-    count += 1
+  filled = False
+  for number, record in enumerate(read_records(spec, [spec.column]), 1):
     text = record[spec.column]
     if text is not None and not isinstance(text, str):
       raise UserError(
-        f'{spec.text}, record {count}: {spec.column!r} is not text but '
+        f'{spec.text}, record {number}: {spec.column!r} is not text but '
         f'{type(text).__name__}'
       )
+    filled = filled or bool(text and not text.isspace())
+    yield text or ''
+  if not filled:
+    raise UserError(f'{spec.text} holds no text')
+
+
+def read_documents(spec: Spec | str) -> Iterator[str]:
+  """The documents of a spec: its rows.
+
+  Those without text are left out; their number is in a warning at the end.
+
+  Raises:
+    UserError: as `read_rows`.
+  """
+  if isinstance(spec, str):
+    spec = parse_spec(spec)
+  count = empty = 0
+  for text in read_rows(spec):
+    count += 1
     if text and not text.isspace():
       yield text
     else:
       empty += 1
-  if empty == count:
-    raise UserError(f'{spec.text} holds no text')
   if empty:
     _log.warning(
       '%s: %d of %d documents hold no text and are left out',
       *(spec.text, empty, count),
     )
+
+
+def evaluation_text(spec: Spec) -> str:
+  """All rows, the empty ones too, joined by a blank line.
+
+  As the papers do it (docs/method.md, evaluation): a third of WikiText2's rows
+  are empty.
+
+  Raises:
+    UserError: as `read_rows`.
+  """
+  return '\n\n'.join(read_rows(spec))
 
 
 def identity(spec: Spec) -> bytes:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lorapr_jax.data.hub import parse_hub, read_hub
-from lorapr_jax.data.sources import Spec, parse_spec, read_documents
+from lorapr_jax.data.hub import parse_hub
+from lorapr_jax.data.sources import Spec, evaluation_text, parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
@@ -134,12 +134,7 @@ def evaluate_suite(
 
 
 def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-  if spec.scheme == 'hf':
-    # Empty rows count too: WikiText2 has a third of them.
-    rows = read_hub(spec.path, spec.options.get('column', 'text'))
-  else:
-    rows = read_documents(spec.text)
-  tokens = tokenizer.encode('\n\n'.join(rows))
+  tokens = tokenizer.encode(evaluation_text(spec))
   if len(tokens) and tokens.max() >= vocab_size:
     raise UserError(
       f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but the '
