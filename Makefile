@@ -11,8 +11,8 @@ NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 # What users load exports with; each has an environment of its own.
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
-.PHONY: demo compare test test-slow test-report test-package test-lowest test-export \
-  docs lint clean
+.PHONY: demo compare test test-slow test-report test-package test-lowest \
+  test-export docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -22,11 +22,13 @@ demo: .venv/run $(MODEL)/config.json
 compare: .venv/run $(MODEL)/config.json
 	PYTHONPATH=. $(BIN)/python benchmarks/compare.py $(COMPARE)
 
-# What has a target of its own below is not among these.
-MAIN := not slow and not packaging and not browser
+# What has a target of its own below is not among these. Two files at a time:
+# most of their time is compiling, on one core.
+MAIN := -n 2 --dist loadfile \
+  -m 'not slow and not packaging and not browser'
 
 test: .venv/dev
-	$(BIN)/python -m pytest -m '$(MAIN)'
+	$(BIN)/python -m pytest $(MAIN)
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
@@ -42,7 +44,7 @@ test-package: .venv/dev
 # With the oldest versions that requirements.txt allows. Messages, pages and
 # meshes are left to `test`: they take half its time.
 test-lowest: .venv-lowest/dev
-	.venv-lowest/bin/python -m pytest -m '$(MAIN)' --ignore=tests/errors \
+	.venv-lowest/bin/python -m pytest $(MAIN) --ignore=tests/errors \
 	  --ignore=tests/cli --ignore=tests/test_docs.py \
 	  --ignore=tests/test_sharding.py --ignore=tests/test_notebook.py
 

@@ -276,6 +276,8 @@ def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
     '--config.mesh.fsdp=1',
   ]
   assert main(['train', *arguments]) == 0, capsys.readouterr().err
+  costs = 'holds a gradient of the base' in capsys.readouterr().err
+  assert costs == override.endswith('=gradient')
   config = load_config(tmp_path / 'run' / 'export')
   layer = {
     '--config.prune.heads=queries': LayerShape(4, 1, 64),

@@ -151,6 +151,12 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   )
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
+  if settings.criterion.needs == 'base_grads':
+    bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)
+    show(
+      f'prune.criterion={settings.criterion.name} holds a gradient of the base '
+      f'that lora does without: {bytes_more / 1e9:.2f} GB, over all devices'
+    )
 
 
 def _share(share: dict[str, float | None]) -> str:
