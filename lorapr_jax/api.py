@@ -177,7 +177,7 @@ def export(
   from lorapr_jax import exports
   from lorapr_jax.hf.export import parse_size
   from lorapr_jax.routes import Route
-  from lorapr_jax.settings import ROUTES
+  from lorapr_jax.sections import ROUTES
 
   if format not in ROUTES:
     raise UserError(f'format is {format!r}: choose from {", ".join(ROUTES)}')

@@ -4,7 +4,6 @@ Nothing here reads weights or text: a mistake stops a run before any work.
 """
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,167 +15,29 @@ from lorapr_jax.data.packing import PACKINGS
 from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.export import (
-  DTYPES,
-  GGUF_DTYPES,
-  parse_size,
-  resolve_layout,
-  resolve_model_type,
-)
+from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
-from lorapr_jax.optimizer import LR_SCHEDULES
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
+from lorapr_jax.sections import (
+  DataSettings,
+  ExportSettings,
+  LogSettings,
+  RecoverSettings,
+  ReportSettings,
+  TrainSettings,
+  choose,
+)
 from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
-ROUTES = ('hf', 'gguf', 'peft')
 _DTYPES = ('auto', 'float32', 'bfloat16')
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-  """The `data.*` keys, with the defaults that depend on others filled in."""
-
-  train: str
-  shuffle: bool
-  packing: str
-  max_tokens: int
-  template: Template
-  eval: str
-  eval_seq_len: int
-  eval_windows: int
-  eval_every: int
-
-  def is_evaluation_step(self, step: int) -> bool:
-    """Whether the perplexity is measured after this step."""
-    return self.eval_every > 0 and (step + 1) % self.eval_every == 0
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings:
-  """The `train.*` keys; see configs/default.py."""
-
-  steps: int
-  batch_size: int
-  micro_batch_size: int
-  seq_len: int
-  learning_rate: float
-  lr_schedule: str
-  clip_norm: float
-  seed: int
-  loss_chunk: int
-  log_every: int
-  checkpoint_every: int
-  checkpoints_kept: int
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if field.name not in ('seed', 'lr_schedule') and not value > 0:
-        raise UserError(f'train.{field.name} is {value}: it must be positive')
-    if not math.isfinite(self.learning_rate):
-      raise UserError('train.learning_rate is inf: it must be finite')
-    if not 0 <= self.seed < 2**32:
-      raise UserError(f'train.seed is {self.seed}: it must be in [0, 2^32)')
-    if self.seq_len < 2:
-      raise UserError('train.seq_len is 1: there is nothing to predict')
-    if self.batch_size % self.micro_batch_size:
-      raise UserError(
-        f'train.batch_size {self.batch_size} is not a multiple of '
-        f'train.micro_batch_size {self.micro_batch_size}'
-      )
-    _choose('train.lr_schedule', self.lr_schedule, LR_SCHEDULES)
-
-
-@dataclasses.dataclass(frozen=True)
-class RecoverSettings:
-  """The `recover.*` keys."""
-
-  steps: int
-  data: str
-  learning_rate: float
-
-  def __post_init__(self):
-    if self.steps < 0:
-      raise UserError(f'recover.steps is {self.steps}: 0 or a number of steps')
-    if not 0 <= self.learning_rate < math.inf:
-      raise UserError(
-        f'recover.learning_rate is {self.learning_rate}: 0, for '
-        'train.learning_rate, or a positive number'
-      )
-    if self.data:
-      parse_mixture(self.data)
-      if not self.steps:
-        raise UserError(
-          f'recover.data is {self.data!r}, but recover.steps is 0: give a '
-          'number of steps, or leave it out'
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class ExportSettings:
-  """The `export.*` keys."""
-
-  format: str
-  layout: str
-  model_type: str
-  dtype: str
-  gguf_dtype: str
-  max_shard_size: str
-
-  def __post_init__(self):
-    _choose('export.dtype', self.dtype, ('auto', *DTYPES))
-    _choose('export.gguf_dtype', self.gguf_dtype, ('auto', *GGUF_DTYPES))
-    parse_size('export.max_shard_size', self.max_shard_size)
-    unknown = sorted(set(self.routes) - set(ROUTES))
-    if unknown or 'hf' not in self.routes:
-      raise UserError(
-        f'export.format is {self.format!r}: hf alone, or with gguf or peft '
-        'or both after a comma'
-      )
-
-  @property
-  def routes(self) -> tuple[str, ...]:
-    """Those in `format`."""
-    return tuple(name.strip() for name in self.format.split(','))
-
-
-@dataclasses.dataclass(frozen=True)
-class ReportSettings:
-  """The `report.*` keys."""
-
-  prompts: tuple[str, ...]
-  max_new_tokens: int
-
-  def __post_init__(self):
-    # A string given for a tuple stays a string.
-    if isinstance(self.prompts, str) or not all(
-      isinstance(prompt, str) and prompt for prompt in self.prompts
-    ):
-      raise UserError(
-        f'report.prompts is {self.prompts!r}: give a tuple of texts, such as '
-        '\'("The weather", "Once upon a time")\', or () for none'
-      )
-    if self.max_new_tokens < 1:
-      raise UserError(
-        f'report.max_new_tokens is {self.max_new_tokens}: it must be at least '
-        '1; for no samples use report.prompts=()'
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class LogSettings:
-  """The `log.*` keys."""
-
-  tensorboard: bool
-  wandb: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,15 +72,9 @@ class RunSettings:
   report: ReportSettings
 
 
-def _choose(key: str, value: Any, choices: Any) -> Any:
-  if value not in choices:
-    raise UserError(f'{key} is {value!r}: choose from {", ".join(choices)}')
-  return value
-
-
 def resolve_dtype(key: str, name: str) -> Any:
   """A dtype by name; `auto` is float32 on CPU and bfloat16 elsewhere."""
-  _choose(key, name, _DTYPES)
+  choose(key, name, _DTYPES)
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
@@ -257,7 +112,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     config=sizes,
     lora=lora,
     dtype=resolve_dtype('model.compute_dtype', model.compute_dtype),
-    remat=_choose('model.remat', model.remat, tuple(REMAT_POLICIES)),
+    remat=choose('model.remat', model.remat, tuple(REMAT_POLICIES)),
     loss_chunk=train.loss_chunk,
     clip_norm=train.clip_norm,
   )
@@ -341,7 +196,7 @@ def _data_settings(
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
   parts = parse_mixture(data.train)
-  _choose('data.packing', data.packing, PACKINGS)
+  choose('data.packing', data.packing, PACKINGS)
   if data.max_tokens and data.max_tokens < train.seq_len:
     raise UserError(
       f'data.max_tokens is {data.max_tokens}: 0 for all, or at least the '
@@ -410,7 +265,7 @@ def _plan(
       if field.name != 'tensor_parallel'
     },
   )
-  _choose('prune.order', prune.order, ORDERS)
+  choose('prune.order', prune.order, ORDERS)
   plan = plan_pruning(sizes, targets)
   if not plan.keep:
     if prune.order != 'joint':

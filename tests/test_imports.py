@@ -62,6 +62,7 @@ LEVELS = (
     'hf.load',
     'models.branches',
     'models.cached',
+    'sections',
     'steps',
   ),
   (

@@ -12,7 +12,7 @@ from lorapr_jax.hf.export import (
   parse_size,
 )
 from lorapr_jax.routes import Route
-from lorapr_jax.settings import ROUTES
+from lorapr_jax.sections import ROUTES
 
 
 def main(argv: list[str]) -> None:

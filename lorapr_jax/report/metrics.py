@@ -15,7 +15,8 @@ import jax
 from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json
-from lorapr_jax.settings import LogSettings, RunSettings
+from lorapr_jax.sections import LogSettings
+from lorapr_jax.settings import RunSettings
 from lorapr_jax.steps import TrainState
 
 MAX_SKIPPED_IN_A_ROW = 5

@@ -13,7 +13,8 @@ from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import write_json
 from lorapr_jax.report.metrics import Log, check_finite, check_writers
-from lorapr_jax.settings import LogSettings, split_config
+from lorapr_jax.sections import LogSettings
+from lorapr_jax.settings import split_config
 from lorapr_jax.steps import TrainState
 
 TINY = Path(__file__).parents[2] / 'configs' / 'tiny.py'
