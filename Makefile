@@ -41,11 +41,11 @@ test-report: .venv/dev
 test-package: .venv/dev
 	$(BIN)/python -m pytest -m packaging
 
-# With the oldest versions that requirements.txt allows. Messages, pages and
-# meshes are left to `test`: they take half its time.
+# With the oldest versions that requirements.txt allows. Messages, pages, meshes
+# and the algebra of pruning are left to `test`: they take half its time.
 test-lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest $(MAIN) --ignore=tests/errors \
-	  --ignore=tests/cli --ignore=tests/test_docs.py \
+	  --ignore=tests/cli --ignore=tests/pruning --ignore=tests/test_docs.py \
 	  --ignore=tests/test_sharding.py --ignore=tests/test_notebook.py
 
 docs: .venv/dev

@@ -6,8 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 
+import jax
+from jax.experimental.compilation_cache import (
+  compilation_cache as compilation_cache_lib,
+)
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -21,6 +26,17 @@ ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, 'train.py', '--config=configs/tiny.py']
 SETTINGS = ['--config.train.log_every=1', '--config.train.checkpoint_every=30']
 TIMING = ('seconds', 'tokens_per_second')
+# The runs compile the same functions again and again.
+CACHE = tempfile.TemporaryDirectory(prefix='xla-')
+
+
+@pytest.fixture(autouse=True, scope='module')
+def compilation_cache():
+  """For the runs in this process."""
+  jax.config.update('jax_compilation_cache_dir', CACHE.name)
+  yield
+  jax.config.update('jax_compilation_cache_dir', None)
+  compilation_cache_lib.reset_cache()
 
 
 @pytest.fixture(autouse=True, scope='module')
@@ -31,24 +47,32 @@ def sigint():
   signal.signal(signal.SIGINT, old)
 
 
-def start(workdir):
+def start(workdir, settings=SETTINGS):
   return subprocess.Popen(
-    [*COMMAND, *SETTINGS, f'--workdir={workdir}'],
+    [*COMMAND, *settings, f'--workdir={workdir}'],
     cwd=ROOT,
-    env={'PATH': '/usr/bin:/bin', 'LORAPR_CACHE': str(workdir) + '-cache'},
+    env={
+      'PATH': '/usr/bin:/bin',
+      'LORAPR_CACHE': str(workdir) + '-cache',
+      'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+    },
     stderr=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
   )
 
 
+def finish(process):
+  """What a run that must succeed prints."""
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  return out, err
+
+
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run') / 'undisturbed'
-  process = start(workdir)
-  out, err = process.communicate()
-  assert process.returncode == 0, err
-  return workdir, out, err
+  return workdir, *finish(start(workdir))
 
 
 def metrics(workdir):
@@ -287,8 +311,8 @@ def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
 
 
 PHASES = [
-  *('--config=configs/tiny.py', '--config.train.steps=9'),
-  *('--config.train.log_every=1', '--config.train.checkpoint_every=2'),
+  *('--config.train.steps=9', '--config.train.log_every=1'),
+  '--config.train.checkpoint_every=2',
   *('--config.prune.order=prune_then_tune', '--config.recover.steps=4'),
   *('--config.prune.calibration_steps=3', '--config.recover.data=synthetic:9'),
   *('--config.export.format=hf,peft', '--config.recover.learning_rate=0.003'),
@@ -299,7 +323,7 @@ PHASES = [
 def phased(tmp_path_factory):
   """A run that calibrates, tunes and recovers."""
   workdir = tmp_path_factory.mktemp('phases') / 'run'
-  assert main(['train', *PHASES, f'--workdir={workdir}']) == 0
+  finish(start(workdir, PHASES))
   return workdir
 
 
@@ -338,9 +362,9 @@ def test_a_run_cut_short_in_any_phase_goes_on_bit_for_bit(
     if int(step.name) > last:
       shutil.rmtree(step)
   (workdir / 'summary.json').unlink()
-  assert main(['train', *PHASES, f'--workdir={workdir}']) == 0
+  _, err = finish(start(workdir, PHASES))
   done = {'checkpoints-tune': 3, 'checkpoints-recover': 9}[phase] + last
-  assert f'resuming at step {done} of 13' in capsys.readouterr().err
+  assert f'resuming at step {done} of 13' in err
   assert_same_run(workdir, phased, 'checkpoints-recover', 4)
   # The cut arrays are those that were exported, and export finds them again.
   again = ['export', str(workdir), str(tmp_path / 'again'), '--format', 'hf']

@@ -178,7 +178,7 @@ def test_an_unfinished_run_is_cut_as_its_masks_stand(
   before = listing(unfinished)
   out = tmp_path / 'out'
   result = export(capsys, unfinished, out)
-  masks = read_adapters(unfinished)[1][0]
+  masks = read_adapters(unfinished, 'checkpoints')[1][0]
   pruning = json.loads((out / 'pruning.json').read_text())
   for group in ('kv_heads', 'mlp'):
     for layer, kept in enumerate(pruning['kept']):
