@@ -10,6 +10,7 @@ batches that are made ahead never keep a step waiting.
 """
 
 import argparse
+from collections.abc import Callable
 import sys
 import time
 
@@ -26,10 +27,15 @@ GOAL = 20
 BATCHES, STEPS = 200, 3
 
 
+def batches_of(settings: RunSettings) -> Callable[..., dict[str, np.ndarray]]:
+  """The function t -> batch t of the training text."""
+  spec = settings.data.train
+  return load_data(settings, [spec])[0][spec]
+
+
 def input_speed(settings: RunSettings, places: Places) -> float:
   """Tokens per second of the batches, without packing and the first one."""
-  batch_at, _ = load_data(settings)
-  rows = settings.train.micro_batch_size
+  rows, batch_at = settings.train.micro_batch_size, batches_of(settings)
   with device_batches(batch_at, places.batch, rows, range(BATCHES)) as batches:
     jax.block_until_ready(next(batches))
     start = time.perf_counter()
@@ -47,8 +53,7 @@ def step_speed(settings: RunSettings, places: Places) -> float:
   state = steps.init_state(key, step, (), make_optimizer(1e-4))
   state = jax.device_put(state, places.state)
   gradients = steps.make_lora_gradients(step, places.state)
-  batch_at, _ = load_data(settings)
-  batch = jax.device_put(batch_at(0), places.batch)
+  batch = jax.device_put(batches_of(settings)(0), places.batch)
   seconds = []
   for _ in range(1 + STEPS):
     start = time.perf_counter()
@@ -69,7 +74,7 @@ def main() -> int:
   config = read_config(arguments.config)
   config.data.packing = arguments.packing or config.data.packing
   settings = split_config(config)
-  places = Places.of(settings)
+  places = Places.of(settings, settings.step.config)
   source = input_speed(settings, places)
   step = arguments.step_tokens_per_second or step_speed(settings, places)
   print(f'input  {source:12,.0f} tokens/s')

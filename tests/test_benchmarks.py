@@ -109,3 +109,24 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
   # One legend entry and one mark for each row, and the dense model's.
   axes = compare.draw({'held-out news': 40.0}, results).axes[0]
   assert len(axes.get_legend_handles_labels()[1]) == 5
+
+
+def test_the_input_is_measured_beside_the_step(tmp_path):
+  done = subprocess.run(
+    [sys.executable, 'benchmarks/input.py', '--config=tiny'],
+    cwd=ROOT,
+    env={
+      'PYTHONPATH': str(ROOT),
+      'PATH': '/usr/bin:/bin',
+      'LORAPR_CACHE': str(tmp_path),
+    },
+    capture_output=True,
+    text=True,
+  )
+  figures = dict(line.split()[:2] for line in done.stdout.splitlines())
+  assert list(figures) == ['input', 'step', 'ratio'], done.stderr
+  values = {k: float(v.replace(',', '')) for k, v in figures.items()}
+  ratio = values['input'] / values['step']
+  assert values['ratio'] == pytest.approx(ratio, abs=1)
+  # Nothing is asked of a tiny model, but the status must follow from them.
+  assert done.returncode == int(ratio < 20)
