@@ -93,7 +93,7 @@ def _read_summary(
   if not path.exists():
     if not (workdir / RUN_FILE).exists():
       raise UserError(f'{workdir} holds no run: it has no {RUN_FILE}')
-    steps = read_json(workdir / RUN_FILE)['config']['train']['steps']
+    steps = _planned_steps(read_json(workdir / RUN_FILE)['config'])
     done = metrics[-1]['step'] + 1 if metrics else 0
     raise UserError(
       f'{workdir} holds a run that is not finished: step {done} of {steps} is '
@@ -104,6 +104,14 @@ def _read_summary(
   if missing:
     raise UserError(f'{path} is no summary of ours: it has no {missing[0]!r}')
   return summary
+
+
+def _planned_steps(config: dict[str, Any]) -> int:
+  """Of all phases (lorapr_jax/phases.py)."""
+  steps = config['train']['steps']
+  if config['prune']['order'] == 'none':
+    steps = config['prune']['calibration_steps']
+  return steps + config['recover']['steps']
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

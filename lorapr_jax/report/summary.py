@@ -264,6 +264,14 @@ def print_summary(summary: dict[str, Any]) -> None:
       f'perplexity, {dense["data"]}, {dense["windows"]} x {dense["seq_len"]}'
     )
     row(name, dense['value'], pruned['value'], '{:.2f}')
+    if 'cut' in summary['perplexity']:
+      cut = summary['perplexity']['cut']['value']
+      row(
+        '... before what was trained after the cut',
+        dense['value'],
+        cut,
+        '{:.2f}',
+      )
   latency = summary['latency']
   name = (
     f'latency, prefill of {latency["batch_size"]} x {latency["seq_len"]}, ms'
