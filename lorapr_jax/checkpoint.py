@@ -102,7 +102,9 @@ def trim_metrics(workdir: Path, step: int) -> None:
 
 def saved_steps(folder: Path) -> list[int]:
   """The steps of the complete checkpoints in a folder, if it is there."""
-  return ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+  if not folder.is_dir():
+    return []
+  return ocp.utils.checkpoint_steps(folder.absolute())
 
 
 def read_adapters(workdir: Path, folder: str) -> tuple[Any, Any]:
@@ -232,9 +234,12 @@ class Checkpoints:
     return self
 
   def __exit__(self, *_: Any) -> None:
+    try:
+      self.close()
+    finally:
+      self._loops.__exit__(None, None, None)
+
+  def close(self) -> None:
     """Waits until everything is written."""
     with _writing(self._manager.directory):
-      try:
-        self._manager.close()
-      finally:
-        self._loops.__exit__(None, None, None)
+      self._manager.close()

@@ -18,7 +18,7 @@ from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
 from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import logical_axes, param_shapes
-from lorapr_jax.phases import checkpoints_of
+from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.settings import split_model
 
@@ -71,7 +71,7 @@ def _of_run(
       'other sizes'
     )
   dtype = run['resolved']['base_dtype']
-  lora, masks = read_adapters(workdir, checkpoints_of('prune'))
+  lora, masks = read_adapters(workdir, CHECKPOINTS)
   kept = kept_of(masks)
   path = Path(config.model.path) if config.model.path else None
   if path:
@@ -90,10 +90,9 @@ def _of_run(
     path, sizes, jnp.dtype(dtype), _places(sizes, dtype), config.train.seed
   )
   params, lora = cut(sizes, lora_config, params, lora, kept)
-  for name in ('recover', 'tune'):
-    # What was trained after the cut has its size.
-    if saved_steps((workdir / checkpoints_of(name)).absolute()):
-      lora, _ = read_adapters(workdir, checkpoints_of(name))
+  for folder in reversed(CHECKPOINTS_AFTER_CUT):
+    if saved_steps(workdir / folder):
+      lora, _ = read_adapters(workdir, folder)
       break
   weights = merge(params, lora, lora_config, unmerged=route.kind == 'peft')
   return model, weights

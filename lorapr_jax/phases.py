@@ -5,13 +5,18 @@ import dataclasses
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.settings import RunSettings
 
+# Of the phase that ends in the cut, and of those after it in their order.
+CHECKPOINTS = 'checkpoints'
+CHECKPOINTS_AFTER_CUT = ('checkpoints-tune', 'checkpoints-recover')
+
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
   """Steps on arrays of one size, with one schedule.
 
   Attributes:
-    name: shown, and that of its checkpoints.
+    name: shown.
+    checkpoints: the folder of its checkpoints in the workdir.
     first_step: the steps of the run before it.
     steps: its own.
     data: the spec of its text.
@@ -21,23 +26,13 @@ class Phase:
   """
 
   name: str
+  checkpoints: str
   first_step: int
   steps: int
   data: str
   first_batch: int
   learning_rate: float
   schedule: PruneSchedule | None = None
-
-  @property
-  def checkpoints(self) -> str:
-    """The folder of its checkpoints in the workdir."""
-    return checkpoints_of(self.name)
-
-
-def checkpoints_of(name: str) -> str:
-  """The folder in which a phase of this name keeps its checkpoints."""
-  after_the_cut = name in ('tune', 'recover')
-  return f'checkpoints-{name}' if after_the_cut else 'checkpoints'
 
 
 def phases(settings: RunSettings) -> tuple[Phase, ...]:
@@ -55,27 +50,28 @@ def phases(settings: RunSettings) -> tuple[Phase, ...]:
   """
   train, recover = settings.train, settings.recover
   calibration = settings.calibration_steps
+  tune, recovery = CHECKPOINTS_AFTER_CUT
   rate, result = train.learning_rate, []
 
-  def add(name, steps, rate, schedule=None, data=settings.data.train):
+  def add(name, folder, steps, rate, schedule=None, data=settings.data.train):
     first = sum(phase.steps for phase in result)
     # Data of its own starts from its beginning; else the stream goes on.
     start = first if data == settings.data.train else 0
-    phase = Phase(name, first, steps, data, start, rate, schedule)
+    phase = Phase(name, folder, first, steps, data, start, rate, schedule)
     result.append(phase)
 
   if settings.order == 'joint':
     schedule = settings.schedule if settings.plan else None
-    add('prune', train.steps, rate, schedule)
+    add('prune', CHECKPOINTS, train.steps, rate, schedule)
   else:
     once = PruneSchedule.once(calibration)
-    add('calibrate', calibration, 0.0, once)
+    add('calibrate', CHECKPOINTS, calibration, 0.0, once)
   if settings.order == 'prune_then_tune':
-    add('tune', train.steps - calibration, rate)
+    add('tune', tune, train.steps - calibration, rate)
   if recover.steps:
     rate = recover.learning_rate or rate
     data = recover.data or settings.data.train
-    add('recover', recover.steps, rate, data=data)
+    add('recover', recovery, recover.steps, rate, data=data)
   return tuple(result)
 
 

@@ -99,9 +99,9 @@ def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
   No axes: whole on each device. Sizes are not checked; see `batch_parts`.
   """
   place = params['norm']['weight'].sharding
-  return (
-    sharding(place.mesh, axes) if isinstance(place, NamedSharding) else (place)
-  )
+  if not isinstance(place, NamedSharding):
+    return place
+  return sharding(place.mesh, axes)
 
 
 def batch_parts(params: Any) -> int:

@@ -223,12 +223,12 @@ def make_lora_gradients(
     norm = optax.tree.norm(grads['lora'])
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
-    more = {
-      'base_grads': grads.get('base'),
-      'statistics': observed,
-    }
-    metrics = {'loss': value, 'grad_norm': norm}
-    return metrics, grads['lora'], {needs: more[needs]} if needs else {}
+    more = {}
+    if needs == 'base_grads':
+      more[needs] = grads['base']
+    elif needs == 'statistics':
+      more[needs] = observed
+    return {'loss': value, 'grad_norm': norm}, grads['lora'], more
 
   more_sharding = out_sharding
   if needs == 'base_grads' and base_sharding is not None:

@@ -278,6 +278,7 @@ def train_phase(
   state = checkpoints.restore(state)
   first_step, total = int(state.step), total_steps(settings)
   if first_step == phase.steps:
+    checkpoints.close()
     return state
   first_of_run = phase.first_step + first_step
   checkpoint.trim_metrics(workdir, first_of_run)
@@ -314,6 +315,7 @@ def train_phase(
         state.masks,
         results['grad_norm'],
       )
+      del more  # A gradient of the base would stay through the next step.
       masks = state.masks
       if schedule and schedule.is_pruning_step(step):
         keep = plan.keep_at(schedule.progress(step))
