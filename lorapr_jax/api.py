@@ -12,7 +12,7 @@ from lorapr_jax.config_files import check_key, read_config
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
 from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
 from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
@@ -111,13 +111,11 @@ def evaluate(
   Raises:
     UserError: for a mistake in the arguments, the folder or the text.
   """
-  for name, value, least in (
-    ('seq_len', seq_len, 2),
-    ('max_windows', max_windows, 1),
-    ('batch_size', batch_size, 1),
-  ):
-    if value is not None and value < least:
-      raise UserError(f'{name} is {value}: it must be at least {least}')
+  check_least(
+    seq_len=(seq_len, 2),
+    max_windows=(max_windows, 1),
+    batch_size=(batch_size, 1),
+  )
   synthetic = parse_spec(data).scheme == 'synthetic'
   folder, config = folder_and_config(model)
   if seq_len > config.max_positions:

@@ -148,7 +148,7 @@ def _windows(
         )
       write_json(partial / 'counts.json', dataclasses.asdict(counts))
   counts = Counts(**read_json(folder / 'counts.json'))
-  _check_vocabulary(counts, tokenizer, vocab_size)
+  check_vocabulary(counts.largest_id, tokenizer, vocab_size)
   windows = packing.read(folder, seq_len)
   _warn(spec, pack, windows['tokens'], counts)
   return windows
@@ -166,17 +166,18 @@ def _counted(
     counts.largest_id = max(
       counts.largest_id, int(document.ids.max(initial=-1))
     )
-    _check_vocabulary(counts, tokenizer, vocab_size)
+    check_vocabulary(counts.largest_id, tokenizer, vocab_size)
     yield document
 
 
-def _check_vocabulary(
-  counts: Counts, tokenizer: Tokenizer, vocab_size: int
+def check_vocabulary(
+  largest_id: int, tokenizer: Tokenizer, vocab_size: int
 ) -> None:
-  if counts.largest_id >= vocab_size:
+  """Refuses an id that the model does not know; -1 passes."""
+  if largest_id >= vocab_size:
     raise UserError(
-      f'the tokenizer of {tokenizer.folder} gives id {counts.largest_id}, but '
-      f'the model has a vocabulary of {vocab_size}'
+      f'the tokenizer of {tokenizer.folder} gives id {largest_id}, but the '
+      f'model has a vocabulary of {vocab_size}'
     )
 
 

@@ -244,8 +244,7 @@ def read_documents(spec: Spec | str) -> Iterator[str]:
 def evaluation_text(spec: Spec) -> str:
   """All rows, the empty ones too, joined by a blank line.
 
-  As the papers do it (docs/method.md, evaluation): a third of WikiText2's rows
-  are empty.
+  As the papers do it (docs/method.md, evaluation).
 
   Raises:
     UserError: as `read_rows`.

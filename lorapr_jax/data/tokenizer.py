@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.files import read_json
 
 # One of these holds the vocabulary.
@@ -146,7 +146,7 @@ class Tokenizer:
       raise self._error('the chat template', error) from None
 
   def _error(self, what: str, error: Exception) -> UserError:
-    reason = str(error).strip().partition('\n')[0] or repr(error)
+    reason = first_line(error)
     return UserError(f'{what} of {self.folder} cannot be used: {reason}')
 
   @property

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from lorapr_jax import generation
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.eval.continuations import score_continuations
 from lorapr_jax.model import Model, load
 
@@ -126,7 +126,7 @@ class HarnessModel(TemplateLM):
     except (ValueError, jinja2.TemplateError) as error:
       raise UserError(
         f'the chat template of {self._tokenizer.folder} cannot be used: '
-        + str(error).strip().partition('\n')[0]
+        + first_line(error)
       ) from None
 
   def _loglikelihood_tokens(

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from lorapr_jax.data.hub import parse_hub
+from lorapr_jax.data.pipeline import check_vocabulary
 from lorapr_jax.data.sources import Spec, evaluation_text, parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
 from lorapr_jax.model import Model, folder_and_config, in_memory
 from lorapr_jax.steps import StepSettings
@@ -80,13 +81,11 @@ def evaluate_suite(
   Raises:
     UserError: for a mistake in the arguments, the folder or a text.
   """
-  for name, value, least in (
-    ('seq_len', seq_len, 2),
-    ('max_windows', max_windows, 1),
-    ('batch_size', batch_size, 1),
-  ):
-    if value is not None and value < least:
-      raise UserError(f'{name} is {value}: it must be at least {least}')
+  check_least(
+    seq_len=(seq_len, 2),
+    max_windows=(max_windows, 1),
+    batch_size=(batch_size, 1),
+  )
   folder, config = folder_and_config(model)
   specs = {name: parse_spec(text) for name, text in texts.items()}
   tokenizer = Tokenizer(folder)
@@ -135,11 +134,7 @@ def evaluate_suite(
 
 def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
   tokens = tokenizer.encode(evaluation_text(spec))
-  if len(tokens) and tokens.max() >= vocab_size:
-    raise UserError(
-      f'the tokenizer of {tokenizer.folder} gives id {tokens.max()}, but the '
-      f'model has a vocabulary of {vocab_size}'
-    )
+  check_vocabulary(tokens.max(initial=-1), tokenizer, vocab_size)
   return tokens
 
 

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, check_least, first_line
 from lorapr_jax.model import Model, folder_and_config, in_memory
 
 # The seven of the papers (docs/method.md, evaluation).
@@ -95,13 +95,9 @@ def evaluate_tasks(
     UserError: for a mistake in the arguments or the folder, an unknown task, or
       one whose data cannot be read.
   """
-  for name, value, least in (
-    ('limit', limit, 1),
-    ('num_fewshot', num_fewshot, 0),
-    ('batch_size', batch_size, 1),
-  ):
-    if value is not None and value < least:
-      raise UserError(f'{name} is {value}: it must be at least {least}')
+  check_least(
+    limit=(limit, 1), num_fewshot=(num_fewshot, 0), batch_size=(batch_size, 1)
+  )
   if include_path is not None and not Path(include_path).is_dir():
     raise UserError(f'include_path {include_path} is not a folder')
   folder, _ = folder_and_config(model)
@@ -177,9 +173,8 @@ def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
     try:
       found = manager.load([name])
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-      reason = str(error).strip().partition('\n')[0] or repr(error)
       raise UserError(
-        f'the data of task {name} cannot be read: {reason}'
+        f'the data of task {name} cannot be read: {first_line(error)}'
       ) from None
     loaded += found['groups'].values() or found['tasks'].values()
   return loaded

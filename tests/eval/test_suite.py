@@ -31,7 +31,7 @@ SENTENCES = (
 
 @pytest.fixture(scope='module')
 def rows():
-  """As WikiText2 has them: line ends, and every third is empty."""
+  """As WikiText2 has them: with line ends, and some empty."""
   rng = np.random.default_rng(0)
   return [
     '' if i % 3 == 0 else f' {SENTENCES[rng.integers(3)]} {i} \n'
