@@ -7,6 +7,7 @@ differentiated, never donated, never in the state.
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 from typing import Any
 
 from flax import struct
@@ -19,6 +20,7 @@ import optax
 
 from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
+from lorapr_jax.models.attention import causal_attention, segment_positions
 from lorapr_jax.models.axes import PROJECTIONS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.pruning import importance as importance_lib
@@ -108,6 +110,8 @@ def token_losses(
   tokens: Array,
   token_weights: Array,
   settings: StepSettings,
+  *,
+  segments: Array | None = None,
   **model: Any,
 ) -> tuple[Array, Any]:
   """The weighted negative log-likelihood of each predicted token, (B, T).
@@ -120,12 +124,17 @@ def token_losses(
     tokens: (B, T).
     token_weights: (B, T), the weight of each token as a target.
     settings: of the run.
-    **model: segments, lora, masks, dropout_key, observe of
+    segments: (B, T): numbers of the documents that share a window, in runs.
+      Attention and positions stay within one; None: a window is one text.
+    **model: lora, masks, dropout_key, observe of
       `llama.observed_hidden_states`.
 
   Returns:
     The losses, and what was observed.
   """
+  if segments is not None:
+    model['positions'] = segment_positions(segments)
+    model['attend'] = functools.partial(causal_attention, segments=segments)
   hidden, observed = llama.observed_hidden_states(
     params,
     tokens,

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.layers import RMSNorm
 
 TRUNK = 0
 
@@ -38,27 +37,14 @@ def hidden_states(
     config: the sizes.
     dtype: of the computation.
   """
+  of_key, of_query = branches[:, None, :], branches[:, :, None]
+  mask = ((of_key == TRUNK) | (of_key == of_query))[:, None]
 
-  def row(tokens, positions, branches):
-    angles = llama.rope_angles(config, positions.astype(jnp.float32))
-    T = jnp.arange(tokens.shape[0])
-    seen = (branches == TRUNK) | (branches == branches[:, None])
-    mask = (seen & (T[:, None] >= T))[None, None]
+  def attend(q: Array, k: Array, v: Array) -> Array:
+    heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
+    out = jax.nn.dot_product_attention(heads, k, v, mask=mask, is_causal=True)
+    return out.reshape(q.shape)
 
-    def attend(q, k, v):
-      heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
-      out = jax.nn.dot_product_attention(heads, k, v, mask=mask)
-      return out.reshape(q.shape)
-
-    x = params['embed_tokens']['weight'][tokens].astype(dtype)
-    for weights, stack in zip(params['stacks'], config.stacks, strict=True):
-      block = llama.Block(config, stack.shape, attend=attend)
-
-      def layer(x, weights, block=block):
-        return block.apply({'params': weights}, x, angles), None
-
-      x, _ = jax.lax.scan(layer, x, weights)
-    norm = RMSNorm(config.norm_eps)
-    return norm.apply({'params': params['norm']}, x)
-
-  return jax.vmap(row)(tokens, positions, branches)
+  return llama.hidden_states(
+    params, tokens, config, positions=positions, attend=attend, dtype=dtype
+  )

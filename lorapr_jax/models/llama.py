@@ -17,7 +17,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.models.attention import causal_attention, segment_positions
+from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
@@ -108,7 +108,7 @@ class Block(nn.Module):
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None = None
-  attend: Callable[..., Array] = causal_attention  # Or a cache, or segments.
+  attend: Callable[..., Array] = causal_attention  # Or with a cache.
 
   @nn.compact
   def __call__(self, x: Array, angles: Array) -> Array:
@@ -204,7 +204,8 @@ def observed_hidden_states(
   tokens: Array,
   config: LlamaConfig,
   *,
-  segments: Array | None = None,
+  positions: Array | None = None,
+  attend: Callable[..., Array] = causal_attention,
   lora: Any = None,
   lora_config: LoraConfig | None = None,
   masks: Any = None,
@@ -219,8 +220,9 @@ def observed_hidden_states(
     params: the frozen base.
     tokens: (B, T) ids.
     config: the sizes, of which `config.stacks` follows the trees.
-    segments: (B, T): numbers of the documents that share a window, in runs.
-      Attention and positions stay within one; None: a window is one text.
+    positions: (B, T): where each token stands in its text; None: a row is one
+      text.
+    attend: as `causal_attention`: which tokens of a row see which.
     lora: adapters, with `lora_config`; None runs the base alone.
     masks: None where nothing is masked.
     dropout_key: None for no dropout.
@@ -232,10 +234,8 @@ def observed_hidden_states(
     {'squares': the sum over tokens of its squared input}; else {}.
   """
   B, T = tokens.shape
-  positions, attend = jnp.arange(T), causal_attention
-  if segments is not None:
-    positions = segment_positions(segments)
-    attend = functools.partial(causal_attention, segments=segments)
+  if positions is None:
+    positions = jnp.arange(T)
   angles = rope_angles(config, positions.astype(jnp.float32))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
