@@ -12,66 +12,41 @@ cut short goes on. Then writes docs/results.md and its figure.
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
-import dataclasses
-from datetime import date
+from collections.abc import Sequence
 import itertools
 import json
 from pathlib import Path
 import shlex
-import statistics
 import subprocess
 import sys
 from typing import Any
 
-from matplotlib.figure import Figure
-
+from benchmarks.results_page import (
+  NEWS,
+  SEQ_LEN,
+  WINDOWS,
+  Row,
+  draw,
+  page,
+  table,
+)
 import lorapr_jax as lp
 from lorapr_jax.data.demo import all_news_texts, cache_dir
 from lorapr_jax.files import read_json, write_json, write_text
+from lorapr_jax.pruning.importance import CRITERIA
+from lorapr_jax.settings import ORDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'results.md'
 FIGURE = ROOT / 'docs' / 'figures' / 'compare.svg'
-NEWS = 'held-out news'
 MIN_CHARACTERS, HELD_OUT = 500, 60
-SEQ_LEN, WINDOWS = 128, 80
 # What the reference prunes of 9 heads and 1536 channels at 20% and at 50%.
 TARGETS = {20: (1 / 9, 284 / 1536), 50: (4 / 9, 768 / 1536)}
-CRITERIA = ('lora', 'gradient', 'activation', 'magnitude', 'random')
-ORDERS = ('joint', 'prune_then_tune', 'none')
-COLORS = dict(
-  zip(
-    CRITERIA, ('#2a6fbb', '#c44e52', '#55a868', '#8172b2', '#888'), strict=True
-  )
-)
-MARKERS = dict(zip(ORDERS, 'osx', strict=True))
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """Runs that differ by their seed alone.
-
-  Attributes:
-    percent: of the groups, a key of TARGETS.
-    order: prune.order.
-    criterion: prune.criterion.
-    seeds: train.seed of each run.
-  """
-
-  percent: int
-  order: str
-  criterion: str
-  seeds: tuple[int, ...] = (0,)
-
-  def name(self, seed: int) -> str:
-    """Of a run's workdir."""
-    return f'{self.order}-{self.criterion}-{self.percent}-seed{seed}'
-
-
 ROWS = (
   Row(50, 'joint', 'lora', (0, 1, 2)),
-  *(Row(50, 'joint', criterion) for criterion in CRITERIA[1:]),
+  *(
+    Row(50, 'joint', criterion) for criterion in CRITERIA if criterion != 'lora'
+  ),
   *(
     Row(50, order, criterion)
     for order in ORDERS[1:]
@@ -101,7 +76,7 @@ def make_model() -> Path:
   copy = source.with_name(f'{source.name}-mha')
   if not (copy / 'config.json').exists():
     tool = ROOT / 'benchmarks' / 'make_mha.py'
-    subprocess.run([sys.executable, tool, source, copy], check=True)
+    subprocess.run([sys.executable, tool, source, copy], cwd=ROOT, check=True)
   return copy
 
 
@@ -156,156 +131,6 @@ def measure(
     'versions': summary['versions'],
     **score(workdir / 'export', out / f'{workdir.name}.json', texts),
   }
-
-
-def spread(values: Sequence[float], form: str = '{:.1f}') -> str:
-  """The mean, and in brackets the range where there is one."""
-  mean = form.format(statistics.mean(values))
-  if len(values) == 1:
-    return mean
-  return f'{mean} ({form.format(min(values))}-{form.format(max(values))})'
-
-
-def table(
-  dense: dict[str, float],
-  results: dict[Row, list[dict[str, Any]]],
-  texts: Iterable[str],
-) -> str:
-  """All runs; each row's figures are means over its seeds."""
-  head = ('groups', 'order', 'criterion', 'seeds', 'parameters', *texts)
-  head = (*head, 'tokens/s', 'peak GB')
-  scores = (f'{dense[text]:.1f}' for text in texts)
-  lines = [
-    head,
-    ('---',) * len(head),
-    ('0%', 'dense', '', '', '100%', *scores, '', ''),
-  ]
-  for row, runs in results.items():
-    figures = [spread([run[text] for run in runs]) for text in texts]
-    lines.append(
-      (
-        f'{row.percent}%',
-        row.order,
-        row.criterion,
-        str(len(runs)),
-        f'{runs[0]["kept"]:.1%}',
-        *figures,
-        spread([run['speed'] for run in runs], '{:.0f}'),
-        f'{max(run["memory"] for run in runs) / 1e9:.2f}',
-      )
-    )
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
-
-
-def findings(
-  results: dict[Row, list[dict[str, Any]]], texts: Iterable[str]
-) -> str:
-  """LoRAPrune against each alternative, in words: also where it loses."""
-  ours = {
-    row.percent: runs
-    for row, runs in results.items()
-    if (row.order, row.criterion) == ('joint', 'lora')
-  }
-  texts, lines = list(texts), []
-  for row, runs in results.items():
-    if (row.order, row.criterion) == ('joint', 'lora'):
-      continue
-    parts = []
-    for text in texts:
-      base = [run[text] for run in ours[row.percent]]
-      value = statistics.mean(run[text] for run in runs)
-      change = value / statistics.mean(base) - 1
-      word = 'higher' if change > 0 else 'lower'
-      inside = min(base) <= value <= max(base) and len(base) > 1
-      note = ', within the range of its seeds' if inside else ''
-      parts.append(f'{abs(change):.0%} {word} on {text}{note}')
-    lines.append(
-      f'- {row.percent}%, {row.order}, {row.criterion}: ' + '; '.join(parts)
-    )
-  return '\n'.join(lines)
-
-
-def draw(
-  dense: dict[str, float], results: dict[Row, list[dict[str, Any]]]
-) -> Figure:
-  """Perplexity on held-out news against the parameters kept."""
-  figure = Figure(figsize=(7, 4))
-  axes = figure.add_subplot()
-  axes.plot([1.0], [dense[NEWS]], 'D', color='black', label='dense')
-  for row, runs in results.items():
-    kept, values = runs[0]['kept'], [run[NEWS] for run in runs]
-    mean = statistics.mean(values)
-    errors = [[mean - min(values)], [max(values) - mean]]
-    axes.errorbar(
-      [kept],
-      [mean],
-      yerr=errors if len(values) > 1 else None,
-      fmt=MARKERS[row.order],
-      color=COLORS[row.criterion],
-      capsize=3,
-      label=f'{row.criterion}, {row.order}',
-    )
-  handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-  axes.legend(
-    handles.values(),
-    handles,
-    loc='center left',
-    bbox_to_anchor=(1, 0.5),
-    frameon=False,
-  )
-  axes.set(
-    xlabel='share of parameters kept',
-    ylabel=f'perplexity, {NEWS}',
-    yscale='log',
-  )
-  axes.xaxis.set_major_formatter('{x:.0%}')
-  axes.spines[['top', 'right']].set_visible(False)
-  figure.tight_layout()
-  return figure
-
-
-def page(
-  dense: dict[str, float],
-  results: dict[Row, list[dict[str, Any]]],
-  texts: dict[str, str],
-  command: str,
-) -> str:
-  """docs/results.md."""
-  versions = {
-    f'{name} {version}'
-    for runs in results.values()
-    for run in runs
-    for name, version in run['versions'].items()
-  }
-  return f"""# LoRAPrune beside the alternatives
-
-Written by `{command}` on {date.today()}; {', '.join(sorted(versions))}.
-
-SmolLM2-135M-Instruct with its three KV heads repeated to nine, 100 steps of
-8 x 128 tokens of news, learning rate 1e-3 down to 0, rank 8; the first tenth of
-the layers and the last one are left whole. Of the others, "50%" removes 4 of 9
-heads and 768 of 1,536 channels, "20%" removes 1 and 284: the counts of the
-reference implementation. `joint` prunes while LoRA trains, `prune_then_tune`
-prunes after 10 steps that only measure and trains LoRA for the other 90, `none`
-prunes after those 10. Perplexity at {SEQ_LEN} tokens, the first {WINDOWS}
-windows. A range in brackets is that of the seeds; a row without one is a single
-run.
-
-{table(dense, results, texts)}
-
-![Perplexity against the share of parameters kept](figures/compare.svg)
-
-## What the numbers say
-
-Against joint lora at the same share of groups:
-
-{findings(results, texts)}
-
-A difference smaller than the range of joint lora's seeds says nothing; where
-there is one seed alone, that range is the only measure of chance. Peak memory
-is the process's: `gradient` pays for a gradient of every weight. Tokens per
-second are of one machine on which other work may have run.
-"""
 
 
 def main() -> None:
