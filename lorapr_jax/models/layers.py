@@ -13,6 +13,8 @@ from lorapr_jax.models.config import LoraConfig, RopeScaling
 
 # The name of the projections' outputs, for rematerialisation policies.
 PROJECTION = 'projection'
+# The name of dropout's masks, likewise.
+DROPOUT = 'dropout'
 # The collection of what a caller may observe of the projections' inputs.
 STATISTICS = 'statistics'
 
@@ -68,11 +70,15 @@ def apply_rope(x: Array, angles: Array) -> Array:
 def dropout(key: Array, x: Array, rate: float) -> Array:
   """Zeroes a share `rate` of x, to 1/65536, and rescales the rest.
 
-  Sixteen random bits an element, not a float's thirty-two: on a CPU they are
-  a visible part of the step (docs/method.md has the figures).
+  Sixteen random bits an element, two elements a word, not a float's thirty-two:
+  JAX's generator spends as much on a uint16 as on a uint32, and on a CPU that
+  is a visible part of the step (docs/method.md has the figures).
   """
   dropped = round(rate * 65536)
-  keep = jax.random.bits(key, x.shape, jnp.uint16) >= dropped
+  *rows, columns = x.shape
+  words = jax.random.bits(key, (*rows, -(-columns // 2)), jnp.uint32)
+  bits = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*rows, -1)
+  keep = checkpoint_name(bits[..., :columns] >= dropped, DROPOUT)
   return jnp.where(keep, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
 
 

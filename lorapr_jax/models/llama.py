@@ -21,6 +21,7 @@ from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
+  DROPOUT,
   PROJECTION,
   STATISTICS,
   LoRAEinsum,
@@ -35,7 +36,7 @@ from lorapr_jax.pruning.masks import apply_masks
 # masked weights: they would be a second copy of the model.
 REMAT_POLICIES = {
   'blocks': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_only_these_names(PROJECTION),
+  'dots': jax.checkpoint_policies.save_only_these_names(PROJECTION, DROPOUT),
 }
 
 
