@@ -20,7 +20,7 @@ demo: .venv/run $(MODEL)/config.json
 # LoRAPrune beside the alternatives; what runs/compare holds is not run again.
 # COMPARE='--full' or "--text 'PTB validation=file:ptb.txt?lines'" adds to it.
 compare: .venv/run $(MODEL)/config.json
-	PYTHONPATH=. $(BIN)/python benchmarks/compare.py $(COMPARE)
+	PYTHONPATH=. $(BIN)/python benchmarks/compare.py --jobs 2 $(COMPARE)
 
 # What has a target of its own below is not among these. Two files at a time:
 # most of their time is compiling, on one core.

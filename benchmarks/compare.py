@@ -1,22 +1,26 @@
 """LoRAPrune beside the alternatives, on one model, one text, one budget.
 
-  PYTHONPATH=. python benchmarks/compare.py [--full]
+  PYTHONPATH=. python benchmarks/compare.py [--full] [--jobs 2]
     [--text 'PTB validation=file:ptb.valid.txt?lines' ...]
+    [--known docs/results.json]
 
 Prunes SmolLM2-135M-Instruct with its KV heads repeated (benchmarks/make_mha.py;
 as many KV heads as heads, so that 20% and 50% of them can go) by every
 criterion and order of the list below, 100 steps of 8 x 128 tokens of news in
 file order: the setting in which the reference implementation was run
-(docs/method.md). What --out holds already is not run again, and a run that was
-cut short goes on. Then writes docs/results.md and its figure.
+(docs/method.md). After each run docs/results.md, its figure and results.json
+have what is known so far. What --out holds already is not run again, nor what
+--known does, and a run that was cut short goes on.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from datetime import date
 import itertools
 import json
+import os
 from pathlib import Path
-import shlex
 import subprocess
 import sys
 from typing import Any
@@ -26,18 +30,20 @@ from benchmarks.results_page import (
   SEQ_LEN,
   WINDOWS,
   Row,
+  collect,
   draw,
   page,
-  table,
 )
 import lorapr_jax as lp
 from lorapr_jax.data.demo import all_news_texts, cache_dir
+from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json, write_text
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.settings import ORDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'results.md'
+RECORD = PAGE.with_suffix('.json')
 FIGURE = ROOT / 'docs' / 'figures' / 'compare.svg'
 MIN_CHARACTERS, HELD_OUT = 500, 60
 # What the reference prunes of 9 heads and 1536 channels at 20% and at 50%.
@@ -103,43 +109,78 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
   ]
 
 
-def score(folder: Path, notes: Path, texts: dict[str, str]) -> dict[str, float]:
-  """The perplexity of a folder on each text, measured once and noted."""
-  known = read_json(notes) if notes.exists() else {}
-  for spec in texts.values():
-    if spec not in known:
-      result = lp.evaluate(folder, spec, SEQ_LEN, max_windows=WINDOWS)
-      known[spec] = result.perplexity
-      write_json(notes, known)
-  return {name: known[spec] for name, spec in texts.items()}
+def prune(
+  workdir: Path, flags: Sequence[str], environment: Mapping[str, str]
+) -> None:
+  """A run from where it stands to its end; what it says lies beside it."""
+  command = [sys.executable, 'train.py', *flags, f'--workdir={workdir}']
+  log = workdir.with_suffix('.log')
+  with log.open('a', encoding='utf-8') as output:
+    done = subprocess.run(
+      command, cwd=ROOT, stdout=output, stderr=output, env=environment
+    )
+  if done.returncode:
+    raise UserError(f'{workdir.name} ended with an error: see {log}')
+
+
+def score(
+  folder: Path, texts: Mapping[str, str], known: Mapping[str, float]
+) -> dict[str, float]:
+  """{name: perplexity} of a folder on each text that is not known yet."""
+  return {
+    name: known.get(name)
+    or lp.evaluate(folder, spec, SEQ_LEN, max_windows=WINDOWS).perplexity
+    for name, spec in texts.items()
+  }
 
 
 def measure(
-  row: Row, seed: int, out: Path, flags: Sequence[str], texts: dict[str, str]
+  workdir: Path,
+  flags: Sequence[str],
+  texts: Mapping[str, str],
+  known: Mapping[str, Any],
+  environment: Mapping[str, str],
 ) -> dict[str, Any]:
-  """What one run came to; it is made if it is not there."""
-  workdir = out / row.name(seed)
+  """What one run came to; it is made if that is not known."""
+  perplexity = known.get('perplexity', {})
+  if texts.keys() <= perplexity.keys():
+    return dict(known)
   if not (workdir / 'summary.json').exists():
-    print(f'--- {workdir.name}', flush=True)
-    command = [sys.executable, 'train.py', *flags, f'--workdir={workdir}']
-    subprocess.run(command, cwd=ROOT, check=True)
+    prune(workdir, flags, environment)
   summary = read_json(workdir / 'summary.json')
   return {
+    'date': str(date.today()),
     'kept': summary['params_pruned'] / summary['params_dense'],
     'memory': summary['peak_memory_bytes'],
     'speed': summary['tokens_per_second'],
     'versions': summary['versions'],
-    **score(workdir / 'export', out / f'{workdir.name}.json', texts),
+    'perplexity': score(workdir / 'export', texts, perplexity),
   }
 
 
+def publish(
+  record: Mapping[str, Any], rows: Sequence[Row], texts: Sequence[str]
+) -> None:
+  """Writes the record, and the page and the figure of its runs."""
+  write_json(RECORD, record)
+  dense, results, missing = collect(record, rows, texts)
+  write_text(PAGE, page(dense, results, texts, missing))
+  draw(dense, results).savefig(
+    FIGURE, facecolor='white', metadata={'Date': None, 'Creator': None}
+  )
+
+
 def main() -> None:
-  """Runs what is missing and writes the page."""
+  """Runs what is missing."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'compare')
   parser.add_argument('--full', action='store_true', help='90 runs')
+  parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
   parser.add_argument(
     '--text', action='append', default=[], help='NAME=SPEC, to measure on too'
+  )
+  parser.add_argument(
+    '--known', type=Path, help='a results.json, whose runs are not run again'
   )
   args = parser.parse_args()
   out = args.out.absolute()
@@ -149,22 +190,37 @@ def main() -> None:
   for text in args.text:
     name, _, spec = text.partition('=')
     texts[name] = spec
-  model, results = make_model(), {}
-  for row in FULL if args.full else ROWS:
-    results[row] = [
-      measure(row, seed, out, arguments(row, seed, model, train), texts)
+  rows, model = FULL if args.full else ROWS, make_model()
+
+  ours = out / RECORD.name
+  record = read_json(args.known) if args.known else {}
+  record |= read_json(ours) if ours.exists() else {}
+  record['dense'] = score(model, texts, record.get('dense', {}))
+  # As many threads for each as it would get of the cores.
+  threads = max(1, (os.cpu_count() or 1) // args.jobs)
+  environment = {**os.environ, 'NPROC': str(threads)}
+  with ThreadPoolExecutor(args.jobs) as pool:
+    runs = {
+      pool.submit(
+        measure,
+        out / row.name(seed),
+        arguments(row, seed, model, train),
+        texts,
+        record.get(row.name(seed), {}),
+        environment,
+      ): row.name(seed)
+      for row in rows
       for seed in row.seeds
-    ]
-  dense = score(model, out / 'dense.json', texts)
-  flags = ['--full'] if args.full else []
-  for name in list(texts)[1:]:
-    flags += ['--text', f'{name}=...']
-  command = shlex.join(['python', 'benchmarks/compare.py', *flags])
-  draw(dense, results).savefig(
-    FIGURE, facecolor='white', metadata={'Date': None, 'Creator': None}
-  )
-  write_text(PAGE, page(dense, results, texts, command))
-  print(table(dense, results, texts))
+    }
+    try:
+      for run in as_completed(runs):
+        record[runs[run]] = run.result()
+        write_json(ours, record)
+        publish(record, rows, list(texts))
+        print(f'{runs[run]}: {record[runs[run]]["perplexity"]}', flush=True)
+    except BaseException:
+      pool.shutdown(cancel_futures=True)
+      raise
 
 
 if __name__ == '__main__':

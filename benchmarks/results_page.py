@@ -1,8 +1,7 @@
 """docs/results.md and its figure, from what the runs of compare.py came to."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
-from datetime import date
 import statistics
 from typing import Any
 
@@ -42,6 +41,28 @@ class Row:
     return f'{self.order}-{self.criterion}-{self.percent}-seed{seed}'
 
 
+Results = dict[Row, list[dict[str, Any]]]
+
+
+def collect(
+  record: Mapping[str, Any], rows: Iterable[Row], texts: Sequence[str]
+) -> tuple[dict[str, float], Results, list[str]]:
+  """Of a record: the dense model, each row's runs, and which are missing.
+
+  Runs that were not measured on all of `texts` are missing too.
+  """
+  results: Results = {}
+  missing = []
+  for row in rows:
+    for name in map(row.name, row.seeds):
+      run = record.get(name, {'perplexity': {}})
+      if set(texts) <= run['perplexity'].keys():
+        results.setdefault(row, []).append(run)
+      else:
+        missing.append(name)
+  return record['dense'], results, missing
+
+
 def spread(values: Sequence[float], form: str = '{:.1f}') -> str:
   """The mean, and in brackets the range where there is one."""
   mean = form.format(statistics.mean(values))
@@ -52,7 +73,7 @@ def spread(values: Sequence[float], form: str = '{:.1f}') -> str:
 
 def table(
   dense: dict[str, float],
-  results: dict[Row, list[dict[str, Any]]],
+  results: Results,
   texts: Iterable[str],
 ) -> str:
   """All runs; each row's figures are means over its seeds."""
@@ -65,7 +86,9 @@ def table(
     ('0%', 'dense', '', '', '100%', *scores, '', ''),
   ]
   for row, runs in results.items():
-    figures = [spread([run[text] for run in runs]) for text in texts]
+    figures = [
+      spread([run['perplexity'][text] for run in runs]) for text in texts
+    ]
     lines.append(
       (
         f'{row.percent}%',
@@ -81,9 +104,7 @@ def table(
   return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-def findings(
-  results: dict[Row, list[dict[str, Any]]], texts: Iterable[str]
-) -> str:
+def findings(results: Results, texts: Iterable[str]) -> str:
   """LoRAPrune against each alternative, in words: also where it loses."""
   ours = {
     row.percent: runs
@@ -94,10 +115,12 @@ def findings(
   for row, runs in results.items():
     if (row.order, row.criterion) == ('joint', 'lora'):
       continue
+    if row.percent not in ours:
+      continue
     parts = []
     for text in texts:
-      base = [run[text] for run in ours[row.percent]]
-      value = statistics.mean(run[text] for run in runs)
+      base = [run['perplexity'][text] for run in ours[row.percent]]
+      value = statistics.mean(run['perplexity'][text] for run in runs)
       change = value / statistics.mean(base) - 1
       word = 'higher' if change > 0 else 'lower'
       inside = min(base) <= value <= max(base) and len(base) > 1
@@ -109,15 +132,13 @@ def findings(
   return '\n'.join(lines)
 
 
-def draw(
-  dense: dict[str, float], results: dict[Row, list[dict[str, Any]]]
-) -> Figure:
+def draw(dense: dict[str, float], results: Results) -> Figure:
   """Perplexity on held-out news against the parameters kept."""
   figure = Figure(figsize=(7, 4))
   axes = figure.add_subplot()
   axes.plot([1.0], [dense[NEWS]], 'D', color='black', label='dense')
   for row, runs in results.items():
-    kept, values = runs[0]['kept'], [run[NEWS] for run in runs]
+    kept, values = runs[0]['kept'], [run['perplexity'][NEWS] for run in runs]
     mean = statistics.mean(values)
     errors = [[mean - min(values)], [max(values) - mean]]
     axes.errorbar(
@@ -150,20 +171,29 @@ def draw(
 
 def page(
   dense: dict[str, float],
-  results: dict[Row, list[dict[str, Any]]],
-  texts: dict[str, str],
-  command: str,
+  results: Results,
+  texts: Sequence[str],
+  missing: Sequence[str],
 ) -> str:
   """docs/results.md."""
+  runs = [run for row in results.values() for run in row]
   versions = {
     f'{name} {version}'
-    for runs in results.values()
     for run in runs
     for name, version in run['versions'].items()
   }
+  dates = sorted({run['date'] for run in runs})
+  period = ' to '.join(dict.fromkeys((dates[0], dates[-1])))
+  extra = ''.join(f" --text '{name}=...'" for name in texts if name != NEWS)
+  rest = ', '.join(missing) or 'none'
   return f"""# LoRAPrune beside the alternatives
 
-Written by `{command}` on {date.today()}; {', '.join(sorted(versions))}.
+{period}; {', '.join(sorted(versions))}. Every figure is in
+[results.json](results.json). Runs of the list that are not made yet: {rest}.
+
+```sh
+PYTHONPATH=. python benchmarks/compare.py --jobs 2{extra}
+```
 
 SmolLM2-135M-Instruct with its three KV heads repeated to nine, 100 steps of
 8 x 128 tokens of news, learning rate 1e-3 down to 0, rank 8; the first tenth of
@@ -188,5 +218,5 @@ Against joint lora at the same share of groups:
 A difference smaller than the range of joint lora's seeds says nothing; where
 there is one seed alone, that range is the only measure of chance. Peak memory
 is the process's: `gradient` pays for a gradient of every weight. Tokens per
-second are of one machine on which other work may have run.
+second are of one machine, on which other work ran beside each run.
 """

@@ -80,35 +80,66 @@ def test_the_comparison_has_the_runs_that_it_should(compare):
     assert (9 * targets[0], 1536 * targets[1]) == pytest.approx(removed)
 
 
-def test_the_comparison_says_where_lora_wins_and_where_not(compare):
-  def run(news):
-    return {
-      'held-out news': news,
-      'kept': 0.6,
-      'memory': 3e9,
-      'speed': 100.0,
-      'versions': {'jax': '0.10.2'},
-    }
-
-  row = compare.Row
-  results = {
-    row(50, 'joint', 'lora', (0, 1)): [run(90.0), run(110.0)],
-    row(50, 'joint', 'gradient'): [run(80.0)],
-    row(50, 'joint', 'random'): [run(300.0)],
-    row(50, 'none', 'lora'): [run(105.0)],
+def a_run(news):
+  return {
+    'date': '2026-11-26',
+    'perplexity': {'held-out news': news},
+    'kept': 0.6,
+    'memory': 3e9,
+    'speed': 100.0,
+    'versions': {'jax': '0.10.2'},
   }
-  texts = {'held-out news': 'file:heldout.txt'}
-  page = compare.page({'held-out news': 40.0}, results, texts, 'COMMAND')
+
+
+RECORD = {
+  'dense': {'held-out news': 40.0},
+  'joint-lora-50-seed0': a_run(90.0),
+  'joint-lora-50-seed1': a_run(110.0),
+  'joint-gradient-50-seed0': a_run(80.0),
+  'joint-random-50-seed0': a_run(300.0),
+  'none-lora-50-seed0': a_run(105.0),
+  # Nothing to compare it with, since joint lora at 20% is not run.
+  'joint-magnitude-20-seed0': a_run(60.0),
+}
+
+
+def test_the_comparison_says_where_lora_wins_and_where_not(compare):
+  texts = ['held-out news']
+  dense, results, missing = compare.collect(RECORD, compare.ROWS, texts)
+  page = compare.page(dense, results, texts, missing)
   assert '- 50%, joint, gradient: 20% lower on held-out news\n' in page
   assert '- 50%, joint, random: 200% higher on held-out news\n' in page
   inside = '5% higher on held-out news, within the range of its seeds'
   assert f'- 50%, none, lora: {inside}\n' in page
   assert '| 50% | joint | lora | 2 | 60.0% | 100.0 (90.0-110.0) |' in page
+  assert '| 20% | joint | magnitude | 1 | 60.0% | 60.0 |' in page
+  assert '- 20%' not in page
   assert '| 0% | dense |  |  | 100% | 40.0 |' in page
-  assert 'COMMAND' in page and 'jax 0.10.2' in page
+  assert '2026-11-26; jax 0.10.2.' in page
   # One legend entry and one mark for each row, and the dense model's.
-  axes = compare.draw({'held-out news': 40.0}, results).axes[0]
-  assert len(axes.get_legend_handles_labels()[1]) == 5
+  axes = compare.draw(dense, results).axes[0]
+  assert len(axes.get_legend_handles_labels()[1]) == 6
+
+
+def test_the_comparison_says_what_it_has_not_run(compare):
+  texts = ['held-out news']
+  dense, results, missing = compare.collect(RECORD, compare.ROWS, texts)
+  assert len(missing) == 14 - 6
+  assert (
+    'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
+  )
+  page = compare.page(dense, results, texts, missing)
+  assert f'not made yet: {", ".join(missing)}.' in page
+  # A run that is not measured on every text is missing too.
+  more = compare.collect(RECORD, compare.ROWS, [*texts, 'PTB'])
+  assert not more[1] and len(more[2]) == 14
+
+
+def test_what_is_known_of_a_run_is_not_measured_again(compare, tmp_path):
+  known = a_run(90.0)
+  texts = {'held-out news': 'file:not-there.txt'}
+  run = compare.measure(tmp_path / 'not-there', [], texts, known, {})
+  assert run == known
 
 
 def test_the_input_is_measured_beside_the_step(tmp_path):
