@@ -16,6 +16,7 @@ COMMANDS = {
   'lm_eval': "lm-evaluation-harness's own command line, with our model",
   'export': 'write a run or a folder in another layout or format',
   'generate': 'text from a folder, streamed; a chat where it has a template',
+  'benchmark': 'how fast a folder runs, beside another',
   'report': 'the page of a finished run, or several runs compared',
   'inspect': 'what is pruned together, and what a target would leave',
 }

@@ -1,14 +1,18 @@
-"""The time of a forward pass, of two models side by side."""
+"""The time of forward passes and of generation, of models side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+import dataclasses
 import functools
 import statistics
 import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import Sharding
 
-from lorapr_jax.models import llama
+from lorapr_jax import sharding
+from lorapr_jax.models import cached, llama
 from lorapr_jax.steps import StepSettings, compiler_options
 
 
@@ -51,3 +55,98 @@ def paired_latency(
       jax.block_until_ready(_prefill(settings)(params, tokens))
       seconds[name].append(time.perf_counter() - start)
   return {name: statistics.median(times[1:]) for name, times in seconds.items()}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationTimes:
+  """Seconds, turn by turn.
+
+  Attributes:
+    prefill: of the prompt, up to the first token that follows.
+    decode: of each later token, of all sequences together.
+  """
+
+  prefill: tuple[float, ...]
+  decode: tuple[float, ...]
+
+
+def paired_generation(
+  models: Mapping[str, tuple[Any, StepSettings]],
+  *,
+  batch_size: int,
+  prompt_tokens: int,
+  new_tokens: int,
+  repeats: int,
+) -> dict[str, GenerationTimes]:
+  """How long models take to read a prompt and to go on, with a KV cache.
+
+  The models take turns, so that what else the machine does hits all of them:
+  compare the times of the same turn. The likeliest token is taken, and only
+  the last is waited for.
+
+  Args:
+    models: name -> (params, settings).
+    batch_size: sequences.
+    prompt_tokens: of each.
+    new_tokens: that follow; at least 2, of which the prefill gives the first.
+    repeats: timed turns, after one that compiles.
+  """
+  vocab = min(s.config.vocab_size for _, s in models.values())
+  shape = (batch_size, prompt_tokens)
+  prompt = jax.random.randint(jax.random.key(0), shape, 0, vocab)
+  turns: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
+  for _ in range(repeats + 1):
+    for name, (params, settings) in models.items():
+      place = sharding.beside(params, ())
+      length = prompt_tokens + new_tokens - 1
+      cache = _make_cache(settings, batch_size, length, place)()
+      tokens = jax.block_until_ready(jax.device_put(prompt, place))
+      jax.block_until_ready(cache)
+      advance = _make_advance(settings, place)
+      start = time.perf_counter()
+      cache, tokens = advance(params, cache, tokens, 0)
+      jax.block_until_ready(tokens)
+      first = time.perf_counter()
+      for position in range(prompt_tokens, length):
+        cache, tokens = advance(params, cache, tokens, position)
+      jax.block_until_ready(tokens)
+      decode = (time.perf_counter() - first) / (new_tokens - 1)
+      turns[name].append((first - start, decode))
+  return {
+    name: GenerationTimes(*zip(*times[1:], strict=True))
+    for name, times in turns.items()
+  }
+
+
+@functools.cache
+def _make_cache(
+  settings: StepSettings, batch_size: int, length: int, place: Sharding
+) -> Callable[[], cached.Cache]:
+  empty = functools.partial(
+    cached.empty_cache, settings.config, batch_size, length, settings.dtype
+  )
+  return jax.jit(empty, out_shardings=place)
+
+
+@functools.cache
+def _make_advance(
+  settings: StepSettings, place: Sharding
+) -> Callable[..., tuple[cached.Cache, jax.Array]]:
+  """(params, cache, tokens (B, T), start) -> (cache, the next ids (B, 1)).
+
+  The old cache is donated.
+  """
+
+  def advance(params, cache, tokens, start):
+    hidden, cache = cached.hidden_states(
+      params, tokens, cache, start, settings.config, dtype=settings.dtype
+    )
+    logits = llama.logits(params, hidden[:, -1:])
+    return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+  return jax.jit(
+    advance,
+    donate_argnums=1,
+    out_shardings=place,
+    compiler_options=compiler_options(),
+  )

@@ -43,6 +43,14 @@ def _own_task(place):
   return _evaluate('--tasks', 'mine', '--include_path', 'TASKS')(place)
 
 
+def _benchmark(*more):
+  def argv(place):
+    place.copy('MODEL')
+    return ['benchmark', '--model', 'MODEL', *more]
+
+  return argv
+
+
 def _inspect(*more):
   def argv(place):
     place.copy('MODEL')
@@ -153,4 +161,21 @@ CASES = [
     varies=CHOICES,
   ),
   Case('`inspect --layers 3`, an unknown flag', _inspect('--layers', '3')),
+  Case('`benchmark` without `--model`', with_argv('benchmark')),
+  Case('`benchmark --batch_sizes 0`', _benchmark('--batch_sizes', '0')),
+  Case(
+    '`benchmark --batch_sizes 1,many`', _benchmark('--batch_sizes', '1,many')
+  ),
+  Case('`benchmark --new_tokens 1`', _benchmark('--new_tokens', '1')),
+  Case('`benchmark --repeats 0`', _benchmark('--repeats', '0')),
+  Case(
+    '`benchmark --prompt_tokens 99`, more than the model has positions',
+    _benchmark('--prompt_tokens', '99'),
+  ),
+  Case(
+    '`benchmark --against NONE`, no folder',
+    _benchmark(
+      *('--prompt_tokens', '8', '--new_tokens', '8', '--against', 'NONE')
+    ),
+  ),
 ]

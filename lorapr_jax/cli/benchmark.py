@@ -1,0 +1,227 @@
+"""benchmark: how fast a folder reads a prompt and goes on, beside another."""
+
+from pathlib import Path
+import statistics
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lorapr_jax import model as model_lib
+from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.errors import UserError, check_least
+from lorapr_jax.eval.latency import GenerationTimes, paired_generation
+from lorapr_jax.hf.load import load_config
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.cost import (
+  forward_flops_per_token,
+  kv_cache_bytes_per_token,
+)
+from lorapr_jax.steps import StepSettings
+
+PHASES = ('prefill', 'decode')
+
+
+def main(argv: list[str]) -> None:
+  """Times the folders, which take turns, and prints what came out."""
+  parser = Parser('benchmark', __doc__)
+  parser.add_argument('--model', required=True, help='a Hugging Face folder')
+  parser.add_argument('--against', help='another, which takes turns with it')
+  parser.add_argument(
+    '--batch_sizes', default='1,4', help='sequences, comma-separated'
+  )
+  parser.add_argument('--prompt_tokens', type=int, default=128)
+  parser.add_argument('--new_tokens', type=int, default=32)
+  parser.add_argument('--repeats', type=int, default=7, help='timed turns')
+  parser.add_argument(
+    '--dtype',
+    default='auto',
+    choices=('auto', 'float32', 'bfloat16'),
+    help='of weights and computation; auto: float32 on CPU, else bfloat16',
+  )
+  parser.add_json()
+  args = parser.parse_args(argv)
+  folders = {'model': args.model} | (
+    {'against': args.against} if args.against else {}
+  )
+  batch_sizes = check(args, folders)
+  report = benchmark(
+    folders,
+    batch_sizes,
+    prompt_tokens=args.prompt_tokens,
+    new_tokens=args.new_tokens,
+    repeats=args.repeats,
+    dtype=args.dtype,
+  )
+  if args.json:
+    print_json(report)
+  else:
+    show(report)
+
+
+def check(args: Any, folders: dict[str, str]) -> list[int]:
+  """The batch sizes.
+
+  Raises:
+    UserError: for figures that make no sense, or that a model has no room for.
+  """
+  try:
+    batch_sizes = [int(size) for size in args.batch_sizes.split(',')]
+  except ValueError:
+    raise UserError(
+      f'--batch_sizes is {args.batch_sizes!r}: it must be numbers such as 1,4'
+    ) from None
+  check_least(
+    batch_sizes=(min(batch_sizes), 1),
+    prompt_tokens=(args.prompt_tokens, 1),
+    new_tokens=(args.new_tokens, 2),
+    repeats=(args.repeats, 1),
+  )
+  tokens = args.prompt_tokens + args.new_tokens
+  for folder in folders.values():
+    positions = load_config(folder).max_positions
+    if tokens > positions:
+      raise UserError(
+        f'--prompt_tokens and --new_tokens are {tokens} tokens, more than the '
+        f'{positions} positions (max_position_embeddings) of {folder}'
+      )
+  return batch_sizes
+
+
+def benchmark(
+  folders: dict[str, str],
+  batch_sizes: list[int],
+  *,
+  prompt_tokens: int,
+  new_tokens: int,
+  repeats: int,
+  dtype: str = 'auto',
+) -> dict[str, Any]:
+  """What the command prints with --json.
+
+  Args:
+    folders: {'model': a folder}, with {'against': another} to compare it with.
+    batch_sizes: sequences at a time, one after the other.
+    prompt_tokens: of each sequence.
+    new_tokens: that follow.
+    repeats: timed turns; figures are medians over them.
+    dtype: as in `lorapr_jax.load`.
+  """
+  models, described = {}, {}
+  for name, folder in folders.items():
+    loaded = model_lib.load(folder, dtype)
+    models[name] = (
+      loaded.params,
+      StepSettings(loaded.config, dtype=loaded.dtype),
+    )
+    described[name] = describe(folder, loaded)
+  rows = []
+  for batch_size in batch_sizes:
+    times = paired_generation(
+      models,
+      batch_size=batch_size,
+      prompt_tokens=prompt_tokens,
+      new_tokens=new_tokens,
+      repeats=repeats,
+    )
+    for phase in PHASES:
+      # A prefill's tokens see half the prompt on average, a decoded one all
+      # before it.
+      width = {
+        'prefill': prompt_tokens,
+        'decode': 2 * prompt_tokens + new_tokens,
+      }[phase]
+      flops = {
+        name: forward_flops_per_token(settings.config, width)
+        for name, (_, settings) in models.items()
+      }
+      tokens = batch_size * (prompt_tokens if phase == 'prefill' else 1)
+      rows.append(
+        {'batch_size': batch_size, 'phase': phase}
+        | compare(times, phase, tokens, flops)
+      )
+  return {
+    **described,
+    'prompt_tokens': prompt_tokens,
+    'new_tokens': new_tokens,
+    'repeats': repeats,
+    'results': rows,
+  }
+
+
+def describe(folder: str, loaded: model_lib.Model) -> dict[str, Any]:
+  """A model's size, in the dtype that it runs in."""
+  config: LlamaConfig = loaded.config
+  each = loaded.dtype.itemsize
+  return {
+    'folder': folder,
+    'dtype': loaded.dtype.name,
+    'params': config.num_parameters,
+    'weights_bytes': config.num_parameters * each,
+    'kv_cache_bytes_per_token': kv_cache_bytes_per_token(config, each),
+  }
+
+
+def compare(
+  times: dict[str, GenerationTimes],
+  phase: str,
+  tokens: int,
+  flops: dict[str, float],
+) -> dict[str, Any]:
+  """Medians of a phase; the speed-up is the median of the turns' own.
+
+  Args:
+    times: of each model.
+    phase: 'prefill' or 'decode'.
+    tokens: that one time is of.
+    flops: of a token, of each model.
+  """
+  seconds = {name: getattr(value, phase) for name, value in times.items()}
+  row: dict[str, Any] = {}
+  for name, values in seconds.items():
+    median = statistics.median(values)
+    row[name] = {'seconds': median, 'tokens_per_second': tokens / median}
+  if 'against' in seconds:
+    pairs = zip(seconds['model'], seconds['against'], strict=True)
+    row['speedup'] = statistics.median(theirs / ours for ours, theirs in pairs)
+    row['flops_ratio'] = flops['against'] / flops['model']
+  return row
+
+
+def show(report: dict[str, Any]) -> None:
+  """The report as a table."""
+  names = [name for name in ('model', 'against') if name in report]
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+  table.add_column('batch', justify='right')
+  table.add_column('phase')
+  columns = [f'{name}, {unit}' for name in names for unit in ('ms', 'tokens/s')]
+  if 'against' in report:
+    columns += ['faster by', 'fewer FLOPs']
+  for column in columns:
+    table.add_column(column, justify='right')
+  for row in report['results']:
+    cells = []
+    for name in names:
+      cells += [
+        f'{1e3 * row[name]["seconds"]:,.1f}',
+        f'{row[name]["tokens_per_second"]:,.0f}',
+      ]
+    if 'against' in report:
+      cells += [f'x {row["speedup"]:.2f}', f'x {row["flops_ratio"]:.2f}']
+    table.add_row(str(row['batch_size']), row['phase'], *cells)
+  console = Console(highlight=False, markup=False)
+  console.print(table)
+  console.print(
+    f'prompts of {report["prompt_tokens"]} tokens, {report["new_tokens"]} new '
+    f'ones; medians of {report["repeats"]} turns',
+    soft_wrap=True,
+  )
+  for name in names:
+    model = report[name]
+    console.print(
+      f'{name}: {Path(model["folder"])}, {model["dtype"]}, '
+      f'{model["params"]:,} parameters, {model["weights_bytes"] / 1e9:.2f} GB, '
+      f'KV cache {model["kv_cache_bytes_per_token"]:,} bytes a token',
+      soft_wrap=True,
+    )
