@@ -126,14 +126,16 @@ def benchmark(
       repeats=repeats,
     )
     for phase in PHASES:
-      # A prefill's tokens see half the prompt on average, a decoded one all
-      # before it.
-      width = {
-        'prefill': prompt_tokens,
-        'decode': 2 * prompt_tokens + new_tokens,
+      # Of a prompt, the last token's logits alone are needed; a decoded token
+      # sees the prompt and on average half of what is new.
+      width, with_logits = {
+        'prefill': (prompt_tokens, 1 / prompt_tokens),
+        'decode': (2 * prompt_tokens + new_tokens, 1.0),
       }[phase]
       flops = {
-        name: forward_flops_per_token(settings.config, width)
+        name: forward_flops_per_token(
+          settings.config, width, with_logits=with_logits
+        )
         for name, (_, settings) in models.items()
       }
       tokens = batch_size * (prompt_tokens if phase == 'prefill' else 1)

@@ -3,7 +3,9 @@
 from lorapr_jax.models.config import LlamaConfig
 
 
-def forward_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+def forward_flops_per_token(
+  config: LlamaConfig, seq_len: int, *, with_logits: float = 1.0
+) -> float:
   """Floating-point operations of a forward pass, for each of `seq_len` tokens.
 
   Two for each weight that multiplies a token, the output matrix among them,
@@ -14,12 +16,15 @@ def forward_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
   Args:
     config: the sizes.
     seq_len: T, tokens.
+    with_logits: the share of the tokens that the output matrix multiplies; a
+      prefill needs the last one's logits alone.
   """
   tables = config.vocab_size * config.embed_dim
   norms = (2 * len(config.layers) + 1) * config.embed_dim
   weights = config.num_parameters - norms
   if not config.tie_embeddings:
     weights -= tables  # The input embeddings are looked up.
+  weights -= (1.0 - with_logits) * tables
   heads = sum(layer.num_heads for layer in config.layers)
   return 2.0 * weights + 2.0 * config.head_dim * heads * (seq_len + 1)
 

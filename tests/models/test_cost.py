@@ -35,6 +35,9 @@ def test_two_operations_for_each_weight_and_the_attention(tied):
     attention += 2 * 2 * queries * (1 + 2 + 3) / 3
   found = forward_flops_per_token(model(tied), 3)
   assert found == pytest.approx(2 * weights + attention)
+  # Of a prompt, one token's logits are enough.
+  prefill = forward_flops_per_token(model(tied), 3, with_logits=1 / 3)
+  assert found - prefill == pytest.approx(2 * (2 / 3) * 50 * 16)
 
 
 def test_the_compiler_counts_as_many():
