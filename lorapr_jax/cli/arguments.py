@@ -18,6 +18,15 @@ class Parser(argparse.ArgumentParser):
   def error(self, message: str):
     raise UserError(f'{message} ({self.prog} --help)')
 
+  def add_dtype(self) -> None:
+    """Adds --dtype, of what runs a model."""
+    self.add_argument(
+      '--dtype',
+      default='auto',
+      choices=('auto', 'float32', 'bfloat16'),
+      help='of weights and computation; auto: float32 on CPU, else bfloat16',
+    )
+
   def add_json(self) -> None:
     """Adds --json."""
     self.add_argument(

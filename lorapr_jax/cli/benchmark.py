@@ -34,12 +34,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument('--prompt_tokens', type=int, default=128)
   parser.add_argument('--new_tokens', type=int, default=32)
   parser.add_argument('--repeats', type=int, default=7, help='timed turns')
-  parser.add_argument(
-    '--dtype',
-    default='auto',
-    choices=('auto', 'float32', 'bfloat16'),
-    help='of weights and computation; auto: float32 on CPU, else bfloat16',
-  )
+  parser.add_dtype()
   parser.add_json()
   args = parser.parse_args(argv)
   folders = {'model': args.model} | (

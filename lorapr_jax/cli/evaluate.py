@@ -104,12 +104,7 @@ def parse(argv: list[str]) -> Any:
   parser.add_argument(
     '--batch_size', type=int, default=8, help='windows or rows at a time'
   )
-  parser.add_argument(
-    '--dtype',
-    default='auto',
-    choices=('auto', 'float32', 'bfloat16'),
-    help='of weights and computation; auto: float32 on CPU, else bfloat16',
-  )
+  parser.add_dtype()
   parser.add_json()
   args = parser.parse_args(argv)
   mode = next(name for name in _ONLY if getattr(args, name))

@@ -96,12 +96,7 @@ def parse(argv: list[str]) -> Any:
       default=default,
       help=f'{text}; default: {default:g}',
     )
-  parser.add_argument(
-    '--dtype',
-    default='auto',
-    choices=('auto', 'float32', 'bfloat16'),
-    help='of weights and computation; auto: float32 on CPU, else bfloat16',
-  )
+  parser.add_dtype()
   parser.add_json()
   return parser.parse_args(argv)
 
