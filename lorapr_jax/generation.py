@@ -177,7 +177,7 @@ def stream_tokens(
 def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
   end = min(len(ids) + sampling.max_new_tokens, config.max_positions)
   place = sharding.beside(params, ())
-  cache = _make_cache(config, _bucket(end), dtype, place)()
+  cache = cached.make_empty_cache(config, 1, _bucket(end), dtype, place)()
   advance = functools.partial(
     _make_advance(config, dtype, place),
     params,
@@ -202,14 +202,6 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
 def _bucket(count: int) -> int:
   """The next power of two."""
   return max(_SMALLEST, 1 << (count - 1).bit_length())
-
-
-@functools.cache
-def _make_cache(
-  config: LlamaConfig, length: int, dtype: Any, place: Sharding
-) -> Callable[[], cached.Cache]:
-  empty = functools.partial(cached.empty_cache, config, 1, length, dtype)
-  return jax.jit(empty, out_shardings=place)
 
 
 @functools.cache

@@ -99,7 +99,9 @@ def paired_generation(
     for name, (params, settings) in models.items():
       place = sharding.beside(params, ())
       length = prompt_tokens + new_tokens - 1
-      cache = _make_cache(settings, batch_size, length, place)()
+      cache = cached.make_empty_cache(
+        settings.config, batch_size, length, settings.dtype, place
+      )()
       tokens = jax.block_until_ready(jax.device_put(prompt, place))
       jax.block_until_ready(cache)
       advance = _make_advance(settings, place)
@@ -116,16 +118,6 @@ def paired_generation(
     name: GenerationTimes(*zip(*times[1:], strict=True))
     for name, times in turns.items()
   }
-
-
-@functools.cache
-def _make_cache(
-  settings: StepSettings, batch_size: int, length: int, place: Sharding
-) -> Callable[[], cached.Cache]:
-  empty = functools.partial(
-    cached.empty_cache, settings.config, batch_size, length, settings.dtype
-  )
-  return jax.jit(empty, out_shardings=place)
 
 
 @functools.cache

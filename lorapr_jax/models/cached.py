@@ -5,11 +5,13 @@ filled: (k, v) for each stack, both (L, B, S, K, H).
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
 from jax import Array
 import jax.numpy as jnp
+from jax.sharding import Sharding
 
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
@@ -27,6 +29,15 @@ def empty_cache(config: LlamaConfig, B: int, S: int, dtype: Any) -> Cache:
     return jnp.zeros((stack.size, B, S, K, H), dtype)
 
   return tuple((zeros(stack), zeros(stack)) for stack in config.stacks)
+
+
+@functools.cache
+def make_empty_cache(
+  config: LlamaConfig, B: int, S: int, dtype: Any, place: Sharding
+) -> Callable[[], Cache]:
+  """`empty_cache`, compiled, where it is to lie."""
+  empty = functools.partial(empty_cache, config, B, S, dtype)
+  return jax.jit(empty, out_shardings=place)
 
 
 def hidden_states(

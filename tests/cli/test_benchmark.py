@@ -12,7 +12,7 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.eval import latency
 from lorapr_jax.generation import Sampling, stream_tokens
 from lorapr_jax.hf.export import export_model
-from lorapr_jax.models import llama
+from lorapr_jax.models import cached, llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.steps import StepSettings
 
@@ -94,7 +94,7 @@ def test_what_is_timed_is_generation(random_params):
   settings = StepSettings(FULL, dtype=jnp.float32)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   prompt = jax.random.randint(jax.random.key(1), (2, 9), 0, 96)
-  cache = latency._make_cache(settings, 2, 14, place)()
+  cache = cached.make_empty_cache(FULL, 2, 14, jnp.float32, place)()
   advance = latency._make_advance(settings, place)
   cache, tokens = advance(params, cache, prompt, 0)
   drawn = [tokens]
