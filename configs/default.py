@@ -118,6 +118,10 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.warmup = 0.1
   # The share of the steps after it.
   config.prune.cooldown = 0.1
+  # When masked groups are really cut out, so that what is left trains faster:
+  # end; ascending shares of the ramp, such as 0.5,0.8 (joint only); or auto,
+  # those that save most time.
+  config.prune.shrink = 'end'
   # reference (the first tenth of the layers and the last one) or none.
   config.prune.protect = 'reference'
   # The heads kept are a multiple of this (query heads a layer under queries).

@@ -7,10 +7,11 @@ import json
 import logging
 from pathlib import Path
 import tempfile
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -107,10 +108,10 @@ def saved_steps(folder: Path) -> list[int]:
   return ocp.utils.checkpoint_steps(folder.absolute())
 
 
-def read_adapters(workdir: Path, folder: str) -> tuple[Any, Any]:
-  """LoRA and masks of the newest complete checkpoint of one phase.
+def read_state(workdir: Path, folder: str) -> dict[str, Any]:
+  """The newest complete checkpoint of one phase.
 
-  They come as host arrays, wherever they lay in training, and nothing in the
+  It comes as host arrays, wherever they lay in training, and nothing in the
   workdir changes.
 
   Args:
@@ -118,7 +119,7 @@ def read_adapters(workdir: Path, folder: str) -> tuple[Any, Any]:
     folder: of the phase's checkpoints in it.
 
   Returns:
-    Trees with an entry for each stack of what the phase trained.
+    The fields of the `TrainState`, at the size that it had.
 
   Raises:
     UserError: if there is no checkpoint, or it cannot be read.
@@ -137,7 +138,7 @@ def read_adapters(workdir: Path, folder: str) -> tuple[Any, Any]:
     state = checkpointer.restore(
       path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     )
-  return state['lora'], state['masks']
+  return state
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):
@@ -193,6 +194,19 @@ def _writing(folder: Path) -> Iterator[None]:
     ) from error
 
 
+class Saved(NamedTuple):
+  """A complete checkpoint.
+
+  Attributes:
+    step: the next step.
+    cuts: of this phase, the steps before which masked groups are cut out, past
+      and future ones; None if that is not decided yet.
+  """
+
+  step: int
+  cuts: tuple[int, ...] | None
+
+
 class Checkpoints:
   """The train states of a phase: everything but the base."""
 
@@ -206,28 +220,59 @@ class Checkpoints:
     # Before it raises an error, orbax logs its traceback.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
 
-  def restore(self, state: TrainState) -> TrainState:
-    """The newest complete checkpoint, or `state` if there is none.
+  def newest(self) -> Saved | None:
+    """The newest complete checkpoint, if there is one.
 
     Raises:
       UserError: if it cannot be read.
     """
     step = self._manager.latest_step()
     if step is None:
-      return state
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+      return None
     with _reading(self._manager.directory / str(step)):
+      cuts = self._manager.metadata(step).custom_metadata['cuts']
+      return Saved(step, None if cuts is None else tuple(cuts))
+
+  def restore(
+    self, saved: Saved, shapes: TrainState, place: Sharding
+  ) -> TrainState:
+    """The state of a checkpoint.
+
+    Args:
+      saved: from `newest`.
+      shapes: `jax.ShapeDtypeStruct`s of the size that it has.
+      place: where all of it will lie.
+
+    Raises:
+      UserError: if it cannot be read.
+    """
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+    )
+    with _reading(self._manager.directory / str(saved.step)):
       return self._manager.restore(
-        step, args=ocp.args.StandardRestore(abstract)
+        saved.step, args=ocp.args.StandardRestore(abstract)
       )
 
-  def save(self, state: TrainState, step: int) -> None:
-    """Saves in the background; `state` may be donated once this returns."""
+  def save(
+    self, state: TrainState, step: int, cuts: tuple[int, ...] | None
+  ) -> None:
+    """Saves in the background; `state` may be donated once this returns.
+
+    Args:
+      state: of a phase.
+      step: the next one.
+      cuts: as in `Saved`.
+    """
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = jax.tree.map(jnp.copy, state)
     with _writing(self._manager.directory):
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(state),
+        custom_metadata={'cuts': None if cuts is None else list(cuts)},
+      )
 
   def __enter__(self) -> 'Checkpoints':
     self._loops.__enter__()

@@ -10,10 +10,11 @@ from ml_collections import config_dict
 import numpy as np
 
 from lorapr_jax import routes, sharding
-from lorapr_jax.checkpoint import RUN_FILE, read_adapters, saved_steps
+from lorapr_jax.checkpoint import RUN_FILE, read_state, saved_steps
+from lorapr_jax.cut import cut_adapters, cut_params, kept_of, widened
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
-from lorapr_jax.finish import cut, kept_of, merge, pruned_model
+from lorapr_jax.finish import merge, pruned_model
 from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
 from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
@@ -21,6 +22,7 @@ from lorapr_jax.models.llama import logical_axes, param_shapes
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.settings import split_model
+from lorapr_jax.steps import TrainState
 
 
 def export(
@@ -71,8 +73,8 @@ def _of_run(
       'other sizes'
     )
   dtype = run['resolved']['base_dtype']
-  lora, masks = read_adapters(workdir, CHECKPOINTS)
-  kept = kept_of(masks)
+  state = TrainState(**read_state(workdir, CHECKPOINTS))
+  kept = kept_of(widened(state, sizes)['masks'])
   path = Path(config.model.path) if config.model.path else None
   if path:
     check_tensors(Shards(path), sizes)
@@ -89,11 +91,15 @@ def _of_run(
   params = load_base(
     path, sizes, jnp.dtype(dtype), _places(sizes, dtype), config.train.seed
   )
-  params, lora = cut(sizes, lora_config, params, lora, kept)
+  params = cut_params(params, kept, sizes, delete=True)
   for folder in reversed(CHECKPOINTS_AFTER_CUT):
     if saved_steps(workdir / folder):
-      lora, _ = read_adapters(workdir, folder)
+      lora = read_state(workdir, folder)['lora']
       break
+  else:
+    # Some of it may have been cut on the way.
+    size = shrunk_config(sizes, kept_of(state.whole['masks']))
+    lora = cut_adapters(state.lora, kept_of(state.masks), size, lora_config)
   weights = merge(params, lora, lora_config, unmerged=route.kind == 'peft')
   return model, weights
 

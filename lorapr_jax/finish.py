@@ -1,12 +1,10 @@
-"""The end of a run: cut, merge, and every export that was asked for."""
+"""The end of a run: merge, and every export that was asked for."""
 
 from collections.abc import Callable
 import dataclasses
 from pathlib import Path
 import time
 from typing import Any
-
-import jax
 
 from lorapr_jax import routes, steps
 from lorapr_jax.data.tokenizer import Tokenizer
@@ -16,45 +14,13 @@ from lorapr_jax.generation import Sampling, stream_text
 from lorapr_jax.hf.export import parse_size
 from lorapr_jax.hf.load import content_hash
 from lorapr_jax.lora import merge_adapters
-from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
-from lorapr_jax.pruning.shrink import Kept, kept_groups, shrink, shrunk_config
+from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import summary
 from lorapr_jax.settings import RunSettings
 
 _LATENCY = {'batch_size': 1, 'seq_len': 128}
-
-
-def cut(
-  config: LlamaConfig,
-  lora_config: LoraConfig,
-  params: Any,
-  lora: Any,
-  kept: Kept,
-) -> tuple[Any, Any]:
-  """Takes away what is not kept: smaller weights, and smaller adapters.
-
-  Args:
-    config: the sizes before the cut.
-    lora_config: of the adapters.
-    params: the base.
-    lora: its adapters, by stack.
-    kept: from `kept_groups`; empty: nothing is cut.
-  """
-  if not kept:
-    return params, lora
-  axes = llama.block_axes(lora_config)
-
-  @jax.jit
-  def smaller(stacks, lora):
-    return (
-      shrink(stacks, axes['params'], kept, config),
-      shrink(lora, axes['lora'], kept, config),
-    )
-
-  stacks, lora = smaller(params['stacks'], lora)
-  return {**params, 'stacks': stacks}, lora
 
 
 def merge(
@@ -72,11 +38,6 @@ def merge(
   if not unmerged:
     return routes.Weights(merged)
   return routes.Weights(merged, params, lora, lora_config)
-
-
-def kept_of(masks: Any) -> Kept:
-  """What the masks keep, by layer; empty where nothing is pruned."""
-  return kept_groups(masks) if any(masks) else ()
 
 
 def pruned_model(

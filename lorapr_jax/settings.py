@@ -22,6 +22,7 @@ from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.milestones import parse_shrink
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
 from lorapr_jax.sections import (
@@ -52,6 +53,7 @@ class RunSettings:
     plan: what will be left; None if nothing is pruned.
     schedule: of joint pruning.
     calibration_steps: of the other orders.
+    shrink: of joint pruning: from `parse_shrink`.
     mesh: sizes of data, fsdp, tensor.
   """
 
@@ -65,6 +67,7 @@ class RunSettings:
   plan: PruningPlan | None
   schedule: PruneSchedule
   calibration_steps: int
+  shrink: str | tuple[float, ...]
   criterion: Criterion
   mesh: dict[str, int]
   export: ExportSettings
@@ -129,6 +132,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
       train.steps, prune.every, prune.warmup, prune.cooldown
     ),
     calibration_steps=_calibration_steps(prune, train),
+    shrink=_shrink(prune, plan),
     criterion=criterion,
     mesh=mesh,
     export=export,
@@ -243,6 +247,18 @@ def _calibration_steps(
       f'{train.steps} to tune: lower it, or use prune.order=none'
     )
   return steps
+
+
+def _shrink(
+  prune: config_dict.ConfigDict, plan: PruningPlan | None
+) -> str | tuple[float, ...]:
+  shrink = parse_shrink(prune.shrink)
+  if isinstance(shrink, tuple) and (plan is None or prune.order != 'joint'):
+    raise UserError(
+      f'prune.shrink is {prune.shrink!r}, but there is no ramp: use '
+      'prune.shrink=end, or prune.order=joint with a target'
+    )
+  return shrink
 
 
 def _lora_targets(names: str) -> tuple[str, ...]:

@@ -37,6 +37,8 @@ class TrainState:
     opt_state: optax's state for `lora`.
     masks: {group: 0 or 1}, by stack.
     importance: the moving average, as `masks`.
+    whole: {'masks', 'importance'} of the model before any cut, as the last
+      cut on the way left them: a mask is 1 where `masks` still has the group.
     skipped: steps whose gradients or scores were not finite, in all.
     skipped_in_a_row: the same, since the last good step.
   """
@@ -46,6 +48,7 @@ class TrainState:
   opt_state: Any
   masks: Any
   importance: Any
+  whole: dict[str, Any]
   skipped: Array
   skipped_in_a_row: Array
 
@@ -94,12 +97,17 @@ def init_state(
   masks = initial_masks(
     groups, tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
   )
+  zeros = functools.partial(jax.tree.map, jnp.zeros_like, masks)
   return TrainState(
     step=jnp.int32(0),
     lora=lora,
     opt_state=optimizer.init(lora),
     masks=masks,
-    importance=jax.tree.map(jnp.zeros_like, masks),
+    importance=zeros(),
+    whole={
+      'masks': jax.tree.map(jnp.ones_like, masks),
+      'importance': zeros(),
+    },
     skipped=jnp.int32(0),
     skipped_in_a_row=jnp.int32(0),
   )

@@ -111,8 +111,10 @@ def shrink(
     stacks,
     config,
     shrunk_config(config, kept),
-    lambda tree, layers: jax.vmap(lambda t, k: take_kept(t, axes, k))(
-      tree, _stacked(kept, layers)
+    # Layer by layer: on a mesh, taking along an axis that is split gathers it.
+    lambda tree, layers: jax.lax.map(
+      lambda layer: take_kept(layer[0], axes, layer[1]),
+      (tree, _stacked(kept, layers)),
     ),
   )
 

@@ -160,7 +160,8 @@ class PruningPlan:
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
 
-def _multiple(config: LlamaConfig, targets: Targets, group: str) -> int:
+def multiple_of(config: LlamaConfig, targets: Targets, group: str) -> int:
+  """What the count of a group that stays must divide by."""
   if group == CHANNELS:
     return math.lcm(targets.channels_multiple_of, targets.tensor_parallel)
   if group == KV_HEADS:
@@ -212,7 +213,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
     )
   shape = config.layers[0]
   choices = [
-    _Choice(g, group_size(config, shape, g), _multiple(config, targets, g))
+    _Choice(g, group_size(config, shape, g), multiple_of(config, targets, g))
     for g in targets.groups
   ]
   plan = PruningPlan(config, targets, {})

@@ -60,10 +60,6 @@ class Log:
     for writer in self._writers:
       writer.close(failed=error is not None)
 
-  def restart_clock(self) -> None:
-    """Leaves the time until now out of the next record: it was no step's."""
-    self._last = time.perf_counter()
-
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Leaves the time that its block takes out of the next record."""

@@ -1,17 +1,20 @@
 """importance.safetensors: what each prunable group scored, and what was cut."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.steps import TrainState
 
 
 def write_scores(
-  path: Path, state: TrainState, config: LlamaConfig, layers: Iterable[int]
+  path: Path,
+  groups: Mapping[str, Any],
+  config: LlamaConfig,
+  layers: Iterable[int],
 ) -> None:
   """Writes the moving average and the mask of every group, in float32.
 
@@ -22,15 +25,15 @@ def write_scores(
   Args:
     path: the file; a run that is repeated from its last checkpoint writes the
       same again.
-    state: the last one.
+    groups: {'masks', 'importance'} at the end, by stack of the uncut model.
     config: the sizes before the cut.
     layers: those that are not protected.
   """
   tensors, wanted = {}, set(layers)
   for i, stack in enumerate(config.stacks):
-    trees = {'importance': state.importance[i], 'mask': state.masks[i]}
-    for name, groups in trees.items():
-      for group, stacked in groups.items():
+    trees = {'importance': groups['importance'][i], 'mask': groups['masks'][i]}
+    for name, tree in trees.items():
+      for group, stacked in tree.items():
         for layer, values in enumerate(np.asarray(stacked), stack.start):
           if layer in wanted:
             tensors[f'layers.{layer}.{group}.{name}'] = values.copy()

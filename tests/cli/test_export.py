@@ -15,7 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from configs import tiny
 from lorapr_jax import train
-from lorapr_jax.checkpoint import read_adapters
+from lorapr_jax.checkpoint import read_state
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config
@@ -178,7 +178,7 @@ def test_an_unfinished_run_is_cut_as_its_masks_stand(
   before = listing(unfinished)
   out = tmp_path / 'out'
   result = export(capsys, unfinished, out)
-  masks = read_adapters(unfinished, 'checkpoints')[1][0]
+  masks = read_state(unfinished, 'checkpoints')['masks'][0]
   pruning = json.loads((out / 'pruning.json').read_text())
   for group in ('kv_heads', 'mlp'):
     for layer, kept in enumerate(pruning['kept']):

@@ -36,8 +36,8 @@ def open_log(tmp_path):
 
 def test_a_line_has_the_record_and_the_speed(open_log, tmp_path):
   with open_log(0) as log:
-    time.sleep(0.5)  # Such as for compiling.
-    log.restart_clock()
+    with log.paused():
+      time.sleep(0.5)  # Such as for compiling.
     time.sleep(0.02)
     first = log.write(1, **RECORD)
     second = log.write(2, **RECORD)
@@ -49,7 +49,7 @@ def test_a_line_has_the_record_and_the_speed(open_log, tmp_path):
   assert [record['step'] for record in records] == [1, 2, 3]
   assert [record['tokens'] for record in records] == [1024, 1536, 2048]
   assert records[0] | RECORD == records[0]
-  # Two steps, and without what was before the clock's restart.
+  # Two steps, and without the pause.
   assert 0.01 <= first['seconds'] < 0.25
   assert first['tokens_per_second'] == pytest.approx(512 / first['seconds'])
   assert set(tmp_path.iterdir()) == {
@@ -165,7 +165,7 @@ def test_nothing_is_needed_where_nothing_was_asked(monkeypatch, tmp_path):
 def test_skipped_steps_are_told_and_too_many_stop_the_run():
   def state(in_a_row):
     return TrainState(
-      *(None,) * 5, skipped=jnp.int32(7), skipped_in_a_row=jnp.int32(in_a_row)
+      *(None,) * 6, skipped=jnp.int32(7), skipped_in_a_row=jnp.int32(in_a_row)
     )
 
   lines = []

@@ -7,7 +7,6 @@ from safetensors.numpy import load_file
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.report.scores import write_scores
-from lorapr_jax.steps import TrainState
 
 CONFIG = LlamaConfig(
   vocab_size=8,
@@ -26,10 +25,10 @@ def test_scores_and_masks_are_written_by_layer(tmp_path):
     initial_masks(GROUPS, stacks),
   )
   importance = jax.tree.map(lambda m: rng.random(m.shape, np.float32), masks)
-  state = TrainState(0, None, None, masks, importance, 0, 0)
+  groups = {'masks': masks, 'importance': importance}
   path = tmp_path / 'importance.safetensors'
   for _ in range(2):  # A run that is repeated writes it again.
-    write_scores(path, state, CONFIG, layers=(0, 2))
+    write_scores(path, groups, CONFIG, layers=(0, 2))
   found = load_file(path)
   assert [p.name for p in tmp_path.iterdir()] == [path.name]
   assert set(found) == {

@@ -1,0 +1,189 @@
+"""The cut: what is masked leaves a run's arrays, on the way or at the end."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lorapr_jax import steps
+from lorapr_jax.inputs import Places
+from lorapr_jax.models import llama
+from lorapr_jax.models.axes import Axes
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.pruning.masks import carries, group_axes
+from lorapr_jax.pruning.shrink import (
+  Kept,
+  kept_groups,
+  pad,
+  shrink,
+  shrunk_config,
+)
+from lorapr_jax.settings import RunSettings
+
+
+class Base(NamedTuple):
+  """The frozen weights at one size.
+
+  Attributes:
+    params: the weights.
+    step: what the functions of the loop are specialised to, with this size.
+    places: where arrays of this size lie.
+  """
+
+  params: Any
+  step: steps.StepSettings
+  places: Places
+
+  def cut(self, kept: Kept, settings: RunSettings) -> 'Base':
+    """With only what is kept; the larger weights are deleted."""
+    config = shrunk_config(self.step.config, kept)
+    places = Places.of(settings, config)
+    return Base(
+      cut_params(self.params, kept, self.step.config, places.base, delete=True),
+      dataclasses.replace(self.step, config=config),
+      places,
+    )
+
+
+def kept_of(masks: Any) -> Kept:
+  """What the masks keep, by layer; empty where nothing is pruned."""
+  return kept_groups(masks) if any(masks) else ()
+
+
+def cut_params(
+  params: Any,
+  kept: Kept,
+  config: LlamaConfig,
+  shardings: Any = None,
+  *,
+  delete: bool = False,
+) -> Any:
+  """Smaller weights, tensor by tensor.
+
+  Args:
+    params: the base.
+    kept: from `kept_of`; empty: nothing is cut.
+    config: the sizes before the cut.
+    shardings: of the smaller base; None: as it comes.
+    delete: whether each tensor makes room as soon as it has been cut, so that
+      there is never a second copy of the model.
+  """
+  if not kept:
+    return params
+  axes, structure = jax.tree.flatten(llama.block_axes(LoraConfig())['params'])
+  # From a tree for each stack to a tuple of stacks for each tensor, and back.
+  tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
+  places: Any = [None] * len(axes)
+  if shardings is not None:
+    stacks = shardings['stacks']
+    places = zip(*map(structure.flatten_up_to, stacks), strict=True)
+  smaller = []
+  for tensor, names, place in zip(tensors, axes, places, strict=True):
+    cut = jax.jit(
+      lambda stacks, names=names: shrink(stacks, names, kept, config),
+      out_shardings=place,
+    )
+    smaller.append(cut(tensor))
+    # What belongs to no group, the norms, is small, and may be shared.
+    if delete and any(carries(names, group) for group in kept[0]):
+      jax.block_until_ready(smaller[-1])
+      for stack in tensor:
+        stack.delete()
+  stacks = zip(*smaller, strict=True)
+  return {**params, 'stacks': tuple(map(structure.unflatten, stacks))}
+
+
+def cut_adapters(
+  lora: Any, kept: Kept, config: LlamaConfig, lora_config: LoraConfig
+) -> Any:
+  """Smaller adapters, or their moments; see `cut_params`."""
+  if not kept:
+    return lora
+  axes = llama.block_axes(lora_config)['lora']
+  return jax.jit(lambda lora: shrink(lora, axes, kept, config))(lora)
+
+
+def widened(state: steps.TrainState, config: LlamaConfig) -> dict[str, Any]:
+  """{'masks', 'importance'} of all groups, those cut on the way included.
+
+  Args:
+    state: of any size.
+    config: the sizes before the first cut.
+  """
+  kept, axes = kept_of(state.whole['masks']), _axes_of_groups(state)
+
+  @jax.jit
+  def widen(state: steps.TrainState) -> dict[str, Any]:
+    masks, importance = (
+      pad(stacks, axes, kept, config)
+      for stacks in (state.masks, state.importance)
+    )
+    importance = jax.tree.map(
+      lambda there, now, before: jnp.where(there > 0, now, before),
+      state.whole['masks'],
+      importance,
+      state.whole['importance'],
+    )
+    return {'masks': masks, 'importance': importance}
+
+  return widen(state) if kept else state.whole
+
+
+def cut_on_the_way(
+  state: steps.TrainState,
+  base: Base,
+  counts: dict[str, tuple[int, ...]],
+  settings: RunSettings,
+) -> tuple[steps.TrainState, Base]:
+  """State and base with only `counts` of each group.
+
+  What is alive stays, and of what is masked the most important.
+
+  Args:
+    state: of the size of `base`.
+    base: its weights, which are deleted.
+    counts: {group: by layer}, no fewer than are alive.
+    settings: of the run.
+  """
+  config, axes = base.step.config, _axes_of_groups(state)
+  order = jax.tree.map(
+    lambda importance, mask: jnp.where(mask > 0, jnp.inf, importance),
+    state.importance,
+    state.masks,
+  )
+  everything = jax.tree.map(jnp.ones_like, state.masks)
+  present = steps.select_stack_masks(
+    order, everything, steps.by_stack(counts, config)
+  )
+  kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
+  lora_axes = llama.block_axes(base.step.lora)['lora']
+  structure = jax.tree.structure(state.lora)
+
+  def like_lora(tree: Any) -> bool:
+    return jax.tree.structure(tree) == structure
+
+  def smaller(state: steps.TrainState) -> steps.TrainState:
+    def moments(tree: Any) -> Any:
+      if like_lora(tree):
+        return shrink(tree, lora_axes, kept, config)
+      return tree
+
+    return state.replace(
+      lora=shrink(state.lora, lora_axes, kept, config),
+      opt_state=jax.tree.map(moments, state.opt_state, is_leaf=like_lora),
+      masks=shrink(state.masks, axes, kept, config),
+      importance=shrink(state.importance, axes, kept, config),
+    )
+
+  before = settings.step.config
+  there = pad(present, axes, kept_before, before)
+  known = widened(state, before)['importance']
+  state = jax.jit(smaller, out_shardings=base.places.state)(state)
+  state = state.replace(whole={'masks': there, 'importance': known})
+  state = jax.device_put(state, base.places.state)
+  return state, base.cut(kept, settings)
+
+
+def _axes_of_groups(state: steps.TrainState) -> dict[str, Axes]:
+  return {group: Axes(group_axes(group)) for group in state.masks[0]}

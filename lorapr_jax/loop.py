@@ -1,0 +1,262 @@
+"""The paper's algorithm: a phase of a run, from its checkpoint to its end."""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import optax
+
+from lorapr_jax import checkpoint, interrupt, optimizer, steps
+from lorapr_jax.cut import Base, cut_on_the_way, kept_of
+from lorapr_jax.eval.perplexity import Perplexity
+from lorapr_jax.inputs import device_batches
+from lorapr_jax.phases import Phase, total_steps
+from lorapr_jax.pruning.masks import alive_counts
+from lorapr_jax.pruning.milestones import AUTO, END, Milestones
+from lorapr_jax.report import metrics, summary
+from lorapr_jax.report.display import Display
+from lorapr_jax.settings import RunSettings
+
+
+class Functions(NamedTuple):
+  """What the loop calls, compiled for one size; see lorapr_jax/steps.py."""
+
+  lora_gradients: Callable[..., Any]
+  update_importance: Callable[..., Any]
+  select_masks: Callable[..., Any]
+  apply_update: Callable[..., Any]
+
+  @classmethod
+  def of(
+    cls,
+    settings: RunSettings,
+    phase: Phase,
+    base: Base,
+    adamw: optax.GradientTransformation,
+  ) -> 'Functions':
+    """For the size of `base`."""
+    place = base.places.state
+    return cls(
+      steps.make_lora_gradients(
+        base.step,
+        place,
+        needs=settings.criterion.needs if phase.schedule else None,
+        base_sharding=base.places.base,
+      ),
+      steps.make_update_importance(base.step, settings.criterion, place),
+      jax.jit(steps.select_stack_masks, out_shardings=place),
+      steps.make_apply_update(adamw, place),
+    )
+
+
+def train_phase(
+  phase: Phase,
+  base: Base,
+  *,
+  settings: RunSettings,
+  streams: Mapping[str, Callable[..., Any]],
+  perplexity: Callable[..., Perplexity | None],
+  workdir: Path,
+  display: Display,
+  lora: Any = None,
+) -> tuple[steps.TrainState, Base]:
+  """Trains LoRA on a frozen base and, if there is a schedule, masks groups.
+
+  Args:
+    phase: what it does; without a schedule nothing is masked or ranked.
+    base: the weights, or what is left of them. Where groups are cut on the
+      way its arrays are deleted.
+    settings: of the run.
+    streams: {spec: the function of `batches`}, from `load_data`.
+    perplexity: of weights and adapters; None where there is no held-out text.
+    workdir: of the run.
+    display: of the run.
+    lora: the adapters to go on from; None: new ones.
+
+  Returns:
+    The last state, and the base whose size it has.
+
+  Raises:
+    interrupt.Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+  """
+  display.start('compile')
+  train, plan, schedule = settings.train, settings.plan, phase.schedule
+  learning_rate = optimizer.learning_rate(
+    train.lr_schedule, phase.learning_rate, phase.steps
+  )
+  adamw = optimizer.make_optimizer(learning_rate)
+  init_key, step_key = jax.random.split(jax.random.key(train.seed))
+  milestones = Milestones(plan, schedule) if schedule else None
+
+  def new_state(size: steps.StepSettings) -> steps.TrainState:
+    groups = tuple(plan.keep) if schedule else ()
+    return steps.init_state(init_key, size, groups, adamw)
+
+  # --- Resume: all is in the state, and the data's position is its step.
+  checkpoints = checkpoint.Checkpoints(
+    workdir / phase.checkpoints, train.checkpoints_kept
+  )
+  if saved := checkpoints.newest():
+    cuts, size = saved.cuts, base.step
+    if cuts:
+      config = milestones.size_at(saved.step, cuts)
+      size = dataclasses.replace(size, config=config)
+    state = checkpoints.restore(
+      saved, jax.eval_shape(lambda: new_state(size)), base.places.state
+    )
+    if size != base.step:
+      base = base.cut(kept_of(state.whole['masks']), settings)
+  else:
+    cuts = first_cuts(milestones, settings.shrink)
+    state = new_state(base.step)
+    if lora is not None:
+      state = state.replace(lora=lora)
+    state = jax.device_put(state, base.places.state)
+  first_step, total = int(state.step), total_steps(settings)
+  if first_step == phase.steps:
+    checkpoints.close()
+    return state, base
+  first_of_run = phase.first_step + first_step
+  checkpoint.trim_metrics(workdir, first_of_run)
+  if first_step:
+    display.print(f'resuming at step {first_of_run} of {total}')
+
+  # --- Loop. Logging and saving wait for the device; else a step is always
+  # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
+  signals = interrupt.StopSignals(display.notice_stop)
+  log = metrics.Log(workdir, settings, first_of_run)
+  functions = Functions.of(settings, phase, base, adamw)
+  compiling = contextlib.ExitStack()
+  previous_loss = state.step
+  rest = range(first_step, phase.steps)
+  batches = device_batches(
+    streams[phase.data],
+    base.places.batch,
+    train.micro_batch_size,
+    range(phase.first_batch + first_step, phase.first_batch + phase.steps),
+  )
+  with signals, checkpoints, log, batches as stream:
+    for step, batch in zip(rest, stream, strict=True):
+      if step in (cuts or ()):
+        interrupt.wait_for(state.step)
+        display.start('cut')
+        compiling.enter_context(log.paused())
+        present = milestones.present(step)
+        state, base = cut_on_the_way(state, base, present, settings)
+        functions = Functions.of(settings, phase, base, adamw)
+        display.start('compile')
+      elif step == first_step:
+        compiling.enter_context(log.paused())
+      results, grads, more = functions.lora_gradients(
+        base.params,
+        state.lora,
+        state.masks,
+        batch,
+        jax.random.fold_in(step_key, phase.first_step + step),
+      )
+      importance, ok = functions.update_importance(
+        state.importance,
+        base.params,
+        state.lora,
+        grads,
+        more,
+        state.masks,
+        results['grad_norm'],
+      )
+      del more  # A gradient of the base would stay through the next step.
+      masks = state.masks
+      if schedule and schedule.is_pruning_step(step):
+        keep = plan.keep_at(schedule.progress(step))
+        counts = steps.by_stack(keep, base.step.config)
+        masks = functions.select_masks(importance, masks, counts)
+      state = state.replace(importance=importance, masks=masks)
+      state = functions.apply_update(state, grads, ok)
+      if step == first_step or step in (cuts or ()):
+        # Compiling held these calls up; from here on they only queue.
+        compiling.close()
+        display.start(phase.name)
+      else:
+        interrupt.wait_for(previous_loss)
+      previous_loss = results['loss']
+
+      last, done = step + 1 == phase.steps, phase.first_step + step + 1
+      measured = settings.data.is_evaluation_step(done - 1)
+      if last or measured or done % train.log_every == 0:
+        interrupt.wait_for(state.step)
+        quality = {}
+        if measured:
+          display.start('evaluate')
+          with log.paused():
+            quality['perplexity'] = perplexity(
+              base.params, base.step, lora=state.lora, masks=state.masks
+            ).perplexity
+          display.start(phase.name)
+        alive = alive_counts(state.masks) if schedule else plan and plan.keep
+        record = log.write(
+          done - 1,
+          **quality,
+          lr=float(learning_rate(step - int(state.skipped))),
+          **{name: float(value) for name, value in results.items()},
+          **summary.sparsity_entry(plan, alive),
+          skipped=int(state.skipped),
+        )
+        display.show(record, summary.peak_memory_bytes())
+        metrics.check_finite(done - 1, state, display.print)
+        if cuts is None:
+          cuts = fastest_cuts(milestones, step, record, display, settings)
+      stopping = signals.signum is not None
+      if last or stopping or done % train.checkpoint_every == 0:
+        interrupt.wait_for(state.step)
+        checkpoints.save(state, step + 1, cuts)
+      if stopping:
+        break
+  if signals.signum is not None:
+    raise interrupt.Stopped(
+      f'stopped at step {phase.first_step + int(state.step)} of {total}',
+      signals.signum,
+    )
+  return state, base
+
+
+def first_cuts(
+  milestones: Milestones | None, shrink: str | tuple[float, ...]
+) -> tuple[int, ...] | None:
+  """The steps before which is cut; None where `fastest_cuts` is to say."""
+  if milestones is None or shrink == END:
+    return ()
+  return None if shrink == AUTO else milestones.at(shrink)
+
+
+def fastest_cuts(
+  milestones: Milestones,
+  step: int,
+  record: Mapping[str, float],
+  display: Display,
+  settings: RunSettings,
+) -> tuple[int, ...]:
+  """The cuts that save most time, from what this run has measured so far.
+
+  Args:
+    milestones: of the phase.
+    step: the last one that is done.
+    record: of it, as logged.
+    display: has measured what compiling takes.
+    settings: of the run.
+  """
+  measured = np.array([record['seconds'], display.seconds['compile']])
+  # Clocks differ, and all processes must cut alike.
+  each, cut = multihost_utils.broadcast_one_to_all(measured)
+  cuts = milestones.fastest(
+    settings.train.seq_len,
+    step=step,
+    step_seconds=float(each),
+    cut_seconds=float(cut),
+  )
+  places = ', '.join(map(str, cuts)) or 'the end alone'
+  display.print(f'masked groups are cut out at step: {places}')
+  return cuts

@@ -1,0 +1,144 @@
+"""Milestones: the steps before which the masked groups are really cut out.
+
+The masks do not depend on them. A run may have several, so that most of its
+steps are taken by a smaller model, or none: then the cut is at the end.
+"""
+
+import dataclasses
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.cost import forward_flops_per_token
+from lorapr_jax.pruning.groups import group_size, with_kept
+from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.targets import PruningPlan, multiple_of
+
+END, AUTO = 'end', 'auto'
+
+
+def parse_shrink(text: str) -> str | tuple[float, ...]:
+  """`prune.shrink`: 'end', 'auto' or ascending shares of the ramp.
+
+  Raises:
+    UserError: if it is none of these.
+  """
+  if text in (END, AUTO):
+    return text
+  try:
+    shares = tuple(float(share) for share in text.split(','))
+  except ValueError:
+    shares = ()
+  ascending = all(a < b for a, b in zip(shares, shares[1:], strict=False))
+  if not shares or not ascending or not 0 < shares[0] <= shares[-1] <= 1:
+    raise UserError(
+      f'prune.shrink is {text!r}: end, auto, or ascending shares of the ramp '
+      'above 0 and at most 1, such as 0.5,0.8'
+    )
+  return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Milestones:
+  """Which sizes the arrays of a run can have on the way, and from when on.
+
+  Attributes:
+    plan: what will be left.
+    schedule: when groups are masked.
+  """
+
+  plan: PruningPlan
+  schedule: PruneSchedule
+
+  def present(self, step: int) -> dict[str, tuple[int, ...]]:
+    """Counts in arrays that are cut just before `step`, by group and layer.
+
+    What is alive then, rounded up to what mesh and hardware need, with masked
+    groups as the filler.
+    """
+    alive = self.plan.keep_at(self.schedule.progress(step - 1))
+    return {
+      group: tuple(
+        min(
+          group_size(self.plan.config, shape, group), -(-count // many) * many
+        )
+        for count, shape in zip(counts, self.plan.config.layers, strict=True)
+      )
+      for group, counts in alive.items()
+      for many in [multiple_of(self.plan.config, self.plan.targets, group)]
+    }
+
+  def size_at(self, step: int, cuts: tuple[int, ...]) -> LlamaConfig:
+    """The sizes in which a state of `step` steps is stored.
+
+    A state that is about to be cut is stored as it was before.
+    """
+    past = [cut for cut in cuts if cut < step]
+    if not past:
+      return self.plan.config
+    return with_kept(self.plan.config, self.present(past[-1]))
+
+  def at(self, shares: tuple[float, ...]) -> tuple[int, ...]:
+    """The cuts at shares of the ramp, each after the next masking."""
+    schedule = self.schedule
+    start = schedule.warmup * schedule.total_steps
+    cuts: list[int] = []
+    for share in shares:
+      due = round(start + share * (schedule.ramp_end - start), 6)
+      steps = [step for step in self._after_masking() if step - 1 >= due]
+      before = self.present(cuts[-1] if cuts else 0)
+      if steps and self.present(steps[0]) != before:
+        cuts.append(steps[0])
+    return tuple(cuts)
+
+  def candidates(self, first: int) -> list[int]:
+    """The steps from `first` on before which there is more to cut."""
+    found, before = [], self.present(0)
+    for step in self._after_masking():
+      present = self.present(step)
+      if present != before and step >= first:
+        found.append(step)
+      before = present
+    return found
+
+  def _after_masking(self) -> list[int]:
+    steps = range(1, self.schedule.total_steps)
+    return [s for s in steps if self.schedule.is_pruning_step(s - 1)]
+
+  def fastest(
+    self,
+    seq_len: int,
+    *,
+    step: int,
+    step_seconds: float,
+    cut_seconds: float,
+  ) -> tuple[int, ...]:
+    """The cuts after `step` with which the steps that are left end first.
+
+    A step's time is taken as proportional to its floating-point operations.
+    The best way on from a candidate does not depend on the way to it, so that
+    they are found from the last to the first.
+
+    Args:
+      seq_len: tokens of a sequence.
+      step: of which `step_seconds` are known, at full size.
+      step_seconds: of such a step.
+      cut_seconds: what a cut costs, most of it for compiling the step anew.
+    """
+    config = self.plan.config
+    full = forward_flops_per_token(config, seq_len)
+
+    def seconds(size: LlamaConfig) -> float:
+      return step_seconds * forward_flops_per_token(size, seq_len) / full
+
+    begins = [step + 1, *self.candidates(step + 1)]
+    sizes = [config, *(with_kept(config, self.present(b)) for b in begins[1:])]
+    ways: list[tuple[float, tuple[int, ...]]] = []  # From each candidate on.
+    for begin, size in zip(reversed(begins), reversed(sizes), strict=True):
+      each = seconds(size)
+      options = [(each * (self.schedule.total_steps - begin), ())]
+      for rest, cuts in ways:
+        steps = each * (cuts[0] - begin)
+        options.append((steps + cut_seconds + rest, cuts))
+      rest, cuts = min(options)
+      ways.append((rest, (begin, *cuts)))
+    return ways[-1][1][1:]
