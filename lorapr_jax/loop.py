@@ -54,6 +54,20 @@ class Functions(NamedTuple):
     )
 
 
+class Trained(NamedTuple):
+  """What a phase comes to.
+
+  Attributes:
+    state: the last one.
+    base: the weights, in the size of the state.
+    cuts: the steps before which masked groups were cut out on the way.
+  """
+
+  state: steps.TrainState
+  base: Base
+  cuts: tuple[int, ...]
+
+
 def train_phase(
   phase: Phase,
   base: Base,
@@ -64,7 +78,7 @@ def train_phase(
   workdir: Path,
   display: Display,
   lora: Any = None,
-) -> tuple[steps.TrainState, Base]:
+) -> Trained:
   """Trains LoRA on a frozen base and, if there is a schedule, masks groups.
 
   Args:
@@ -77,9 +91,6 @@ def train_phase(
     workdir: of the run.
     display: of the run.
     lora: the adapters to go on from; None: new ones.
-
-  Returns:
-    The last state, and the base whose size it has.
 
   Raises:
     interrupt.Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
@@ -120,7 +131,7 @@ def train_phase(
   first_step, total = int(state.step), total_steps(settings)
   if first_step == phase.steps:
     checkpoints.close()
-    return state, base
+    return Trained(state, base, cuts or ())
   first_of_run = phase.first_step + first_step
   checkpoint.trim_metrics(workdir, first_of_run)
   if first_step:
@@ -142,16 +153,18 @@ def train_phase(
   )
   with signals, checkpoints, log, batches as stream:
     for step, batch in zip(rest, stream, strict=True):
-      if step in (cuts or ()):
+      cutting = step in (cuts or ())
+      if cutting:
         interrupt.wait_for(state.step)
-        display.start('cut')
+      fresh = cutting or step == first_step
+      if fresh:
         compiling.enter_context(log.paused())
+      if cutting:
+        display.start('cut')
         present = milestones.present(step)
         state, base = cut_on_the_way(state, base, present, settings)
         functions = Functions.of(settings, phase, base, adamw)
         display.start('compile')
-      elif step == first_step:
-        compiling.enter_context(log.paused())
       results, grads, more = functions.lora_gradients(
         base.params,
         state.lora,
@@ -176,7 +189,7 @@ def train_phase(
         masks = functions.select_masks(importance, masks, counts)
       state = state.replace(importance=importance, masks=masks)
       state = functions.apply_update(state, grads, ok)
-      if step == first_step or step in (cuts or ()):
+      if fresh:
         # Compiling held these calls up; from here on they only queue.
         compiling.close()
         display.start(phase.name)
@@ -220,7 +233,7 @@ def train_phase(
       f'stopped at step {phase.first_step + int(state.step)} of {total}',
       signals.signum,
     )
-  return state, base
+  return Trained(state, base, cuts or ())
 
 
 def first_cuts(

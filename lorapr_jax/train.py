@@ -121,7 +121,7 @@ def run_phases(
     workdir=workdir,
     display=display,
   )
-  state, base = run_phase(first, base)
+  state, base, cuts = run_phase(first, base)
   skipped = int(state.skipped)
 
   # --- Cut: what is left is smaller, and the larger base makes room.
@@ -148,7 +148,7 @@ def run_phases(
     display.start('evaluate')
     measured['cut'] = perplexity(base.params, base.step, lora=lora)
   for phase in later:
-    state, base = run_phase(phase, base, lora=lora)
+    state, base, _ = run_phase(phase, base, lora=lora)
     lora, skipped = state.lora, skipped + int(state.skipped)
   if skipped:
     display.warn(
@@ -186,6 +186,7 @@ def run_phases(
       seq_len=settings.train.seq_len,
     ),
     'sparsity': summary.sparsity_report(settings.plan),
+    'cuts_on_the_way': list(cuts),
     **comparison,
     'seconds': display.seconds,
     'tokens_per_second': metrics.median_speed(workdir),
