@@ -35,9 +35,9 @@ from benchmarks.results_page import (
   page,
 )
 import lorapr_jax as lp
-from lorapr_jax.data.demo import all_news_texts, cache_dir
+from lorapr_jax.data.demo import all_news_texts
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json, write_json, write_text
+from lorapr_jax.files import cache_dir, read_json, write_json, write_text
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.settings import ORDERS
 

@@ -12,7 +12,7 @@ pruned (94.3 of 134.5 million parameters), with JAX 0.10.2.
 from ml_collections import config_dict
 
 from configs import default
-from lorapr_jax.data.demo import cache_dir
+from lorapr_jax.files import cache_dir
 
 
 def get_config() -> config_dict.ConfigDict:

@@ -1,4 +1,4 @@
-"""JSON files, read with clear errors and written whole or not at all."""
+"""JSON files, read with clear errors and written whole; and the cache."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,6 +11,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from lorapr_jax.errors import UserError
+
+
+def cache_dir() -> Path:
+  """The folder for what is fetched or made once; it may not exist yet."""
+  cache = os.environ.get('LORAPR_CACHE') or '~/.cache/lorapr_jax'
+  return Path(cache).expanduser()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from lorapr_jax import checkpoint
 from lorapr_jax.cut import Base, cut_adapters, kept_of, widened
 from lorapr_jax.eval.perplexity import evaluate_perplexity
+from lorapr_jax.eval.remembered import remembered_perplexity
 from lorapr_jax.files import write_json, write_text
 from lorapr_jax.finish import (
   check_counts,
@@ -109,7 +110,13 @@ def run_phases(
     )
 
   display.start('evaluate')
-  measured = {'dense': perplexity(base.params, settings.step)}
+  measured = {
+    'dense': remembered_perplexity(
+      settings,
+      held_out,
+      functools.partial(perplexity, base.params, settings.step),
+    )
+  }
 
   # --- Prune: groups are masked while LoRA trains, or at once. Where some are
   # cut out on the way, what comes back is smaller than what went in.

@@ -12,9 +12,9 @@ import tokenizers
 from tokenizers import decoders, models
 
 from lorapr_jax import generation, sharding
-from lorapr_jax.data.demo import cache_dir
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import cache_dir
 from lorapr_jax.generation import Sampling, detokenize, nucleus, stream_tokens
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.llama import logical_axes

@@ -16,15 +16,16 @@ PACKAGE = Path(lorapr_jax.__path__[0])
 # no entry of their own.
 LEVELS = (
   ('errors', 'models.axes'),
+  ('files',),
   (
     'cli.arguments',
     'data.ahead',
+    'compilation_cache',
     'config_files',
     'data.demo',
     'data.hub',
     'data.text_files',
     'data.tfds',
-    'files',
     'interrupt',
     'loss',
     'lora',
@@ -77,7 +78,7 @@ LEVELS = (
     'hf.gguf_write',
     'settings',
   ),
-  ('inputs', 'model', 'phases', 'report'),
+  ('eval.remembered', 'inputs', 'model', 'phases', 'report'),
   (
     'cut',
     'eval.harness',

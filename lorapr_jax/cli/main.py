@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 
+from lorapr_jax.compilation_cache import keep_compiled
 from lorapr_jax.errors import UserError
 from lorapr_jax.interrupt import Stopped
 
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
       raise UserError(
         f'{argv[0]!r} is no command: choose from {", ".join(COMMANDS)}'
       )
+    keep_compiled()
     # Imported here: a command loads only what it needs.
     importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
   except UserError as error:

