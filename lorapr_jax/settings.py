@@ -90,7 +90,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
   mesh = mesh_sizes(**config.mesh)
   sizes, lora, plan = split_model(config, mesh['tensor'])
   train = TrainSettings(**config.train)
-  data = _data_settings(config.data, train)
+  recover = RecoverSettings(**config.recover)
+  data = _data_settings(config.data, train, recover)
   for key, length in (
     ('train.seq_len', train.seq_len),
     ('data.eval_seq_len', data.eval_seq_len),
@@ -122,7 +123,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     step=step,
     data=data,
     train=train,
-    recover=RecoverSettings(**config.recover),
+    recover=recover,
     order=prune.order,
     plan=plan,
     schedule=PruneSchedule(
@@ -189,13 +190,14 @@ def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
 
 
 def _data_settings(
-  data: config_dict.ConfigDict, train: TrainSettings
+  data: config_dict.ConfigDict, train: TrainSettings, recover: RecoverSettings
 ) -> DataSettings:
   if data.eval:
     parse_spec(data.eval)
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
-  parts = parse_mixture(data.train)
+  specs = [spec for spec in (data.train, recover.data) if spec]
+  parts = [part for spec in specs for part in parse_mixture(spec)]
   choose('data.packing', data.packing, PACKINGS)
   if data.max_tokens and data.max_tokens < train.seq_len:
     raise UserError(
@@ -205,8 +207,9 @@ def _data_settings(
   template = Template(data.template, data.response, data.loss)
   if data.template and not any(template.applies_to(p.spec) for p in parts):
     raise UserError(
-      f'data.template has no records to fill in: {data.train} is plain text '
-      '(text files, the demo, and specs that name their column are)'
+      'data.template has no records to fill in: '
+      f'{" and ".join(specs)} is plain text (text files, the demo, and specs '
+      'that name their column are)'
     )
   if data.eval_every < 0 or (data.eval_every and not data.eval):
     raise UserError(
