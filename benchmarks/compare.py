@@ -21,6 +21,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+import shlex
 import subprocess
 import sys
 from typing import Any
@@ -36,6 +37,7 @@ from benchmarks.results_page import (
 )
 import lorapr_jax as lp
 from lorapr_jax.data.demo import all_news_texts
+from lorapr_jax.data.sources import identity, parse_spec
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import cache_dir, read_json, write_json, write_text
 from lorapr_jax.pruning.importance import CRITERIA
@@ -67,10 +69,10 @@ FULL = tuple(
 
 
 def write_data(out: Path) -> tuple[Path, Path]:
-  """The rows of over 500 characters, and the last 60 joined by a space."""
+  """The rows of over 500 characters; the last 60, joined, are held out."""
   rows = [text for text in all_news_texts() if len(text) > MIN_CHARACTERS]
   train, held_out = out / 'train.jsonl', out / 'heldout.txt'
-  lines = (json.dumps({'text': row}) + '\n' for row in rows)
+  lines = (json.dumps({'text': row}) + '\n' for row in rows[:-HELD_OUT])
   train.write_text(''.join(lines), encoding='utf-8')
   held_out.write_text(' '.join(rows[-HELD_OUT:]), encoding='utf-8')
   return train, held_out
@@ -158,20 +160,65 @@ def measure(
   }
 
 
+def described(texts: Mapping[str, str]) -> dict[str, dict[str, str]]:
+  """Of each text, a spec without folders, and a hash of what it is."""
+  found = {}
+  for name, text in texts.items():
+    spec = parse_spec(text)
+    shown = text.replace(spec.path, Path(spec.path).name)
+    found[name] = {'spec': shown, 'sha256': identity(spec).hex()}
+  return found
+
+
+def check_same_texts(
+  known: Mapping[str, Any], texts: Mapping[str, Any]
+) -> None:
+  """Refuses a name that stands for another text in a record.
+
+  Raises:
+    UserError: naming it.
+  """
+  for name, text in texts.items():
+    old = known.get(name, text)
+    if old['sha256'] != text['sha256']:
+      raise UserError(
+        f'{name} is {text["spec"]} now, and another text where runs were '
+        'measured before: give it another name'
+      )
+
+
 def publish(
-  record: Mapping[str, Any], rows: Sequence[Row], texts: Sequence[str]
+  record: Mapping[str, Any], rows: Sequence[Row], command: str
 ) -> None:
   """Writes the record, and the page and the figure of its runs."""
   write_json(RECORD, record)
-  dense, results, missing = collect(record, rows, texts)
-  write_text(PAGE, page(dense, results, texts, missing))
+  dense, results, missing = collect(record, rows)
+  write_text(PAGE, page(dense, results, record['texts'], missing, command))
   draw(dense, results).savefig(
     FIGURE, facecolor='white', metadata={'Date': None, 'Creator': None}
   )
 
 
+def command(args: argparse.Namespace, texts: Mapping[str, Any]) -> str:
+  """How the same is measured again."""
+  parts = ['python', 'benchmarks/compare.py', '--jobs', str(args.jobs)]
+  parts += ['--full'] if args.full else []
+  for name, text in texts.items():
+    if name != NEWS:
+      parts += ['--text', f'{name}={text["spec"]}']
+  return shlex.join(parts)
+
+
 def main() -> None:
   """Runs what is missing."""
+  try:
+    compare(parse_arguments())
+  except UserError as error:
+    sys.exit(f'error: {error}')
+
+
+def parse_arguments() -> argparse.Namespace:
+  """From the command line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'compare')
   parser.add_argument('--full', action='store_true', help='90 runs')
@@ -182,7 +229,11 @@ def main() -> None:
   parser.add_argument(
     '--known', type=Path, help='a results.json, whose runs are not run again'
   )
-  args = parser.parse_args()
+  return parser.parse_args()
+
+
+def compare(args: argparse.Namespace) -> None:
+  """Makes the runs that are missing, and publishes after each."""
   out = args.out.absolute()
   out.mkdir(parents=True, exist_ok=True)
   train, held_out = write_data(out)
@@ -195,6 +246,9 @@ def main() -> None:
   ours = out / RECORD.name
   record = read_json(args.known) if args.known else {}
   record |= read_json(ours) if ours.exists() else {}
+  described_texts = described(texts)
+  check_same_texts(record.get('texts', {}), described_texts)
+  record['texts'] = described_texts
   record['dense'] = score(model, texts, record.get('dense', {}))
   # As many threads for each as it would get of the cores.
   threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -216,7 +270,7 @@ def main() -> None:
       for run in as_completed(runs):
         record[runs[run]] = run.result()
         write_json(ours, record)
-        publish(record, rows, list(texts))
+        publish(record, rows, command(args, described_texts))
         print(f'{runs[run]}: {record[runs[run]]["perplexity"]}', flush=True)
     except BaseException:
       pool.shutdown(cancel_futures=True)

@@ -45,18 +45,18 @@ Results = dict[Row, list[dict[str, Any]]]
 
 
 def collect(
-  record: Mapping[str, Any], rows: Iterable[Row], texts: Sequence[str]
+  record: Mapping[str, Any], rows: Iterable[Row]
 ) -> tuple[dict[str, float], Results, list[str]]:
   """Of a record: the dense model, each row's runs, and which are missing.
 
-  Runs that were not measured on all of `texts` are missing too.
+  Runs that were not measured on all of its texts are missing too.
   """
   results: Results = {}
   missing = []
   for row in rows:
     for name in map(row.name, row.seeds):
       run = record.get(name, {'perplexity': {}})
-      if set(texts) <= run['perplexity'].keys():
+      if record['texts'].keys() <= run['perplexity'].keys():
         results.setdefault(row, []).append(run)
       else:
         missing.append(name)
@@ -132,6 +132,29 @@ def findings(results: Results, texts: Iterable[str]) -> str:
   return '\n'.join(lines)
 
 
+def leaders(results: Results, texts: Iterable[str]) -> str:
+  """The lowest row on each text, in words."""
+  texts, lines = list(texts), []
+  for percent in dict.fromkeys(row.percent for row in results):
+    means = {
+      text: {
+        row: statistics.mean(run['perplexity'][text] for run in runs)
+        for row, runs in results.items()
+        if row.percent == percent
+      }
+      for text in texts
+    }
+    best = {
+      text: min(rows, key=rows.__getitem__) for text, rows in means.items()
+    }
+    parts = (
+      f'{row.order} {row.criterion} on {text} ({means[text][row]:.1f})'
+      for text, row in best.items()
+    )
+    lines.append(f'- The lowest at {percent}%: ' + ', '.join(parts))
+  return '\n'.join(lines)
+
+
 def draw(dense: dict[str, float], results: Results) -> Figure:
   """Perplexity on held-out news against the parameters kept."""
   figure = Figure(figsize=(7, 4))
@@ -172,8 +195,9 @@ def draw(dense: dict[str, float], results: Results) -> Figure:
 def page(
   dense: dict[str, float],
   results: Results,
-  texts: Sequence[str],
+  texts: Mapping[str, Mapping[str, str]],
   missing: Sequence[str],
+  command: str,
 ) -> str:
   """docs/results.md."""
   runs = [run for row in results.values() for run in row]
@@ -184,7 +208,9 @@ def page(
   }
   dates = sorted({run['date'] for run in runs})
   period = ' to '.join(dict.fromkeys((dates[0], dates[-1])))
-  extra = ''.join(f" --text '{name}=...'" for name in texts if name != NEWS)
+  specs = '; '.join(
+    f'{name} is `{text["spec"]}`' for name, text in texts.items()
+  )
   rest = ', '.join(missing) or 'none'
   return f"""# LoRAPrune beside the alternatives
 
@@ -192,7 +218,7 @@ def page(
 [results.json](results.json). Runs of the list that are not made yet: {rest}.
 
 ```sh
-PYTHONPATH=. python benchmarks/compare.py --jobs 2{extra}
+PYTHONPATH=. {command}
 ```
 
 SmolLM2-135M-Instruct with its three KV heads repeated to nine, 100 steps of
@@ -202,14 +228,16 @@ heads and 768 of 1,536 channels, "20%" removes 1 and 284: the counts of the
 reference implementation. `joint` prunes while LoRA trains, `prune_then_tune`
 prunes after 10 steps that only measure and trains LoRA for the other 90, `none`
 prunes after those 10. Perplexity at {SEQ_LEN} tokens, the first {WINDOWS}
-windows. A range in brackets is that of the seeds; a row without one is a single
-run.
+windows: {specs}.
+A range in brackets is that of the seeds; a row without one is a single run.
 
 {table(dense, results, texts)}
 
 ![Perplexity against the share of parameters kept](figures/compare.svg)
 
 ## What the numbers say
+
+{leaders(results, texts)}
 
 Against joint lora at the same share of groups:
 

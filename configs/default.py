@@ -28,7 +28,7 @@ def get_config() -> config_dict.ConfigDict:
 
   config.data = config_dict.ConfigDict()
   # A data spec (docs/data.md): file:, tfds:, hf:, demo:news: or synthetic:; or
-  # a mixture, '0.7*tfds:c4 + 0.3*file:alpaca.jsonl'.
+  # a mixture, '0.7*tfds:c4?column=text + 0.3*file:alpaca.jsonl'.
   config.data.train = ''
   # What makes a text of a record: a Jinja template over its fields, or chat:
   # the tokenizer's chat template over messages or conversations. Empty: the
@@ -41,7 +41,7 @@ def get_config() -> config_dict.ConfigDict:
   # documents (whole ones share a window, none sees another) or concatenate
   # (all end to end, as the papers do for C4).
   config.data.packing = 'documents'
-  # No document of a spec is packed after so many tokens; 0: all are.
+  # Of each spec no more tokens are packed; 0: all are.
   config.data.max_tokens = 0
   # Whether windows are shuffled, anew in every epoch.
   config.data.shuffle = True

@@ -138,7 +138,14 @@ def read_state(workdir: Path, folder: str) -> dict[str, Any]:
     state = checkpointer.restore(
       path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
     )
-  return state
+  return _with_tuples(state)
+
+
+def _with_tuples(tree: Any) -> Any:
+  """Orbax gives lists where a state has tuples."""
+  if isinstance(tree, dict):
+    return {key: _with_tuples(value) for key, value in tree.items()}
+  return tuple(map(_with_tuples, tree)) if isinstance(tree, list) else tree
 
 
 class _PatientLoop(asyncio.SelectorEventLoop):

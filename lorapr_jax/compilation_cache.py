@@ -1,11 +1,9 @@
 """What XLA has compiled, kept on the disk: a second start compiles nothing."""
 
 import hashlib
-import logging
 import os
 from pathlib import Path
 import platform
-import tempfile
 
 from lorapr_jax.files import cache_dir
 
@@ -17,20 +15,16 @@ def keep_compiled() -> None:
 
   To be called before JAX is imported: it goes by JAX's own variables, and
   those that are set already are left alone. JAX_COMPILATION_CACHE_DIR= (empty)
-  keeps nothing.
+  keeps nothing, nor does a cache that takes no files.
   """
   if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
-  folder = cache_dir() / 'compiled' / _cpu()
   try:
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
-  except OSError as error:
-    logging.getLogger(__name__).warning(
-      '%s takes no files (%s): everything is compiled anew at every start',
-      folder,
-      error.strerror,
-    )
+    folder = cache_dir() / 'compiled' / _cpu()
+  except RuntimeError:
+    return  # There is no home folder.
+  there = next(path for path in folder.parents if path.exists())
+  if not os.access(there, os.W_OK):
     return
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
   # What was not used for longest makes room.
@@ -44,7 +38,7 @@ def _cpu() -> str:
   What is compiled for one with more instructions does not run on another, and
   JAX's own key for an entry does not have them. A home is often shared.
   """
-  kind = f'{platform.machine()} {platform.processor()}'
+  kind = platform.machine()
   cpuinfo = Path('/proc/cpuinfo')
   if cpuinfo.exists():
     lines = cpuinfo.read_text(encoding='utf-8').splitlines()

@@ -11,7 +11,7 @@ from lorapr_jax.inputs import Places
 from lorapr_jax.models import llama
 from lorapr_jax.models.axes import Axes
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
-from lorapr_jax.pruning.masks import carries, group_axes
+from lorapr_jax.pruning.masks import group_axes
 from lorapr_jax.pruning.shrink import (
   Kept,
   kept_groups,
@@ -38,6 +38,8 @@ class Base(NamedTuple):
   def cut(self, kept: Kept, settings: RunSettings) -> 'Base':
     """With only what is kept; the larger weights are deleted."""
     config = shrunk_config(self.step.config, kept)
+    if config == self.step.config:
+      return self
     places = Places.of(settings, config)
     return Base(
       cut_params(self.params, kept, self.step.config, places.base, delete=True),
@@ -85,8 +87,7 @@ def cut_params(
       out_shardings=place,
     )
     smaller.append(cut(tensor))
-    # What belongs to no group, the norms, is small, and may be shared.
-    if delete and any(carries(names, group) for group in kept[0]):
+    if delete:
       jax.block_until_ready(smaller[-1])
       for stack in tensor:
         stack.delete()
@@ -111,23 +112,25 @@ def widened(state: steps.TrainState, config: LlamaConfig) -> dict[str, Any]:
     state: of any size.
     config: the sizes before the first cut.
   """
-  kept, axes = kept_of(state.whole['masks']), _axes_of_groups(state)
+  kept = kept_of(state.whole['masks'])
+  if not kept:
+    return state.whole
+  axes = _axes_of_groups(state)
 
   @jax.jit
-  def widen(state: steps.TrainState) -> dict[str, Any]:
+  def widen(masks: Any, importance: Any, whole: dict[str, Any]) -> Any:
     masks, importance = (
-      pad(stacks, axes, kept, config)
-      for stacks in (state.masks, state.importance)
+      pad(stacks, axes, kept, config) for stacks in (masks, importance)
     )
     importance = jax.tree.map(
       lambda there, now, before: jnp.where(there > 0, now, before),
-      state.whole['masks'],
+      whole['masks'],
       importance,
-      state.whole['importance'],
+      whole['importance'],
     )
     return {'masks': masks, 'importance': importance}
 
-  return widen(state) if kept else state.whole
+  return widen(state.masks, state.importance, state.whole)
 
 
 def cut_on_the_way(

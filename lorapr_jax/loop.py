@@ -142,7 +142,6 @@ def train_phase(
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_of_run)
   functions = Functions.of(settings, phase, base, adamw)
-  compiling = contextlib.ExitStack()
   previous_loss = state.step
   rest = range(first_step, phase.steps)
   batches = device_batches(
@@ -154,44 +153,42 @@ def train_phase(
   with signals, checkpoints, log, batches as stream:
     for step, batch in zip(rest, stream, strict=True):
       cutting = step in (cuts or ())
+      compiling = cutting or step == first_step
       if cutting:
         interrupt.wait_for(state.step)
-      fresh = cutting or step == first_step
-      if fresh:
-        compiling.enter_context(log.paused())
-      if cutting:
-        display.start('cut')
-        present = milestones.present(step)
-        state, base = cut_on_the_way(state, base, present, settings)
-        functions = Functions.of(settings, phase, base, adamw)
-        display.start('compile')
-      results, grads, more = functions.lora_gradients(
-        base.params,
-        state.lora,
-        state.masks,
-        batch,
-        jax.random.fold_in(step_key, phase.first_step + step),
-      )
-      importance, ok = functions.update_importance(
-        state.importance,
-        base.params,
-        state.lora,
-        grads,
-        more,
-        state.masks,
-        results['grad_norm'],
-      )
-      del more  # A gradient of the base would stay through the next step.
-      masks = state.masks
-      if schedule and schedule.is_pruning_step(step):
-        keep = plan.keep_at(schedule.progress(step))
-        counts = steps.by_stack(keep, base.step.config)
-        masks = functions.select_masks(importance, masks, counts)
-      state = state.replace(importance=importance, masks=masks)
-      state = functions.apply_update(state, grads, ok)
-      if fresh:
-        # Compiling held these calls up; from here on they only queue.
-        compiling.close()
+      # Compiling holds the calls up; after that they only queue.
+      with log.paused() if compiling else contextlib.nullcontext():
+        if cutting:
+          display.start('cut')
+          present = milestones.present(step)
+          state, base = cut_on_the_way(state, base, present, settings)
+          functions = Functions.of(settings, phase, base, adamw)
+          display.start('compile')
+        results, grads, more = functions.lora_gradients(
+          base.params,
+          state.lora,
+          state.masks,
+          batch,
+          jax.random.fold_in(step_key, phase.first_step + step),
+        )
+        importance, ok = functions.update_importance(
+          state.importance,
+          base.params,
+          state.lora,
+          grads,
+          more,
+          state.masks,
+          results['grad_norm'],
+        )
+        del more  # A gradient of the base would stay through the next step.
+        masks = state.masks
+        if schedule and schedule.is_pruning_step(step):
+          keep = plan.keep_at(schedule.progress(step))
+          counts = steps.by_stack(keep, base.step.config)
+          masks = functions.select_masks(importance, masks, counts)
+        state = state.replace(importance=importance, masks=masks)
+        state = functions.apply_update(state, grads, ok)
+      if compiling:
         display.start(phase.name)
       else:
         interrupt.wait_for(previous_loss)
@@ -220,7 +217,9 @@ def train_phase(
         )
         display.show(record, summary.peak_memory_bytes())
         metrics.check_finite(done - 1, state, display.print)
-        if cuts is None:
+        # Much of the first step is over once it is compiled: a record with
+        # that step in it says too little of what one takes.
+        if cuts is None and step >= first_step + train.log_every:
           cuts = fastest_cuts(milestones, step, record, display, settings)
       stopping = signals.signum is not None
       if last or stopping or done % train.checkpoint_every == 0:
@@ -263,12 +262,12 @@ def fastest_cuts(
   """
   measured = np.array([record['seconds'], display.seconds['compile']])
   # Clocks differ, and all processes must cut alike.
-  each, cut = multihost_utils.broadcast_one_to_all(measured)
+  each, compiling = multihost_utils.broadcast_one_to_all(measured)
   cuts = milestones.fastest(
     settings.train.seq_len,
     step=step,
     step_seconds=float(each),
-    cut_seconds=float(cut),
+    compile_seconds=float(compiling),
   )
   places = ', '.join(map(str, cuts)) or 'the end alone'
   display.print(f'masked groups are cut out at step: {places}')

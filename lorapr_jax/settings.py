@@ -22,7 +22,7 @@ from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.milestones import parse_shrink
+from lorapr_jax.pruning.milestones import END, parse_shrink
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
 from lorapr_jax.sections import (
@@ -93,7 +93,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
   mesh = mesh_sizes(**config.mesh)
   sizes, lora, plan = split_model(config, mesh['tensor'])
   train = TrainSettings(**config.train)
-  data = _data_settings(config.data, train)
+  recover = RecoverSettings(**config.recover)
+  data = _data_settings(config.data, train, recover)
   for key, length in (
     ('train.seq_len', train.seq_len),
     ('data.eval_seq_len', data.eval_seq_len),
@@ -125,7 +126,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     step=step,
     data=data,
     train=train,
-    recover=RecoverSettings(**config.recover),
+    recover=recover,
     order=prune.order,
     plan=plan,
     schedule=PruneSchedule(
@@ -193,13 +194,14 @@ def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
 
 
 def _data_settings(
-  data: config_dict.ConfigDict, train: TrainSettings
+  data: config_dict.ConfigDict, train: TrainSettings, recover: RecoverSettings
 ) -> DataSettings:
   if data.eval:
     parse_spec(data.eval)
   if not data.train:
     raise UserError('data.train is empty: give a data spec such as file:PATH')
-  parts = parse_mixture(data.train)
+  specs = [spec for spec in (data.train, recover.data) if spec]
+  parts = [part for spec in specs for part in parse_mixture(spec)]
   choose('data.packing', data.packing, PACKINGS)
   if data.max_tokens and data.max_tokens < train.seq_len:
     raise UserError(
@@ -209,8 +211,9 @@ def _data_settings(
   template = Template(data.template, data.response, data.loss)
   if data.template and not any(template.applies_to(p.spec) for p in parts):
     raise UserError(
-      f'data.template has no records to fill in: {data.train} is plain text '
-      '(text files, the demo, and specs that name their column are)'
+      'data.template has no records to fill in: '
+      f'{" and ".join(specs)} is plain text (text files, the demo, and specs '
+      'that name their column are)'
     )
   if data.eval_every < 0 or (data.eval_every and not data.eval):
     raise UserError(
@@ -253,12 +256,15 @@ def _shrink(
   prune: config_dict.ConfigDict, plan: PruningPlan | None
 ) -> str | tuple[float, ...]:
   shrink = parse_shrink(prune.shrink)
-  if isinstance(shrink, tuple) and (plan is None or prune.order != 'joint'):
-    raise UserError(
-      f'prune.shrink is {prune.shrink!r}, but there is no ramp: use '
-      'prune.shrink=end, or prune.order=joint with a target'
-    )
-  return shrink
+  if plan is None or prune.order != 'joint':
+    reason = 'there is no ramp: use prune.shrink=end, or prune.order=joint'
+  elif prune.criterion == 'random':
+    reason = 'scores are drawn for the sizes at the start: use prune.shrink=end'
+  else:
+    return shrink
+  if isinstance(shrink, tuple):
+    raise UserError(f'prune.shrink is {prune.shrink!r}, but {reason}')
+  return END
 
 
 def _lora_targets(names: str) -> tuple[str, ...]:

@@ -141,6 +141,7 @@ def token_losses(
     The losses, and what was observed.
   """
   if segments is not None:
+    model['valid'] = segments > 0
     model['positions'] = segment_positions(segments)
     model['attend'] = functools.partial(causal_attention, segments=segments)
   hidden, observed = llama.observed_hidden_states(

@@ -164,6 +164,7 @@ def run_phases(
     )
 
   # --- Merge and compare: what is left is an ordinary LLaMA.
+  display.start('evaluate')
   weights = merge(
     base.params,
     lora,

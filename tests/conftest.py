@@ -13,6 +13,8 @@ os.environ['HF_MODULES_CACHE'] = _MODULES.name
 # In tensors as small as ours, torch's threads only wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# What is compiled is not kept, but where a test says so.
+os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
 _DEVICES = '--xla_force_host_platform_device_count'
 _FLAGS = os.environ.get('XLA_FLAGS', '')
 if _DEVICES not in _FLAGS:

@@ -91,7 +91,9 @@ def a_run(news):
   }
 
 
+TEXTS = {'held-out news': {'spec': 'file:heldout.txt', 'sha256': 'ab'}}
 RECORD = {
+  'texts': TEXTS,
   'dense': {'held-out news': 40.0},
   'joint-lora-50-seed0': a_run(90.0),
   'joint-lora-50-seed1': a_run(110.0),
@@ -104,9 +106,8 @@ RECORD = {
 
 
 def test_the_comparison_says_where_lora_wins_and_where_not(compare):
-  texts = ['held-out news']
-  dense, results, missing = compare.collect(RECORD, compare.ROWS, texts)
-  page = compare.page(dense, results, texts, missing)
+  dense, results, missing = compare.collect(RECORD, compare.ROWS)
+  page = compare.page(dense, results, TEXTS, missing, 'python compare.py')
   assert '- 50%, joint, gradient: 20% lower on held-out news\n' in page
   assert '- 50%, joint, random: 200% higher on held-out news\n' in page
   inside = '5% higher on held-out news, within the range of its seeds'
@@ -114,6 +115,12 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
   assert '| 50% | joint | lora | 2 | 60.0% | 100.0 (90.0-110.0) |' in page
   assert '| 20% | joint | magnitude | 1 | 60.0% | 60.0 |' in page
   assert '- 20%' not in page
+  assert (
+    '- The lowest at 50%: joint gradient on held-out news (80.0)\n'
+    '- The lowest at 20%: joint magnitude on held-out news (60.0)\n'
+  ) in page
+  assert 'held-out news is `file:heldout.txt`' in page
+  assert '\nPYTHONPATH=. python compare.py\n' in page
   assert '| 0% | dense |  |  | 100% | 40.0 |' in page
   assert '2026-11-26; jax 0.10.2.' in page
   # One legend entry and one mark for each row, and the dense model's.
@@ -122,17 +129,29 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
 
 
 def test_the_comparison_says_what_it_has_not_run(compare):
-  texts = ['held-out news']
-  dense, results, missing = compare.collect(RECORD, compare.ROWS, texts)
+  dense, results, missing = compare.collect(RECORD, compare.ROWS)
   assert len(missing) == 14 - 6
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
-  page = compare.page(dense, results, texts, missing)
+  page = compare.page(dense, results, TEXTS, missing, 'python compare.py')
   assert f'not made yet: {", ".join(missing)}.' in page
   # A run that is not measured on every text is missing too.
-  more = compare.collect(RECORD, compare.ROWS, [*texts, 'PTB'])
+  record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
+  more = compare.collect(record, compare.ROWS)
   assert not more[1] and len(more[2]) == 14
+
+
+def test_another_text_needs_another_name(compare, tmp_path):
+  (tmp_path / 'a.txt').write_text('one')
+  texts = compare.described({'PTB': f'file:{tmp_path}/a.txt?lines'})
+  assert texts['PTB']['spec'] == 'file:a.txt?lines'
+  compare.check_same_texts({}, texts)
+  compare.check_same_texts(texts, texts)
+  (tmp_path / 'a.txt').write_text('another')
+  now = compare.described({'PTB': f'file:{tmp_path}/a.txt?lines'})
+  with pytest.raises(compare.UserError, match='PTB is file:a.txt'):
+    compare.check_same_texts(texts, now)
 
 
 def test_what_is_known_of_a_run_is_not_measured_again(compare, tmp_path):

@@ -142,7 +142,7 @@ def _smallest_gap(importance, masks, keep):
 
 
 def _prune(config, mesh, params):
-  """Three steps of lorapr_jax/train.py's loop, each of which prunes."""
+  """Three steps of lorapr_jax/loop.py's loop, each of which prunes."""
   settings = steps.StepSettings(config, LORA, loss_chunk=20)
   everywhere = NamedSharding(mesh, P())
   optimizer = make_optimizer(optax.constant_schedule(1e-2))

@@ -483,6 +483,22 @@ def test_packed_documents_have_the_losses_of_each_alone(trees):
   assert np.abs(crossing - together).max() > 1e-3
 
 
+def test_padding_adds_nothing_to_the_statistics(trees):
+  batch, documents = _packed()
+  _, _, packed = _observed(trees, batch, 'statistics')
+  total = None
+  for document in documents:
+    tokens = jnp.asarray(document)[None, None]
+    alone = {'tokens': tokens, 'weights': jnp.ones(tokens.shape)}
+    _, _, more = _observed(trees, alone, 'statistics')
+    total = more if total is None else jax.tree.map(jnp.add, total, more)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+    packed,
+    total,
+  )
+
+
 def test_packed_documents_have_the_gradient_of_each_alone(trees):
   params, lora, masks = trees
   batch, documents = _packed()

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
   """Evaluates and prints the figures with all that they depend on."""
   args = parse(argv)
   common = {'batch_size': args.batch_size, 'dtype': args.dtype}
-  if args.tasks:
+  if args.tasks is not None:
     names = [name for name in args.tasks.split(',') if name]
     scores = zero_shot.evaluate_tasks(
       args.model,
@@ -38,11 +38,8 @@ def main(argv: list[str]) -> None:
       **common,
     )
     show_tasks(scores, args)
-  elif args.suite:
-    texts = {
-      name: getattr(args, name) or spec
-      for name, spec in suite.PAPER_TEXTS.items()
-    }
+  elif args.suite is not None:
+    texts = {name: getattr(args, name) for name in suite.PAPER_TEXTS}
     results = suite.evaluate_suite(
       args.model,
       texts,
@@ -92,7 +89,9 @@ def parse(argv: list[str]) -> Any:
   parser.add_argument('--seq_len', type=int, help='with --suite: it alone')
   parser.add_argument('--max_windows', type=int, help='default: all')
   for name, spec in suite.PAPER_TEXTS.items():
-    parser.add_argument(f'--{name}', metavar='SPEC', help=f'default: {spec}')
+    parser.add_argument(
+      f'--{name}', metavar='SPEC', default=spec, help=f'default: {spec}'
+    )
   parser.add_argument('--include_path', help='a folder of more tasks')
   parser.add_argument('--limit', type=int, help='questions a task; default all')
   parser.add_argument('--num_fewshot', type=int, help="default: the task's own")
@@ -107,9 +106,9 @@ def parse(argv: list[str]) -> Any:
   parser.add_dtype()
   parser.add_json()
   args = parser.parse_args(argv)
-  mode = next(name for name in _ONLY if getattr(args, name))
+  mode = next(name for name in _ONLY if getattr(args, name) is not None)
   for name in sorted(set(sum(_ONLY.values(), ())) - set(_ONLY[mode])):
-    if getattr(args, name) not in (None, False):
+    if getattr(args, name) != parser.get_default(name):
       raise UserError(f'--{name} has no meaning with --{mode}')
   if mode == 'data' and args.seq_len is None:
     raise UserError('--data needs --seq_len, tokens a window')
@@ -140,6 +139,7 @@ def show_suite(
             'name': result.name,
             'split': result.split,
             'made_of': result.made_of,
+            'left_out': result.left_out,
             **dataclasses.asdict(result.measured),
           }
           for result in measured
@@ -150,18 +150,19 @@ def show_suite(
     return
   table = _table(
     ('text', 'split', 'of'),
-    ('seq_len', 'windows', 'perplexity', 'tokens/s'),
+    ('seq_len', 'windows', 'left out', 'perplexity', 'tokens/s'),
   )
   for result in measured:
     figures = result.measured
     table.add_row(
       *(result.name, result.split, result.made_of),
-      *(str(figures.seq_len), f'{figures.windows:,}'),
+      *(str(figures.seq_len), f'{figures.windows:,}', f'{result.left_out:,}'),
       f'{figures.perplexity:.2f}',
       f'{figures.tokens_per_second:,.0f}',
     )
   console = Console(highlight=False, markup=False)
   console.print(table)
+  console.print('left out: tokens in no window that was measured')
   for name, spec in {r.name: r.measured.data for r in measured}.items():
     console.print(f'{name}: {spec}', soft_wrap=True)
 

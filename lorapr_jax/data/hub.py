@@ -5,9 +5,12 @@ files, or OWNER/NAME on the Hub. The network is used for the latter alone.
 """
 
 from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import importlib.metadata
+import os
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lorapr_jax.errors import UserError, first_line
@@ -70,7 +73,8 @@ def read_hub(
     fields: the columns that are needed; None: all.
 
   Raises:
-    UserError: if there is no such data set, split or column.
+    UserError: if there is no such data set, split or column, or its rows
+      cannot be read.
   """
   data = _load(path)
   if fields is not None:
@@ -81,7 +85,13 @@ def read_hub(
           + ', '.join(data.column_names)
         )
     data = data.select_columns(list(fields))
-  yield from data
+  rows = iter(data)
+  while True:
+    with _readable(path):
+      row = next(rows, None)
+    if row is None:
+      return
+    yield row
 
 
 def hub_fingerprint(path: str) -> bytes:
@@ -101,18 +111,37 @@ def _load(path: str) -> Any:
     UserError: if there is no such data set or split.
   """
   spec = parse_hub(path)
-  # Here, since it takes seconds and other data need none.
+  with _readable(path):
+    return _load_split(spec)
+
+
+@contextlib.contextmanager
+def _readable(path: str) -> Iterator[None]:
+  """Makes one line of what the library raises; the cause says more than it."""
+  datasets = import_datasets()
+  try:
+    yield
+  # RuntimeError: the data set is a script, which is never run.
+  except (OSError, RuntimeError, ValueError) as error:
+    raise UserError(f'hf:{path}: {first_line(error)}') from None
+  except datasets.exceptions.DatasetsError as error:
+    reason = error.__cause__ or error
+    raise UserError(f'hf:{path}: {first_line(reason)}') from None
+
+
+def import_datasets() -> ModuleType:
+  """The library; here, since it takes seconds and other data need none.
+
+  It counts downloads on the Hub, even of local files: not for us.
+  """
+  os.environ.setdefault('HF_UPDATE_DOWNLOAD_COUNTS', '0')
   import datasets
 
-  try:
-    return _load_split(spec)
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise UserError(f'hf:{path}: {first_line(error)}') from None
+  return datasets
 
 
 def _load_split(spec: HubSpec) -> Any:
-  import datasets
-
+  datasets = import_datasets()
   saved = any((Path(spec.name) / file).is_file() for file in _SAVED)
   if not saved:
     return datasets.load_dataset(

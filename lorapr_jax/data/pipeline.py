@@ -27,7 +27,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.files import cache_dir, read_json, write_json
 
 # Part of the cache's key: raise it when the windows change.
-_FORMAT = 4
+_FORMAT = 5
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,8 @@ def training_windows(
     pack: `documents`: whole ones side by side, apart by their segments;
       `concatenate`: end to end, as one text.
     template: what makes texts of records.
-    max_tokens: no document of a spec is read after so many; 0: all are.
+    max_tokens: of each spec no more are read, in the middle of a document if
+      need be; 0: all are.
 
   Raises:
     UserError: if there is less than one window, or a token that the model
@@ -69,21 +70,22 @@ def training_windows(
     applied = template if template.applies_to(spec) else PLAIN
 
     def documents() -> Iterator[Tokens]:
-      total = 0
-      for document in packing.tokenise(
+      return packing.tokenise(
         template_documents(spec, applied, tokenizer),
         tokenizer,
         whole=applied.is_chat,
-      ):
-        yield document
-        total += len(document.ids)
-        if max_tokens and total >= max_tokens:
-          break
+      )
 
-    key = ('train', applied, pack, max_tokens)
-    weighted = applied.loss != 'all'
     return _windows(
-      key, spec, tokenizer, seq_len, vocab_size, documents, pack, weighted
+      ('train', applied, pack, max_tokens),
+      spec,
+      tokenizer,
+      seq_len,
+      vocab_size,
+      documents,
+      pack,
+      weighted=applied.loss != 'all',
+      max_tokens=max_tokens,
     )
 
   return tuple(
@@ -122,6 +124,7 @@ def _windows(
   documents: Callable[[], Iterator[Tokens]],
   pack: str = 'concatenate',
   weighted: bool = False,
+  max_tokens: int = 0,
 ) -> Windows:
   """The windows of the documents, packed unless they lie in the cache."""
   key = (_FORMAT, *key, seq_len, spec.column)
@@ -130,7 +133,7 @@ def _windows(
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
   if not folder.exists():
     counts = Counts()
-    stream = _counted(documents(), counts, tokenizer, vocab_size)
+    stream = _counted(documents(), counts, tokenizer, vocab_size, max_tokens)
     names = ['tokens']
     if pack == 'documents':
       parts = packing.fill(stream, seq_len, counts)
@@ -149,6 +152,11 @@ def _windows(
   counts = Counts(**read_json(folder / 'counts.json'))
   check_vocabulary(counts.largest_id, tokenizer, vocab_size)
   windows = packing.read(folder, seq_len)
+  if max_tokens and counts.tokens == max_tokens:
+    _log.warning(
+      '%s: reading ended after %d tokens (data.max_tokens)',
+      *(spec.text, max_tokens),
+    )
   _warn(spec, pack, windows['tokens'], counts)
   return windows
 
@@ -158,8 +166,12 @@ def _counted(
   counts: Counts,
   tokenizer: Tokenizer,
   vocab_size: int,
+  max_tokens: int,
 ) -> Iterator[Tokens]:
   for document in documents:
+    if max_tokens:
+      left = max_tokens - counts.tokens
+      document = Tokens(document.ids[:left], document.targets[:left])
     counts.documents += 1
     counts.tokens += len(document.ids)
     counts.largest_id = max(
@@ -167,6 +179,8 @@ def _counted(
     )
     check_vocabulary(counts.largest_id, tokenizer, vocab_size)
     yield document
+    if max_tokens and counts.tokens == max_tokens:
+      return
 
 
 def check_vocabulary(

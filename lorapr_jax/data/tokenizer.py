@@ -153,7 +153,7 @@ class Tokenizer:
   def fingerprint(self) -> bytes:
     """A hash of the tokenizer's files."""
     digest = hashlib.sha256()
-    names = ('*token*', 'vocab.json', 'merges.txt', 'chat_template*')
-    for file in sorted(f for n in names for f in self.folder.glob(n)):
+    names = (*_VOCABULARIES, '*token*', 'merges.txt', 'chat_template*')
+    for file in sorted({f for n in names for f in self.folder.glob(n)}):
       digest.update(file.name.encode() + b'\0' + file.read_bytes())
     return digest.digest()

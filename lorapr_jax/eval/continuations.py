@@ -8,6 +8,7 @@ for each of which the model is compiled once.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,8 @@ _SHORTEST = 16
 _FULL = 2048
 # Tokens of a row whose logits exist at the same time; divides every length.
 _CHUNK = 8
+
+_log = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
@@ -84,7 +87,7 @@ def score_continuations(
 ) -> Iterator[tuple[int, Score]]:
   """(index of the pair, its score), the longest first.
 
-  A context that is too long loses its beginning.
+  A context that is too long loses its beginning; a warning counts them.
 
   Args:
     params: the weights. On a mesh, its data and fsdp axes share each batch.
@@ -117,7 +120,7 @@ def score_continuations(
 
 def _rows(pairs, config) -> list[_Row]:
   groups: dict[tuple[int, ...], list[int]] = {}
-  limit = config.max_positions
+  limit, shortened = config.max_positions, 0
   for i, (context, continuation) in enumerate(pairs):
     if not len(context) or not len(continuation):
       raise UserError('a continuation, or what it continues, has no tokens')
@@ -133,8 +136,16 @@ def _rows(pairs, config) -> list[_Row]:
         'model'
       )
     # Its last token takes no position.
-    context = tuple(context[-(limit + 1 - len(continuation)) :])
+    room = limit + 1 - len(continuation)
+    shortened += len(context) > room
+    context = tuple(context[-room:])
     groups.setdefault(context, []).append(i)
+  if shortened:
+    _log.warning(
+      '%d of %d texts are longer than the %d positions of the model and lost '
+      'their beginning',
+      *(shortened, len(pairs), limit),
+    )
   rows = []
   for context, members in groups.items():
     row = _Row.of(context)

@@ -1,6 +1,7 @@
 """Perplexities of base models, measured once for each model and text."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,9 @@ from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.files import cache_dir, read_json, write_json
 from lorapr_jax.hf.load import content_hash
 from lorapr_jax.settings import RunSettings
+
+# Part of the key: raise it when what is measured changes.
+_FORMAT = 1
 
 
 def remembered_perplexity(
@@ -27,10 +31,13 @@ def remembered_perplexity(
     windows: (W, T) ids, or None.
     measure: measures the base on these windows.
   """
-  if settings.model_path is None or windows is None:
+  # Processes measure together, and their caches may differ.
+  alone = jax.process_count() == 1
+  if settings.model_path is None or windows is None or not alone:
     return measure()
   # All that the figure depends on.
   parts = {
+    'format': _FORMAT,
     'model': content_hash(settings.model_path),
     'windows': hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(),
     'shape': windows.shape,
@@ -42,6 +49,8 @@ def remembered_perplexity(
   if path.exists():
     return Perplexity(**read_json(path) | {'data': settings.data.eval})
   result = measure()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  write_json(path, dataclasses.asdict(result))
+  # Another run may be writing the same, or the disk be full: no harm.
+  with contextlib.suppress(OSError):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dataclasses.asdict(result))
   return result

@@ -13,6 +13,8 @@ import numpy as np
 from lorapr_jax.data.hub import parse_hub
 from lorapr_jax.data.pipeline import check_vocabulary
 from lorapr_jax.data.sources import Spec, evaluation_text, parse_spec
+from lorapr_jax.data.text_files import find_files, kind
+from lorapr_jax.data.tfds import parse_tfds
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
@@ -36,14 +38,16 @@ class TextPerplexity:
   Attributes:
     name: of the text.
     split: of the data set; `file` for a file.
-    made_of: what the text is: rows or lines joined by a blank line, or a file
-      as it is.
+    made_of: what the text is: rows, lines or texts joined by a blank line, or
+      one text as it is.
+    left_out: the tokens that are in no window that was measured.
     measured: the perplexity.
   """
 
   name: str
   split: str
   made_of: str
+  left_out: int
   measured: Perplexity
 
 
@@ -127,7 +131,8 @@ def evaluate_suite(
         data=spec.text,
         batch_size=batch_size,
       )
-      yield TextPerplexity(name, *_origin(spec), measured)
+      left_out = len(ids) - measured.windows * length
+      yield TextPerplexity(name, *origin(spec), left_out, measured)
 
   return measure()
 
@@ -138,12 +143,18 @@ def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
   return tokens
 
 
-def _origin(spec: Spec) -> tuple[str, str]:
+def origin(spec: Spec) -> tuple[str, str]:
   """The split, and what the text is made of."""
-  if spec.scheme == 'hf':
-    return parse_hub(spec.path).split or 'train', 'rows'
-  if spec.scheme == 'file':
-    if 'lines' in spec.options:
-      return 'file', 'lines'
-    return 'file', 'one text' if spec.path.endswith('.txt') else 'rows'
+  match spec.scheme:
+    case 'hf':
+      return parse_hub(spec.path).split or 'train', 'rows'
+    case 'tfds':
+      return parse_tfds(spec.path).split, 'rows'
+    case 'file':
+      if 'lines' in spec.options:
+        return 'file', 'lines'
+      files = find_files(spec.path)
+      if kind(files[0]) != '.txt':
+        return 'file', 'rows'
+      return 'file', 'one text' if len(files) == 1 else 'texts'
   return spec.path.rpartition(':')[2], 'rows'

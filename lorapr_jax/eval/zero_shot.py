@@ -10,6 +10,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from lorapr_jax.data.hub import import_datasets
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least, first_line
 from lorapr_jax.model import Model, folder_and_config, in_memory
@@ -53,10 +54,15 @@ class TaskScore:
 def import_harness() -> ModuleType:
   """eval/harness.py, whose import takes seconds and registers the model.
 
+  lm_eval then neither forks, which JAX does not survive, nor tells the Hub of
+  the data sets that it reads.
+
   Raises:
     UserError: if lm_eval is not installed.
   """
+  os.environ['DISABLE_MULTIPROC'] = '1'
   try:
+    import_datasets()
     from lorapr_jax.eval import harness
   except ModuleNotFoundError as error:
     missing = str(error.name).partition('.')[0]
@@ -111,8 +117,6 @@ def evaluate_tasks(
   language_model = harness.HarnessModel(
     in_memory(model, dtype), batch_size=batch_size
   )
-  # It would fork, which JAX does not survive.
-  os.environ['DISABLE_MULTIPROC'] = '1'
   # It prints.
   with contextlib.redirect_stdout(sys.stderr):
     results = lm_eval.simple_evaluate(
@@ -166,15 +170,20 @@ def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
   Raises:
     UserError: naming the task whose data cannot be read.
   """
-  import datasets
-
+  datasets = import_datasets()
   loaded = []
   for name in names:
     try:
       found = manager.load([name])
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (
+      OSError,
+      RuntimeError,
+      ValueError,
+      datasets.exceptions.DatasetsError,
+    ) as error:
+      reason = error.__cause__ or error
       raise UserError(
-        f'the data of task {name} cannot be read: {first_line(error)}'
+        f'the data of task {name} cannot be read: {first_line(reason)}'
       ) from None
     loaded += found['groups'].values() or found['tasks'].values()
   return loaded

@@ -210,6 +210,7 @@ def observed_hidden_states(
   lora: Any = None,
   lora_config: LoraConfig | None = None,
   masks: Any = None,
+  valid: Array | None = None,
   dropout_key: Array | None = None,
   remat: str = 'blocks',
   dtype: Any = jnp.float32,
@@ -226,6 +227,8 @@ def observed_hidden_states(
     attend: as `causal_attention`: which tokens of a row see which.
     lora: adapters, with `lora_config`; None runs the base alone.
     masks: None where nothing is masked.
+    valid: (B, T), False where there is padding, which is then zero in every
+      layer: it adds nothing to what is observed. None: there is none.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
     observe: whether the projections' inputs are observed.
@@ -244,6 +247,8 @@ def observed_hidden_states(
   if masks is None:
     masks = tuple({} for _ in config.stacks)
   x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
+  if valid is not None:
+    x = jnp.where(valid.reshape(B * T, 1), x, 0)
   observed = []
   for i, stack in enumerate(config.stacks):
     layers = {'params': params['stacks'][i], 'lora': lora[i]}

@@ -121,7 +121,7 @@ def _magnitude(signals, part, name, scale, criterion):
 
 def _random(signals, part, name, scale, criterion):
   # One number for each input of the two projections that leave the groups;
-  # the same at every step of every run, so that the average is constant.
+  # the same at every step, so that the average is constant.
   if name not in ('o_proj', 'down_proj'):
     return None
   key = jax.random.fold_in(jax.random.key(0), signals.layer)

@@ -7,7 +7,7 @@ steps are taken by a smaller model, or none: then the cut is at the end.
 import dataclasses
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.groups import group_size, with_kept
 from lorapr_jax.pruning.schedule import PruneSchedule
@@ -58,14 +58,20 @@ class Milestones:
     alive = self.plan.keep_at(self.schedule.progress(step - 1))
     return {
       group: tuple(
-        min(
-          group_size(self.plan.config, shape, group), -(-count // many) * many
-        )
+        self._rounded_up(group, count, shape)
         for count, shape in zip(counts, self.plan.config.layers, strict=True)
       )
       for group, counts in alive.items()
-      for many in [multiple_of(self.plan.config, self.plan.targets, group)]
     }
+
+  def _rounded_up(self, group: str, count: int, shape: LayerShape) -> int:
+    multiple = multiple_of(self.plan.config, self.plan.targets, group)
+    size = group_size(self.plan.config, shape, group)
+    return min(size, -(-count // multiple) * multiple)
+
+  def size(self, step: int) -> LlamaConfig:
+    """The sizes of arrays that are cut just before `step`."""
+    return with_kept(self.plan.config, self.present(step))
 
   def size_at(self, step: int, cuts: tuple[int, ...]) -> LlamaConfig:
     """The sizes in which a state of `step` steps is stored.
@@ -73,31 +79,32 @@ class Milestones:
     A state that is about to be cut is stored as it was before.
     """
     past = [cut for cut in cuts if cut < step]
-    if not past:
-      return self.plan.config
-    return with_kept(self.plan.config, self.present(past[-1]))
+    return self.size(past[-1]) if past else self.plan.config
 
   def at(self, shares: tuple[float, ...]) -> tuple[int, ...]:
-    """The cuts at shares of the ramp, each after the next masking."""
+    """The cuts at shares of the ramp, each after the next masking.
+
+    Where nothing has been masked since the cut before, there is none.
+    """
     schedule = self.schedule
     start = schedule.warmup * schedule.total_steps
     cuts: list[int] = []
     for share in shares:
       due = round(start + share * (schedule.ramp_end - start), 6)
       steps = [step for step in self._after_masking() if step - 1 >= due]
-      before = self.present(cuts[-1] if cuts else 0)
-      if steps and self.present(steps[0]) != before:
+      before = self.size(cuts[-1]) if cuts else self.plan.config
+      if steps and self.size(steps[0]) != before:
         cuts.append(steps[0])
     return tuple(cuts)
 
   def candidates(self, first: int) -> list[int]:
     """The steps from `first` on before which there is more to cut."""
-    found, before = [], self.present(0)
+    found, before = [], self.plan.config
     for step in self._after_masking():
-      present = self.present(step)
-      if present != before and step >= first:
+      size = self.size(step)
+      if size != before and step >= first:
         found.append(step)
-      before = present
+      before = size
     return found
 
   def _after_masking(self) -> list[int]:
@@ -110,35 +117,33 @@ class Milestones:
     *,
     step: int,
     step_seconds: float,
-    cut_seconds: float,
+    compile_seconds: float,
   ) -> tuple[int, ...]:
     """The cuts after `step` with which the steps that are left end first.
 
-    A step's time is taken as proportional to its floating-point operations.
-    The best way on from a candidate does not depend on the way to it, so that
-    they are found from the last to the first.
+    A step's time is taken as proportional to its floating-point operations,
+    and compiling it to the number of stacks. The best way on from a cut does
+    not depend on the way to it, so that they are found from the last one back.
 
     Args:
       seq_len: tokens of a sequence.
       step: of which `step_seconds` are known, at full size.
       step_seconds: of such a step.
-      cut_seconds: what a cut costs, most of it for compiling the step anew.
+      compile_seconds: of the functions of such a step.
     """
-    config = self.plan.config
-    full = forward_flops_per_token(config, seq_len)
-
-    def seconds(size: LlamaConfig) -> float:
-      return step_seconds * forward_flops_per_token(size, seq_len) / full
-
-    begins = [step + 1, *self.candidates(step + 1)]
-    sizes = [config, *(with_kept(config, self.present(b)) for b in begins[1:])]
-    ways: list[tuple[float, tuple[int, ...]]] = []  # From each candidate on.
-    for begin, size in zip(reversed(begins), reversed(sizes), strict=True):
-      each = seconds(size)
-      options = [(each * (self.schedule.total_steps - begin), ())]
-      for rest, cuts in ways:
-        steps = each * (cuts[0] - begin)
-        options.append((steps + cut_seconds + rest, cuts))
-      rest, cuts = min(options)
-      ways.append((rest, (begin, *cuts)))
-    return ways[-1][1][1:]
+    full, end = self.plan.config, self.schedule.total_steps
+    flops = forward_flops_per_token(full, seq_len)
+    # For each cut: the seconds from there on, and the cuts after it.
+    best: dict[int, tuple[float, tuple[int, ...]]] = {}
+    for begin in [*reversed(self.candidates(step + 1)), step]:
+      size = full if begin == step else self.size(begin)
+      each = step_seconds * forward_flops_per_token(size, seq_len) / flops
+      ways = {end: each * (end - begin)}
+      for cut, (rest, _) in best.items():
+        stacks = len(self.size(cut).stacks) / len(full.stacks)
+        steps = each * (cut - begin)
+        ways[cut] = steps + compile_seconds * stacks + rest
+      first = min(ways, key=ways.__getitem__)
+      later = () if first == end else (first, *best[first][1])
+      best[begin] = ways[first], later
+    return best[step][1]

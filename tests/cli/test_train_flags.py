@@ -301,6 +301,17 @@ def test_a_mistake_is_one_line_before_any_work(
   assert message in refusal(capsys, workdir, *argv)
 
 
+def test_a_template_may_be_for_what_comes_after_the_cut(tmp_path):
+  (tmp_path / 'a.jsonl').touch()
+  records = f'file:{tmp_path}/a.jsonl'
+  template = '--config.data.template={{ q }}'
+  plain = '--config.data.train=demo:news:train'
+  with pytest.raises(UserError, match='demo:news:train is plain text'):
+    settings(plain, template)
+  recover = ('--config.recover.steps=3', f'--config.recover.data={records}')
+  assert settings(plain, template, *recover).recover.data == records
+
+
 def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
   workdir = tmp_path / 'run'
   place = f'--workdir={workdir}'

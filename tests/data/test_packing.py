@@ -160,7 +160,7 @@ def test_padding_is_counted_where_it_is_much(tokenizer, corpus, caplog):
   ]
 
 
-def test_the_bound_ends_the_reading(tokenizer, tmp_path):
+def test_the_bound_ends_the_reading(tokenizer, tmp_path, caplog):
   text = 'the lazy dog'
   size = len(tokenizer.encode(text)) + 1
   spec = save_lines(tmp_path / 'many.jsonl', [{'text': text}] * 50)
@@ -169,6 +169,17 @@ def test_the_bound_ends_the_reading(tokenizer, tmp_path):
     assert len(list(documents_of(windows))) == count
   [flat] = pack(spec, tokenizer, pack='concatenate', max_tokens=32)
   assert flat['tokens'].size == 32
+  ended = [m for m in caplog.messages if 'padding' not in m]
+  assert ended == [
+    f'{spec}: reading ended after {most} tokens (data.max_tokens)'
+    for most in (10 * size, 10 * size + 1, 32)
+  ]
+  # One long document is cut there too.
+  (tmp_path / 'long.txt').write_text(f'{text} ' * 500)
+  [flat] = pack(
+    f'file:{tmp_path}/long.txt', tokenizer, pack='concatenate', max_tokens=64
+  )
+  assert flat['tokens'].size == 64
 
 
 def test_the_cache_knows_the_settings(tokenizer, tmp_path, cache):

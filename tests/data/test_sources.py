@@ -5,6 +5,8 @@ import importlib.util
 import json
 import zipfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lorapr_jax.data.sources import (
@@ -250,6 +252,34 @@ def test_a_folder_of_files(tmp_path, monkeypatch, datasets, suffix):
   assert identity(spec) == before != identity(parse_spec('hf:json:test'))
   with pytest.raises(UserError, match='hf:json:dev: Unknown split "dev"'):
     read('hf:json:dev')
+
+
+def test_a_hugging_face_folder_that_cannot_be_read_is_one_line(
+  tmp_path, datasets
+):
+  for name in ('script', 'latin', 'bytes'):
+    (tmp_path / name).mkdir()
+  # A data set that is a program, which is never run.
+  (tmp_path / 'script' / 'script.py').write_text('raise SystemExit(3)')
+  (tmp_path / 'latin' / 'train.csv').write_bytes(b'text\ncaf\xe9\n')
+  column = pa.Array.from_buffers(
+    pa.utf8(),
+    1,
+    [None, pa.array([0, 1], pa.int32()).buffers()[1], pa.py_buffer(b'\xe9')],
+  )
+  pq.write_table(
+    pa.table({'text': column}), tmp_path / 'bytes' / 'train.parquet'
+  )
+  for name, message in (
+    ('script', 'scripts are no longer supported'),
+    ('latin', 'utf-8'),
+    ('bytes', 'utf-8|UTF8'),
+  ):
+    spec = f'hf:{tmp_path}/{name}'
+    with pytest.raises(UserError, match=message) as error:
+      read(spec)
+    assert str(error.value).startswith(f'{spec}: ')
+    assert '\n' not in str(error.value)
 
 
 def test_hugging_face_specs_that_cannot_be(tmp_path, datasets):

@@ -49,6 +49,19 @@ def test_what_the_template_refuses_is_a_mistake(tmp_path, add_tokenizer):
     tokenizer.encode_chat([{'role': 'system', 'content': 'be brief'}, *TALK])
 
 
+def test_every_file_of_a_vocabulary_is_in_the_fingerprint(
+  tmp_path, add_tokenizer
+):
+  tokenizer = Tokenizer(add_tokenizer(tmp_path))
+  seen = {tokenizer.fingerprint}
+  for name in ('tekken.json', 'merges.txt', 'chat_template.jinja'):
+    (tmp_path / name).write_text('one')
+    seen.add(tokenizer.fingerprint)
+    (tmp_path / name).write_text('two')
+    seen.add(tokenizer.fingerprint)
+  assert len(seen) == 7
+
+
 def test_a_missing_file_is_named(tmp_path, add_tokenizer):
   (add_tokenizer(tmp_path) / 'tokenizer.json').unlink()
   with pytest.raises(UserError, match=r'tokenizer\.json .* is missing'):

@@ -123,6 +123,15 @@ CASES = [
     '`evaluate --seq_len 999`, more than the model has positions',
     _bad_evaluate('--seq_len', '999'),
   ),
+  Case(
+    "`evaluate --data ''`",
+    _evaluate('--data', '', '--seq_len', '32'),
+  ),
+  Case("`evaluate --tasks ''`", _evaluate('--tasks', '')),
+  Case(
+    "`evaluate --suite paper --ptb ''`",
+    _evaluate('--suite', 'paper', '--ptb', ''),
+  ),
   Case('`evaluate --batch_size 0`', _bad_evaluate('--batch_size', '0')),
   Case(
     '`evaluate --dtype int8`', _bad_evaluate('--dtype', 'int8'), varies=CHOICES

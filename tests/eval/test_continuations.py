@@ -89,6 +89,17 @@ def test_each_scores_as_it_would_alone(params, pairs, alone):
     assert len(lengths) == 6 and jitted._cache_size() == 3
 
 
+def test_contexts_that_lose_their_beginning_are_counted(pairs, caplog):
+  continuations._rows(pairs, CONFIG)
+  assert caplog.messages == [
+    '5 of 27 texts are longer than the 64 positions of the model and lost '
+    'their beginning'
+  ]
+  caplog.clear()
+  continuations._rows(pairs[:20], CONFIG)
+  assert not caplog.messages
+
+
 def test_what_is_likeliest_is_greedy(params):
   context = [1, 2, 3]
   ways = [(context, [i]) for i in range(CONFIG.vocab_size)]

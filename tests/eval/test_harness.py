@@ -304,6 +304,37 @@ def test_it_hands_over_to_lm_evals_own_command_line(capsys, monkeypatch):
   assert '--model_args' in capsys.readouterr().out
 
 
+# As where torch is not installed: nothing finds it.
+WITHOUT_TORCH = """
+import sys
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+  @classmethod
+  def find_spec(cls, name, path=None, target=None):
+    return None if name == 'torch' else PathFinder.find_spec(name, path, target)
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+from lorapr_jax.cli.main import main
+status = main(sys.argv[1:])
+assert 'torch' not in sys.modules
+sys.exit(status)
+"""
+
+
+def test_tasks_need_no_torch(text_model, folder):
+  done = subprocess.run(
+    [
+      *(sys.executable, '-c', WITHOUT_TORCH, 'evaluate'),
+      *('--model', str(text_model)),
+      *('--tasks', 'ends', '--limit', '2', '--include_path', str(folder)),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'acc_norm' in done.stdout
+
+
 @pytest.mark.slow  # It looks through the thousands of tasks that lm_eval has.
 def test_lm_evals_own_command_line_knows_our_model(
   text_model, folder, capsys, monkeypatch

@@ -17,8 +17,9 @@ import transformers
 from lorapr_jax import sharding
 from lorapr_jax.cli.main import main
 from lorapr_jax.data.hub import parse_hub
+from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.eval.suite import PAPER_TEXTS
+from lorapr_jax.eval.suite import PAPER_TEXTS, origin
 from lorapr_jax.model import load
 from lorapr_jax.steps import StepSettings
 
@@ -92,6 +93,7 @@ def test_every_text_at_every_length_is_transformers(
   assert run(text_model, specs, '--json') == 0
   out, err = capsys.readouterr()
   report = json.loads(out)
+  tokenizer = transformers.AutoTokenizer.from_pretrained(text_model)
   found = [(r['name'], r['seq_len']) for r in report['results']]
   assert found == [(name, n) for name in specs for n in (128, 512)]
   for result in report['results']:
@@ -102,6 +104,8 @@ def test_every_text_at_every_length_is_transformers(
     )
     assert result['data'] == specs[result['name']]
     assert result['tokens_per_second'] > 0
+    ids = tokenizer(texts[result['name']])['input_ids']
+    assert result['left_out'] == len(ids) - windows.size < len(windows[0])
   origins = {r['name']: (r['split'], r['made_of']) for r in report['results']}
   assert origins == {
     'wikitext2': ('test', 'rows'),
@@ -122,6 +126,25 @@ def test_the_table_names_text_split_length_and_windows(
   assert ['wikitext2', 'test', 'rows', '128', '3'] in [row[:5] for row in rows]
   assert ['ptb', 'file', 'lines', '128', '3'] in [row[:5] for row in rows]
   assert all(f'{name}: {spec}' in out for name, spec in specs.items())
+
+
+def test_where_a_text_comes_from_and_what_it_is_made_of(tmp_path):
+  for name in ('a.txt', 'b.txt', 'c.txt.gz', 'd.jsonl'):
+    (tmp_path / name).touch()
+  for spec, expected in (
+    ('hf:owner/name:test', ('test', 'rows')),
+    ('hf:owner/name', ('train', 'rows')),
+    ('tfds:wiki:1.0.0:test', ('test', 'rows')),
+    ('tfds:wiki:1.0.0', ('train', 'rows')),
+    ('tfds:wiki', ('train', 'rows')),
+    ('demo:news:heldout', ('heldout', 'rows')),
+    (f'file:{tmp_path}/a.txt', ('file', 'one text')),
+    (f'file:{tmp_path}/a.txt?lines', ('file', 'lines')),
+    (f'file:{tmp_path}/c.txt.gz', ('file', 'one text')),
+    (f'file:{tmp_path}/*.txt', ('file', 'texts')),
+    (f'file:{tmp_path}/d.jsonl', ('file', 'rows')),
+  ):
+    assert origin(parse_spec(spec)) == expected, spec
 
 
 def test_the_default_texts_are_on_the_hub_and_named():

@@ -13,8 +13,9 @@ import torch
 import transformers
 
 from lorapr_jax import exports, routes
+from lorapr_jax.cut import cut_adapters, cut_params
 from lorapr_jax.errors import UserError
-from lorapr_jax.finish import cut, merge
+from lorapr_jax.finish import merge
 from lorapr_jax.hf.export import GGUF_DTYPES, hf_tensors, parse_size
 from lorapr_jax.hf.gguf import open_gguf
 from lorapr_jax.hf.gguf_write import DTYPES
@@ -60,13 +61,8 @@ def pruned(random_params, random_lora):
     importance = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
     masks = select_stack_masks(importance, masks, by_stack(keep, BEFORE))
     kept = kept_groups(masks)
-    params, lora = cut(
-      BEFORE,
-      LORA,
-      random_params(BEFORE, dtype),
-      random_lora(BEFORE, LORA),
-      kept,
-    )
+    params = cut_params(random_params(BEFORE, dtype), kept, BEFORE)
+    lora = cut_adapters(random_lora(BEFORE, LORA), kept, BEFORE, LORA)
     weights = merge(params, lora, LORA, unmerged=True)
     origin = {'name': 'tiny', 'sha256': None, 'config': BEFORE.to_hf()}
     model = Model(
