@@ -1,0 +1,93 @@
+"""What cutting masked groups on the way saves, and what it leaves to save.
+
+  PYTHONPATH=. python benchmarks/shrink.py [--out runs/shrink] [--shrink auto]
+    [--steps 100]
+
+Prunes the demo's model twice, by half of its channels and a third of its query
+heads: with all cuts at the end, then with --shrink. Prints, of the second run,
+the time of its steps over what the first one's step time and the operations of
+each size predict; and the time of both loops, compiling and cutting included.
+Ten minutes a run on two cores; what --out holds is not run again.
+"""
+
+import argparse
+from pathlib import Path
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.files import read_json
+from lorapr_jax.models.cost import forward_flops_per_token
+from lorapr_jax.pruning.milestones import Milestones
+from lorapr_jax.report.run import IMPORTANCE_FILE
+from lorapr_jax.settings import split_config
+
+ROOT = Path(__file__).resolve().parent.parent
+# Of a run's loop, by the names of its summary.
+STEPS, REST = 'prune', ('compile', 'cut')
+
+
+def run(flags: list[str], workdir: Path) -> dict[str, Any]:
+  """The summary of a run, which is made unless it is there."""
+  if not (workdir / 'summary.json').exists():
+    command = [sys.executable, 'train.py', *flags, f'--workdir={workdir}']
+    subprocess.run(command, cwd=ROOT, check=True)
+  return read_json(workdir / 'summary.json')
+
+
+def predicted(flags: list[str], cuts: list[int]) -> float:
+  """The operations of a run's steps over those of as many at full size."""
+  settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
+  found = Milestones(settings.plan, settings.schedule)
+  steps = range(settings.train.steps)
+  flops = [
+    forward_flops_per_token(
+      found.size_at(step + 1, tuple(cuts)), settings.train.seq_len
+    )
+    for step in steps
+  ]
+  return sum(flops) / (max(flops) * len(flops))
+
+
+def overlap(one: Path, other: Path) -> float:
+  """The share of cut groups that both runs cut."""
+  ours, theirs = (load_file(run / IMPORTANCE_FILE) for run in (one, other))
+  cut = both = 0
+  for name in (n for n in ours if n.endswith('.mask')):
+    cut += int(np.sum(ours[name] == 0))
+    both += int(np.sum((ours[name] == 0) & (theirs[name] == 0)))
+  return both / cut
+
+
+def main() -> None:
+  """Runs both and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'shrink')
+  parser.add_argument('--shrink', default='auto')
+  parser.add_argument('--steps', type=int, default=100)
+  args = parser.parse_args()
+  flags = ['--config=configs/smollm2_135m.py', '--config.report.prompts=()']
+  flags += [f'--config.train.steps={args.steps}', '--config.data.eval=']
+  out = args.out.absolute()
+  runs = {
+    shrink: run([*flags, f'--config.prune.shrink={shrink}'], out / shrink)
+    for shrink in ('end', args.shrink)
+  }
+  end, found = (runs[name]['seconds'] for name in ('end', args.shrink))
+  cuts = runs[args.shrink]['cuts_on_the_way']
+  share = predicted(flags, cuts)
+  print(f'cut before steps  {", ".join(map(str, cuts)) or "none"}')
+  print(f'operations left   {share:.3f}')
+  print(f'steps, measured   {found[STEPS] / end[STEPS]:.3f}')
+  print(f'over predicted    {found[STEPS] / end[STEPS] / share:.3f}')
+  loops = [t[STEPS] + sum(t[name] for name in REST) for t in (found, end)]
+  print(f'loop, all in      {loops[0] / loops[1]:.3f}')
+  print(f'same groups cut   {overlap(out / args.shrink, out / "end"):.1%}')
+
+
+if __name__ == '__main__':
+  main()
