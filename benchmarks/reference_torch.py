@@ -4,20 +4,24 @@ A transcription of docs/method.md with the reference's choices: transformers'
 model, adapters and masks as module wrappers, importance from each projection's
 dense guided gradient at every step.
 
-  python benchmarks/reference_torch.py --model FOLDER --steps 5 [--dtype DTYPE]
+  PYTHONPATH=. python benchmarks/reference_torch.py --model FOLDER
+    --tokens FILE.npy
 
-prints the median seconds of a step and the process's peak memory. FOLDER is a
-model with as many KV heads as heads (benchmarks/make_mha.py makes one).
+FOLDER is a model with as many KV heads as heads (benchmarks/make_mha.py makes
+one), FILE.npy holds (steps, sequences, tokens) ids. Prints one JSON object: the
+dtype, which is the faster one here, the seconds of each step, and the process's
+peak memory in bytes.
 """
 
 import argparse
 import math
-import resource
-import statistics
 import time
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
+
+from benchmarks.torch_steps import fastest_dtype, print_result
 
 RANK, ALPHA, DROPOUT, CLIP, LR, DECAY = 8, 16.0, 0.05, 1.0, 1e-3, 0.9
 EVERY, WARMUP, COOLDOWN, TARGET = 5, 0.1, 0.1, 0.5
@@ -90,17 +94,14 @@ def prune(layer, names, average, sparsity) -> None:
 
 
 def main() -> None:
-  parser = argparse.ArgumentParser()
+  """Trains, prunes and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--model', required=True)
-  parser.add_argument('--steps', type=int, default=5)
-  parser.add_argument('--dtype', default='float32')
-  parser.add_argument('--batch_size', type=int, default=8)
-  parser.add_argument('--seq_len', type=int, default=128)
+  parser.add_argument('--tokens', required=True)
   args = parser.parse_args()
+  dtype, batches = fastest_dtype(), np.load(args.tokens)
   torch.manual_seed(0)
-  model = AutoModelForCausalLM.from_pretrained(
-    args.model, dtype=getattr(torch, args.dtype)
-  )
+  model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
   model.config.use_cache = False
   layers = wrap(model)
   model.train()
@@ -110,14 +111,12 @@ def main() -> None:
   weights = [p for p in model.parameters() if p.requires_grad]
   adamw = torch.optim.AdamW(weights, lr=LR, weight_decay=0.0)
   protected = {*range(int(0.1 * len(layers))), len(layers) - 1}
-  shape = (args.steps, args.batch_size, args.seq_len)
-  tokens = torch.randint(model.config.vocab_size, shape)
   seconds = []
-  for step in range(args.steps):
+  for step, batch in enumerate(torch.from_numpy(batches).long()):
     start = time.perf_counter()
-    model(input_ids=tokens[step], labels=tokens[step]).loss.backward()
+    model(input_ids=batch, labels=batch).loss.backward()
     torch.nn.utils.clip_grad_norm_(weights, CLIP)
-    ramp = step / args.steps - WARMUP
+    ramp = step / len(batches) - WARMUP
     done = min(1.0, max(0.0, ramp) / (1 - WARMUP - COOLDOWN))
     sparsity = TARGET * (1 - (1 - done) ** 3)
     for i, layer in enumerate(layers):
@@ -131,13 +130,7 @@ def main() -> None:
     adamw.step()
     adamw.zero_grad()
     seconds.append(time.perf_counter() - start)
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-  median = statistics.median(seconds[1:])
-  rate = args.batch_size * args.seq_len / median
-  print(
-    f'{args.dtype}: {median:.2f} s a step, {rate:.0f} tokens/s, '
-    f'peak {peak:.2f} GB'
-  )
+  print_result(dtype, seconds)
 
 
 if __name__ == '__main__':
