@@ -127,12 +127,12 @@ def page(results: dict[str, dict[str, Any]], peak: float, flops: float) -> str:
 {date.today()}; {platform.processor() or platform.machine()},
 {jax.default_backend()}, jax {jax.__version__}. Written by `make bench`.
 
-SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens a step, rank 8 on
-every projection, half of the groups; each in a process of its own, one after the
-other. `reference` is the reference's algorithm in plain PyTorch, `peft` LoRA alone
-with transformers and PEFT, `masked` train.py with all cuts at the end, `shrinking`
-with prune.shrink=auto (cuts before steps: {cuts}). Tokens a second are those of the
-median step, of `masked` and `shrinking` of the mean one.
+SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens a step, rank 8
+on every projection, half of the groups; each in a process of its own, one after
+the other. `reference` is the reference's algorithm in plain PyTorch, `peft` LoRA
+alone with transformers and PEFT, `masked` train.py with all cuts at the end,
+`shrinking` with prune.shrink=auto (cuts before steps: {cuts}). Tokens a second
+are those of the median step, of `masked` and `shrinking` of the mean one.
 
 | | dtype | tokens/s | over reference | of the matmul peak | peak GB | loop, s |
 |---|---|---|---|---|---|---|
