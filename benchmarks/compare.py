@@ -170,21 +170,19 @@ def described(texts: Mapping[str, str]) -> dict[str, dict[str, str]]:
   return found
 
 
-def check_same_texts(
-  known: Mapping[str, Any], texts: Mapping[str, Any]
-) -> None:
-  """Refuses a name that stands for another text in a record.
+def merged(known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+  """What is known, with the texts of a record.
 
   Raises:
-    UserError: naming it.
+    UserError: naming a text that was another one where runs were measured.
   """
-  for name, text in texts.items():
-    old = known.get(name, text)
-    if old['sha256'] != text['sha256']:
+  for name, text in record['texts'].items():
+    if known['texts'].get(name, text)['sha256'] != text['sha256']:
       raise UserError(
         f'{name} is {text["spec"]} now, and another text where runs were '
         'measured before: give it another name'
       )
+  return {**record, **known, 'texts': record['texts']}
 
 
 def publish(
@@ -243,12 +241,10 @@ def compare(args: argparse.Namespace) -> None:
     texts[name] = spec
   rows, model = FULL if args.full else ROWS, make_model()
 
-  ours = out / RECORD.name
-  record = read_json(args.known) if args.known else {}
-  record |= read_json(ours) if ours.exists() else {}
-  described_texts = described(texts)
-  check_same_texts(record.get('texts', {}), described_texts)
-  record['texts'] = described_texts
+  ours, record = out / RECORD.name, {'texts': described(texts)}
+  for known in (args.known, ours if ours.exists() else None):
+    if known:
+      record = merged(read_json(known), record)
   record['dense'] = score(model, texts, record.get('dense', {}))
   # As many threads for each as it would get of the cores.
   threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -270,7 +266,7 @@ def compare(args: argparse.Namespace) -> None:
       for run in as_completed(runs):
         record[runs[run]] = run.result()
         write_json(ours, record)
-        publish(record, rows, command(args, described_texts))
+        publish(record, rows, command(args, record['texts']))
         print(f'{runs[run]}: {record[runs[run]]["perplexity"]}', flush=True)
     except BaseException:
       pool.shutdown(cancel_futures=True)

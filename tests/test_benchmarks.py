@@ -146,12 +146,14 @@ def test_another_text_needs_another_name(compare, tmp_path):
   (tmp_path / 'a.txt').write_text('one')
   texts = compare.described({'PTB': f'file:{tmp_path}/a.txt?lines'})
   assert texts['PTB']['spec'] == 'file:a.txt?lines'
-  compare.check_same_texts({}, texts)
-  compare.check_same_texts(texts, texts)
+  run = a_run(90.0)
+  known = {'texts': texts, 'dense': {}, 'run': run}
+  new = {'texts': {**texts, 'news': texts['PTB']}, 'other': run}
+  assert compare.merged(known, new) == {**known, **new}
   (tmp_path / 'a.txt').write_text('another')
   now = compare.described({'PTB': f'file:{tmp_path}/a.txt?lines'})
   with pytest.raises(compare.UserError, match='PTB is file:a.txt'):
-    compare.check_same_texts(texts, now)
+    compare.merged(known, {'texts': now})
 
 
 def test_what_is_known_of_a_run_is_not_measured_again(compare, tmp_path):

@@ -85,13 +85,8 @@ def read_hub(
           + ', '.join(data.column_names)
         )
     data = data.select_columns(list(fields))
-  rows = iter(data)
-  while True:
-    with _readable(path):
-      row = next(rows, None)
-    if row is None:
-      return
-    yield row
+  with readable(f'hf:{path}'):
+    yield from data
 
 
 def hub_fingerprint(path: str) -> bytes:
@@ -111,22 +106,29 @@ def _load(path: str) -> Any:
     UserError: if there is no such data set or split.
   """
   spec = parse_hub(path)
-  with _readable(path):
+  with readable(f'hf:{path}'):
     return _load_split(spec)
 
 
 @contextlib.contextmanager
-def _readable(path: str) -> Iterator[None]:
-  """Makes one line of what the library raises; the cause says more than it."""
+def readable(what: str) -> Iterator[None]:
+  """In its `with` block, what the library raises is one line about `what`.
+
+  Raises:
+    UserError: in place of the library's own errors, whose cause says more than
+      they do.
+  """
   datasets = import_datasets()
   try:
     yield
-  # RuntimeError: the data set is a script, which is never run.
-  except (OSError, RuntimeError, ValueError) as error:
-    raise UserError(f'hf:{path}: {first_line(error)}') from None
-  except datasets.exceptions.DatasetsError as error:
+  except (
+    OSError,
+    RuntimeError,  # The data set is a script, which is never run.
+    ValueError,
+    datasets.exceptions.DatasetsError,
+  ) as error:
     reason = error.__cause__ or error
-    raise UserError(f'hf:{path}: {first_line(reason)}') from None
+    raise UserError(f'{what}: {first_line(reason)}') from None
 
 
 def import_datasets() -> ModuleType:

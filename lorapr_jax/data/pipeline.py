@@ -77,7 +77,7 @@ def training_windows(
       )
 
     return _windows(
-      ('train', applied, pack, max_tokens),
+      ('train', applied),
       spec,
       tokenizer,
       seq_len,
@@ -127,7 +127,7 @@ def _windows(
   max_tokens: int = 0,
 ) -> Windows:
   """The windows of the documents, packed unless they lie in the cache."""
-  key = (_FORMAT, *key, seq_len, spec.column)
+  key = (_FORMAT, *key, pack, max_tokens, seq_len, spec.column)
   digest = hashlib.sha256(repr(key).encode())
   digest.update(identity(spec) + tokenizer.fingerprint)
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
@@ -152,12 +152,7 @@ def _windows(
   counts = Counts(**read_json(folder / 'counts.json'))
   check_vocabulary(counts.largest_id, tokenizer, vocab_size)
   windows = packing.read(folder, seq_len)
-  if max_tokens and counts.tokens == max_tokens:
-    _log.warning(
-      '%s: reading ended after %d tokens (data.max_tokens)',
-      *(spec.text, max_tokens),
-    )
-  _warn(spec, pack, windows['tokens'], counts)
+  _warn(spec, pack, max_tokens, windows['tokens'], counts)
   return windows
 
 
@@ -220,8 +215,15 @@ def _new_folder(folder: Path) -> Iterator[Path]:
         path.rmdir()
 
 
-def _warn(spec: Spec, pack: str, windows: np.ndarray, counts: Counts) -> None:
+def _warn(
+  spec: Spec, pack: str, max_tokens: int, windows: np.ndarray, counts: Counts
+) -> None:
   """Says what was left out, cut or padded."""
+  if max_tokens and counts.tokens == max_tokens:
+    _log.warning(
+      '%s: reading ended after %d tokens (data.max_tokens)',
+      *(spec.text, max_tokens),
+    )
   seq_len = windows.shape[1]
   rest = counts.tokens % seq_len
   if pack == 'concatenate' and rest:

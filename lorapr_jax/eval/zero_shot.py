@@ -10,9 +10,9 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from lorapr_jax.data.hub import import_datasets
+from lorapr_jax.data.hub import import_datasets, readable
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError, check_least, first_line
+from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.model import Model, folder_and_config, in_memory
 
 # The seven of the papers (docs/method.md, evaluation).
@@ -170,21 +170,10 @@ def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
   Raises:
     UserError: naming the task whose data cannot be read.
   """
-  datasets = import_datasets()
   loaded = []
   for name in names:
-    try:
+    with readable(f'the data of task {name} cannot be read'):
       found = manager.load([name])
-    except (
-      OSError,
-      RuntimeError,
-      ValueError,
-      datasets.exceptions.DatasetsError,
-    ) as error:
-      reason = error.__cause__ or error
-      raise UserError(
-        f'the data of task {name} cannot be read: {first_line(reason)}'
-      ) from None
     loaded += found['groups'].values() or found['tasks'].values()
   return loaded
 

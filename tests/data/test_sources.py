@@ -3,12 +3,17 @@
 import csv
 import importlib.util
 import json
+import os
+from pathlib import Path
+import subprocess
+import sys
 import zipfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import lorapr_jax
 from lorapr_jax.data.sources import (
   identity,
   parse_spec,
@@ -280,6 +285,36 @@ def test_a_hugging_face_folder_that_cannot_be_read_is_one_line(
       read(spec)
     assert str(error.value).startswith(f'{spec}: ')
     assert '\n' not in str(error.value)
+
+
+def test_nothing_local_asks_the_network(tmp_path, datasets):
+  (tmp_path / 'folder').mkdir()
+  rows = datasets.Dataset.from_dict(ROWS)
+  rows.to_parquet(tmp_path / 'folder' / 'train.parquet')
+  rows.save_to_disk(tmp_path / 'saved')
+  write(tmp_path / 'a.jsonl', '{"text": "one"}\n')
+  code = """
+import os
+import socket
+import sys
+def refuse(*_):
+  os._exit(9)  # No one swallows that.
+socket.getaddrinfo = socket.socket.connect = refuse
+from lorapr_jax.data.sources import identity, parse_spec, read_documents
+for spec in 'hf:folder', 'hf:saved', 'file:a.jsonl':
+  identity(parse_spec(spec))
+  print(len(list(read_documents(spec))))
+"""
+  # Offline, the libraries would not even try.
+  env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
+  done = subprocess.run(
+    [sys.executable, '-c', code],
+    cwd=tmp_path,
+    env={**env, 'PYTHONPATH': str(Path(lorapr_jax.__file__).parents[1])},
+    capture_output=True,
+    text=True,
+  )
+  assert done.stdout.split() == ['2', '2', '1'], done.stderr
 
 
 def test_hugging_face_specs_that_cannot_be(tmp_path, datasets):

@@ -1,6 +1,7 @@
 """lm_eval's tasks: the numbers of its own model `hf` on the same folder."""
 
 import json
+import os
 from pathlib import Path
 import subprocess
 import sys
@@ -304,9 +305,14 @@ def test_it_hands_over_to_lm_evals_own_command_line(capsys, monkeypatch):
   assert '--model_args' in capsys.readouterr().out
 
 
-# As where torch is not installed: nothing finds it.
+# As where torch is not installed, which nothing finds, and without a network.
 WITHOUT_TORCH = """
+import os
+import socket
 import sys
+def refuse(*_):
+  os._exit(9)  # No one swallows that.
+socket.getaddrinfo = socket.socket.connect = refuse
 from importlib.machinery import PathFinder
 class Finder(PathFinder):
   @classmethod
@@ -320,7 +326,9 @@ sys.exit(status)
 """
 
 
-def test_tasks_need_no_torch(text_model, folder):
+def test_tasks_need_neither_torch_nor_a_network(text_model, folder):
+  # Offline, the libraries would not even try.
+  env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}
   done = subprocess.run(
     [
       *(sys.executable, '-c', WITHOUT_TORCH, 'evaluate'),
@@ -328,6 +336,7 @@ def test_tasks_need_no_torch(text_model, folder):
       *('--tasks', 'ends', '--limit', '2', '--include_path', str(folder)),
     ],
     cwd=ROOT,
+    env=env,
     capture_output=True,
     text=True,
   )
