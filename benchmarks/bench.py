@@ -129,7 +129,7 @@ def page(results: dict[str, dict[str, Any]], peak: float, flops: float) -> str:
 
 SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens a step, rank 8
 on every projection, half of the groups; each in a process of its own, one after
-the other. `reference` is the reference's algorithm in plain PyTorch, `peft` LoRA
+the other. `reference` is the reference's algorithm in PyTorch, `peft` LoRA
 alone with transformers and PEFT, `masked` train.py with all cuts at the end,
 `shrinking` with prune.shrink=auto (cuts before steps: {cuts}). Tokens a second
 are those of the median step, of `masked` and `shrinking` of the mean one.

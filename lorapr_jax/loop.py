@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,8 +118,11 @@ def train_phase(
     if cuts:
       config = milestones.size_at(saved.step, cuts)
       size = dataclasses.replace(size, config=config)
+    shapes, uncut = (
+      jax.eval_shape(functools.partial(new_state, x)) for x in (size, base.step)
+    )
     state = checkpoints.restore(
-      saved, jax.eval_shape(lambda: new_state(size)), base.places.state
+      saved, shapes.replace(whole=uncut.whole), base.places.state
     )
     if size != base.step:
       base = base.cut(kept_of(state.whole['masks']), settings)
