@@ -22,8 +22,17 @@ def get_config() -> config_dict.ConfigDict:
   # Of activations: float32, bfloat16, or auto as above. LoRA's weights, the
   # optimiser and the scores are always float32.
   config.model.compute_dtype = 'auto'
-  # What the backward pass keeps: blocks (each block's input: least memory) or
-  # dots (the projections' outputs too: a third fewer operations).
+  # Of the operands of the training step's matrix products, whose sums are
+  # float32: float32, bfloat16, or auto: compute_dtype, but bfloat16 on a CPU
+  # with matrix instructions for it (AMX). Evaluation has compute_dtype.
+  config.model.matmul_dtype = 'auto'
+  # How attention is computed: xla, cudnn (GPU), splash (TPU), or auto: the
+  # kernel that fits device, dtype and sizes, else xla.
+  config.model.attention = 'auto'
+  # What the backward pass keeps: blocks (each block's input), offload (the
+  # same, in the host's memory), dots (the projections' outputs too: a third
+  # fewer operations) or none (all activations). docs/performance.md has what
+  # each costs.
   config.model.remat = 'blocks'
 
   config.data = config_dict.ConfigDict()
@@ -81,8 +90,9 @@ def get_config() -> config_dict.ConfigDict:
   config.train.clip_norm = 1.0
   # Of LoRA's initialisation, dropout and the order of the data.
   config.train.seed = 0
-  # Tokens whose logits exist at the same time.
-  config.train.loss_chunk = 128
+  # Tokens whose logits exist at the same time; 0: 128 (512 on GPU and TPU) for
+  # each device of the axes data and fsdp.
+  config.train.loss_chunk = 0
   # Steps between lines of metrics.jsonl.
   config.train.log_every = 10
   # Steps between checkpoints.

@@ -59,8 +59,13 @@ class TrainSettings:
   def __post_init__(self):
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      if field.name not in ('seed', 'lr_schedule') and not value > 0:
+      free = ('seed', 'lr_schedule', 'loss_chunk')
+      if field.name not in free and not value > 0:
         raise UserError(f'train.{field.name} is {value}: it must be positive')
+    if self.loss_chunk < 0:
+      raise UserError(
+        f'train.loss_chunk is {self.loss_chunk}: 0, or a number of tokens'
+      )
     if not math.isfinite(self.learning_rate):
       raise UserError('train.learning_rate is inf: it must be finite')
     if not 0 <= self.seed < 2**32:

@@ -5,6 +5,7 @@ Nothing here reads weights or text: a mistake stops a run before any work.
 
 import dataclasses
 from pathlib import Path
+import re
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
@@ -34,7 +36,7 @@ from lorapr_jax.sections import (
   TrainSettings,
   choose,
 )
-from lorapr_jax.sharding import mesh_sizes
+from lorapr_jax.sharding import make_mesh, mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
@@ -83,6 +85,30 @@ def resolve_dtype(key: str, name: str) -> Any:
   return jnp.dtype(name)
 
 
+def resolve_matmul_dtype(name: str, activations: Any) -> Any:
+  """Of the training step's products; `auto` is the fastest that loses little.
+
+  That is the activations' dtype, but bfloat16 for float32 activations on a CPU
+  with matrix instructions for it (AMX), which multiply three times as fast.
+  """
+  choose('model.matmul_dtype', name, _DTYPES)
+  if name != 'auto':
+    return jnp.dtype(name)
+  if jax.default_backend() == 'cpu' and 'amx_bf16' in _cpu_flags():
+    return jnp.dtype('bfloat16')
+  return activations
+
+
+def _cpu_flags() -> frozenset[str]:
+  """What Linux says that the processor can do; empty elsewhere."""
+  try:
+    text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+  except FileNotFoundError:
+    return frozenset()
+  flags = re.search(r'^flags\s*:(.*)$', text, re.MULTILINE)
+  return frozenset(flags[1].split()) if flags else frozenset()
+
+
 def split_config(config: config_dict.ConfigDict) -> RunSettings:
   """Splits and checks a config.
 
@@ -95,6 +121,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
   train = TrainSettings(**config.train)
   recover = RecoverSettings(**config.recover)
   data = _data_settings(config.data, train, recover)
+  dtype = resolve_dtype('model.compute_dtype', model.compute_dtype)
+  check_attention(model.attention, train.seq_len, sizes.head_dim, dtype)
   for key, length in (
     ('train.seq_len', train.seq_len),
     ('data.eval_seq_len', data.eval_seq_len),
@@ -115,10 +143,13 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
   step = StepSettings(
     config=sizes,
     lora=lora,
-    dtype=resolve_dtype('model.compute_dtype', model.compute_dtype),
+    dtype=dtype,
+    matmul_dtype=resolve_matmul_dtype(model.matmul_dtype, dtype),
+    attention=model.attention,
     remat=choose('model.remat', model.remat, tuple(REMAT_POLICIES)),
-    loss_chunk=train.loss_chunk,
+    loss_chunk=_loss_chunk(train, mesh),
     clip_norm=train.clip_norm,
+    mesh=make_mesh(mesh),
   )
   return RunSettings(
     model_path=Path(model.path) if model.path else None,
@@ -140,6 +171,17 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     log=LogSettings(**config.log),
     report=ReportSettings(**config.report),
   )
+
+
+def _loss_chunk(train: TrainSettings, mesh: dict[str, int]) -> int:
+  """Tokens: by default as many as keep the matrix units busy, on each device.
+
+  A chunk's tokens are cut over data, its vocabulary over fsdp and tensor.
+  """
+  if train.loss_chunk:
+    return train.loss_chunk
+  each = 128 if jax.default_backend() == 'cpu' else 512
+  return each * mesh['data'] * mesh['fsdp']
 
 
 def split_model(

@@ -56,6 +56,20 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
   )
 
 
+def platform(place: Mesh | Sharding | None) -> str:
+  """cpu, gpu or tpu: of the devices, or of the default one."""
+  if place is None:
+    return jax.default_backend()
+  devices = place.devices.flat if isinstance(place, Mesh) else place.device_set
+  return next(iter(devices)).platform
+
+
+def mesh_of(params: Any) -> Mesh | None:
+  """The mesh that the weights lie on; None: they lie on one device."""
+  place = params['norm']['weight'].sharding
+  return place.mesh if isinstance(place, NamedSharding) else None
+
+
 def sharding(
   mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...] | None = None
 ) -> NamedSharding:
@@ -98,15 +112,15 @@ def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
 
   No axes: whole on each device. Sizes are not checked; see `batch_parts`.
   """
-  place = params['norm']['weight'].sharding
-  if not isinstance(place, NamedSharding):
-    return place
-  return sharding(place.mesh, axes)
+  mesh = mesh_of(params)
+  if mesh is None:
+    return params['norm']['weight'].sharding
+  return sharding(mesh, axes)
 
 
 def batch_parts(params: Any) -> int:
   """Into how many parts a batch is cut beside these weights."""
-  place = params['norm']['weight'].sharding
-  if not isinstance(place, NamedSharding):
+  mesh = mesh_of(params)
+  if mesh is None:
     return 1
-  return math.prod(place.mesh.shape[axis] for axis in RULES['batch'])
+  return math.prod(mesh.shape[axis] for axis in RULES['batch'])

@@ -14,17 +14,19 @@ from flax import struct
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import Sharding
+from jax.sharding import Mesh, Sharding
 import numpy as np
 import optax
 
 from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
-from lorapr_jax.models.attention import causal_attention, segment_positions
+from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.axes import PROJECTIONS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.kernels import AUTO, choose_attention
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.masks import initial_masks, select_masks
+from lorapr_jax.sharding import platform
 
 
 @struct.dataclass
@@ -60,27 +62,36 @@ class StepSettings:
   Attributes:
     config: the model's sizes.
     lora: the adapters'.
-    dtype: of the computation (weights, LoRA and scores keep their own).
+    dtype: of the activations (weights, LoRA and scores keep their own).
+    matmul_dtype: of the operands of the products with weights in the step
+      that trains; elsewhere it is `dtype`.
+    attention: of models.kernels.ATTENTION.
     remat: a key of llama.REMAT_POLICIES.
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
+    mesh: that the base lies on; None: one device.
   """
 
   config: LlamaConfig
   lora: LoraConfig = LoraConfig()
   dtype: Any = jnp.float32
+  matmul_dtype: Any = jnp.float32
+  attention: str = AUTO
   remat: str = 'blocks'
   loss_chunk: int = 128
   clip_norm: float = 1.0
+  mesh: Mesh | None = None
 
 
-def compiler_options() -> dict[str, Any]:
-  """XLA options of the functions that run the model.
+def compiler_options(
+  place: Mesh | Sharding | None = None,
+) -> dict[str, Any]:
+  """XLA options of the functions that run the model there.
 
   On CPU, XLA moves the conversion of a bf16 base to float32 out of the scan
   over layers, which makes a second, larger copy of the model.
   """
-  if jax.default_backend() == 'cpu':
+  if platform(place) == 'cpu':
     return {'xla_disable_hlo_passes': 'while-loop-invariant-code-motion'}
   return {}
 
@@ -120,6 +131,7 @@ def token_losses(
   settings: StepSettings,
   *,
   segments: Array | None = None,
+  matmul_dtype: Any = None,
   **model: Any,
 ) -> tuple[Array, Any]:
   """The weighted negative log-likelihood of each predicted token, (B, T).
@@ -134,23 +146,33 @@ def token_losses(
     settings: of the run.
     segments: (B, T): numbers of the documents that share a window, in runs.
       Attention and positions stay within one; None: a window is one text.
+    matmul_dtype: of the products' operands; None: as settings.dtype.
     **model: lora, masks, dropout_key, observe of
       `llama.observed_hidden_states`.
 
   Returns:
     The losses, and what was observed.
   """
+  attend = choose_attention(
+    settings.attention,
+    seq_len=tokens.shape[1],
+    head_dim=settings.config.head_dim,
+    dtype=settings.dtype,
+    mesh=settings.mesh,
+  )
   if segments is not None:
     model['valid'] = segments > 0
     model['positions'] = segment_positions(segments)
-    model['attend'] = functools.partial(causal_attention, segments=segments)
+    attend = functools.partial(attend, segments=segments)
   hidden, observed = llama.observed_hidden_states(
     params,
     tokens,
     settings.config,
+    attend=attend,
     lora_config=settings.lora,
     remat=settings.remat,
     dtype=settings.dtype,
+    matmul_dtype=matmul_dtype,
     **model,
   )
   targets = jnp.roll(tokens, -1, axis=1)
@@ -161,6 +183,8 @@ def token_losses(
     targets.reshape(-1),
     weights.reshape(-1),
     settings.loss_chunk,
+    dtype=matmul_dtype,
+    mesh=settings.mesh,
   )
   return losses.reshape(tokens.shape), observed
 
@@ -216,6 +240,7 @@ def make_lora_gradients(
         micro['weights'],
         settings,
         segments=micro.get('segments'),
+        matmul_dtype=settings.matmul_dtype,
         lora=trained['lora'],
         masks=masks,
         dropout_key=key if use_dropout else None,
@@ -254,7 +279,7 @@ def make_lora_gradients(
   return jax.jit(
     gradients,
     out_shardings=(out_sharding, out_sharding, more_sharding),
-    compiler_options=compiler_options(),
+    compiler_options=compiler_options(out_sharding),
   )
 
 
@@ -313,7 +338,7 @@ def make_update_importance(
     update,
     donate_argnums=0,
     out_shardings=out_sharding,
-    compiler_options=compiler_options(),
+    compiler_options=compiler_options(out_sharding),
   )
 
 

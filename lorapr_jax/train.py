@@ -215,5 +215,6 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
   return {
     'base_dtype': settings.base_dtype.name,
     'compute_dtype': settings.step.dtype.name,
+    'matmul_dtype': settings.step.matmul_dtype.name,
     'model': settings.step.config.to_hf(),
   }

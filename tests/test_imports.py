@@ -44,6 +44,7 @@ LEVELS = (
     'hf.mapping',
     'hf.sentencepiece',
     'models.cost',
+    'models.kernels',
     'models.layers',
     'pruning.groups',
     'pruning.importance',

@@ -51,7 +51,7 @@ def _window_losses(
     return jnp.sum(each, axis=1)
 
   return jax.jit(
-    losses, out_shardings=place, compiler_options=compiler_options()
+    losses, out_shardings=place, compiler_options=compiler_options(place)
   )
 
 
@@ -81,6 +81,7 @@ def evaluate_perplexity(
   parts = sharding.batch_parts(params)
   batch_size = -(-min(batch_size, count) // parts) * parts
   place = sharding.beside(params, ('batch', 'length'))
+  settings = dataclasses.replace(settings, mesh=sharding.mesh_of(params))
   score = _window_losses(settings, sharding.beside(params, ()))
   results, starts = [], []
   for start in range(0, count, batch_size):

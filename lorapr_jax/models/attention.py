@@ -11,6 +11,8 @@ def causal_attention(
   v: Array,
   start: Array | None = None,
   segments: Array | None = None,
+  *,
+  implementation: str = 'xla',
 ) -> Array:
   """Each position attends to itself and to those before it.
 
@@ -20,6 +22,7 @@ def causal_attention(
     v: (B, S, K, H).
     start: the key position of the first query; None where S = T.
     segments: (B, T), S = T: positions attend within their own segment alone.
+    implementation: xla or cudnn.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
@@ -32,7 +35,12 @@ def causal_attention(
   elif segments is not None:
     mask = (segments[:, :, None] == segments[:, None, :])[:, None]
   out = jax.nn.dot_product_attention(
-    q.reshape(B, T, K * G, H), k, v, mask=mask, is_causal=start is None
+    q.reshape(B, T, K * G, H),
+    k,
+    v,
+    mask=mask,
+    is_causal=start is None,
+    implementation=implementation,
   )
   return out.reshape(q.shape)
 

@@ -16,7 +16,7 @@ from jax.sharding import Sharding
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.models.layers import RMSNorm
+from lorapr_jax.models.layers import RMSNorm, Rotation
 
 Cache = tuple[tuple[Array, Array], ...]
 
@@ -64,11 +64,12 @@ def hidden_states(
     positions filled.
   """
   B, T = tokens.shape
-  angles = llama.rope_angles(config, start + jnp.arange(T, dtype=jnp.float32))
+  positions = start + jnp.arange(T, dtype=jnp.float32)
+  rotation = llama.rope_rotation(config, positions)
   x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
   filled = []
   for i, stack in enumerate(config.stacks):
-    layer = _layer(config, stack.shape, angles, start)
+    layer = _layer(config, stack.shape, rotation, start)
     # The cache is carried: written in place, where an output would be a copy.
     (x, kv), _ = jax.lax.scan(
       layer, (x, cache[i]), (params['stacks'][i], jnp.arange(stack.size))
@@ -80,7 +81,7 @@ def hidden_states(
 
 
 def _layer(
-  config: LlamaConfig, shape: LayerShape, angles: Array, start: Array
+  config: LlamaConfig, shape: LayerShape, rotation: Rotation, start: Array
 ) -> Callable[..., Any]:
   def layer(carry, inputs):
     x, kv = carry
@@ -96,7 +97,7 @@ def _layer(
       return causal_attention(q, k, v, start)
 
     block = llama.Block(config, shape, attend=attend)
-    x = block.apply({'params': weights}, x, angles)
+    x = block.apply({'params': weights}, x, rotation)
     return (x, kv), None
 
   return layer

@@ -1,6 +1,8 @@
 """The pieces of a block: RMSNorm, RoPE, LoRAEinsum. Letters: axes.py."""
 
+import functools
 import math
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 import jax
@@ -11,10 +13,12 @@ import jax.numpy as jnp
 from lorapr_jax.models.axes import ProjectionLetters
 from lorapr_jax.models.config import LoraConfig, RopeScaling
 
-# The name of the projections' outputs, for rematerialisation policies.
+# What rematerialisation policies may keep: a block's input, the projections'
+# outputs, dropout's masks, and what else a block computes on the way.
+BLOCK = 'block'
 PROJECTION = 'projection'
-# The name of dropout's masks, likewise.
 DROPOUT = 'dropout'
+ACTIVATION = 'activation'
 # The collection of what a caller may observe of the projections' inputs.
 STATISTICS = 'statistics'
 
@@ -52,16 +56,27 @@ def rope_frequencies(
   return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
-def apply_rope(x: Array, angles: Array) -> Array:
+class Rotation(NamedTuple):
+  """The cosine and sine of each position's angles: (T, H/2) or (B, T, H/2).
+
+  Made once, outside the scan over layers: inside, XLA would fuse them into
+  what uses them, and compute them anew for every head of every layer.
+  """
+
+  cos: Array
+  sin: Array
+
+
+def apply_rope(x: Array, rotation: Rotation) -> Array:
   """Rotates pairs (i, i + H/2) of the head by each position's angles.
 
   Args:
     x: (B, T, ..., H), in Hugging Face's half-split layout.
-    angles: (T, H/2), or (B, T, H/2), in radians.
+    rotation: of the T positions.
   """
   heads = (1,) * (x.ndim - 3)
   shape = (-1, x.shape[1], *heads, x.shape[-1] // 2)
-  cos, sin = jnp.cos(angles).reshape(shape), jnp.sin(angles).reshape(shape)
+  cos, sin = (part.reshape(shape) for part in rotation)
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = [first * cos - second * sin, second * cos + first * sin]
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
@@ -82,6 +97,56 @@ def dropout(key: Array, x: Array, rate: float) -> Array:
   return jnp.where(keep, x * (65536 / (65536 - dropped)), 0).astype(x.dtype)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: Array, weight: Array, dtype: Any) -> Array:
+  """x W in x's dtype, of operands in `dtype`; the gradients' products as well.
+
+  Sums are in float32 wherever a product's result is: on GPU and TPU they are
+  for bfloat16 operands, and XLA's CPU backend multiplies bfloat16 by the
+  processor's own instructions only where it may leave the sums as they are.
+
+  Args:
+    x: (N, I).
+    weight: (I, O), of any dtype, in which its gradient comes back.
+    dtype: of the operands.
+  """
+  return _product(x, weight, (1, 0), x.dtype, dtype)
+
+
+def _matmul_forward(x, weight, dtype):
+  return matmul(x, weight, dtype), (x, weight)
+
+
+def _matmul_backward(dtype, operands, grad):
+  x, weight = operands
+  return (
+    _product(grad, weight, (1, 1), x.dtype, dtype),
+    _product(x, grad, (0, 0), weight.dtype, dtype),
+  )
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _product(
+  left: Array, right: Array, contracted: tuple[int, int], out: Any, dtype: Any
+) -> Array:
+  """Of two matrices, over an axis of each."""
+  dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+
+  def product(left, right, result):
+    return jax.lax.dot_general(
+      left, right, dimensions, preferred_element_type=result
+    ).astype(out)
+
+  return jax.lax.platform_dependent(
+    left.astype(dtype),
+    right.astype(dtype),
+    cpu=functools.partial(product, result=jnp.float32),
+    default=functools.partial(product, result=out),
+  )
+
+
 class LoRAEinsum(nn.Module):
   """y = x W + s (x A) B for the tokens of a projection.
 
@@ -94,11 +159,13 @@ class LoRAEinsum(nn.Module):
     spec: x, W -> y; one of config.PROJECTIONS.
     shape: W's shape.
     lora: None for a projection without an adapter.
+    dtype: of the products' operands; None: x's.
   """
 
   spec: str
   shape: tuple[int, ...]
   lora: LoraConfig | None = None
+  dtype: Any = None
 
   @nn.compact
   def __call__(self, x: Array, lora_x: Array) -> Array:
@@ -113,15 +180,16 @@ class LoRAEinsum(nn.Module):
 
     # Each einsum as a product of two matrices, which XLA's CPU backend does
     # faster than it contracts several axes.
-    def matmul(x: Array, matrix: Array, rows: int) -> Array:
-      return x.reshape(-1, rows) @ matrix.reshape(rows, -1).astype(x.dtype)
+    def project(x: Array, matrix: Array, rows: int) -> Array:
+      dtype = self.dtype or x.dtype
+      return matmul(x.reshape(-1, rows), matrix.reshape(rows, -1), dtype)
 
-    y = matmul(x, weight, fan_in)
+    y = project(x, weight, fan_in)
     if self.lora is not None:
       a = self._adapter('a', (*inputs, self.lora.rank), fan_in)
       b = self._adapter('b', (self.lora.rank, *outputs), None)
-      low = checkpoint_name(matmul(lora_x, a, fan_in), PROJECTION)
-      y = y + matmul(low * self.lora.scale, b, self.lora.rank)
+      low = checkpoint_name(project(lora_x, a, fan_in), PROJECTION)
+      y = y + project(low * self.lora.scale, b, self.lora.rank)
     return checkpoint_name(y, PROJECTION).reshape(-1, *outputs)
 
   def _adapter(

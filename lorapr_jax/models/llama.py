@@ -15,17 +15,21 @@ from typing import Any
 from flax import linen as nn
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
+  ACTIVATION,
+  BLOCK,
   DROPOUT,
   PROJECTION,
   STATISTICS,
   LoRAEinsum,
   RMSNorm,
+  Rotation,
   apply_rope,
   dropout,
   rope_frequencies,
@@ -34,19 +38,34 @@ from lorapr_jax.pruning.masks import apply_masks
 
 # What the backward pass keeps of a block's forward pass. No policy keeps the
 # masked weights: they would be a second copy of the model.
+_keep = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[BLOCK],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
   'blocks': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_only_these_names(PROJECTION, DROPOUT),
+  'dots': _keep(PROJECTION, DROPOUT),
+  'none': _keep(PROJECTION, DROPOUT, ACTIVATION),
 }
 
 
-def _projections(part: str, config: LlamaConfig, shape: LayerShape, lora):
+def _projections(
+  part: str,
+  config: LlamaConfig,
+  shape: LayerShape,
+  lora: LoraConfig | None,
+  matmul_dtype: Any,
+) -> dict[str, LoRAEinsum]:
   sizes = config.sizes(shape)
   return {
     name: LoRAEinsum(
       spec=spec,
       shape=tuple(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight)),
       lora=lora if lora and name in lora.targets else None,
+      dtype=matmul_dtype,
       name=name,
     )
     for name, spec in PROJECTIONS[part].items()
@@ -63,26 +82,34 @@ def _lora_input(module: nn.Module, x: Array, lora: LoraConfig | None) -> Array:
   return x
 
 
+def _activation(x: Array) -> Array:
+  return checkpoint_name(x, ACTIVATION)
+
+
 class Attention(nn.Module):
   """Grouped-query self-attention over tokens (N, D) of sequences of T."""
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None
+  matmul_dtype: Any
   attend: Callable[..., Array]
 
   @nn.compact
-  def __call__(self, x: Array, angles: Array) -> Array:
-    project = _projections('self_attn', self.config, self.shape, self.lora)
+  def __call__(self, x: Array, rotation: Rotation) -> Array:
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
+    project = _projections('self_attn', *sizes)
     lora_x = _lora_input(self, x, self.lora)
 
     def sequences(tokens: Array) -> Array:
-      return tokens.reshape(-1, angles.shape[-2], *tokens.shape[1:])
+      return tokens.reshape(-1, rotation.cos.shape[-2], *tokens.shape[1:])
 
-    q = sequences(project['q_proj'](x, lora_x))
-    k = sequences(project['k_proj'](x, lora_x))
-    v = sequences(project['v_proj'](x, lora_x))
-    out = self.attend(apply_rope(q, angles), apply_rope(k, angles), v)
+    q, k, v = (
+      sequences(project[name](x, lora_x))
+      for name in ('q_proj', 'k_proj', 'v_proj')
+    )
+    q, k = (_activation(apply_rope(x, rotation)) for x in (q, k))
+    out = _activation(self.attend(q, k, v))
     out = out.reshape(-1, *out.shape[2:])
     return project['o_proj'](out, _lora_input(self, out, self.lora))
 
@@ -93,31 +120,35 @@ class MLP(nn.Module):
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None
+  matmul_dtype: Any
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    project = _projections('mlp', self.config, self.shape, self.lora)
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
+    project = _projections('mlp', *sizes)
     lora_x = _lora_input(self, x, self.lora)
     gate = project['gate_proj'](x, lora_x)
-    hidden = nn.silu(gate) * project['up_proj'](x, lora_x)
+    hidden = _activation(nn.silu(gate) * project['up_proj'](x, lora_x))
     return project['down_proj'](hidden, _lora_input(self, hidden, self.lora))
 
 
 class Block(nn.Module):
-  """One decoder layer over tokens (N, D); angles (..., T, H/2) fix T."""
+  """One decoder layer over tokens (N, D), whose rotation fixes T."""
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None = None
+  matmul_dtype: Any = None  # Of the products' operands; None: of x.
   attend: Callable[..., Array] = causal_attention  # Or with a cache.
 
   @nn.compact
-  def __call__(self, x: Array, angles: Array) -> Array:
-    sizes = (self.config, self.shape, self.lora)
+  def __call__(self, x: Array, rotation: Rotation) -> Array:
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
     norm = functools.partial(RMSNorm, self.config.norm_eps)
-    h = norm(name='input_layernorm')(x)
-    x = x + Attention(*sizes, self.attend, name='self_attn')(h, angles)
-    h = norm(name='post_attention_layernorm')(x)
+    x = checkpoint_name(x, BLOCK)
+    h = _activation(norm(name='input_layernorm')(x))
+    x = x + Attention(*sizes, self.attend, name='self_attn')(h, rotation)
+    h = _activation(norm(name='post_attention_layernorm')(x))
     return x + MLP(*sizes, name='mlp')(h)
 
 
@@ -185,12 +216,13 @@ def output_weight(params: Any) -> Array:
   return params.get('lm_head', params['embed_tokens'])['weight']
 
 
-def rope_angles(config: LlamaConfig, positions: Array) -> Array:
-  """The angles (..., T, H/2) of positions (..., T), which are float32."""
+def rope_rotation(config: LlamaConfig, positions: Array) -> Rotation:
+  """The (..., T, H/2) rotation of positions (..., T), which are float32."""
   frequencies = rope_frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling
   )
-  return positions[..., None] * frequencies
+  angles = positions[..., None] * frequencies
+  return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 def hidden_states(
@@ -214,6 +246,7 @@ def observed_hidden_states(
   dropout_key: Array | None = None,
   remat: str = 'blocks',
   dtype: Any = jnp.float32,
+  matmul_dtype: Any = None,
   observe: bool = False,
 ) -> tuple[Array, Any]:
   """The last layer's normalised output, (B, T, D), computed in `dtype`.
@@ -231,6 +264,8 @@ def observed_hidden_states(
       layer: it adds nothing to what is observed. None: there is none.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
+    dtype: of the activations.
+    matmul_dtype: of the operands of the projections; None: as `dtype`.
     observe: whether the projections' inputs are observed.
 
   Returns:
@@ -240,7 +275,7 @@ def observed_hidden_states(
   B, T = tokens.shape
   if positions is None:
     positions = jnp.arange(T)
-  angles = rope_angles(config, positions.astype(jnp.float32))
+  rotation = rope_rotation(config, positions.astype(jnp.float32))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
   axes = block_axes(lora_config)
@@ -257,8 +292,8 @@ def observed_hidden_states(
       keys = jax.random.split(
         jax.random.fold_in(dropout_key, stack.start), stack.size
       )
-    block = Block(config, stack.shape, lora_config, attend)
-    layer = _layer(block, axes, angles, observe)
+    block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
+    layer = _layer(block, axes, rotation, observe)
     layer = jax.checkpoint(
       layer, policy=REMAT_POLICIES[remat], prevent_cse=False
     )
@@ -270,7 +305,7 @@ def observed_hidden_states(
 
 
 def _layer(
-  block: Block, axes: Any, angles: Array, observe: bool
+  block: Block, axes: Any, rotation: Rotation, observe: bool
 ) -> Callable[..., Any]:
   def layer(x, inputs):
     trees, masks, key = inputs
@@ -279,7 +314,11 @@ def _layer(
     }
     rngs = None if key is None else {'dropout': key}
     x, observed = block.apply(
-      variables, x, angles, rngs=rngs, mutable=[STATISTICS] if observe else []
+      variables,
+      x,
+      rotation,
+      rngs=rngs,
+      mutable=[STATISTICS] if observe else [],
     )
     return x, observed.get(STATISTICS, {})
 
@@ -322,14 +361,14 @@ def init_lora(key: Array, config: LlamaConfig, lora_config: LoraConfig) -> Any:
 def _init_stacks(key, config, lora_config, collection) -> tuple[Any, ...]:
   keys = jax.random.split(key, len(config.layers))
   x = jnp.zeros((1, config.embed_dim))
-  angles = rope_angles(config, jnp.zeros(1))
+  rotation = rope_rotation(config, jnp.zeros(1))
   stacks = []
   for stack in config.stacks:
     block = Block(config, stack.shape, lora_config)
 
     def init(key, block=block):
       rngs = {'params': key, 'lora': key}
-      return block.init(rngs, x, angles)[collection]
+      return block.init(rngs, x, rotation)[collection]
 
     stacks.append(jax.vmap(init)(keys[stack.start : stack.start + stack.size]))
   return tuple(stacks)

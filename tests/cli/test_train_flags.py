@@ -241,7 +241,10 @@ def refusal(capsys, workdir, *argv):
     ('data.eval_seq_len=1', 'data.eval_seq_len 1'),
     ('data.eval_windows=-1', 'data.eval_windows -1'),
     ('model.path=nowhere', 'set one of them'),
-    ('model.remat=all', "model.remat is 'all': choose from blocks, dots"),
+    (
+      'model.remat=all',
+      "model.remat is 'all': choose from offload, blocks, dots, none",
+    ),
     ('model.base_dtype=int8', "model.base_dtype is 'int8': choose from auto"),
     ('model.sizes.model_type=qwen2', "model_type is 'qwen2'"),
     # Training.

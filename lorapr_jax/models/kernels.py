@@ -1,0 +1,162 @@
+"""Which attention runs: XLA's own, or a kernel that never holds (T, S) scores.
+
+The kernels are cuDNN's flash attention on GPU, and JAX's splash attention on
+TPU. Letters: axes.py.
+"""
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.sharding import RULES, platform
+
+AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
+# The splash kernel's tiles are as wide as a TPU's vector registers, or wider.
+_LANES, _LARGEST_TILE = 128, 512
+
+
+def unfit(
+  name: str, seq_len: int, head_dim: int, dtype: Any, backend: str
+) -> str | None:
+  """Why a kernel cannot run; None where it can.
+
+  Args:
+    name: of ATTENTION, but AUTO.
+    seq_len: T.
+    head_dim: H.
+    dtype: of the activations.
+    backend: cpu, gpu or tpu.
+  """
+  if name == CUDNN:
+    if backend != 'gpu':
+      return f'it runs on GPU, and the backend is {backend}'
+    if jnp.dtype(dtype) != jnp.bfloat16:
+      return f'it computes in bfloat16, not in {jnp.dtype(dtype).name}'
+    if head_dim % 8 or head_dim > 128:
+      return f'a head has {head_dim} dimensions: it takes 8, 16, ..., 128'
+    if seq_len % 2:
+      return f'a sequence has {seq_len} tokens: it takes an even number'
+  if name == SPLASH:
+    if backend != 'tpu':
+      return f'it runs on TPU, and the backend is {backend}'
+    if seq_len % _LANES:
+      return f'a sequence has {seq_len} tokens: it takes multiples of {_LANES}'
+  return None
+
+
+def check_attention(name: str, seq_len: int, head_dim: int, dtype: Any) -> None:
+  """Refuses a kernel that cannot run here.
+
+  Raises:
+    UserError: naming the reason.
+  """
+  if name not in ATTENTION:
+    raise UserError(
+      f'model.attention is {name!r}: choose from {", ".join(ATTENTION)}'
+    )
+  reason = unfit(name, seq_len, head_dim, dtype, jax.default_backend())
+  if reason:
+    raise UserError(
+      f'model.attention is {name!r}, but {reason}: use model.attention=auto'
+    )
+
+
+def choose_attention(
+  name: str, *, seq_len: int, head_dim: int, dtype: Any, mesh: Mesh | None
+) -> Callable[..., Array]:
+  """A function of (q, k, v, segments=None), as `causal_attention`.
+
+  Args:
+    name: of ATTENTION; AUTO: the backend's kernel where it fits, else XLA.
+    seq_len: T = S.
+    head_dim: H.
+    dtype: of the activations.
+    mesh: that the arrays lie on; None: the default device.
+  """
+  if name == AUTO:
+    backend = platform(mesh)
+    own = {'gpu': CUDNN, 'tpu': SPLASH}.get(backend, XLA)
+    fits = unfit(own, seq_len, head_dim, dtype, backend) is None
+    name = own if fits else XLA
+  if name == SPLASH:
+    return functools.partial(splash_attention, mesh=mesh)
+  return functools.partial(causal_attention, implementation=name)
+
+
+def splash_attention(
+  q: Array,
+  k: Array,
+  v: Array,
+  segments: Array | None = None,
+  *,
+  mesh: Mesh | None = None,
+  interpret: bool = False,
+) -> Array:
+  """`causal_attention` by JAX's TPU kernel, on each device its own heads.
+
+  Args:
+    q: (B, T, K, G, H).
+    k: (B, T, K, H).
+    v: (B, T, K, H).
+    segments: (B, T): positions attend within their own segment alone.
+    mesh: that the arrays lie on; None: one device.
+    interpret: whether the kernel is interpreted, which any backend can.
+  """
+  arrays = (q, k, v) if segments is None else (q, k, v, segments)
+  attend = functools.partial(_splash_on_a_device, interpret=interpret)
+  if mesh is None:
+    return attend(*arrays)
+  rows, heads = RULES['batch'], RULES['kv_heads']
+  kinds = (P(rows, None, heads), P(rows, None, heads), P(rows, None, heads))
+  return jax.shard_map(
+    attend,
+    mesh=mesh,
+    in_specs=(*kinds, P(rows))[: len(arrays)],
+    out_specs=kinds[0],
+    check_vma=False,  # The kernel does not say what varies.
+  )(*arrays)
+
+
+def _splash_on_a_device(q, k, v, segments=None, *, interpret):
+  # Imported where it is used: it needs Pallas's TPU part.
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel_lib,
+  )
+  from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as mask_lib,
+  )
+
+  B, T, K, G, H = q.shape
+  tile = next(n for n in (_LARGEST_TILE, 256, _LANES) if T % n == 0)
+  tiles = kernel_lib.BlockSizes(
+    **dict.fromkeys(('block_q', 'block_kv'), tile),
+    **dict.fromkeys(('block_q_dkv', 'block_kv_dkv'), tile),
+    **dict.fromkeys(('block_q_dq', 'block_kv_dq'), tile),
+  )
+  kernel = kernel_lib.make_splash_mha(
+    mask_lib.MultiHeadMask([mask_lib.CausalMask((T, T))] * (K * G)),
+    block_sizes=tiles,
+    head_shards=1,
+    q_seq_shards=1,
+    interpret=interpret,
+  )
+
+  def row(q, k, v, segments):
+    ids = (
+      segments
+      if segments is None
+      else kernel_lib.SegmentIds(segments, segments)
+    )
+    return kernel(q, k, v, ids)
+
+  queries = (q * H**-0.5).astype(q.dtype).reshape(B, T, K * G, H)
+  out = jax.vmap(row)(*(x.swapaxes(1, 2) for x in (queries, k, v)), segments)
+  return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
