@@ -11,13 +11,29 @@ from jax import Array
 import jax.numpy as jnp
 
 
-def lora_product(a: Array, b: Array) -> Array:
-  """A B, in the shape of the weight; in full float32 on every backend."""
-  return jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+def lora_product(a: Array, b: Array, *, fused: bool = False) -> Array:
+  """A B, in the shape of the weight; in full float32 on every backend.
+
+  Args:
+    a: (inputs..., r).
+    b: (r, outputs...).
+    fused: as a sum of r outer products. A compiler that fuses elementwise
+      operations then makes no dense array of what is summed or read next.
+  """
+  if not fused:
+    return jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
+  columns = a.reshape(*a.shape[:-1], *(1,) * (b.ndim - 1), a.shape[-1])
+  return sum(columns[..., i] * b[i] for i in range(b.shape[0]))
 
 
 def lora_guided_gradient(
-  a: Array, b: Array, grad_a: Array, grad_b: Array, *, cross_term: bool = True
+  a: Array,
+  b: Array,
+  grad_a: Array,
+  grad_b: Array,
+  *,
+  cross_term: bool = True,
+  fused: bool = False,
 ) -> Array:
   """The gradient of A B, estimated from those of A and B.
 
@@ -30,11 +46,13 @@ def lora_guided_gradient(
     a, grad_a: (inputs..., r).
     b, grad_b: (r, outputs...).
     cross_term: whether gA gB, of second order, is subtracted.
+    fused: see `lora_product`.
   """
   right = b - grad_b if cross_term else b
   return lora_product(
     jnp.concatenate([a, grad_a], axis=-1),
     jnp.concatenate([grad_b, right], axis=0),
+    fused=fused,
   )
 
 

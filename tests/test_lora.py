@@ -36,30 +36,40 @@ SHAPES = pytest.mark.parametrize(
   'inputs, outputs', [((5,), (4,)), ((5,), (2, 3, 4)), ((2, 3, 4), (5,))]
 )
 
+# As a product of matrices, and as a sum of outer products.
+FUSED = pytest.mark.parametrize('fused', [False, True])
+
 
 @SHAPES
-def test_product_has_the_axes_of_the_weight(inputs, outputs):
+@FUSED
+def test_product_has_the_axes_of_the_weight(inputs, outputs, fused):
   a, b, _, _ = _factors(inputs, outputs)
-  got = lora_product(jnp.asarray(a), jnp.asarray(b))
+  got = lora_product(jnp.asarray(a), jnp.asarray(b), fused=fused)
   assert got.shape == (*inputs, *outputs)
   np.testing.assert_allclose(got, _product(a, b), rtol=0, atol=1e-5)
 
 
 @SHAPES
-def test_guided_gradient_is_the_step_that_the_product_takes(inputs, outputs):
+@FUSED
+def test_guided_gradient_is_the_step_that_the_product_takes(
+  inputs, outputs, fused
+):
   a, b, grad_a, grad_b = factors = _factors(inputs, outputs)
   want = _product(a, b) - _product(a - grad_a, b - grad_b)
-  got = lora_guided_gradient(*map(jnp.asarray, factors))
+  got = lora_guided_gradient(*map(jnp.asarray, factors), fused=fused)
   assert got.shape == (*inputs, *outputs)
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 @SHAPES
-def test_without_the_cross_term_it_is_the_first_order(inputs, outputs):
+@FUSED
+def test_without_the_cross_term_it_is_the_first_order(inputs, outputs, fused):
   a, b, grad_a, grad_b = factors = _factors(inputs, outputs)
   want = _product(a, grad_b) + _product(grad_a, b)
   assert np.abs(_product(grad_a, grad_b)).max() > 0.1
-  got = lora_guided_gradient(*map(jnp.asarray, factors), cross_term=False)
+  got = lora_guided_gradient(
+    *map(jnp.asarray, factors), cross_term=False, fused=fused
+  )
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 

@@ -1,11 +1,16 @@
 """The loss over chunks of tokens is the plain loss, and so is its gradient."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lorapr_jax.loss import chunked_cross_entropy
+from lorapr_jax.sharding import make_mesh, sharding
 
 N, D, V = 12, 8, 17
 
@@ -100,20 +105,74 @@ def test_bf16_hidden_states_give_a_float32_loss_and_bf16_gradients():
   )
 
 
+def _shapes(n, d, v, places=(None,) * 4):
+  """Abstract inputs: hidden, weight, targets, token_weights."""
+  shapes = ((n, d), (v, d), (n,), (n,))
+  dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
+  return [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+    for shape, dtype, place in zip(shapes, dtypes, places, strict=True)
+  ]
+
+
 def test_the_logits_of_all_tokens_never_exist():
-  n, d, v, chunk_size = 2048, 16, 32768, 64
+  # Those of Llama 3, with eight sequences of 2048 tokens.
+  n, v = 8 * 2048, 128256
 
-  def loss(hidden, weight, targets, token_weights):
-    return jnp.sum(
-      chunked_cross_entropy(hidden, weight, targets, token_weights, chunk_size)
+  def chunked(*inputs):
+    return jnp.sum(chunked_cross_entropy(*inputs, 128))
+
+  def plain(hidden, weight, targets, token_weights):
+    logits = hidden @ weight.T
+    losses = optax.losses.softmax_cross_entropy_with_integer_labels(
+      logits, targets
     )
+    return jnp.sum(losses * token_weights)
 
-  arguments = (
-    jax.ShapeDtypeStruct((n, d), jnp.float32),
-    jax.ShapeDtypeStruct((v, d), jnp.float32),
-    jax.ShapeDtypeStruct((n,), jnp.int32),
-    jax.ShapeDtypeStruct((n,), jnp.float32),
+  held = {}
+  for loss in (chunked, plain):
+    step = jax.jit(jax.value_and_grad(loss)).lower(*_shapes(n, 64, v))
+    held[loss] = step.compile().memory_analysis().temp_size_in_bytes
+  assert held[plain] > 4 * n * v
+  assert held[chunked] < 0.05 * held[plain]
+
+
+def test_on_a_mesh_the_loss_is_the_plain_loss_and_gathers_no_vocabulary():
+  mesh = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+  n, d, v, chunk_size = 64, 16, 4096, 16
+
+  def loss(hidden, *rest):
+    losses = chunked_cross_entropy(hidden, *rest, chunk_size, mesh=mesh)
+    return jnp.sum(losses), losses
+
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  axes = (('batch', 'head_dim'), ('vocab', 'embed'), ('batch',), ('batch',))
+  places = [sharding(mesh, names) for names in axes]
+  text = step.lower(*_shapes(n, d, v, places)).compile().as_text()
+  gathered = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', text)
+  assert gathered
+  for shape in gathered:
+    # At most a chunk's hidden states.
+    assert np.prod([int(x) for x in shape.split(',')]) <= chunk_size * d
+
+  rng = np.random.default_rng(0)
+  inputs = (
+    rng.normal(size=(n, d)).astype(np.float32),
+    rng.normal(size=(v, d)).astype(np.float32),
+    rng.integers(0, v, n).astype(np.int32),
+    np.ones(n, np.float32),
   )
-  step = jax.jit(jax.value_and_grad(loss))
-  memory = step.lower(*arguments).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 4 * n * v / 4
+  (_, losses), grad = step(*jax.device_put(inputs, tuple(places)))
+  one = functools.partial(chunked_cross_entropy, chunk_size=chunk_size)
+  np.testing.assert_allclose(losses, one(*inputs), rtol=1e-5)
+  want = jax.grad(lambda h: jnp.sum(one(h, *inputs[1:])))(inputs[0])
+  np.testing.assert_allclose(grad, want, rtol=0, atol=1e-5)
+
+
+def test_products_of_bf16_operands_are_close_and_sums_stay_in_float32():
+  inputs = _inputs()
+  losses = chunked_cross_entropy(*inputs, 5, dtype=jnp.bfloat16)
+  assert losses.dtype == jnp.float32
+  want = _plain(*inputs)
+  np.testing.assert_allclose(losses, want, rtol=0.02, atol=0.02)
+  assert np.abs(losses - want).max() > 1e-5

@@ -220,11 +220,27 @@ def test_a_batch_without_a_target_has_no_loss_and_no_gradients(trees):
 
 
 def test_rematerialisation_changes_nothing(trees):
-  results = [
+  first, *others = (
     _gradients(trees, _batch(2), dataclasses.replace(DROPOUT, remat=remat))
-    for remat in ('blocks', 'dots')
-  ]
-  _assert_close(results[0], results[1], atol=1e-6)
+    for remat in llama.REMAT_POLICIES
+  )
+  for other in others:
+    _assert_close(first, other, atol=1e-6)
+
+
+def test_products_of_bfloat16_operands_give_nearly_the_same_gradients(trees):
+  exact, rounded = (
+    _gradients(trees, _batch(), dataclasses.replace(SETTINGS, matmul_dtype=x))
+    for x in (jnp.float32, jnp.bfloat16)
+  )
+  assert exact[0]['loss'] != rounded[0]['loss']
+  np.testing.assert_allclose(
+    exact[0]['loss'], rounded[0]['loss'], rtol=0, atol=0.01
+  )
+  norm = optax.tree.norm(exact[1])
+  assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(rounded[1]))
+  error = optax.tree.norm(jax.tree.map(jnp.subtract, exact[1], rounded[1]))
+  assert error < 0.05 * norm
 
 
 def test_dropout_is_drawn_anew_for_each_key_and_micro_batch(trees):

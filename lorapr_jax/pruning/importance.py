@@ -74,18 +74,34 @@ class Criterion:
     return {'gradient': 'base_grads', 'activation': 'statistics'}.get(self.name)
 
 
+class Options(NamedTuple):
+  """How element scores are computed.
+
+  Attributes:
+    criterion: which, and its variants.
+    scale: s = alpha / r.
+    fused: whether low-rank products are sums of outer products, for backends
+      that fuse them into one pass; see `lora_product`.
+  """
+
+  criterion: Criterion
+  scale: float
+  fused: bool = False
+
+
 def _effective_weight(
-  signals: Signals, part: str, name: str, scale: float
+  signals: Signals, part: str, name: str, options: Options
 ) -> Array:
   """W + s A B, or W for a projection without an adapter; in float32."""
   weight = signals.params[part][name]['weight'].astype(jnp.float32)
   adapter = signals.lora.get(part, {}).get(name)
   if adapter is None:
     return weight
-  return weight + scale * lora_product(adapter['a'], adapter['b'])
+  product = lora_product(adapter['a'], adapter['b'], fused=options.fused)
+  return weight + options.scale * product
 
 
-def _lora(signals, part, name, scale, criterion):
+def _lora(signals, part, name, options):
   adapter = signals.lora.get(part, {}).get(name)
   if adapter is None:  # Nothing is known of this projection's gradient.
     return None
@@ -95,31 +111,32 @@ def _lora(signals, part, name, scale, criterion):
     adapter['b'],
     grads['a'],
     grads['b'],
-    cross_term=criterion.cross_term,
+    cross_term=options.criterion.cross_term,
+    fused=options.fused,
   )
-  return gradient * _effective_weight(signals, part, name, scale)
+  return gradient * _effective_weight(signals, part, name, options)
 
 
-def _gradient(signals, part, name, scale, criterion):
+def _gradient(signals, part, name, options):
   # LLM-Pruner's first-order term (arXiv 2305.11627, eq. 4), from the true
   # gradient of the frozen weight.
   gradient = signals.base_grads[part][name]['weight']
-  return gradient * _effective_weight(signals, part, name, scale)
+  return gradient * _effective_weight(signals, part, name, options)
 
 
-def _activation(signals, part, name, scale, criterion):
+def _activation(signals, part, name, options):
   # Wanda's score (arXiv 2306.11695, eq. 1), which Wanda-sp (arXiv 2312.11983)
   # sums over groups: |W_ij| times the L2 norm of input feature i over tokens.
-  weight = _effective_weight(signals, part, name, scale)
+  weight = _effective_weight(signals, part, name, options)
   norms = jnp.sqrt(signals.statistics[part][name]['squares'])
   return weight * norms.reshape(norms.shape + (1,) * (weight.ndim - norms.ndim))
 
 
-def _magnitude(signals, part, name, scale, criterion):
-  return _effective_weight(signals, part, name, scale)
+def _magnitude(signals, part, name, options):
+  return _effective_weight(signals, part, name, options)
 
 
-def _random(signals, part, name, scale, criterion):
+def _random(signals, part, name, options):
   # One number for each input of the two projections that leave the groups;
   # the same at every step, so that the average is constant.
   if name not in ('o_proj', 'down_proj'):
@@ -141,19 +158,20 @@ CRITERIA: dict[str, Callable[..., Array | None]] = {
 
 
 def element_scores(
-  signals: Signals, *, scale: float, criterion: Criterion
+  signals: Signals, options: Options
 ) -> dict[str, dict[str, dict[str, Array]]]:
   """|G (W + s A B)| of every element, or its square (eqs. 3 and 6).
 
   The gradient term has no s, as in the reference. Returns the tree of
   `signals.params`, without what is not a projection or has no score.
   """
+  criterion = options.criterion
   scores: dict[str, dict[str, dict[str, Array]]] = {}
   for part, projections in signals.params.items():
     for name in projections:
       if name == 'weight':  # A norm.
         continue
-      term = CRITERIA[criterion.name](signals, part, name, scale, criterion)
+      term = CRITERIA[criterion.name](signals, part, name, options)
       if term is not None:
         shape = jnp.abs if criterion.score == 'abs' else jnp.square
         scores.setdefault(part, {})[name] = {'weight': shape(term)}

@@ -13,6 +13,7 @@ from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import block_axes, init_lora, param_shapes
 from lorapr_jax.pruning.importance import (
   Criterion,
+  Options,
   Signals,
   element_scores,
   update_importance,
@@ -121,7 +122,7 @@ OPTIONS = [
 ]
 
 
-def run_steps(group, criterion, steps=3, targets=LORA.targets):
+def run_steps(group, criterion, steps=3, targets=LORA.targets, fused=False):
   """The package's and the reference's average after every step."""
   lora_config = LoraConfig(rank=2, alpha=3.0, targets=targets)
   axes = block_axes(lora_config)['params']
@@ -133,7 +134,7 @@ def run_steps(group, criterion, steps=3, targets=LORA.targets):
     params, lora, grads = random_model(model(SHAPE), lora_config, 10 * step)
     trees = [layer_of(x[0], 0) for x in (params['stacks'], lora, grads)]
     scores = element_scores(
-      Signals(*trees, layer=0), scale=lora_config.scale, criterion=criterion
+      Signals(*trees, layer=0), Options(criterion, lora_config.scale, fused)
     )
     ours = update_importance(
       ours,
@@ -152,9 +153,10 @@ def run_steps(group, criterion, steps=3, targets=LORA.targets):
 
 
 @pytest.mark.parametrize('group', GROUPS)
+@pytest.mark.parametrize('fused', [False, True])
 @pytest.mark.parametrize('criterion', OPTIONS, ids=str)
-def test_the_average_is_the_methods(group, criterion):
-  for ours, truth in run_steps(group, criterion):
+def test_the_average_is_the_methods(group, criterion, fused):
+  for ours, truth in run_steps(group, criterion, fused=fused):
     np.testing.assert_allclose(ours, truth, rtol=2e-5)
 
 

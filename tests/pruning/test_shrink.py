@@ -15,6 +15,7 @@ from lorapr_jax.optimizer import make_optimizer
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.importance import (
   Criterion,
+  Options,
   Signals,
   element_scores,
   update_importance,
@@ -302,9 +303,7 @@ def test_importance_goes_on_after_a_cut_as_if_only_masked(heads, make_model):
     def layer(inputs):
       params, lora, grads, old, mask = inputs
       scores = element_scores(
-        Signals(params, lora, grads, 0),
-        scale=LORA.scale,
-        criterion=Criterion(),
+        Signals(params, lora, grads, 0), Options(Criterion(), LORA.scale)
       )
       return update_importance(
         old, scores, mask, AXES['params'], norm=True, decay=0.9
