@@ -12,7 +12,7 @@ NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
 .PHONY: demo compare test test-slow test-report test-package test-lowest \
-  test-export docs lint clean
+  test-export test-aot bench bench-scaling docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -25,7 +25,14 @@ compare: .venv/run $(MODEL)/config.json
 # What has a target of its own below is not among these. Two files at a time:
 # most of their time is compiling, on one core.
 MAIN := -n 2 --dist loadfile \
-  -m 'not slow and not packaging and not browser'
+  -m 'not aot and not slow and not packaging and not browser'
+
+# Ours beside PyTorch's, and how a step grows with its sizes.
+bench: .venv/dev $(MODEL)/config.json
+	PYTHONPATH=. $(BIN)/python benchmarks/bench.py
+
+bench-scaling: .venv/run
+	PYTHONPATH=. $(BIN)/python benchmarks/step.py --double
 
 test: .venv/dev
 	$(BIN)/python -m pytest $(MAIN)
@@ -47,6 +54,10 @@ test-lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest $(MAIN) --ignore=tests/errors \
 	  --ignore=tests/cli --ignore=tests/pruning --ignore=tests/test_docs.py \
 	  --ignore=tests/test_sharding.py --ignore=tests/test_notebook.py
+
+# What the TPU's compiler makes of the step, without a TPU.
+test-aot: .venvs/aot/made
+	JAX_PLATFORMS=cpu .venvs/aot/bin/python -m pytest -m aot tests/aot
 
 docs: .venv/dev
 	PYTHONPATH=. $(BIN)/python docs/generate.py
@@ -80,6 +91,12 @@ $(MODEL)/config.json: | .venv/run
 	sed -n '/^#/!s/>=/==/p' requirements.txt > $(@D)/lowest.txt
 	$(@D)/bin/python -m pip install --quiet -r $(@D)/lowest.txt \
 	  -r requirements-dev.txt
+	touch $@
+
+.venvs/aot/made: tests/aot/requirements.txt requirements.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || \
+	  { rm -rf $(@D); exit 1; }
+	$(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
 .venvs/%/made: tests/routes/requirements/%.txt

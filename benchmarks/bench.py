@@ -1,37 +1,41 @@
 """Ours beside PyTorch, on one model and the same batches: `make bench`.
 
-  PYTHONPATH=. python benchmarks/bench.py [--steps 30] [--torch_steps 8]
+  PYTHONPATH=. python benchmarks/bench.py [--steps 80] [--torch_steps 6]
 
 SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens of news a step,
 half of the groups:
 
-  reference  the reference's algorithm in plain PyTorch (reference_torch.py)
-  peft       transformers and PEFT, LoRA alone (peft_lora.py)
-  masked     train.py, all cuts at the end
-  shrinking  train.py, prune.shrink=auto
+  reference        the reference's algorithm in PyTorch (reference_torch.py)
+  peft             transformers and PEFT, LoRA alone (peft_lora.py)
+  masked           train.py, all cuts at the end
+  masked, float32  the same, of float32 products, for a quarter of the steps
+  shrinking        train.py, prune.shrink=auto
 
-Each in a process of its own, one after the other; the PyTorch ones in the dtype
-that is faster here. Writes docs/benchmarks.md and its figure.
+Each in a process of its own, one after the other, the PyTorch ones before ours
+and after; all in the dtype that is fastest here. Writes docs/benchmarks.md and
+its figure, in a quarter of an hour on two cores.
 """
 
 import argparse
 from datetime import date
+from importlib.metadata import version
 import json
+import os
 from pathlib import Path
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks.compare import Row, arguments, make_model, write_data
+from benchmarks.step import matmul_peak
 from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.files import read_json, write_text
 from lorapr_jax.hf.load import load_config
@@ -44,21 +48,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'benchmarks.md'
 FIGURE = ROOT / 'docs' / 'figures' / 'bench.svg'
 TOKENS, SEQ_LEN = 8 * 128, 128
-# The first step compiles, and threads start.
-WARM = 1
-
-
-def matmul_peak(size: int = 2048) -> float:
-  """Floating-point operations a second of the fastest float32 product."""
-  a = jnp.ones((size, size), jnp.float32)
-  product = jax.jit(jnp.matmul)
-  product(a, a).block_until_ready()
-  seconds = []
-  for _ in range(5):
-    start = time.perf_counter()
-    product(a, a).block_until_ready()
-    seconds.append(time.perf_counter() - start)
-  return 2 * size**3 / min(seconds)
+TORCH = {'reference': 'reference_torch', 'peft': 'peft_lora'}
+# The first steps compile, touch memory and start threads.
+WARM = 2
 
 
 def training_flops(config: LlamaConfig) -> float:
@@ -67,7 +59,7 @@ def training_flops(config: LlamaConfig) -> float:
 
 
 def torch_program(name: str, model: Path, tokens: Path) -> dict[str, Any]:
-  """Its median step and its peak memory."""
+  """The dtype, the seconds of each step but the first ones, the peak memory."""
   done = subprocess.run(
     [
       *(sys.executable, '-m', f'benchmarks.{name}'),
@@ -81,13 +73,13 @@ def torch_program(name: str, model: Path, tokens: Path) -> dict[str, Any]:
   result = json.loads(done.stdout.splitlines()[-1])
   return {
     'dtype': result['dtype'],
-    'step': statistics.median(result['seconds'][WARM:]),
+    'seconds': result['seconds'][WARM:],
     'memory': result['peak_bytes'],
   }
 
 
 def our_run(flags: list[str], workdir: Path) -> dict[str, Any]:
-  """Its steps and their sum, with what compiling and cutting took."""
+  """The same of train.py; `loop` is all steps, compiling and cutting."""
   subprocess.run(
     [sys.executable, 'train.py', *flags, f'--workdir={workdir}'],
     cwd=ROOT,
@@ -97,60 +89,98 @@ def our_run(flags: list[str], workdir: Path) -> dict[str, Any]:
   seconds = [json.loads(line)['seconds'] for line in lines]
   summary = read_json(workdir / 'summary.json')
   return {
-    'dtype': read_json(workdir / 'run.json')['resolved']['compute_dtype'],
-    'step': statistics.median(seconds[WARM:]),
-    'mean': statistics.mean(seconds[WARM:]),
+    'dtype': read_json(workdir / 'run.json')['resolved']['matmul_dtype'],
+    'seconds': seconds[WARM:],
     'memory': summary['peak_memory_bytes'],
     'loop': sum(summary['seconds'][k] for k in ('prune', 'cut', 'compile')),
     'cuts': summary['cuts_on_the_way'],
   }
 
 
-def page(results: dict[str, dict[str, Any]], peak: float, flops: float) -> str:
+def step_seconds(result: dict[str, Any]) -> float:
+  """Of the median step; of the mean one where steps differ in size."""
+  average = statistics.mean if result.get('cuts') else statistics.median
+  return average(result['seconds'])
+
+
+def page(
+  results: dict[str, dict[str, Any]],
+  peaks: dict[str, float],
+  flops: float,
+  steps: int,
+) -> str:
   """docs/benchmarks.md."""
-  reference = results['reference']['step']
+  reference = step_seconds(results['reference'])
   rows = []
   for name, result in results.items():
-    each = result.get('mean', result['step'])
+    each = step_seconds(result)
     # Where arrays shrink, the share would be of operations not done.
-    share = '' if result.get('cuts') else f'{flops / each / peak:.0%}'
-    loop = f'{result["loop"]:.0f}' if 'loop' in result else ''
+    shares = [
+      '' if result.get('cuts') else f'{flops / each / peak:.0%}'
+      for peak in peaks.values()
+    ]
+    loop = {
+      'reference': f'{steps * each:.0f}',
+      'masked': f'{results["masked"]["loop"]:.0f}',
+      'shrinking': f'{results["shrinking"]["loop"]:.0f}',
+    }.get(name, '')
     rows.append(
       f'| {name} | {result["dtype"]} | {TOKENS / each:.0f} | '
-      f'{reference / each:.2f} | {share} | {result["memory"] / 1e9:.2f} | '
-      f'{loop} |'
+      f'{reference / each:.2f} | {" | ".join(shares)} | '
+      f'{result["memory"] / 1e9:.2f} | {loop} |'
     )
   table = '\n'.join(rows)
+  measured = ' and '.join(
+    f'{peak / 1e9:.0f} GFLOP/s of {dtype} operands'
+    for dtype, peak in peaks.items()
+  )
   cuts = ', '.join(map(str, results['shrinking']['cuts'])) or 'none'
+  columns = ' | '.join(f'of the {dtype} peak' for dtype in peaks)
   return f"""# Benchmarks
 
-{date.today()}; {platform.processor() or platform.machine()},
-{jax.default_backend()}, jax {jax.__version__}. Written by `make bench`.
+{date.today()}; {processor()}, {os.cpu_count()} cores. Written by `make bench`
+with jax {jax.__version__}, torch {version('torch')}, transformers
+{version('transformers')}, peft {version('peft')}.
 
 SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens a step, rank 8
 on every projection, half of the groups; each in a process of its own, one after
-the other. `reference` is the reference's algorithm in PyTorch, `peft` LoRA
-alone with transformers and PEFT, `masked` train.py with all cuts at the end,
-`shrinking` with prune.shrink=auto (cuts before steps: {cuts}). Tokens a second
-are those of the median step, of `masked` and `shrinking` of the mean one.
+the other, the PyTorch ones before ours and after. `reference` is the
+reference's algorithm in PyTorch, `peft` LoRA alone with transformers and PEFT,
+`masked` train.py with all cuts at the end, `shrinking` with prune.shrink=auto
+(cuts before steps: {cuts}). Tokens a second are those of the median step, and
+of the mean one where arrays shrink. The dtype is that of the products'
+operands; ours add up, and keep activations, in float32.
 
-| | dtype | tokens/s | over reference | of the matmul peak | peak GB | loop, s |
-|---|---|---|---|---|---|---|
+| | dtype | tokens/s | over reference | {columns} | peak GB | {steps} steps, s |
+|---|---|---|---|{'---|' * len(peaks)}---|---|
 {table}
 
-The matmul peak is {peak / 1e9:.0f} GFLOP/s, of a float32 product of 2048 x 2048
-matrices in JAX, in the same run. A step counts 4 N operations a token for the
-weights, and the attention. The loop is all steps, compiling and cutting.
+The peaks are those of a product of 2048 x 2048 matrices in JAX, in the same
+run: {measured}. A step counts 4 N operations a token for the weights, and the
+attention and the output matrix. The last column is the time to the same
+sparsity: of ours all steps with compiling and cutting, of the reference as
+many times its median step. Peak memory is the process's; ours evaluate, merge
+and export in the same process.
 
 ![Tokens a second](figures/bench.svg)
 """
+
+
+def processor() -> str:
+  """The processor's name, as Linux has it."""
+  try:
+    text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
+  except FileNotFoundError:
+    return platform.processor() or platform.machine()
+  found = re.search(r'^model name\s*:\s*(.*)$', text, re.MULTILINE)
+  return found[1] if found else platform.machine()
 
 
 def draw(results: dict[str, dict[str, Any]]) -> Figure:
   """Tokens a second."""
   figure = Figure(figsize=(6, 2.4))
   axes = figure.add_subplot()
-  speeds = [TOKENS / r.get('mean', r['step']) for r in results.values()]
+  speeds = [TOKENS / step_seconds(result) for result in results.values()]
   bars = axes.barh(list(results), speeds, color='#2a6fbb')
   axes.bar_label(bars, fmt='{:.0f}', padding=3)
   axes.invert_yaxis()
@@ -163,33 +193,50 @@ def draw(results: dict[str, dict[str, Any]]) -> Figure:
 def main() -> None:
   """Measures and publishes."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--steps', type=int, default=30, help='of ours')
-  parser.add_argument('--torch_steps', type=int, default=8)
+  parser.add_argument('--steps', type=int, default=80, help='of ours')
+  parser.add_argument('--torch_steps', type=int, default=6)
   args = parser.parse_args()
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder)
     train, _ = write_data(out)
     model = make_model()
     flags = arguments(Row(50, 'joint', 'lora'), 0, model, train)
-    flags += [
-      f'--config.train.steps={args.steps}',
-      '--config.train.log_every=1',
-    ]
+    flags.append('--config.train.log_every=1')
     settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
+    operands = settings.step.matmul_dtype.name
+    flags.append(f'--config.model.base_dtype={operands}')
     spec = settings.data.train
     batch_at = load_data(settings, [spec])[0][spec]
     batches = [batch_at(t)['tokens'][0] for t in range(args.torch_steps)]
     np.save(out / 'tokens.npy', np.stack(batches))
-    peak = matmul_peak()
+
+    def ours(name: str, steps: int, *more: str) -> dict[str, Any]:
+      count = f'--config.train.steps={steps}'
+      return our_run([*flags, count, *more], out / name)
+
+    def torch(name: str) -> dict[str, Any]:
+      return torch_program(name, model, out / 'tokens.npy')
+
+    dtypes = dict.fromkeys(('float32', operands))
+    peaks = {dtype: matmul_peak(dtype) for dtype in dtypes}
     results = {
-      'reference': torch_program('reference_torch', model, out / 'tokens.npy'),
-      'peft': torch_program('peft_lora', model, out / 'tokens.npy'),
-      'masked': our_run(flags, out / 'masked'),
-      'shrinking': our_run(
-        [*flags, '--config.prune.shrink=auto'], out / 'shrinking'
+      **{name: torch(program) for name, program in TORCH.items()},
+      'masked': ours('masked', args.steps),
+      'masked, float32': ours(
+        'float32',
+        args.steps // 4,
+        '--config.model.matmul_dtype=float32',
+        '--config.model.base_dtype=float32',
       ),
+      'shrinking': ours('shrinking', args.steps, '--config.prune.shrink=auto'),
     }
-  write_text(PAGE, page(results, peak, training_flops(load_config(model))))
+    for name, program in (
+      ('reference', 'reference_torch'),
+      ('peft', 'peft_lora'),
+    ):
+      results[name]['seconds'] += torch(program)['seconds']
+  flops = training_flops(load_config(model))
+  write_text(PAGE, page(results, peaks, flops, args.steps))
   draw(results).savefig(
     FIGURE, facecolor='white', metadata={'Date': None, 'Creator': None}
   )

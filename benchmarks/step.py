@@ -1,0 +1,255 @@
+"""What a training step costs, by its settings: time, memory, share of the peak.
+
+  PYTHONPATH=. python benchmarks/step.py [--sizes smollm2-135m] [--batch 8]
+    [--seq_len 128] [--remat blocks,dots] [--attention auto] [--double]
+    [--config.model.base_dtype=bfloat16 ...]
+
+One row for each --remat and --attention; with --double one for the sizes as
+they are, and one for each of tokens, sequences, rank, layers and vocabulary
+doubled. Weights are random, half of the channels and heads are to go. Prints a
+table in Markdown:
+
+  step         seconds of the median of the steps, gradients to optimiser
+  importance   its share of the step, from repeated calls of its own
+  GFLOP/s      4 N operations a token for the weights, and the attention
+  of the peak  of the fastest product of two matrices in this run
+  temporaries  MB beside base, batch and state, as the compiler says
+"""
+
+import argparse
+from collections.abc import Callable, Iterator
+import itertools
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from ml_collections import config_dict
+
+from lorapr_jax import optimizer, steps
+from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.inputs import Places, load_base
+from lorapr_jax.models.cost import forward_flops_per_token
+from lorapr_jax.settings import RunSettings, split_config
+
+# The keys of a config.json. Sources: the models' cards on the Hugging Face Hub.
+_SMOLLM2 = {
+  'model_type': 'llama',
+  'vocab_size': 49152,
+  'hidden_size': 576,
+  'intermediate_size': 1536,
+  'num_hidden_layers': 30,
+  'num_attention_heads': 9,
+  'num_key_value_heads': 9,
+  'max_position_embeddings': 65536,
+  'rms_norm_eps': 1e-5,
+  'rope_theta': 100000.0,
+  'tie_word_embeddings': True,
+}
+SIZES = {
+  # With as many KV heads as heads, so that half of them can go.
+  'smollm2-135m': _SMOLLM2,
+  'llama-3.2-1b': _SMOLLM2
+  | {
+    'vocab_size': 128256,
+    'hidden_size': 2048,
+    'intermediate_size': 8192,
+    'num_hidden_layers': 16,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 8,
+    'rope_theta': 500000.0,
+  },
+}
+# What --double doubles, by the names of the table.
+DOUBLED = ('tokens', 'sequences', 'rank', 'layers', 'vocabulary')
+
+
+class Row(NamedTuple):
+  """What is measured of one setting."""
+
+  step: float
+  importance: float
+  flops_per_second: float
+  temporaries: int
+  compiling: float
+
+
+def matmul_peak(dtype: Any, size: int = 2048) -> float:
+  """Operations a second of the fastest product, of operands in `dtype`."""
+  a = jnp.ones((size, size), dtype)
+  product = jax.jit(
+    lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  )
+  product(a, a).block_until_ready()
+  return 2 * size**3 / min(_seconds(lambda: product(a, a), 10))
+
+
+def _seconds(call: Callable[[], Any], repeats: int) -> list[float]:
+  seconds = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    seconds.append(time.perf_counter() - start)
+  return seconds
+
+
+def configured(
+  sizes: dict[str, Any],
+  *,
+  tokens: int,
+  sequences: int,
+  rank: int,
+  flags: list[str],
+) -> RunSettings:
+  """A run's settings, for random weights."""
+  config, _ = parse_flags(['--config=default', '--workdir=none', *flags])
+  config.model.sizes = config_dict.ConfigDict(sizes)
+  config.data.train = 'synthetic:1'
+  config.train.seq_len = tokens
+  config.train.batch_size = config.train.micro_batch_size = sequences
+  config.lora.rank = rank
+  return split_config(config)
+
+
+def measure(settings: RunSettings, repeats: int) -> Row:
+  """Compiles the step, and runs it."""
+  train, size = settings.train, settings.step
+  places = Places.of(settings, size.config)
+  params = load_base(
+    None, size.config, settings.base_dtype, places.base, train.seed
+  )
+  adamw = optimizer.make_optimizer(
+    optimizer.learning_rate(train.lr_schedule, train.learning_rate, 100)
+  )
+  state = steps.init_state(
+    jax.random.key(0), size, tuple(settings.plan.keep), adamw
+  )
+  state = jax.device_put(state, places.state)
+  shape = (1, train.micro_batch_size, train.seq_len)
+  batch = {
+    'tokens': jax.random.randint(
+      jax.random.key(1), shape, 0, size.config.vocab_size
+    ),
+    'weights': jnp.ones(shape, jnp.float32),
+  }
+  batch = jax.device_put(batch, places.batch)
+  gradients = steps.make_lora_gradients(size, places.state)
+  rank_groups = steps.make_update_importance(
+    size, settings.criterion, places.state
+  )
+  update = steps.make_apply_update(adamw, places.state)
+  key = jax.random.key(2)
+  start = time.perf_counter()
+  compiled = gradients.lower(
+    params, state.lora, state.masks, batch, key
+  ).compile()
+  compiling = time.perf_counter() - start
+
+  def rank_and_wait(state, grads, metrics):
+    importance, ok = rank_groups(
+      state.importance,
+      params,
+      state.lora,
+      grads,
+      {},
+      state.masks,
+      metrics['grad_norm'],
+    )
+    return state.replace(importance=importance), ok
+
+  seconds, ranking = [], []
+  for step in range(repeats + 1):
+    start = time.perf_counter()
+    metrics, grads, _ = compiled(
+      params, state.lora, state.masks, batch, jax.random.fold_in(key, step)
+    )
+    state, ok = rank_and_wait(state, grads, metrics)
+    state = update(state, grads, ok)
+    jax.block_until_ready(state)
+    seconds.append(time.perf_counter() - start)
+  for _ in range(repeats + 1):
+    start = time.perf_counter()
+    state, _ = rank_and_wait(state, grads, metrics)
+    jax.block_until_ready(state)
+    ranking.append(time.perf_counter() - start)
+  each, importance = (statistics.median(x[1:]) for x in (seconds, ranking))
+  tokens = train.micro_batch_size * train.seq_len
+  forward = forward_flops_per_token(size.config, train.seq_len)
+  return Row(
+    step=each,
+    importance=importance / each,
+    flops_per_second=2 * tokens * forward / each,
+    temporaries=compiled.memory_analysis().temp_size_in_bytes,
+    compiling=compiling,
+  )
+
+
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
+  """The name of each row, and the arguments of `configured`."""
+  plain = {
+    'sizes': SIZES[args.sizes],
+    'tokens': args.seq_len,
+    'sequences': args.batch,
+    'rank': args.rank,
+    'flags': args.flags,
+  }
+  if not args.double:
+    for remat, attention in itertools.product(args.remat, args.attention):
+      flags = [f'--config.model.remat={remat}']
+      flags += [f'--config.model.attention={attention}', *args.flags]
+      yield f'{remat}, {attention}', {**plain, 'flags': flags}
+    return
+  yield 'as it is', plain
+  keys = {'layers': 'num_hidden_layers', 'vocabulary': 'vocab_size'}
+  for name in DOUBLED:
+    if key := keys.get(name):
+      sizes = {**plain['sizes'], key: 2 * plain['sizes'][key]}
+      yield f'{name} x 2', {**plain, 'sizes': sizes}
+    else:
+      yield f'{name} x 2', {**plain, name: 2 * plain[name]}
+
+
+def main() -> None:
+  """Measures and prints."""
+  parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
+  parser.add_argument('--sizes', choices=SIZES, default='smollm2-135m')
+  parser.add_argument('--batch', type=int, default=8)
+  parser.add_argument('--seq_len', type=int, default=128)
+  parser.add_argument('--rank', type=int, default=8)
+  parser.add_argument('--remat', type=_names, default=['blocks'])
+  parser.add_argument('--attention', type=_names, default=['auto'])
+  parser.add_argument('--double', action='store_true')
+  parser.add_argument('--repeats', type=int, default=5)
+  args, args.flags = parser.parse_known_args()
+  device = jax.devices()[0]
+  print(f'{device.device_kind}, jax {jax.__version__}', flush=True)
+  first, peak = None, 0.0
+  for name, arguments in cases(args):
+    settings = configured(**arguments)
+    row = measure(settings, args.repeats)
+    if first is None:
+      first = row
+      operands = settings.step.matmul_dtype
+      peak = max(matmul_peak(operands), matmul_peak(jnp.float32))
+      print(
+        f'peak: {peak / 1e9:.0f} GFLOP/s, {operands.name} operands\n\n'
+        '| | step, s | over the first | importance | GFLOP/s | of the peak | '
+        'temporaries, MB | over the first | compiling, s |\n'
+        '|---|---|---|---|---|---|---|---|---|'
+      )
+    print(
+      f'| {name} | {row.step:.3f} | {row.step / first.step:.2f} | '
+      f'{row.importance:.1%} | {row.flops_per_second / 1e9:.0f} | '
+      f'{row.flops_per_second / peak:.0%} | {row.temporaries / 1e6:.0f} | '
+      f'{row.temporaries / first.temporaries:.2f} | {row.compiling:.0f} |',
+      flush=True,
+    )
+
+
+def _names(text: str) -> list[str]:
+  return text.split(',')
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,184 @@
+"""What the TPU's compiler makes of the step: no TPU is needed for it.
+
+Run by `make test-aot`, in an environment that has libtpu. Models have two
+layers and few dimensions where only what must not be there is looked for.
+"""
+
+import functools
+import math
+import re
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import optax
+import pytest
+
+from lorapr_jax import sharding, steps
+from lorapr_jax.loss import chunked_cross_entropy
+from lorapr_jax.models import llama
+from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
+from lorapr_jax.pruning.importance import Criterion
+
+pytestmark = pytest.mark.aot
+
+GROUPS = (KV_HEADS, CHANNELS)
+# Without dropout, whose generator takes the compiler over a minute.
+LORA = LoraConfig(rank=8, alpha=16.0)
+TOKENS = 8192
+
+
+def _mesh(data: int, fsdp: int, tensor: int) -> Mesh:
+  """Of the eight chips of a v5e slice that is not there."""
+  topology = topologies.get_topology_desc('v5e:2x4', platform='tpu')
+  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+  devices = np.array(topology.devices[: math.prod(sizes.values())])
+  return Mesh(
+    devices.reshape(tuple(sizes.values())),
+    tuple(sizes),
+    axis_types=(AxisType.Auto,) * 3,
+  )
+
+
+def _config(shape: LayerShape, **more) -> LlamaConfig:
+  sizes = dict(
+    vocab_size=1024,
+    embed_dim=256,
+    head_dim=64,
+    layers=(shape,) * 2,
+    max_positions=TOKENS,
+  )
+  return LlamaConfig(**(sizes | more))
+
+
+def _abstract(config: LlamaConfig, mesh: Mesh):
+  """params, lora, masks, as shapes that know where they lie."""
+  whole = NamedSharding(mesh, P())
+
+  def placed(tree, places):
+    return jax.tree.map(
+      lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+      tree,
+      places,
+    )
+
+  shapes = llama.param_shapes(config, jnp.bfloat16)
+  axes = llama.logical_axes(config)['params']
+  state = jax.eval_shape(
+    functools.partial(
+      steps.init_state,
+      settings=steps.StepSettings(config, LORA),
+      groups=GROUPS,
+      optimizer=optax.identity(),
+    ),
+    jax.eval_shape(lambda: jax.random.key(0)),
+  )
+  everywhere = jax.tree.map(lambda _: whole, state)
+  state = placed(state, everywhere)
+  return placed(shapes, sharding.shardings(mesh, axes, shapes)), state
+
+
+def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, **options):
+  settings = steps.StepSettings(
+    config,
+    LORA,
+    dtype=jnp.bfloat16,
+    matmul_dtype=jnp.bfloat16,
+    loss_chunk=512,
+    mesh=mesh,
+    **options,
+  )
+  params, state = _abstract(config, mesh)
+  place = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
+  shape = (1, batch, TOKENS)
+  inputs = {
+    'tokens': jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
+    'weights': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
+  }
+  whole = NamedSharding(mesh, P())
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+  step = steps.make_lora_gradients(settings, whole)
+  return step.lower(params, state.lora, state.masks, inputs, key).compile()
+
+
+def _quadratic(text: str) -> list[str]:
+  """Shapes with the sequence's length, or more, in two axes."""
+  shapes = re.findall(r'\[(\d+(?:,\d+)+)\]', text)
+  return [
+    shape
+    for shape in set(shapes)
+    if sum(int(size) >= TOKENS for size in shape.split(',')) > 1
+  ]
+
+
+# Whole KV heads as pruning leaves them, on a chip; and the three mesh axes.
+@pytest.mark.parametrize(
+  ('shape', 'mesh'),
+  [(LayerShape(3, 2, 384), (1, 1, 1)), (LayerShape(4, 2, 512), (2, 2, 2))],
+)
+def test_no_array_is_quadratic_in_the_sequence(shape, mesh):
+  compiled = _compiled_step(_config(shape), _mesh(*mesh), batch=4)
+  assert not _quadratic(compiled.as_text())
+
+
+def test_attention_without_a_kernel_is_quadratic():
+  place = NamedSharding(_mesh(1, 1, 1), P())
+  q, k = (
+    jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
+    for shape in ((1, TOKENS, 3, 2, 64), (1, TOKENS, 3, 64))
+  )
+  gradient = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v)))
+  assert _quadratic(jax.jit(gradient).lower(q, k, k).compile().as_text())
+
+
+def test_importance_holds_no_array_of_a_projections_size():
+  # The layers of Llama 2 7B.
+  shape = LayerShape(num_kv_heads=32, queries_per_kv=1, mlp_dim=11008)
+  config = _config(shape, embed_dim=4096, head_dim=128)
+  mesh = _mesh(1, 1, 1)
+  whole = NamedSharding(mesh, P())
+  params, state = _abstract(config, mesh)
+  settings = steps.StepSettings(config, LORA, mesh=mesh)
+  update = steps.make_update_importance(settings, Criterion(), whole)
+  norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+  memory = (
+    update.lower(
+      state.importance, params, state.lora, state.lora, {}, state.masks, norm
+    )
+    .compile()
+    .memory_analysis()
+  )
+  smallest_projection = 2 * 4096 * 4096
+  assert memory.temp_size_in_bytes < 0.1 * smallest_projection
+
+
+def test_the_loss_gathers_no_vocabulary():
+  mesh = _mesh(1, 4, 2)
+  n, d, v = 8 * 2048, 512, 128256
+
+  def loss(hidden, *rest):
+    return jnp.sum(chunked_cross_entropy(hidden, *rest, 512, mesh=mesh))
+
+  arrays = [
+    ((n, d), jnp.bfloat16, ('batch', 'head_dim')),
+    ((v, d), jnp.bfloat16, ('vocab', 'embed')),
+    ((n,), jnp.int32, ('batch',)),
+    ((n,), jnp.float32, ('batch',)),
+  ]
+  inputs = [
+    jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.sharding(mesh, axes))
+    for shape, dtype, axes in arrays
+  ]
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(*inputs).compile()
+  gathered = re.findall(
+    r'= \(?\w+\[([\d,]+)\]\S* all-gather', compiled.as_text()
+  )
+  assert gathered
+  for shape in gathered:
+    assert math.prod(int(x) for x in shape.split(',')) <= 512 * d
