@@ -112,8 +112,28 @@ def configured(
   return split_config(config)
 
 
-def measure(settings: RunSettings, repeats: int) -> Row:
-  """Compiles the step, and runs it."""
+class Step(NamedTuple):
+  """A step that is compiled, and what it runs on.
+
+  Attributes:
+    gradients: of (params, lora, masks, batch, key), compiled.
+    arguments: of `gradients`, but the key.
+    rank_groups: (state, results of gradients) -> state, ok.
+    update: (state, grads, ok) -> state.
+    state: the first; each step donates the one that it gets.
+    compiling: seconds.
+  """
+
+  gradients: Callable[..., Any]
+  arguments: Callable[[Any], tuple[Any, ...]]
+  rank_groups: Callable[..., Any]
+  update: Callable[..., Any]
+  state: Any
+  compiling: float
+
+
+def compiled_step(settings: RunSettings) -> Step:
+  """Of a run's settings, with random weights and tokens."""
   train, size = settings.train, settings.step
   places = Places.of(settings, size.config)
   params = load_base(
@@ -134,54 +154,66 @@ def measure(settings: RunSettings, repeats: int) -> Row:
     'weights': jnp.ones(shape, jnp.float32),
   }
   batch = jax.device_put(batch, places.batch)
-  gradients = steps.make_lora_gradients(size, places.state)
-  rank_groups = steps.make_update_importance(
+  update_importance = steps.make_update_importance(
     size, settings.criterion, places.state
   )
-  update = steps.make_apply_update(adamw, places.state)
-  key = jax.random.key(2)
-  start = time.perf_counter()
-  compiled = gradients.lower(
-    params, state.lora, state.masks, batch, key
-  ).compile()
-  compiling = time.perf_counter() - start
 
-  def rank_and_wait(state, grads, metrics):
-    importance, ok = rank_groups(
+  def arguments(state):
+    return params, state.lora, state.masks, batch
+
+  def rank_groups(state, results):
+    metrics, grads, more = results
+    importance, ok = update_importance(
       state.importance,
       params,
       state.lora,
       grads,
-      {},
+      more,
       state.masks,
       metrics['grad_norm'],
     )
     return state.replace(importance=importance), ok
 
+  start = time.perf_counter()
+  gradients = steps.make_lora_gradients(size, places.state)
+  gradients = gradients.lower(*arguments(state), jax.random.key(2)).compile()
+  return Step(
+    gradients,
+    arguments,
+    rank_groups,
+    steps.make_apply_update(adamw, places.state),
+    state,
+    time.perf_counter() - start,
+  )
+
+
+def measure(settings: RunSettings, repeats: int) -> Row:
+  """Compiles the step, and runs it."""
+  step = compiled_step(settings)
+  state, results = step.state, None
   seconds, ranking = [], []
-  for step in range(repeats + 1):
+  for i in range(repeats + 1):
     start = time.perf_counter()
-    metrics, grads, _ = compiled(
-      params, state.lora, state.masks, batch, jax.random.fold_in(key, step)
-    )
-    state, ok = rank_and_wait(state, grads, metrics)
-    state = update(state, grads, ok)
+    results = step.gradients(*step.arguments(state), jax.random.key(i))
+    state, ok = step.rank_groups(state, results)
+    state = step.update(state, results[1], ok)
     jax.block_until_ready(state)
     seconds.append(time.perf_counter() - start)
   for _ in range(repeats + 1):
     start = time.perf_counter()
-    state, _ = rank_and_wait(state, grads, metrics)
+    state, _ = step.rank_groups(state, results)
     jax.block_until_ready(state)
     ranking.append(time.perf_counter() - start)
   each, importance = (statistics.median(x[1:]) for x in (seconds, ranking))
+  train, config = settings.train, settings.step.config
   tokens = train.micro_batch_size * train.seq_len
-  forward = forward_flops_per_token(size.config, train.seq_len)
+  forward = forward_flops_per_token(config, train.seq_len)
   return Row(
     step=each,
     importance=importance / each,
     flops_per_second=2 * tokens * forward / each,
-    temporaries=compiled.memory_analysis().temp_size_in_bytes,
-    compiling=compiling,
+    temporaries=step.gradients.memory_analysis().temp_size_in_bytes,
+    compiling=step.compiling,
   )
 
 

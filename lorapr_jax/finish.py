@@ -125,7 +125,7 @@ def compare(
     perplexity: of weights; None where there is no held-out text.
   """
   dense = settings.step
-  small = steps.StepSettings(config, dtype=dense.dtype)
+  small = dataclasses.replace(dense, config=config)
   models = {'dense': (params, dense), 'pruned': (merged, small)}
   return {
     'perplexity': summary.perplexity_report(

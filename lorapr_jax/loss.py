@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
+@jax.named_scope('loss')
 def chunked_cross_entropy(
   hidden: Array,
   weight: Array,

@@ -67,6 +67,7 @@ class Rotation(NamedTuple):
   sin: Array
 
 
+@jax.named_scope('rope')
 def apply_rope(x: Array, rotation: Rotation) -> Array:
   """Rotates pairs (i, i + H/2) of the head by each position's angles.
 
@@ -82,6 +83,7 @@ def apply_rope(x: Array, rotation: Rotation) -> Array:
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
+@jax.named_scope('dropout')
 def dropout(key: Array, x: Array, rate: float) -> Array:
   """Zeroes a share `rate` of x, to 1/65536, and rescales the rest.
 

@@ -109,7 +109,8 @@ class Attention(nn.Module):
       for name in ('q_proj', 'k_proj', 'v_proj')
     )
     q, k = (_activation(apply_rope(x, rotation)) for x in (q, k))
-    out = _activation(self.attend(q, k, v))
+    with jax.named_scope('attention'):
+      out = _activation(self.attend(q, k, v))
     out = out.reshape(-1, *out.shape[2:])
     return project['o_proj'](out, _lora_input(self, out, self.lora))
 

@@ -97,6 +97,7 @@ def alive_counts(
   return counts
 
 
+@jax.named_scope('masks')
 def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
   """Multiplies every tensor of a block by the masks of its groups.
 
