@@ -1,5 +1,7 @@
 """Scaled dot-product attention; letters in models/axes.py."""
 
+import math
+
 import jax
 from jax import Array
 import jax.numpy as jnp
@@ -22,27 +24,90 @@ def causal_attention(
     v: (B, S, K, H).
     start: the key position of the first query; None where S = T.
     segments: (B, T), S = T: positions attend within their own segment alone.
-    implementation: xla or cudnn.
+    implementation: xla, or cudnn, which takes no `start`.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
   """
   B, T, K, G, H = q.shape
-  mask = None
-  if start is not None:
-    queries = start + jnp.arange(T)
-    mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None, None]
-  elif segments is not None:
-    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
-  out = jax.nn.dot_product_attention(
-    q.reshape(B, T, K * G, H),
-    k,
-    v,
-    mask=mask,
-    is_causal=start is None,
-    implementation=implementation,
+  S = k.shape[1]
+  within = None
+  if segments is not None:
+    within = segments[:, :, None] == segments[:, None, :]
+  if implementation == 'cudnn':
+    out = jax.nn.dot_product_attention(
+      q.reshape(B, T, K * G, H),
+      k,
+      v,
+      mask=None if within is None else within[:, None],
+      is_causal=True,
+      implementation='cudnn',
+    )
+    return out.reshape(q.shape)
+  queries = jnp.arange(T) + (0 if start is None else start)
+  mask = (jnp.arange(S) <= queries[:, None])[None]
+  if within is not None:
+    mask &= within
+  # The queries of a KV head as one matrix: no head is repeated.
+  rows = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
+  out = _attention(rows, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+  return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
+
+
+@jax.custom_vjp
+def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+  """softmax(q k / sqrt(H)) v of a batch of matrices, where `mask` allows.
+
+  What autodiff would make passes over the scores once more: the softmax's
+  division and its gradient's sum are taken over rows of H numbers instead.
+
+  Args:
+    q: (B, K, G T, H).
+    k: (B, K, S, H).
+    v: (B, K, S, H).
+    mask: (B, T, S), or (1, T, S) for all alike.
+  """
+  return _attention_forward(q, k, v, mask)[0]
+
+
+def _product(left: Array, right: Array, contracted: tuple[int, int]) -> Array:
+  """Of the matrices of each KV head: in float32, operands in right's dtype."""
+  dimensions = ((contracted[0],), (contracted[1],)), ((0, 1), (0, 1))
+  return jax.lax.dot_general(
+    left.astype(right.dtype),
+    right,
+    dimensions,
+    preferred_element_type=jnp.float32,
   )
-  return out.reshape(q.shape)
+
+
+def _attention_forward(q, k, v, mask):
+  scores = _product(q, k, (3, 3)) / math.sqrt(q.shape[-1])
+  heads = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
+  lowest = jnp.finfo(jnp.float32).min
+  scores = jnp.where(mask[:, None, None], heads, lowest).reshape(scores.shape)
+  weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
+  scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
+  out = _product(weights, v, (3, 2)) * scale
+  return out.astype(q.dtype), (q, k, v, weights, scale, out)
+
+
+def _attention_backward(residuals, grad):
+  q, k, v, weights, scale, out = residuals
+  grad = grad.astype(jnp.float32)
+  # The gradient of the softmax: p (dp - sum(p dp)), and that sum is do . o.
+  total = jnp.sum(grad * out, axis=-1, keepdims=True)
+  errors = _product(grad, v, (3, 3)) - total
+  errors = weights * errors * (scale / math.sqrt(q.shape[-1]))
+  return (
+    _product(errors, k, (3, 2)).astype(q.dtype),
+    _product(errors, q, (2, 2)).astype(k.dtype),
+    _product(weights, (grad * scale).astype(v.dtype), (2, 2)).astype(v.dtype),
+    None,
+  )
+
+
+_attention.defvjp(_attention_forward, _attention_backward)
 
 
 def segment_positions(segments: Array) -> Array:

@@ -130,3 +130,41 @@ def test_a_kernel_that_cannot_run_here_is_an_error():
     check_attention('flash', 256, 64, jnp.float32)
   for name in (AUTO, XLA):
     check_attention(name, 7, 5, jnp.float32)
+
+
+@pytest.mark.parametrize('heads', [(3, 1), (2, 3)])
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize(
+  ('dtype', 'atol'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)]
+)
+def test_causal_attention_is_jaxs_and_so_is_its_gradient(
+  heads, packed, dtype, atol
+):
+  arrays = _inputs(*heads, dtype)
+  segments = _segments() if packed else None
+  mask = None
+  if packed:
+    mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+
+  def jaxs(q, k, v):
+    rows = q.reshape(B, T, -1, H)
+    out = jax.nn.dot_product_attention(rows, k, v, mask=mask, is_causal=True)
+    return out.reshape(q.shape)
+
+  cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
+  exact = [x.astype(jnp.float32) for x in arrays]
+  want, vjp = jax.vjp(jaxs, *exact)
+  got, own_vjp = jax.vjp(
+    functools.partial(causal_attention, segments=segments), *arrays
+  )
+  assert got.dtype == dtype
+  pairs = zip(
+    (got, *own_vjp(cotangent.astype(dtype))),
+    (want, *vjp(cotangent)),
+    strict=True,
+  )
+  for mine, jaxs_own in pairs:
+    largest = jnp.abs(jaxs_own).max()
+    np.testing.assert_allclose(
+      mine.astype(jnp.float32), jaxs_own, rtol=0, atol=atol * largest
+    )
