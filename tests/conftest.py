@@ -18,7 +18,10 @@ os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
 _DEVICES = '--xla_force_host_platform_device_count'
 _FLAGS = os.environ.get('XLA_FLAGS', '')
 if _DEVICES not in _FLAGS:
-  os.environ['XLA_FLAGS'] = f'{_FLAGS} {_DEVICES}=8'
+  # On a busy machine one of eight devices may come long after another; after
+  # 40 s, which is the default, the process would be aborted.
+  _PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
+  os.environ['XLA_FLAGS'] = f'{_FLAGS} {_DEVICES}=8 {_PATIENCE}'
 
 _LLAMA = {
   'model_type': 'llama',
