@@ -46,6 +46,8 @@ def main() -> None:
   parser.add_argument('--repeats', type=int, default=7)
   parser.add_argument('--dtype', default='float32')
   args = parser.parse_args()
+  if jax.default_backend() != 'cpu':
+    parser.error('transformers runs on the CPU here: set JAX_PLATFORMS=cpu')
   loaded = lp.load(args.model, args.dtype)
   ours = {
     'ours': (loaded.params, StepSettings(loaded.config, dtype=loaded.dtype))
@@ -71,7 +73,9 @@ def main() -> None:
         new_tokens=args.new_tokens,
         repeats=1,
       )['ours']
+      # Each runs twice, of which the second counts: the other's has gone by.
       one = times.prefill[0], times.decode[0]
+      transformers_turn(theirs, prompt, args.new_tokens)
       turns.append((one, transformers_turn(theirs, prompt, args.new_tokens)))
     for i, phase in enumerate(('prefill', 'decode')):
       # The first turn warms caches up.

@@ -1,56 +1,71 @@
 #!/usr/bin/env bash
-# The training step and a run on one NVIDIA GPU, from a bare checkout:
+# The training step and two runs on one NVIDIA GPU, from a bare checkout:
 #
 #   benchmarks/gpu.sh [OUT_FOLDER]
 #
-# Takes whatever JAX from 0.10 on the machine's python3 has on a GPU; without
-# one it makes .venv with the newest. Writes OUT_FOLDER/step.md, runs and cards.
+# Takes the JAX of the machine's python3 if that is 0.10 or newer and sees a GPU;
+# else it makes .venv with the newest. OUT_FOLDER gets card.csv, step.md and
+# runs.txt; what is there of the runs is not run again.
 set -euo pipefail
+out=$(realpath -m "${1:-runs/gpu}")
 cd "$(dirname "$0")/.."
-out=${1:-runs/gpu}
 mkdir -p "$out"
+export PYTHONPATH=.
 python=python3
-if ! "$python" -c 'import sys, flax, optax, grain, orbax.checkpoint, jax
-sys.exit(jax.default_backend() != "gpu")' 2>/dev/null; then
+if ! "$python" - 2>/dev/null <<'PYTHON'; then
+import sys
+
+import jax
+
+import benchmarks.step
+import lorapr_jax.train
+
+version = tuple(map(int, jax.__version__.split('.')[:2]))
+sys.exit(version < (0, 10) or jax.default_backend() != 'gpu')
+PYTHON
   test -x .venv/bin/python || python3 -m venv .venv
   python=.venv/bin/python
   "$python" -m pip install --quiet -r requirements.txt 'jax[cuda12]'
 fi
-export PYTHONPATH=.
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv \
   | tee "$out/card.csv"
 date --iso-8601 | tee -a "$out/card.csv"
 
+# A setting that the card has no memory for is said, and the next one follows.
 step() {
   echo
-  echo "$@"
+  echo "benchmarks/step.py $*"
   "$python" benchmarks/step.py --sizes llama-3.2-1b --batch 16 --seq_len 1024 \
-    "$@"
+    "$@" || echo "failed with status $?"
 }
-# Attention by XLA and by cuDNN; what rematerialisation costs; where it grows.
+# Attention by XLA and by cuDNN, a text a row and two; what rematerialisation
+# costs; how the step grows.
 {
-  step --attention xla,cudnn --remat dots
-  step --remat offload,blocks,dots,none
+  for attention in xla cudnn; do
+    step --attention "$attention" --remat dots
+    step --attention "$attention" --remat dots --packed
+  done
+  for remat in offload blocks none; do
+    step --remat "$remat"
+  done
   step --remat dots --double
 } | tee "$out/step.md"
 
 # All cuts at the end, and on the way: random weights of the same size.
-sizes=$("$python" -c 'import json
-from benchmarks.step import SIZES
-print(json.dumps(SIZES["llama-3.2-1b"]))')
 for shrink in end auto; do
-  "$python" - "$sizes" "$out/$shrink" "$shrink" <<'PYTHON'
-import json
+  test -e "$out/$shrink/summary.json" && continue
+  "$python" - "$out/$shrink" "$shrink" <<'PYTHON'
 import sys
 
 from ml_collections import config_dict
 
+from benchmarks.step import SIZES
 from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.train import run
 
-sizes, workdir, shrink = sys.argv[1:]
+workdir, shrink = sys.argv[1:]
 flags = {
-  'data.train': 'synthetic:2000',
+  'data.train': 'synthetic:0?windows=3200',
   'train.steps': '200',
   'train.batch_size': '16',
   'train.micro_batch_size': '16',
@@ -61,8 +76,8 @@ flags = {
 }
 flags = [f'--config.{key}={value}' for key, value in flags.items()]
 config, _ = parse_flags(['--config=default', '--workdir=none', *flags])
-config.model.sizes = config_dict.ConfigDict(json.loads(sizes))
+config.model.sizes = config_dict.ConfigDict(SIZES['llama-3.2-1b'])
 summary = run(config, workdir)
 print(shrink, summary['cuts_on_the_way'], summary['seconds'])
 PYTHON
-done | tee "$out/runs.txt"
+done | tee -a "$out/runs.txt"

@@ -1,13 +1,15 @@
 """What a training step costs, by its settings: time, memory, share of the peak.
 
   PYTHONPATH=. python benchmarks/step.py [--sizes smollm2-135m] [--batch 8]
-    [--seq_len 128] [--remat blocks,dots] [--attention auto] [--double]
+    [--seq_len 128] [--remat blocks,dots] [--attention auto] [--packed]
+    [--double]
     [--config.model.base_dtype=bfloat16 ...]
 
-One row for each --remat and --attention; with --double one for the sizes as
-they are, and one for each of tokens, sequences, rank, layers and vocabulary
-doubled. Weights are random, half of the channels and heads are to go. Prints a
-table in Markdown:
+One row for each --remat and --attention; with --double also one, of the last of
+these, for each of tokens, sequences, rank, layers and vocabulary doubled. With
+--packed two documents share each row, as data.packing=documents packs them.
+Weights are random, half of the channels and heads are to go. Prints a table in
+Markdown:
 
   step         seconds of the median of the steps, gradients to optimiser
   importance   its share of the step, from repeated calls of its own
@@ -75,23 +77,30 @@ class Row(NamedTuple):
   compiling: float
 
 
-def matmul_peak(dtype: Any, size: int = 2048) -> float:
-  """Operations a second of the fastest product, of operands in `dtype`."""
-  a = jnp.ones((size, size), dtype)
-  product = jax.jit(
-    lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
-  )
-  product(a, a).block_until_ready()
-  return 2 * size**3 / min(_seconds(lambda: product(a, a), 10))
+def matmul_peak(dtype: Any) -> float:
+  """Operations a second of the fastest product, of operands in `dtype`.
 
+  Products of square matrices, each of the one before: an accelerator's are so
+  large that calling them is no part of the time.
+  """
+  size, count = (2048, 1) if jax.default_backend() == 'cpu' else (8192, 20)
+  a = jnp.full((size, size), 1 / size, dtype)
 
-def _seconds(call: Callable[[], Any], repeats: int) -> list[float]:
+  @jax.jit
+  def products(a):
+    def product(_, x):
+      y = jnp.matmul(x, a, preferred_element_type=jnp.float32)
+      return y.astype(dtype)
+
+    return jax.lax.fori_loop(0, count, product, a)
+
+  products(a).block_until_ready()
   seconds = []
-  for _ in range(repeats):
+  for _ in range(10):
     start = time.perf_counter()
-    jax.block_until_ready(call())
+    products(a).block_until_ready()
     seconds.append(time.perf_counter() - start)
-  return seconds
+  return 2 * count * size**3 / min(seconds)
 
 
 def configured(
@@ -132,7 +141,7 @@ class Step(NamedTuple):
   compiling: float
 
 
-def compiled_step(settings: RunSettings) -> Step:
+def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   """Of a run's settings, with random weights and tokens."""
   train, size = settings.train, settings.step
   places = Places.of(settings, size.config)
@@ -153,6 +162,9 @@ def compiled_step(settings: RunSettings) -> Step:
     ),
     'weights': jnp.ones(shape, jnp.float32),
   }
+  if packed:
+    first = jnp.arange(train.seq_len) < train.seq_len // 3
+    batch['segments'] = jnp.broadcast_to(jnp.where(first, 1, 2), shape)
   batch = jax.device_put(batch, places.batch)
   update_importance = steps.make_update_importance(
     size, settings.criterion, places.state
@@ -187,9 +199,9 @@ def compiled_step(settings: RunSettings) -> Step:
   )
 
 
-def measure(settings: RunSettings, repeats: int) -> Row:
+def measure(settings: RunSettings, repeats: int, packed: bool) -> Row:
   """Compiles the step, and runs it."""
-  step = compiled_step(settings)
+  step = compiled_step(settings, packed)
   state, results = step.state, None
   seconds, ranking = [], []
   for i in range(repeats + 1):
@@ -224,15 +236,14 @@ def cases(args: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
     'tokens': args.seq_len,
     'sequences': args.batch,
     'rank': args.rank,
-    'flags': args.flags,
   }
+  for remat, attention in itertools.product(args.remat, args.attention):
+    flags = [f'--config.model.remat={remat}']
+    plain['flags'] = [f'--config.model.attention={attention}', *flags]
+    plain['flags'] += args.flags
+    yield f'{remat}, {attention}', dict(plain)
   if not args.double:
-    for remat, attention in itertools.product(args.remat, args.attention):
-      flags = [f'--config.model.remat={remat}']
-      flags += [f'--config.model.attention={attention}', *args.flags]
-      yield f'{remat}, {attention}', {**plain, 'flags': flags}
     return
-  yield 'as it is', plain
   keys = {'layers': 'num_hidden_layers', 'vocabulary': 'vocab_size'}
   for name in DOUBLED:
     if key := keys.get(name):
@@ -251,6 +262,7 @@ def main() -> None:
   parser.add_argument('--rank', type=int, default=8)
   parser.add_argument('--remat', type=_names, default=['blocks'])
   parser.add_argument('--attention', type=_names, default=['auto'])
+  parser.add_argument('--packed', action='store_true')
   parser.add_argument('--double', action='store_true')
   parser.add_argument('--repeats', type=int, default=5)
   args, args.flags = parser.parse_known_args()
@@ -259,7 +271,7 @@ def main() -> None:
   first, peak = None, 0.0
   for name, arguments in cases(args):
     settings = configured(**arguments)
-    row = measure(settings, args.repeats)
+    row = measure(settings, args.repeats, args.packed)
     if first is None:
       first = row
       operands = settings.step.matmul_dtype

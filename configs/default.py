@@ -22,7 +22,7 @@ def get_config() -> config_dict.ConfigDict:
   # Of activations: float32, bfloat16, or auto as above. LoRA's weights, the
   # optimiser and the scores are always float32.
   config.model.compute_dtype = 'auto'
-  # Of the operands of the training step's matrix products, whose sums are
+  # Of the operands of the training step's products with weights, whose sums are
   # float32: float32, bfloat16, or auto: compute_dtype, but bfloat16 on a CPU
   # with matrix instructions for it (AMX). Evaluation has compute_dtype.
   config.model.matmul_dtype = 'auto'

@@ -61,7 +61,6 @@ def chunked_cross_entropy(
 
   def body(_, chunk):
     hidden, targets, token_weights = chunk
-    hidden = places(hidden, places.tokens, None)
     return None, _chunk_loss(places, hidden, weight, targets, token_weights)
 
   losses = jax.lax.scan(body, None, tuple(chunks))[1]
@@ -74,17 +73,22 @@ class _Places:
 
   Attributes:
     mesh: None: on one device.
-    tokens: the mesh axes that share a chunk's tokens.
+    rows: the mesh axes that share a chunk's hidden states.
+    tokens: those that share its tokens while there are logits.
     vocab: those that share the vocabulary.
   """
 
   mesh: Mesh | None = None
+  rows: tuple[str, ...] = ()
   tokens: tuple[str, ...] = ()
   vocab: tuple[str, ...] = ()
 
   @classmethod
   def of(cls, mesh: Mesh | None, chunk_size: int, vocab_size: int) -> '_Places':
-    """Tokens over data, the vocabulary over the rest, where they divide it."""
+    """Tokens over data, the vocabulary over the rest, where they divide it.
+
+    Where fsdp does not divide the vocabulary, it shares the tokens too.
+    """
     if mesh is None:
       return cls()
 
@@ -95,11 +99,10 @@ class _Places:
           taken = (*taken, axis)
       return taken
 
-    return cls(
-      mesh,
-      divisors(chunk_size, ('data',)),
-      divisors(vocab_size, ('tensor', 'fsdp')),
-    )
+    rows = divisors(chunk_size, ('data', 'fsdp'))
+    vocab = divisors(vocab_size, ('tensor', 'fsdp'))
+    tokens = tuple(axis for axis in rows if axis not in vocab)
+    return cls(mesh, rows, tokens, vocab)
 
   def __call__(self, x: Array, *axes: str | tuple[str, ...] | None) -> Array:
     """x, cut over these mesh axes."""
@@ -115,6 +118,7 @@ def _chunk_loss(places, hidden, weight, targets, token_weights):
 
 
 def _loss_and_error(places, hidden, weight, targets, token_weights):
+  hidden = places(hidden, places.tokens, None)
   logits = _product('ND,VD->NV', hidden, weight)
   logits = places(logits, places.tokens, places.vocab)
   top = jnp.max(logits, axis=-1, keepdims=True)
@@ -137,7 +141,7 @@ def _product(spec: str, x: Array, weight: Array) -> Array:
 def _chunk_forward(places, hidden, weight, targets, token_weights):
   loss, error = _loss_and_error(places, hidden, weight, targets, token_weights)
   grad = _product('NV,VD->ND', error, weight).astype(hidden.dtype)
-  return loss, places(grad, places.tokens, None)
+  return loss, places(grad, places.rows, None)
 
 
 def _chunk_backward(places, grad_hidden, grad_loss):

@@ -122,7 +122,6 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
   recover = RecoverSettings(**config.recover)
   data = _data_settings(config.data, train, recover)
   dtype = resolve_dtype('model.compute_dtype', model.compute_dtype)
-  check_attention(model.attention, train.seq_len, sizes.head_dim, dtype)
   for key, length in (
     ('train.seq_len', train.seq_len),
     ('data.eval_seq_len', data.eval_seq_len),
@@ -132,6 +131,8 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
         f'{key} is {length}, but the model has {sizes.max_positions} '
         'positions (max_position_embeddings)'
       )
+    if key == 'train.seq_len' or data.eval:
+      check_attention(model.attention, key, length, sizes.head_dim, dtype)
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,

@@ -67,7 +67,7 @@ class StepSettings:
     lora: the adapters'.
     dtype: of the activations (weights, LoRA and scores keep their own).
     matmul_dtype: of the operands of the products with weights in the step
-      that trains; elsewhere it is `dtype`.
+      that trains; None, and elsewhere: `dtype`.
     attention: of models.kernels.ATTENTION.
     remat: a key of llama.REMAT_POLICIES.
     loss_chunk: tokens whose logits exist at the same time.
@@ -78,7 +78,7 @@ class StepSettings:
   config: LlamaConfig
   lora: LoraConfig = LoraConfig()
   dtype: Any = jnp.float32
-  matmul_dtype: Any = jnp.float32
+  matmul_dtype: Any = None
   attention: str = AUTO
   remat: str = 'blocks'
   loss_chunk: int = 128

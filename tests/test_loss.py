@@ -169,6 +169,18 @@ def test_on_a_mesh_the_loss_is_the_plain_loss_and_gathers_no_vocabulary():
   np.testing.assert_allclose(grad, want, rtol=0, atol=1e-5)
 
 
+def test_a_vocabulary_that_the_mesh_does_not_divide_is_no_trouble():
+  mesh = make_mesh({'data': 2, 'fsdp': 4, 'tensor': 1})
+  inputs = _inputs()
+
+  def loss(hidden, *rest):
+    return jnp.sum(chunked_cross_entropy(hidden, *rest, 8, mesh=mesh))
+
+  grad = jax.jit(jax.grad(loss))(*inputs)
+  want = jax.grad(lambda h: jnp.sum(_plain(h, *inputs[1:])))(inputs[0])
+  np.testing.assert_allclose(grad, want, rtol=0, atol=1e-6)
+
+
 def test_products_of_bf16_operands_are_close_and_sums_stay_in_float32():
   inputs = _inputs()
   losses = chunked_cross_entropy(*inputs, 5, dtype=jnp.bfloat16)

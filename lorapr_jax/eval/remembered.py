@@ -15,7 +15,7 @@ from lorapr_jax.hf.load import content_hash
 from lorapr_jax.settings import RunSettings
 
 # Part of the key: raise it when what is measured changes.
-_FORMAT = 1
+_FORMAT = 2
 
 
 def remembered_perplexity(
@@ -42,6 +42,7 @@ def remembered_perplexity(
     'windows': hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(),
     'shape': windows.shape,
     'dtypes': (settings.base_dtype.name, settings.step.dtype.name),
+    'attention': settings.step.attention,
     'jax': (jax.__version__, jax.default_backend()),
   }
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

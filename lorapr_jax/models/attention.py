@@ -4,7 +4,12 @@ import math
 
 import jax
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
+
+# What rematerialisation policies may keep: what a block computes on the way,
+# but for the projections' outputs, and for (T, S) scores, which none keeps.
+ACTIVATION = 'activation'
 
 
 def causal_attention(
@@ -13,8 +18,6 @@ def causal_attention(
   v: Array,
   start: Array | None = None,
   segments: Array | None = None,
-  *,
-  implementation: str = 'xla',
 ) -> Array:
   """Each position attends to itself and to those before it.
 
@@ -24,30 +27,15 @@ def causal_attention(
     v: (B, S, K, H).
     start: the key position of the first query; None where S = T.
     segments: (B, T), S = T: positions attend within their own segment alone.
-    implementation: xla, or cudnn, which takes no `start`.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
   """
   B, T, K, G, H = q.shape
-  S = k.shape[1]
-  within = None
-  if segments is not None:
-    within = segments[:, :, None] == segments[:, None, :]
-  if implementation == 'cudnn':
-    out = jax.nn.dot_product_attention(
-      q.reshape(B, T, K * G, H),
-      k,
-      v,
-      mask=None if within is None else within[:, None],
-      is_causal=True,
-      implementation='cudnn',
-    )
-    return out.reshape(q.shape)
   queries = jnp.arange(T) + (0 if start is None else start)
-  mask = (jnp.arange(S) <= queries[:, None])[None]
-  if within is not None:
-    mask &= within
+  mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None]
+  if segments is not None:
+    mask &= same_segment(segments)
   # The queries of a KV head as one matrix: no head is repeated.
   rows = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   out = _attention(rows, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
@@ -88,7 +76,8 @@ def _attention_forward(q, k, v, mask):
   scores = jnp.where(mask[:, None, None], heads, lowest).reshape(scores.shape)
   weights = jnp.exp(scores - jnp.max(scores, axis=-1, keepdims=True))
   scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
-  out = _product(weights, v, (3, 2)) * scale
+  scale = checkpoint_name(scale, ACTIVATION)
+  out = checkpoint_name(_product(weights, v, (3, 2)) * scale, ACTIVATION)
   return out.astype(q.dtype), (q, k, v, weights, scale, out)
 
 
@@ -108,6 +97,11 @@ def _attention_backward(residuals, grad):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+def same_segment(segments: Array) -> Array:
+  """(B, T, T): whether two positions are in one segment, of (B, T)."""
+  return segments[:, :, None] == segments[:, None, :]
 
 
 def segment_positions(segments: Array) -> Array:

@@ -1,11 +1,13 @@
 """Which attention runs: XLA's own, or a kernel that never holds (T, S) scores.
 
 The kernels are cuDNN's flash attention on GPU, and JAX's splash attention on
-TPU. Letters: axes.py.
+TPU. Where documents share a row, cuDNN reads a (B, T, S) mask, splash segment
+numbers. Letters: axes.py.
 """
 
 from collections.abc import Callable
 import functools
+import re
 from typing import Any
 
 import jax
@@ -15,8 +17,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.attention import causal_attention
-from lorapr_jax.sharding import RULES, platform
+from lorapr_jax.models.attention import (
+  ACTIVATION,
+  causal_attention,
+  same_segment,
+)
+from lorapr_jax.sharding import RULES
 
 AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
 # The splash kernel's tiles are as wide as a TPU's vector registers, or wider.
@@ -24,7 +30,7 @@ _LANES, _LARGEST_TILE = 128, 512
 
 
 def unfit(
-  name: str, seq_len: int, head_dim: int, dtype: Any, backend: str
+  name: str, seq_len: int, head_dim: int, dtype: Any, device: Any
 ) -> str | None:
   """Why a kernel cannot run; None where it can.
 
@@ -33,27 +39,43 @@ def unfit(
     seq_len: T.
     head_dim: H.
     dtype: of the activations.
-    backend: cpu, gpu or tpu.
+    device: a `jax.Device`.
   """
+  backend = device.platform
   if name == CUDNN:
     if backend != 'gpu':
       return f'it runs on GPU, and the backend is {backend}'
+    capability = str(getattr(device, 'compute_capability', 'unknown'))
+    if not re.fullmatch(r'([89]|\d{2,})\.\d+', capability):
+      return (
+        'it runs on NVIDIA GPUs of compute capability 8.0 or above, and this '
+        f"one's is {capability}"
+      )
     if jnp.dtype(dtype) != jnp.bfloat16:
       return f'it computes in bfloat16, not in {jnp.dtype(dtype).name}'
     if head_dim % 8 or head_dim > 128:
       return f'a head has {head_dim} dimensions: it takes 8, 16, ..., 128'
     if seq_len % 2:
-      return f'a sequence has {seq_len} tokens: it takes an even number'
+      return f'{seq_len} tokens are odd: it takes an even number'
   if name == SPLASH:
     if backend != 'tpu':
       return f'it runs on TPU, and the backend is {backend}'
     if seq_len % _LANES:
-      return f'a sequence has {seq_len} tokens: it takes multiples of {_LANES}'
+      return f'{seq_len} tokens are no multiple of {_LANES}'
   return None
 
 
-def check_attention(name: str, seq_len: int, head_dim: int, dtype: Any) -> None:
-  """Refuses a kernel that cannot run here.
+def check_attention(
+  name: str, key: str, seq_len: int, head_dim: int, dtype: Any
+) -> None:
+  """Refuses a kernel that cannot run on this machine's devices.
+
+  Args:
+    name: of ATTENTION.
+    key: of the setting that says how long a sequence is.
+    seq_len: its value.
+    head_dim: H.
+    dtype: of the activations.
 
   Raises:
     UserError: naming the reason.
@@ -62,10 +84,11 @@ def check_attention(name: str, seq_len: int, head_dim: int, dtype: Any) -> None:
     raise UserError(
       f'model.attention is {name!r}: choose from {", ".join(ATTENTION)}'
     )
-  reason = unfit(name, seq_len, head_dim, dtype, jax.default_backend())
+  reason = unfit(name, seq_len, head_dim, dtype, jax.devices()[0])
   if reason:
     raise UserError(
-      f'model.attention is {name!r}, but {reason}: use model.attention=auto'
+      f'model.attention is {name!r} and {key} is {seq_len}, but {reason}: use '
+      'model.attention=auto'
     )
 
 
@@ -82,13 +105,54 @@ def choose_attention(
     mesh: that the arrays lie on; None: the default device.
   """
   if name == AUTO:
-    backend = platform(mesh)
-    own = {'gpu': CUDNN, 'tpu': SPLASH}.get(backend, XLA)
-    fits = unfit(own, seq_len, head_dim, dtype, backend) is None
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    own = {'gpu': CUDNN, 'tpu': SPLASH}.get(device.platform, XLA)
+    fits = unfit(own, seq_len, head_dim, dtype, device) is None
     name = own if fits else XLA
-  if name == SPLASH:
-    return functools.partial(splash_attention, mesh=mesh)
-  return functools.partial(causal_attention, implementation=name)
+  if name == XLA:
+    return causal_attention
+  kernel = {CUDNN: cudnn_attention, SPLASH: splash_attention}[name]
+  return functools.partial(on_each_device, kernel, mesh=mesh)
+
+
+def on_each_device(
+  kernel: Callable[..., Array],
+  q: Array,
+  k: Array,
+  v: Array,
+  segments: Array | None = None,
+  *,
+  mesh: Mesh | None,
+) -> Array:
+  """`kernel(q, k, v, segments)` of each device's own sequences and heads."""
+  arrays = (q, k, v) if segments is None else (q, k, v, segments)
+  if mesh is None:
+    return kernel(*arrays)
+  rows, heads = RULES['batch'], RULES['kv_heads']
+  places = P(rows, None, heads)
+  return jax.shard_map(
+    kernel,
+    mesh=mesh,
+    in_specs=(places, places, places, P(rows))[: len(arrays)],
+    out_specs=places,
+    check_vma=False,  # The kernels do not say what varies.
+  )(*arrays)
+
+
+def cudnn_attention(
+  q: Array, k: Array, v: Array, segments: Array | None = None
+) -> Array:
+  """`causal_attention` by cuDNN's flash attention, on one device."""
+  mask = None if segments is None else same_segment(segments)[:, None]
+  out = jax.nn.dot_product_attention(
+    q.reshape(*q.shape[:2], -1, q.shape[-1]),
+    k,
+    v,
+    mask=mask,
+    is_causal=True,
+    implementation='cudnn',
+  )
+  return out.reshape(q.shape)
 
 
 def splash_attention(
@@ -97,35 +161,17 @@ def splash_attention(
   v: Array,
   segments: Array | None = None,
   *,
-  mesh: Mesh | None = None,
   interpret: bool = False,
 ) -> Array:
-  """`causal_attention` by JAX's TPU kernel, on each device its own heads.
+  """`causal_attention` by JAX's TPU kernel, on one device.
 
   Args:
     q: (B, T, K, G, H).
     k: (B, T, K, H).
     v: (B, T, K, H).
     segments: (B, T): positions attend within their own segment alone.
-    mesh: that the arrays lie on; None: one device.
     interpret: whether the kernel is interpreted, which any backend can.
   """
-  arrays = (q, k, v) if segments is None else (q, k, v, segments)
-  attend = functools.partial(_splash_on_a_device, interpret=interpret)
-  if mesh is None:
-    return attend(*arrays)
-  rows, heads = RULES['batch'], RULES['kv_heads']
-  kinds = (P(rows, None, heads), P(rows, None, heads), P(rows, None, heads))
-  return jax.shard_map(
-    attend,
-    mesh=mesh,
-    in_specs=(*kinds, P(rows))[: len(arrays)],
-    out_specs=kinds[0],
-    check_vma=False,  # The kernel does not say what varies.
-  )(*arrays)
-
-
-def _splash_on_a_device(q, k, v, segments=None, *, interpret):
   # Imported where it is used: it needs Pallas's TPU part.
   from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel_lib,
@@ -146,6 +192,7 @@ def _splash_on_a_device(q, k, v, segments=None, *, interpret):
     block_sizes=tiles,
     head_shards=1,
     q_seq_shards=1,
+    residual_checkpoint_name=ACTIVATION,
     interpret=interpret,
   )
 

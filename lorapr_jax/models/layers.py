@@ -14,11 +14,10 @@ from lorapr_jax.models.axes import ProjectionLetters
 from lorapr_jax.models.config import LoraConfig, RopeScaling
 
 # What rematerialisation policies may keep: a block's input, the projections'
-# outputs, dropout's masks, and what else a block computes on the way.
+# outputs, dropout's masks; and attention.ACTIVATION.
 BLOCK = 'block'
 PROJECTION = 'projection'
 DROPOUT = 'dropout'
-ACTIVATION = 'activation'
 # The collection of what a caller may observe of the projections' inputs.
 STATISTICS = 'statistics'
 
@@ -145,7 +144,7 @@ def _product(
     left.astype(dtype),
     right.astype(dtype),
     cpu=functools.partial(product, result=jnp.float32),
-    default=functools.partial(product, result=out),
+    default=functools.partial(product, result=jnp.promote_types(out, dtype)),
   )
 
 

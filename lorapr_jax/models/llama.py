@@ -18,11 +18,10 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
-  ACTIVATION,
   BLOCK,
   DROPOUT,
   PROJECTION,

@@ -83,7 +83,7 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
   return placed(shapes, sharding.shardings(mesh, axes, shapes)), state
 
 
-def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, **options):
+def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, packed: bool):
   settings = steps.StepSettings(
     config,
     LORA,
@@ -91,7 +91,6 @@ def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, **options):
     matmul_dtype=jnp.bfloat16,
     loss_chunk=512,
     mesh=mesh,
-    **options,
   )
   params, state = _abstract(config, mesh)
   place = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
@@ -100,6 +99,8 @@ def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, **options):
     'tokens': jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
     'weights': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
   }
+  if packed:
+    inputs['segments'] = inputs['tokens']
   whole = NamedSharding(mesh, P())
   key = jax.eval_shape(lambda: jax.random.key(0))
   key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
@@ -119,11 +120,14 @@ def _quadratic(text: str) -> list[str]:
 
 # Whole KV heads as pruning leaves them, on a chip; and the three mesh axes.
 @pytest.mark.parametrize(
-  ('shape', 'mesh'),
-  [(LayerShape(3, 2, 384), (1, 1, 1)), (LayerShape(4, 2, 512), (2, 2, 2))],
+  ('shape', 'mesh', 'packed'),
+  [
+    (LayerShape(3, 2, 384), (1, 1, 1), False),
+    (LayerShape(4, 2, 512), (2, 2, 2), True),
+  ],
 )
-def test_no_array_is_quadratic_in_the_sequence(shape, mesh):
-  compiled = _compiled_step(_config(shape), _mesh(*mesh), batch=4)
+def test_no_array_is_quadratic_in_the_sequence(shape, mesh, packed):
+  compiled = _compiled_step(_config(shape), _mesh(*mesh), 4, packed)
   assert not _quadratic(compiled.as_text())
 
 
