@@ -1,24 +1,33 @@
 """What cutting masked groups on the way saves, and what it leaves to save.
 
   PYTHONPATH=. python benchmarks/shrink.py [--out runs/shrink] [--shrink auto]
-    [--steps 100]
+    [--steps 100] [--turns 7] [--paired]
 
-Prunes the demo's model twice, by half of its channels and a third of its query
-heads: with all cuts at the end, then with --shrink. Prints, of the second run,
-the time of its steps over what the first one's step time and the operations of
-each size predict; and the time of both loops, compiling and cutting included.
-Ten minutes a run on two cores; what --out holds is not run again.
+Prunes the demo's model by half of its channels and a third of its query heads.
+First steps at full size and at the sizes after cuts at a third, two thirds and
+the end of the ramp take turns, so that what else the machine does hits all
+alike; prints the time of each over that at full size, and over what the
+operations predict. Then, unless --paired, two whole runs, all cuts at the end
+and with --shrink: the time of the second one's steps over what the first one's
+and the operations of each size predict; and of both loops, compiling and
+cutting included. Ten minutes a run on two cores; what --out holds is not run
+again.
 """
 
 import argparse
+import dataclasses
 from pathlib import Path
+import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file
 
+from benchmarks.step import compiled_step
 from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.files import read_json
 from lorapr_jax.models.cost import forward_flops_per_token
@@ -53,6 +62,51 @@ def predicted(flags: list[str], cuts: list[int]) -> float:
   return sum(flops) / (max(flops) * len(flops))
 
 
+def take_turns(flags: list[str], turns: int) -> None:
+  """Prints the steps' times by size, over those at full size."""
+  settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
+  found = Milestones(settings.plan, settings.schedule)
+  sizes = {'full size': settings.step.config}
+  sizes |= {
+    f'cut at {share:.0%} of the ramp': found.size(cut)
+    for share in (1 / 3, 2 / 3, 1.0)
+    for cut in found.at((share,))
+  }
+  compiled = {
+    name: compiled_step(
+      dataclasses.replace(
+        settings, step=dataclasses.replace(settings.step, config=size)
+      )
+    )
+    for name, size in sizes.items()
+  }
+  states = {name: step.state for name, step in compiled.items()}
+  seconds: dict[str, list[float]] = {name: [] for name in sizes}
+  for turn in range(turns + 1):
+    for name, step in compiled.items():
+      start = time.perf_counter()
+      arguments = step.arguments(states[name])
+      results = step.gradients(*arguments, jax.random.key(turn))
+      state, ok = step.rank_groups(states[name], results)
+      states[name] = step.update(state, results[1], ok)
+      jax.block_until_ready(states[name])
+      seconds[name].append(time.perf_counter() - start)
+  full, seq_len = seconds['full size'][1:], settings.train.seq_len
+  operations = {
+    name: forward_flops_per_token(size, seq_len) for name, size in sizes.items()
+  }
+  print('| | step, s | over full size | operations | over predicted |')
+  print('|---|---|---|---|---|')
+  for name, each in seconds.items():
+    pairs = zip(each[1:], full, strict=True)
+    ratio = statistics.median(one / other for one, other in pairs)
+    share = operations[name] / operations['full size']
+    print(
+      f'| {name} | {statistics.median(each[1:]):.2f} | {ratio:.3f} | '
+      f'{share:.3f} | {ratio / share:.3f} |'
+    )
+
+
 def overlap(one: Path, other: Path) -> float:
   """The share of cut groups that both runs cut."""
   ours, theirs = (load_file(run / IMPORTANCE_FILE) for run in (one, other))
@@ -69,9 +123,14 @@ def main() -> None:
   parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'shrink')
   parser.add_argument('--shrink', default='auto')
   parser.add_argument('--steps', type=int, default=100)
+  parser.add_argument('--turns', type=int, default=7)
+  parser.add_argument('--paired', action='store_true', help='no runs')
   args = parser.parse_args()
   flags = ['--config=configs/smollm2_135m.py', '--config.report.prompts=()']
   flags += [f'--config.train.steps={args.steps}', '--config.data.eval=']
+  take_turns(flags, args.turns)
+  if args.paired:
+    return
   out = args.out.absolute()
   runs = {
     shrink: run([*flags, f'--config.prune.shrink={shrink}'], out / shrink)
