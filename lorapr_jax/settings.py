@@ -36,7 +36,7 @@ from lorapr_jax.sections import (
   TrainSettings,
   choose,
 )
-from lorapr_jax.sharding import make_mesh, mesh_sizes
+from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
@@ -150,7 +150,6 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     remat=choose('model.remat', model.remat, tuple(REMAT_POLICIES)),
     loss_chunk=_loss_chunk(train, mesh),
     clip_norm=train.clip_norm,
-    mesh=make_mesh(mesh),
   )
   return RunSettings(
     model_path=Path(model.path) if model.path else None,

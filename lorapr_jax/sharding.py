@@ -56,17 +56,15 @@ def make_mesh(sizes: dict[str, int]) -> Mesh:
   )
 
 
-def platform(place: Mesh | Sharding | None) -> str:
+def platform(place: Sharding | None) -> str:
   """cpu, gpu or tpu: of the devices, or of the default one."""
   if place is None:
     return jax.default_backend()
-  devices = place.devices.flat if isinstance(place, Mesh) else place.device_set
-  return next(iter(devices)).platform
+  return next(iter(place.device_set)).platform
 
 
-def mesh_of(params: Any) -> Mesh | None:
-  """The mesh that the weights lie on; None: they lie on one device."""
-  place = params['norm']['weight'].sharding
+def mesh_of(place: Sharding) -> Mesh | None:
+  """The mesh of a sharding; None: it is one device."""
   return place.mesh if isinstance(place, NamedSharding) else None
 
 
@@ -112,15 +110,14 @@ def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
 
   No axes: whole on each device. Sizes are not checked; see `batch_parts`.
   """
-  mesh = mesh_of(params)
-  if mesh is None:
-    return params['norm']['weight'].sharding
-  return sharding(mesh, axes)
+  place = params['norm']['weight'].sharding
+  mesh = mesh_of(place)
+  return place if mesh is None else sharding(mesh, axes)
 
 
 def batch_parts(params: Any) -> int:
   """Into how many parts a batch is cut beside these weights."""
-  mesh = mesh_of(params)
+  mesh = mesh_of(params['norm']['weight'].sharding)
   if mesh is None:
     return 1
   return math.prod(mesh.shape[axis] for axis in RULES['batch'])

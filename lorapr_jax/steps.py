@@ -26,7 +26,7 @@ from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import AUTO, choose_attention
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.masks import initial_masks, select_masks
-from lorapr_jax.sharding import platform
+from lorapr_jax.sharding import mesh_of, platform
 
 # Of rank 8, XLA for TPU estimates outer products at 0.7 of the cycles of dots,
 # and their operations grow with the rank. Nothing was timed on a TPU.
@@ -73,7 +73,6 @@ class StepSettings:
     remat: a key of llama.REMAT_POLICIES.
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
-    mesh: that the base lies on; None: one device.
   """
 
   config: LlamaConfig
@@ -84,11 +83,10 @@ class StepSettings:
   remat: str = 'blocks'
   loss_chunk: int = 128
   clip_norm: float = 1.0
-  mesh: Mesh | None = None
 
 
 def compiler_options(
-  place: Mesh | Sharding | None = None,
+  place: Sharding | None = None,
 ) -> dict[str, Any]:
   """XLA options of the functions that run the model there.
 
@@ -134,6 +132,7 @@ def token_losses(
   token_weights: Array,
   settings: StepSettings,
   *,
+  mesh: Mesh | None = None,
   segments: Array | None = None,
   matmul_dtype: Any = None,
   **model: Any,
@@ -148,6 +147,7 @@ def token_losses(
     tokens: (B, T).
     token_weights: (B, T), the weight of each token as a target.
     settings: of the run.
+    mesh: that the arrays lie on; None: one device.
     segments: (B, T): numbers of the documents that share a window, in runs.
       Attention and positions stay within one; None: a window is one text.
     matmul_dtype: of the products' operands; None: as settings.dtype.
@@ -162,7 +162,7 @@ def token_losses(
     seq_len=tokens.shape[1],
     head_dim=settings.config.head_dim,
     dtype=settings.dtype,
-    mesh=settings.mesh,
+    mesh=mesh,
   )
   if segments is not None:
     model['valid'] = segments > 0
@@ -188,7 +188,7 @@ def token_losses(
     weights.reshape(-1),
     settings.loss_chunk,
     dtype=matmul_dtype,
-    mesh=settings.mesh,
+    mesh=mesh,
   )
   return losses.reshape(tokens.shape), observed
 
@@ -243,6 +243,7 @@ def make_lora_gradients(
         micro['tokens'],
         micro['weights'],
         settings,
+        mesh=mesh_of(out_sharding),
         segments=micro.get('segments'),
         matmul_dtype=settings.matmul_dtype,
         lora=trained['lora'],

@@ -46,7 +46,13 @@ def _window_losses(
 ) -> Callable[..., Any]:
   def losses(params, tokens, weights, lora, masks):
     each, _ = token_losses(
-      params, tokens, weights, settings, lora=lora, masks=masks
+      params,
+      tokens,
+      weights,
+      settings,
+      mesh=sharding.mesh_of(place),
+      lora=lora,
+      masks=masks,
     )
     return jnp.sum(each, axis=1)
 
@@ -81,7 +87,6 @@ def evaluate_perplexity(
   parts = sharding.batch_parts(params)
   batch_size = -(-min(batch_size, count) // parts) * parts
   place = sharding.beside(params, ('batch', 'length'))
-  settings = dataclasses.replace(settings, mesh=sharding.mesh_of(params))
   score = _window_losses(settings, sharding.beside(params, ()))
   results, starts = [], []
   for start in range(0, count, batch_size):

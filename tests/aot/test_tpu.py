@@ -90,7 +90,6 @@ def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, packed: bool):
     dtype=jnp.bfloat16,
     matmul_dtype=jnp.bfloat16,
     loss_chunk=512,
-    mesh=mesh,
   )
   params, state = _abstract(config, mesh)
   place = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
@@ -148,7 +147,7 @@ def test_importance_holds_no_array_of_a_projections_size():
   mesh = _mesh(1, 1, 1)
   whole = NamedSharding(mesh, P())
   params, state = _abstract(config, mesh)
-  settings = steps.StepSettings(config, LORA, mesh=mesh)
+  settings = steps.StepSettings(config, LORA)
   update = steps.make_update_importance(settings, Criterion(), whole)
   norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
   memory = (
