@@ -57,9 +57,9 @@ class TrainSettings:
   checkpoints_kept: int
 
   def __post_init__(self):
+    free = ('seed', 'lr_schedule', 'loss_chunk')
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
-      free = ('seed', 'lr_schedule', 'loss_chunk')
       if field.name not in free and not value > 0:
         raise UserError(f'train.{field.name} is {value}: it must be positive')
     if self.loss_chunk < 0:

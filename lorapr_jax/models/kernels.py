@@ -197,12 +197,9 @@ def splash_attention(
   )
 
   def row(q, k, v, segments):
-    ids = (
-      segments
-      if segments is None
-      else kernel_lib.SegmentIds(segments, segments)
-    )
-    return kernel(q, k, v, ids)
+    if segments is not None:
+      segments = kernel_lib.SegmentIds(segments, segments)
+    return kernel(q, k, v, segments)
 
   queries = (q * H**-0.5).astype(q.dtype).reshape(B, T, K * G, H)
   out = jax.vmap(row)(*(x.swapaxes(1, 2) for x in (queries, k, v)), segments)
