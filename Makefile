@@ -99,10 +99,12 @@ $(MODEL)/config.json: | .venv/run
 	$(@D)/bin/python -m pip install --quiet -r $<
 	touch $@
 
+# pip's cache does not tell a wheel by the settings it was built with.
+.venvs/llama_cpp/made: PIP := --no-cache-dir
 .venvs/%/made: tests/routes/requirements/%.txt
 	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$* || \
 	  { rm -rf .venvs/$*; exit 1; }
-	.venvs/$*/bin/python -m pip install --quiet -r $<
+	.venvs/$*/bin/python -m pip install --quiet $(PIP) -r $<
 	touch $@
 
 clean:
