@@ -128,6 +128,14 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.warmup = 0.1
   # The share of the steps after it.
   config.prune.cooldown = 0.1
+  # Whether, each time groups are masked, what survives in o_proj and down_proj
+  # makes up for them: ridge (closed form, from the inputs of the newest
+  # batches) or none (LoRAPrune).
+  config.prune.compensate = 'none'
+  # The ridge, in units of the projection's mean squared input.
+  config.prune.compensate_damping = 0.2
+  # The newest batches whose tokens are the inputs.
+  config.prune.compensate_batches = 2
   # When masked groups are really cut out, so that what is left trains faster:
   # end; ascending shares of the ramp, such as 0.5,0.8 (joint only); or auto,
   # those that save most time.

@@ -248,13 +248,16 @@ class Checkpoints:
     Args:
       saved: from `newest`.
       shapes: `jax.ShapeDtypeStruct`s of the size that it has.
-      place: where all of it will lie.
+      place: where all that has no sharding of its own will lie.
 
     Raises:
       UserError: if it cannot be read.
     """
     abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=x.sharding or place
+      ),
+      shapes,
     )
     with _reading(self._manager.directory / str(saved.step)):
       return self._manager.restore(

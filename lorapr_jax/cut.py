@@ -99,10 +99,16 @@ def cut_adapters(
   lora: Any, kept: Kept, config: LlamaConfig, lora_config: LoraConfig
 ) -> Any:
   """Smaller adapters, or their moments; see `cut_params`."""
+  return cut_stacks(lora, llama.block_axes(lora_config)['lora'], kept, config)
+
+
+def cut_stacks(
+  stacks: tuple[Any, ...], axes: Any, kept: Kept, config: LlamaConfig
+) -> tuple[Any, ...]:
+  """`shrink`, compiled; nothing where nothing is cut."""
   if not kept:
-    return lora
-  axes = llama.block_axes(lora_config)['lora']
-  return jax.jit(lambda lora: shrink(lora, axes, kept, config))(lora)
+    return stacks
+  return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(stacks)
 
 
 def widened(state: steps.TrainState, config: LlamaConfig) -> dict[str, Any]:

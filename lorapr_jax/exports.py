@@ -11,16 +11,23 @@ import numpy as np
 
 from lorapr_jax import routes, sharding
 from lorapr_jax.checkpoint import RUN_FILE, read_state, saved_steps
-from lorapr_jax.cut import cut_adapters, cut_params, kept_of, widened
+from lorapr_jax.cut import (
+  cut_adapters,
+  cut_params,
+  cut_stacks,
+  kept_of,
+  widened,
+)
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
 from lorapr_jax.finish import merge, pruned_model
 from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
 from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import logical_axes, param_shapes
+from lorapr_jax.models.llama import block_axes, logical_axes, param_shapes
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
+from lorapr_jax.repair import repaired_of, with_repaired
 from lorapr_jax.settings import split_model
 from lorapr_jax.steps import TrainState
 
@@ -92,14 +99,20 @@ def _of_run(
     path, sizes, jnp.dtype(dtype), _places(sizes, dtype), config.train.seed
   )
   params = cut_params(params, kept, sizes, delete=True)
+  # Some of it may have been cut on the way.
+  size = shrunk_config(sizes, kept_of(state.whole['masks']))
+  left = kept_of(state.masks)
+  if state.repaired:
+    (axes,) = repaired_of({'stacks': [block_axes()['params']]})
+    repaired = cut_stacks(state.repaired, axes, left, size)
+    places = jax.tree.map(lambda x: x.sharding, repaired_of(params))
+    params = with_repaired(params, jax.device_put(repaired, places))
   for folder in reversed(CHECKPOINTS_AFTER_CUT):
     if saved_steps(workdir / folder):
       lora = read_state(workdir, folder)['lora']
       break
   else:
-    # Some of it may have been cut on the way.
-    size = shrunk_config(sizes, kept_of(state.whole['masks']))
-    lora = cut_adapters(state.lora, kept_of(state.masks), size, lora_config)
+    lora = cut_adapters(state.lora, left, size, lora_config)
   weights = merge(params, lora, lora_config, unmerged=route.kind == 'peft')
   return model, weights
 

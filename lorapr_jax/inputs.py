@@ -68,6 +68,15 @@ class Places(NamedTuple):
     )
 
 
+def weight_shapes(settings: RunSettings, config: LlamaConfig) -> Any:
+  """A `jax.ShapeDtypeStruct` with its sharding for every weight of a size."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    llama.param_shapes(config, settings.base_dtype),
+    Places.of(settings, config).base,
+  )
+
+
 def load_base(
   path: Path | None,
   config: LlamaConfig,

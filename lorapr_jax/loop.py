@@ -1,9 +1,11 @@
 """The paper's algorithm: a phase of a run, from its checkpoint to its end."""
 
+import collections
 from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +17,24 @@ import optax
 from lorapr_jax import checkpoint, interrupt, optimizer, steps
 from lorapr_jax.cut import Base, cut_on_the_way, kept_of
 from lorapr_jax.eval.perplexity import Perplexity
-from lorapr_jax.inputs import device_batches
+from lorapr_jax.inputs import device_batches, weight_shapes
 from lorapr_jax.phases import Phase, total_steps
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
+from lorapr_jax.repair import make_compensate, repaired_of, with_repaired
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.settings import RunSettings
 
 
 class Functions(NamedTuple):
-  """What the loop calls, compiled for one size; see lorapr_jax/steps.py."""
+  """What the loop calls, compiled for one size; see steps.py, repair.py."""
 
   lora_gradients: Callable[..., Any]
   update_importance: Callable[..., Any]
   select_masks: Callable[..., Any]
   apply_update: Callable[..., Any]
+  compensate: Callable[..., Any] | None
 
   @classmethod
   def of(
@@ -41,7 +45,11 @@ class Functions(NamedTuple):
     adamw: optax.GradientTransformation,
   ) -> 'Functions':
     """For the size of `base`."""
-    place = base.places.state
+    place, compensate = base.places.state, None
+    if phase.schedule and settings.compensation:
+      compensate = make_compensate(
+        base.step, settings.compensation, base.places.base, place
+      )
     return cls(
       steps.make_lora_gradients(
         base.step,
@@ -52,6 +60,7 @@ class Functions(NamedTuple):
       steps.make_update_importance(base.step, settings.criterion, place),
       jax.jit(steps.select_stack_masks, out_shardings=place),
       steps.make_apply_update(adamw, place),
+      compensate,
     )
 
 
@@ -114,18 +123,8 @@ def train_phase(
     workdir / phase.checkpoints, train.checkpoints_kept
   )
   if saved := checkpoints.newest():
-    cuts, size = saved.cuts, base.step
-    if cuts:
-      config = milestones.size_at(saved.step, cuts)
-      size = dataclasses.replace(size, config=config)
-    shapes, uncut = (
-      jax.eval_shape(functools.partial(new_state, x)) for x in (size, base.step)
-    )
-    state = checkpoints.restore(
-      saved, shapes.replace(whole=uncut.whole), base.places.state
-    )
-    if size != base.step:
-      base = base.cut(kept_of(state.whole['masks']), settings)
+    cuts = saved.cuts
+    state, base = resume(checkpoints, saved, base, phase, new_state, settings)
   else:
     cuts = first_cuts(milestones, settings.shrink)
     state = new_state(base.step)
@@ -146,18 +145,26 @@ def train_phase(
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_of_run)
   functions = Functions.of(settings, phase, base, adamw)
+  first_event = bool(functions.compensate)
   previous_loss = state.step
-  rest = range(first_step, phase.steps)
+  newest = collections.deque(maxlen=_batches_kept(phase, settings))
+  # What a run that was not cut short would have kept at this step.
+  seen = min(first_step, newest.maxlen)
   batches = device_batches(
     streams[phase.data],
     base.places.batch,
     train.micro_batch_size,
-    range(phase.first_batch + first_step, phase.first_batch + phase.steps),
+    range(
+      phase.first_batch + first_step - seen, phase.first_batch + phase.steps
+    ),
   )
   with signals, checkpoints, log, batches as stream:
-    for step, batch in zip(rest, stream, strict=True):
+    newest.extend(itertools.islice(stream, seen))
+    for step, batch in zip(range(first_step, phase.steps), stream, strict=True):
+      newest.append(batch)
       cutting = step in (cuts or ())
-      compiling = cutting or step == first_step
+      pruning = bool(schedule and schedule.is_pruning_step(step))
+      compiling = cutting or step == first_step or (pruning and first_event)
       if cutting:
         interrupt.wait_for(state.step)
       # Compiling holds the calls up; after that they only queue.
@@ -167,6 +174,7 @@ def train_phase(
           present = milestones.present(step)
           state, base = cut_on_the_way(state, base, present, settings)
           functions = Functions.of(settings, phase, base, adamw)
+          first_event = bool(functions.compensate)
           display.start('compile')
         results, grads, more = functions.lora_gradients(
           base.params,
@@ -186,10 +194,17 @@ def train_phase(
         )
         del more  # A gradient of the base would stay through the next step.
         masks = state.masks
-        if schedule and schedule.is_pruning_step(step):
+        if pruning:
           keep = plan.keep_at(schedule.progress(step))
           counts = steps.by_stack(keep, base.step.config)
           masks = functions.select_masks(importance, masks, counts)
+        if pruning and functions.compensate:
+          params, failed = functions.compensate(
+            base.params, state.lora, state.masks, masks, tuple(newest)
+          )
+          base = base._replace(params=params)
+          state = state.replace(unrepaired=state.unrepaired + failed)
+          first_event = False
         state = state.replace(importance=importance, masks=masks)
         state = functions.apply_update(state, grads, ok)
       if compiling:
@@ -228,7 +243,8 @@ def train_phase(
       stopping = signals.signum is not None
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
-        checkpoints.save(state, step + 1, cuts)
+        repaired = repaired_of(base.params) if functions.compensate else ()
+        checkpoints.save(state.replace(repaired=repaired), step + 1, cuts)
       if stopping:
         break
   if signals.signum is not None:
@@ -237,6 +253,54 @@ def train_phase(
       signals.signum,
     )
   return Trained(state, base, cuts or ())
+
+
+def resume(
+  checkpoints: checkpoint.Checkpoints,
+  saved: checkpoint.Saved,
+  base: Base,
+  phase: Phase,
+  new_state: Callable[[steps.StepSettings], steps.TrainState],
+  settings: RunSettings,
+) -> tuple[steps.TrainState, Base]:
+  """A checkpoint's state, and the base as it was: cut, and repaired.
+
+  Args:
+    checkpoints: of the phase.
+    saved: the one to go on from.
+    base: as loaded; where groups were cut on the way its arrays are deleted.
+    phase: of the run.
+    new_state: the state at the start, of a size.
+    settings: of the run.
+  """
+  size = base.step
+  if saved.cuts:
+    milestones = Milestones(settings.plan, phase.schedule)
+    config = milestones.size_at(saved.step, saved.cuts)
+    size = dataclasses.replace(size, config=config)
+  shapes, uncut = (
+    jax.eval_shape(functools.partial(new_state, x)) for x in (size, base.step)
+  )
+  shapes = shapes.replace(whole=uncut.whole)
+  repaired = phase.schedule and settings.compensation
+  if repaired:
+    shapes = shapes.replace(
+      repaired=repaired_of(weight_shapes(settings, size.config))
+    )
+  state = checkpoints.restore(saved, shapes, base.places.state)
+  if size != base.step:
+    base = base.cut(kept_of(state.whole['masks']), settings)
+  if repaired:
+    base = base._replace(params=with_repaired(base.params, state.repaired))
+  return state.replace(repaired=()), base
+
+
+def _batches_kept(phase: Phase, settings: RunSettings) -> int:
+  """For compensation: no more than there are at the first event."""
+  if not (phase.schedule and settings.compensation):
+    return 0
+  events = filter(phase.schedule.is_pruning_step, range(phase.steps))
+  return min(settings.compensation.batches, next(events) + 1)
 
 
 def first_cuts(

@@ -22,6 +22,7 @@ from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
+from lorapr_jax.pruning.compensation import NONE, RIDGE, Compensation
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.milestones import END, parse_shrink
@@ -56,6 +57,7 @@ class RunSettings:
     schedule: of joint pruning.
     calibration_steps: of the other orders.
     shrink: of joint pruning: from `parse_shrink`.
+    compensation: of every pruning step; None for none.
     mesh: sizes of data, fsdp, tensor.
   """
 
@@ -70,6 +72,7 @@ class RunSettings:
   schedule: PruneSchedule
   calibration_steps: int
   shrink: str | tuple[float, ...]
+  compensation: Compensation | None
   criterion: Criterion
   mesh: dict[str, int]
   export: ExportSettings
@@ -165,6 +168,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     ),
     calibration_steps=_calibration_steps(prune, train),
     shrink=_shrink(prune, plan),
+    compensation=_compensation(prune, plan),
     criterion=criterion,
     mesh=mesh,
     export=export,
@@ -307,6 +311,16 @@ def _shrink(
   if isinstance(shrink, tuple):
     raise UserError(f'prune.shrink is {prune.shrink!r}, but {reason}')
   return END
+
+
+def _compensation(
+  prune: config_dict.ConfigDict, plan: PruningPlan | None
+) -> Compensation | None:
+  choose('prune.compensate', prune.compensate, (NONE, RIDGE))
+  compensation = Compensation(
+    prune.compensate_damping, prune.compensate_batches
+  )
+  return compensation if plan and prune.compensate == RIDGE else None
 
 
 def _lora_targets(names: str) -> tuple[str, ...]:

@@ -47,6 +47,10 @@ class TrainState:
       cut on the way left them: a mask is 1 where `masks` still has the group.
     skipped: steps whose gradients or scores were not finite, in all.
     skipped_in_a_row: the same, since the last good step.
+    repaired: `repair.repaired_of` the base where prune.compensate changes it,
+      in a checkpoint; in the loop these are in the base, and this is ().
+    unrepaired: projections that an event of it left as they were, in all,
+      because their repair was not finite.
   """
 
   step: Array
@@ -57,6 +61,8 @@ class TrainState:
   whole: dict[str, Any]
   skipped: Array
   skipped_in_a_row: Array
+  repaired: tuple[Any, ...]
+  unrepaired: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +129,8 @@ def init_state(
     },
     skipped=jnp.int32(0),
     skipped_in_a_row=jnp.int32(0),
+    repaired=(),
+    unrepaired=jnp.int32(0),
   )
 
 

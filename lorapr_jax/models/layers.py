@@ -18,8 +18,9 @@ from lorapr_jax.models.config import LoraConfig, RopeScaling
 BLOCK = 'block'
 PROJECTION = 'projection'
 DROPOUT = 'dropout'
-# The collection of what a caller may observe of the projections' inputs.
-STATISTICS = 'statistics'
+# Collections of what a caller may observe: of the projections' inputs, and
+# these themselves.
+STATISTICS, INPUTS = 'statistics', 'inputs'
 
 
 class RMSNorm(nn.Module):
@@ -154,7 +155,8 @@ class LoRAEinsum(nn.Module):
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
   the rank, B the rank to W's other axes. W is in the collection `params`, A
   and B in `lora`, in float32 whatever W's dtype. Where the collection
-  STATISTICS is mutable, it gets the sum over tokens of x^2, as `squares`.
+  STATISTICS is mutable, it gets the sum over tokens of x^2, as `squares`;
+  where INPUTS is, it gets x, as `inputs`.
 
   Attributes:
     spec: x, W -> y; one of config.PROJECTIONS.
@@ -178,6 +180,8 @@ class LoRAEinsum(nn.Module):
     if self.is_mutable_collection(STATISTICS):
       squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
       self.put_variable(STATISTICS, 'squares', squares)
+    if self.is_mutable_collection(INPUTS):
+      self.put_variable(INPUTS, 'inputs', x)
 
     # Each einsum as a product of two matrices, which XLA's CPU backend does
     # faster than it contracts several axes.

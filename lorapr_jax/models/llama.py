@@ -142,14 +142,23 @@ class Block(nn.Module):
   attend: Callable[..., Array] = causal_attention  # Or with a cache.
 
   @nn.compact
-  def __call__(self, x: Array, rotation: Rotation) -> Array:
+  def __call__(
+    self,
+    x: Array,
+    rotation: Rotation,
+    parts: tuple[str, ...] = tuple(PROJECTIONS),
+  ) -> Array:
+    """Both parts, or one alone."""
     sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
     norm = functools.partial(RMSNorm, self.config.norm_eps)
     x = checkpoint_name(x, BLOCK)
-    h = _activation(norm(name='input_layernorm')(x))
-    x = x + Attention(*sizes, self.attend, name='self_attn')(h, rotation)
-    h = _activation(norm(name='post_attention_layernorm')(x))
-    return x + MLP(*sizes, name='mlp')(h)
+    if 'self_attn' in parts:
+      h = _activation(norm(name='input_layernorm')(x))
+      x = x + Attention(*sizes, self.attend, name='self_attn')(h, rotation)
+    if 'mlp' in parts:
+      h = _activation(norm(name='post_attention_layernorm')(x))
+      x = x + MLP(*sizes, name='mlp')(h)
+    return x
 
 
 def block_axes(lora_config: LoraConfig | None = None) -> dict[str, Any]:

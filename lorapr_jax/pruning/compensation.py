@@ -1,0 +1,63 @@
+"""Compensation: what survives makes up for what is masked, in closed form.
+
+Here for one projection; `lorapr_jax/repair.py` goes through a model.
+"""
+
+import dataclasses
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from lorapr_jax.errors import UserError
+
+NONE, RIDGE = 'none', 'ridge'
+
+
+@dataclasses.dataclass(frozen=True)
+class Compensation:
+  """How it is done.
+
+  Attributes:
+    damping: c, of the ridge in units of the mean squared input.
+    batches: the newest so many that the inputs are taken from.
+  """
+
+  damping: float
+  batches: int
+
+  def __post_init__(self):
+    if not self.damping > 0:
+      raise UserError(
+        f'prune.compensate_damping is {self.damping}: it must be positive'
+      )
+    if self.batches < 1:
+      raise UserError(
+        f'prune.compensate_batches is {self.batches}: it must be positive'
+      )
+
+
+def ridge_update(
+  weight: Array, gram: Array, gone: Array, stays: Array, damping: float
+) -> Array:
+  """What is added to the rows that stay, to do the work of those that go.
+
+  (H_SS + c mean(diag H_SS) I)^-1 H_SP W_P, the ridge regression of what the
+  rows P contributed to the output on the inputs of the rows S: optimal brain
+  surgeon (Hassibi and Stork, 1993) for groups, as in SlimGPT (arXiv
+  2412.18110). Rows outside S get zero.
+
+  Args:
+    weight: (I, O), of which the rows in P are read.
+    gram: (I, I), H = X^T X over tokens' inputs X; float32.
+    gone: (I,), 1 for a row of P.
+    stays: (I,), 1 for a row of S.
+    damping: c.
+  """
+  outer = stays[:, None] * stays
+  ridge = damping * jnp.sum(jnp.diagonal(gram) * stays) / jnp.sum(stays)
+  # The rows outside S make equations of their own, whose solution is zero.
+  system = gram * outer + jnp.diag(jnp.where(stays > 0, ridge, 1.0))
+  with jax.default_matmul_precision('highest'):
+    lost = stays[:, None] * (gram @ (gone[:, None] * weight))
+    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(system), lost)

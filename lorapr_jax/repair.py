@@ -1,0 +1,234 @@
+"""Compensation of a whole model, layer by layer: the event of a pruning step.
+
+Two projections of a layer are repaired, those that read what is masked. They
+are weights of the base that change, so they are checkpointed.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Mesh, Sharding
+
+from lorapr_jax.lora import lora_product
+from lorapr_jax.models import llama
+from lorapr_jax.models.attention import segment_positions
+from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.models.config import LayerShape
+from lorapr_jax.models.kernels import choose_attention
+from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation
+from lorapr_jax.pruning.compensation import Compensation, ridge_update
+from lorapr_jax.pruning.masks import apply_masks
+from lorapr_jax.sharding import mesh_of
+from lorapr_jax.steps import StepSettings, compiler_options
+
+# By part of a block, the projection that reads the pruned groups.
+REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
+
+
+def repaired_of(params: Any) -> tuple[Any, ...]:
+  """Of a tree like the base's, what belongs to REPAIRED; by stack."""
+  return tuple(
+    {part: {name: stack[part][name]} for part, name in REPAIRED.items()}
+    for stack in params['stacks']
+  )
+
+
+def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
+  """The tree with these in their places."""
+  stacks = tuple(
+    stack | {part: stack[part] | new[part] for part in REPAIRED}
+    for stack, new in zip(params['stacks'], repaired, strict=True)
+  )
+  return {**params, 'stacks': stacks}
+
+
+def _without_repaired(params: Any) -> Any:
+  def rest(part: str, tree: Any) -> Any:
+    return {n: x for n, x in tree.items() if n != REPAIRED.get(part)}
+
+  stacks = tuple(
+    {part: rest(part, tree) for part, tree in stack.items()}
+    for stack in params['stacks']
+  )
+  return {**params, 'stacks': stacks}
+
+
+def make_compensate(
+  settings: StepSettings,
+  compensation: Compensation,
+  base_sharding: Any,
+  out_sharding: Sharding,
+) -> Callable[..., tuple[Any, Array]]:
+  """The event: (params, lora, before, after, batches) -> (params, failed).
+
+  The batches' tokens go through the layers in order. Each part of a layer runs
+  with the masks from before the event, up to the inputs X of its last
+  projection; `ridge_update` repairs that, where W + s A B is what the rows
+  that go contributed; and its output with the masks from after the event is
+  what the next part sees. So each repair knows of all before it, and one
+  layer's X^T X exists at a time.
+
+  The weights that are repaired are donated, the others come back as they are.
+  `failed` counts the projections whose repair was not finite: they stay.
+
+  Args:
+    settings: of the run.
+    compensation: how.
+    base_sharding: of the base.
+    out_sharding: of `failed`.
+  """
+  mesh = mesh_of(out_sharding)
+
+  def compensate(repaired, rest, lora, before, after, batches):
+    params = with_repaired(rest, repaired)
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+    tokens, segments = batch['tokens'], batch.get('segments')
+    x = params['embed_tokens']['weight'][tokens].astype(settings.dtype)
+    if segments is None:
+      positions = jnp.broadcast_to(
+        jnp.arange(tokens.shape[2]), (tokens.shape[0], tokens.shape[2])
+      )
+    else:
+      positions = jax.vmap(segment_positions)(segments)
+      x = jnp.where((segments > 0)[..., None], x, 0)
+    rotation = llama.rope_rotation(
+      settings.config, positions.astype(jnp.float32)
+    )
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    stacks, failed = [], jnp.int32(0)
+    for i, stack in enumerate(settings.config.stacks):
+      layer = functools.partial(
+        _repair_layer,
+        settings,
+        compensation.damping,
+        _reader(settings, stack.shape, rotation, segments, mesh),
+      )
+      trees = {'params': params['stacks'][i], 'lora': lora[i]}
+      x, (new, bad) = jax.lax.scan(layer, x, (trees, before[i], after[i]))
+      stacks.append(new)
+      failed += jnp.sum(bad)
+    return tuple(stacks), failed
+
+  compiled = jax.jit(
+    compensate,
+    donate_argnums=0,
+    out_shardings=(repaired_of(base_sharding), out_sharding),
+    compiler_options=compiler_options(out_sharding),
+  )
+
+  def event(params, *arguments):
+    rest = _without_repaired(params)
+    repaired, failed = compiled(repaired_of(params), rest, *arguments)
+    return with_repaired(rest, repaired), failed
+
+  return event
+
+
+def _reader(
+  settings: StepSettings,
+  shape: LayerShape,
+  rotation: Rotation,
+  segments: Array | None,
+  mesh: Mesh | None,
+) -> Callable[..., Array]:
+  """(part, a layer's variables, x (M, N, D)) -> what REPAIRED[part] reads.
+
+  One of the M micro-batches at a time, all in the result: (M N, ...).
+  """
+
+  def read(part: str, variables: Any, x: Array) -> Array:
+    def of_one(inputs: Any) -> Array:
+      x, rotation, segments = inputs
+      attend = choose_attention(
+        settings.attention,
+        seq_len=rotation.cos.shape[-2],
+        head_dim=settings.config.head_dim,
+        dtype=settings.dtype,
+        mesh=mesh,
+      )
+      if segments is not None:
+        attend = functools.partial(attend, segments=segments)
+      block = llama.Block(
+        settings.config, shape, settings.lora, settings.matmul_dtype, attend
+      )
+      _, seen = block.apply(
+        variables, x, rotation, parts=(part,), mutable=[INPUTS]
+      )
+      return seen[INPUTS][part][REPAIRED[part]]['inputs']
+
+    found = jax.lax.map(of_one, (x, rotation, segments))
+    return found.reshape(-1, *found.shape[2:])
+
+  return read
+
+
+def _repair_layer(settings, damping, read, x, inputs):
+  """The body of the scan: x (M, N, D), and a layer -> x, and its repair."""
+  trees, before, after = inputs
+  axes = llama.block_axes(settings.lora)
+  old, new = (
+    {name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()}
+    for masks in (before, after)
+  )
+  repaired, failed = {}, jnp.int32(0)
+  for part, name in REPAIRED.items():
+    seen = read(part, old, x)
+    spec, weight = (
+      PROJECTIONS[part][name],
+      trees['params'][part][name]['weight'],
+    )
+    letters = ProjectionLetters.of(spec)
+    whole = jnp.ones(seen.shape[1:])
+    stays, there = (
+      apply_masks(whole, masks, Axes.of(letters.inputs)).reshape(-1)
+      for masks in (after, before)
+    )
+    adapter = trees['lora'].get(part, {}).get(name)
+    weight, bad = _repair(
+      settings, damping, weight, adapter, seen, there - stays, stays
+    )
+    repaired[part] = {name: {'weight': weight}}
+    failed += bad
+    projection = LoRAEinsum(
+      spec, weight.shape, adapter and settings.lora, settings.matmul_dtype
+    )
+    variables = {
+      'params': apply_masks(
+        repaired[part][name], after, axes['params'][part][name]
+      ),
+      'lora': new['lora'].get(part, {}).get(name, {}),
+    }
+    x = x + projection.apply(variables, seen, seen).reshape(x.shape)
+  return x, (repaired, failed)
+
+
+def _repair(settings, damping, weight, adapter, inputs, gone, stays):
+  """The weight that makes up for the rows that go, and 1 if there is none."""
+  rows = stays.size
+
+  def repair():
+    matrix = weight.reshape(rows, -1).astype(jnp.float32)
+    effective = matrix
+    if adapter is not None:
+      product = lora_product(adapter['a'], adapter['b'])
+      effective += settings.lora.scale * product.reshape(matrix.shape)
+    x = inputs.reshape(-1, rows)
+    x = x.astype(settings.matmul_dtype or x.dtype)
+    gram = jax.lax.dot_general(
+      x,
+      x,
+      (((0,), (0,)), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32,
+    )
+    update = ridge_update(effective, gram, gone, stays, damping)
+    good = jnp.all(jnp.isfinite(update))
+    matrix = jnp.where(good, matrix + update, matrix)
+    bad = 1 - good.astype(jnp.int32)
+    return matrix.astype(weight.dtype).reshape(weight.shape), bad
+
+  return jax.lax.cond(jnp.any(gone > 0), repair, lambda: (weight, jnp.int32(0)))

@@ -1,0 +1,214 @@
+"""Compensation in a whole model: exact where it can be, alike on every mesh."""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from lorapr_jax import sharding, steps
+from lorapr_jax.models import llama
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.pruning.compensation import Compensation
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.pruning.masks import group_axes, initial_masks
+from lorapr_jax.repair import make_compensate, repaired_of
+
+LORA = LoraConfig(rank=2, alpha=4.0)
+CONFIG = LlamaConfig(
+  vocab_size=48,
+  embed_dim=16,
+  head_dim=4,
+  layers=(LayerShape(4, 2, 24),) * 2,
+)
+SETTINGS = steps.StepSettings(CONFIG, LORA)
+# A member of each group, and its double.
+DOUBLES = {CHANNELS: (3, 9), KV_HEADS: (0, 2), QUERIES: (1, 0)}
+
+
+def doubled(tree, axes, group):
+  """Of what makes a member, its double is given the same."""
+
+  def double(x, names):
+    if not set(group_axes(group)) <= set(names) or names[-1] == 'embed':
+      return x  # Not of the group, or what reads it: o_proj and down_proj.
+    kept, gone = DOUBLES[group]
+    axis = 1 + names.index(group_axes(group)[-1])
+    index = [slice(None)] * x.ndim
+    source = list(index)
+    index[axis], source[axis] = gone, kept
+    return x.at[tuple(index)].set(x[tuple(source)])
+
+  return jax.tree.map(double, tree, axes)
+
+
+def model_with_doubles(group):
+  params = llama.init_params(jax.random.key(0), CONFIG, jnp.float32)
+  lora = llama.init_lora(jax.random.key(1), CONFIG, LORA)
+  lora = jax.tree.map(
+    lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), lora
+  )
+  params = jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, params)
+  axes = llama.block_axes(LORA)
+  # A of what reads a member has its axes too, with the rank behind.
+  readers = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
+  new = {
+    part: {
+      name: adapter
+      if readers[part] == name
+      else doubled(adapter, axes['lora'][part][name], group)
+      for name, adapter in adapters.items()
+    }
+    for part, adapters in lora[0].items()
+  }
+  stacks = (doubled(params['stacks'][0], axes['params'], group),)
+  return {**params, 'stacks': stacks}, (new,)
+
+
+def masks_of(group):
+  before = initial_masks((group,), ((2, CONFIG.sizes(CONFIG.layers[0])),))
+  mask = np.ones(before[0][group].shape, np.float32)
+  mask[..., DOUBLES[group][1]] = 0
+  return before, ({group: jnp.asarray(mask)},)
+
+
+def batches(count, *, packed=False, B=8):
+  generator = np.random.default_rng(0)
+  found = []
+  for _ in range(count):
+    batch = {
+      'tokens': generator.integers(0, 48, (2, B, 12)),
+      'weights': np.ones((2, B, 12), np.float32),
+    }
+    if packed:
+      batch['segments'] = np.zeros((2, B, 12), np.int32) + np.repeat(
+        (1, 2, 0), (5, 5, 2)
+      )
+    found.append(jax.tree.map(jnp.asarray, batch))
+  return tuple(found)
+
+
+def place_of(mesh=None):
+  if mesh is None:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0]), None
+  shapes = llama.param_shapes(CONFIG, jnp.float32)
+  axes = llama.logical_axes(CONFIG)['params']
+  return NamedSharding(mesh, P()), sharding.shardings(mesh, axes, shapes)
+
+
+def compensate(params, lora, before, after, tokens, damping=1e-6, mesh=None):
+  state, base = place_of(mesh)
+  if base is None:
+    base = jax.tree.map(lambda x: state, params)
+  params = jax.device_put(jax.tree.map(jnp.copy, params), base)
+  lora, before, after = jax.device_put((lora, before, after), state)
+  if mesh is not None:
+    rows = NamedSharding(mesh, P(None, ('data', 'fsdp')))
+    tokens = jax.device_put(tokens, rows)
+  event = make_compensate(
+    SETTINGS, Compensation(damping, len(tokens)), base, state
+  )
+  return event(params, lora, before, after, tokens)
+
+
+def logits(params, lora, masks, tokens):
+  hidden = llama.hidden_states(
+    params, tokens, CONFIG, lora=lora, lora_config=LORA, masks=masks
+  )
+  return np.asarray(llama.logits(params, hidden))
+
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('group', DOUBLES)
+def test_a_member_that_has_a_double_goes_without_a_trace(group, packed):
+  params, lora = model_with_doubles(group)
+  before, after = masks_of(group)
+  repaired, failed = compensate(
+    params, lora, before, after, batches(2, packed=packed)
+  )
+  assert int(failed) == 0
+  # On tokens that it has not seen.
+  tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, 48)
+  expected = logits(params, lora, before, tokens)
+  unrepaired = np.abs(logits(params, lora, after, tokens) - expected).max()
+  difference = np.abs(logits(repaired, lora, after, tokens) - expected).max()
+  assert unrepaired > 0.02
+  assert difference < 2e-3 * unrepaired
+
+
+def test_what_is_not_repaired_stays_and_what_nothing_leaves_too():
+  params, lora = model_with_doubles(CHANNELS)
+  before, after = masks_of(CHANNELS)
+  # Nothing goes from the second layer.
+  after = ({CHANNELS: after[0][CHANNELS].at[1].set(1.0)},)
+  repaired, _ = compensate(params, lora, before, after, batches(1))
+  for path, old in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    new = dict(jax.tree_util.tree_leaves_with_path(repaired))[path]
+    if 'down_proj' in name:
+      assert np.abs(new[0] - old[0]).max() > 0
+      new, old = new[1], old[1]
+    np.testing.assert_array_equal(new, old, err_msg=name)
+
+
+@pytest.mark.parametrize('group', DOUBLES)
+def test_it_is_the_same_in_the_model_that_was_cut_before(group):
+  """Masked groups in the arrays change nothing."""
+  params, lora = model_with_doubles(group)
+  _, after = masks_of(group)
+  gone = DOUBLES[group][1]
+  # What a masked group holds is of no account, nor does it come back.
+  again = np.asarray(after[0][group]).copy()
+  again[..., (gone + 1) % again.shape[-1]] = 0
+  again = ({group: jnp.asarray(again)},)
+  noise = jax.tree.map(lambda x: x + 0.0, params)
+  axes = llama.block_axes(LORA)['params']
+
+  def disturb(x, names):
+    if not set(group_axes(group)) <= set(names):
+      return x
+    mask = jnp.asarray(after[0][group])
+    sizes = dict(zip(('layers', *group_axes(group)), mask.shape, strict=True))
+    mask = mask.reshape([sizes.get(n, 1) for n in ('layers', *names)])
+    return x + 7.0 * (1 - mask)
+
+  noise['stacks'] = (jax.tree.map(disturb, params['stacks'][0], axes),)
+  found = [
+    compensate(p, lora, after, again, batches(2), damping=0.1)[0]
+    for p in (params, noise)
+  ]
+  tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, 48)
+  ours, theirs = (logits(p, lora, again, tokens) for p in found)
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize('group', DOUBLES)
+def test_eight_devices_repair_as_one_does(group, sizes):
+  params, lora = model_with_doubles(group)
+  before, after = masks_of(group)
+  mesh = sharding.make_mesh(sharding.mesh_sizes(*sizes))
+  (one, _), (eight, _) = (
+    compensate(params, lora, before, after, batches(2), damping=0.1, mesh=m)
+    for m in (None, mesh)
+  )
+  for ours, theirs in zip(
+    jax.tree.leaves(repaired_of(eight)),
+    jax.tree.leaves(repaired_of(one)),
+    strict=True,
+  ):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_repair_that_is_not_finite_is_left_out_and_counted():
+  params, lora = model_with_doubles(CHANNELS)
+  before, after = masks_of(CHANNELS)
+  down = params['stacks'][0]['mlp']['down_proj']['weight']
+  broken = down.at[0, DOUBLES[CHANNELS][1], 0].set(jnp.inf)
+  params['stacks'][0]['mlp']['down_proj']['weight'] = broken
+  repaired, failed = compensate(params, lora, before, after, batches(1))
+  assert int(failed) >= 1
+  np.testing.assert_array_equal(
+    repaired['stacks'][0]['mlp']['down_proj']['weight'][0], broken[0]
+  )
