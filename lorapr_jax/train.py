@@ -130,6 +130,11 @@ def run_phases(
   )
   state, base, cuts = run_phase(first, base)
   skipped = int(state.skipped)
+  if unrepaired := int(state.unrepaired):
+    display.warn(
+      f'{unrepaired} projections were left as they were where groups of their '
+      'inputs were masked: prune.compensate found no finite repair'
+    )
 
   # --- Cut: what is left is smaller, and the larger base makes room.
   display.start('cut')
