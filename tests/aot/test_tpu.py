@@ -83,17 +83,26 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
   return placed(shapes, sharding.shardings(mesh, axes, shapes)), state
 
 
-def _compiled_step(config: LlamaConfig, mesh: Mesh, batch: int, packed: bool):
+def _compiled_step(
+  config: LlamaConfig,
+  mesh: Mesh,
+  batch: int,
+  packed: bool = False,
+  *,
+  tokens: int = TOKENS,
+  remat: str = 'blocks',
+):
   settings = steps.StepSettings(
     config,
     LORA,
     dtype=jnp.bfloat16,
     matmul_dtype=jnp.bfloat16,
     loss_chunk=512,
+    remat=remat,
   )
   params, state = _abstract(config, mesh)
   place = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
-  shape = (1, batch, TOKENS)
+  shape = (1, batch, tokens)
   inputs = {
     'tokens': jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place),
     'weights': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=place),
@@ -138,6 +147,18 @@ def test_attention_without_a_kernel_is_quadratic():
   )
   gradient = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v)))
   assert _quadratic(jax.jit(gradient).lower(q, k, k).compile().as_text())
+
+
+def test_offload_keeps_the_blocks_inputs_in_the_hosts_memory():
+  config, tokens = _config(LayerShape(3, 2, 384)), 1024
+  on_host = {
+    remat: _compiled_step(config, _mesh(1, 1, 1), 4, tokens=tokens, remat=remat)
+    .memory_analysis()
+    .host_temp_size_in_bytes
+    for remat in ('blocks', 'offload')
+  }
+  inputs = 2 * len(config.layers) * 4 * tokens * config.embed_dim
+  assert on_host['blocks'] < inputs <= on_host['offload']
 
 
 def test_importance_holds_no_array_of_a_projections_size():
