@@ -215,7 +215,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-  """The train states of a phase: everything but the base."""
+  """The train states of a phase: everything but what stays of the base."""
 
   def __init__(self, folder: Path, keep: int):
     """Opens a folder; the newest `keep` are kept."""
@@ -274,9 +274,11 @@ class Checkpoints:
       step: the next one.
       cuts: as in `Saved`.
     """
-    # A copy: on CPU the writer would read the very buffers that the next step
-    # is given to write into.
-    state = jax.tree.map(jnp.copy, state)
+    # Orbax has copied all to the host before it returns. On CPU that is the
+    # same memory: it would read the very buffers that the next step is given
+    # to write into.
+    if jax.default_backend() == 'cpu':
+      state = jax.tree.map(jnp.copy, state)
     with _writing(self._manager.directory):
       self._manager.save(
         step,

@@ -23,10 +23,10 @@ from lorapr_jax.settings import RunSettings
 
 
 class Base(NamedTuple):
-  """The frozen weights at one size.
+  """The weights at one size.
 
   Attributes:
-    params: the weights.
+    params: the weights, of which compensation alone changes any.
     step: what the functions of the loop are specialised to, with this size.
     places: where arrays of this size lie.
   """

@@ -89,12 +89,12 @@ def train_phase(
   display: Display,
   lora: Any = None,
 ) -> Trained:
-  """Trains LoRA on a frozen base and, if there is a schedule, masks groups.
+  """Trains LoRA on the base and, if there is a schedule, masks groups.
 
   Args:
     phase: what it does; without a schedule nothing is masked or ranked.
-    base: the weights, or what is left of them. Where groups are cut on the
-      way its arrays are deleted.
+    base: the weights, or what is left of them. Arrays that are cut on the way
+      or repaired are deleted.
     settings: of the run.
     streams: {spec: the function of `batches`}, from `load_data`.
     perplexity: of weights and adapters; None where there is no held-out text.
@@ -145,9 +145,12 @@ def train_phase(
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_of_run)
   functions = Functions.of(settings, phase, base, adamw)
-  first_event = bool(functions.compensate)
+  first_repair = True
   previous_loss = state.step
-  newest = collections.deque(maxlen=_batches_kept(phase, settings))
+  # Of the newest batches no more than there are at the first repair.
+  repairs = milestones.maskings() if functions.compensate else ()
+  kept = min(settings.compensation.batches, repairs[0] + 1) if repairs else 0
+  newest = collections.deque(maxlen=kept)
   # What a run that was not cut short would have kept at this step.
   seen = min(first_step, newest.maxlen)
   batches = device_batches(
@@ -163,9 +166,9 @@ def train_phase(
     for step, batch in zip(range(first_step, phase.steps), stream, strict=True):
       newest.append(batch)
       cutting = step in (cuts or ())
-      pruning = bool(schedule and schedule.is_pruning_step(step))
-      compiling = cutting or step == first_step or (pruning and first_event)
-      if cutting:
+      repairing = step in repairs
+      compiling = cutting or step == first_step or (repairing and first_repair)
+      if compiling:
         interrupt.wait_for(state.step)
       # Compiling holds the calls up; after that they only queue.
       with log.paused() if compiling else contextlib.nullcontext():
@@ -174,7 +177,7 @@ def train_phase(
           present = milestones.present(step)
           state, base = cut_on_the_way(state, base, present, settings)
           functions = Functions.of(settings, phase, base, adamw)
-          first_event = bool(functions.compensate)
+          first_repair = True
           display.start('compile')
         results, grads, more = functions.lora_gradients(
           base.params,
@@ -194,17 +197,19 @@ def train_phase(
         )
         del more  # A gradient of the base would stay through the next step.
         masks = state.masks
-        if pruning:
+        if schedule and schedule.is_pruning_step(step):
           keep = plan.keep_at(schedule.progress(step))
           counts = steps.by_stack(keep, base.step.config)
           masks = functions.select_masks(importance, masks, counts)
-        if pruning and functions.compensate:
+        if repairing:
+          if first_repair:
+            display.start('compile')
+          first_repair = False
           params, failed = functions.compensate(
             base.params, state.lora, state.masks, masks, tuple(newest)
           )
           base = base._replace(params=params)
           state = state.replace(unrepaired=state.unrepaired + failed)
-          first_event = False
         state = state.replace(importance=importance, masks=masks)
         state = functions.apply_update(state, grads, ok)
       if compiling:
@@ -268,7 +273,7 @@ def resume(
   Args:
     checkpoints: of the phase.
     saved: the one to go on from.
-    base: as loaded; where groups were cut on the way its arrays are deleted.
+    base: as loaded. Arrays that were cut on the way or repaired are deleted.
     phase: of the run.
     new_state: the state at the start, of a size.
     settings: of the run.
@@ -291,16 +296,10 @@ def resume(
   if size != base.step:
     base = base.cut(kept_of(state.whole['masks']), settings)
   if repaired:
+    for array in jax.tree.leaves(repaired_of(base.params)):
+      array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
   return state.replace(repaired=()), base
-
-
-def _batches_kept(phase: Phase, settings: RunSettings) -> int:
-  """For compensation: no more than there are at the first event."""
-  if not (phase.schedule and settings.compensation):
-    return 0
-  events = filter(phase.schedule.is_pruning_step, range(phase.steps))
-  return min(settings.compensation.batches, next(events) + 1)
 
 
 def first_cuts(

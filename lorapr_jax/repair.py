@@ -84,10 +84,9 @@ def make_compensate(
   mesh = mesh_of(out_sharding)
 
   def compensate(repaired, rest, lora, before, after, batches):
-    params = with_repaired(rest, repaired)
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
     tokens, segments = batch['tokens'], batch.get('segments')
-    x = params['embed_tokens']['weight'][tokens].astype(settings.dtype)
+    x = rest['embed_tokens']['weight'][tokens].astype(settings.dtype)
     if segments is None:
       positions = jnp.broadcast_to(
         jnp.arange(tokens.shape[2]), (tokens.shape[0], tokens.shape[2])
@@ -107,10 +106,13 @@ def make_compensate(
         compensation.damping,
         _reader(settings, stack.shape, rotation, segments, mesh),
       )
-      trees = {'params': params['stacks'][i], 'lora': lora[i]}
-      x, (new, bad) = jax.lax.scan(layer, x, (trees, before[i], after[i]))
+      trees = {'params': rest['stacks'][i], 'lora': lora[i]}
+      (x, new, failed), _ = jax.lax.scan(
+        layer,
+        (x, repaired[i], failed),
+        (jnp.arange(stack.size), trees, before[i], after[i]),
+      )
       stacks.append(new)
-      failed += jnp.sum(bad)
     return tuple(stacks), failed
 
   compiled = jax.jit(
@@ -137,7 +139,7 @@ def _reader(
 ) -> Callable[..., Array]:
   """(part, a layer's variables, x (M, N, D)) -> what REPAIRED[part] reads.
 
-  One of the M micro-batches at a time, all in the result: (M N, ...).
+  One of the M micro-batches at a time; all in the result, (M, N, ...).
   """
 
   def read(part: str, variables: Any, x: Array) -> Array:
@@ -160,50 +162,54 @@ def _reader(
       )
       return seen[INPUTS][part][REPAIRED[part]]['inputs']
 
-    found = jax.lax.map(of_one, (x, rotation, segments))
-    return found.reshape(-1, *found.shape[2:])
+    return jax.lax.map(of_one, (x, rotation, segments))
 
   return read
 
 
-def _repair_layer(settings, damping, read, x, inputs):
-  """The body of the scan: x (M, N, D), and a layer -> x, and its repair."""
-  trees, before, after = inputs
+def _repair_layer(settings, damping, read, carry, layer):
+  """The body of the scan over a stack.
+
+  The carry is x (M, N, D), the stack's repaired weights, written in place, and
+  how many repairs failed.
+  """
+  x, repaired, failed = carry
+  i, trees, before, after = layer
   axes = llama.block_axes(settings.lora)
+  weights = jax.tree.map(lambda stack: stack[i], repaired)
+  (params,) = with_repaired({'stacks': [trees['params']]}, [weights])['stacks']
+  trees = {'params': params, 'lora': trees['lora']}
   old, new = (
     {name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()}
     for masks in (before, after)
   )
-  repaired, failed = {}, jnp.int32(0)
   for part, name in REPAIRED.items():
+    spec, weight = PROJECTIONS[part][name], params[part][name]['weight']
     seen = read(part, old, x)
-    spec, weight = (
-      PROJECTIONS[part][name],
-      trees['params'][part][name]['weight'],
-    )
-    letters = ProjectionLetters.of(spec)
-    whole = jnp.ones(seen.shape[1:])
-    stays, there = (
-      apply_masks(whole, masks, Axes.of(letters.inputs)).reshape(-1)
-      for masks in (after, before)
+    inputs = Axes.of(ProjectionLetters.of(spec).inputs)
+    there, stays = (
+      apply_masks(jnp.ones(seen.shape[2:]), masks, inputs).reshape(-1)
+      for masks in (before, after)
     )
     adapter = trees['lora'].get(part, {}).get(name)
     weight, bad = _repair(
       settings, damping, weight, adapter, seen, there - stays, stays
     )
-    repaired[part] = {name: {'weight': weight}}
     failed += bad
+    stack = repaired[part][name]['weight'].at[i].set(weight)
+    repaired = {**repaired, part: {name: {'weight': stack}}}
     projection = LoRAEinsum(
       spec, weight.shape, adapter and settings.lora, settings.matmul_dtype
     )
+    masked = apply_masks(weight, after, axes['params'][part][name]['weight'])
     variables = {
-      'params': apply_masks(
-        repaired[part][name], after, axes['params'][part][name]
-      ),
+      'params': {'weight': masked},
       'lora': new['lora'].get(part, {}).get(name, {}),
     }
-    x = x + projection.apply(variables, seen, seen).reshape(x.shape)
-  return x, (repaired, failed)
+    x += jax.lax.map(
+      lambda seen, p=projection, v=variables: p.apply(v, seen, seen), seen
+    )
+  return (x, repaired, failed), None
 
 
 def _repair(settings, damping, weight, adapter, inputs, gone, stays):
@@ -216,12 +222,13 @@ def _repair(settings, damping, weight, adapter, inputs, gone, stays):
     if adapter is not None:
       product = lora_product(adapter['a'], adapter['b'])
       effective += settings.lora.scale * product.reshape(matrix.shape)
-    x = inputs.reshape(-1, rows)
+    # Micro-batches stay apart: their tokens lie on all devices.
+    x = inputs.reshape(*inputs.shape[:2], rows)
     x = x.astype(settings.matmul_dtype or x.dtype)
     gram = jax.lax.dot_general(
       x,
       x,
-      (((0,), (0,)), ((), ())),
+      (((0, 1), (0, 1)), ((), ())),
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.float32,
     )

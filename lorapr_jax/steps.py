@@ -2,7 +2,7 @@
 
 Each is made once from the run's static settings and compiled once: the state
 comes out with the sharding it goes in with. The base is an argument: never
-differentiated, never donated, never in the state.
+differentiated, never donated, never in the state, but for what repair.py does.
 """
 
 from collections.abc import Callable, Mapping
@@ -61,8 +61,8 @@ class TrainState:
   whole: dict[str, Any]
   skipped: Array
   skipped_in_a_row: Array
-  repaired: tuple[Any, ...]
-  unrepaired: Array
+  repaired: tuple[Any, ...] = ()
+  unrepaired: Array | int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,6 @@ def init_state(
     },
     skipped=jnp.int32(0),
     skipped_in_a_row=jnp.int32(0),
-    repaired=(),
     unrepaired=jnp.int32(0),
   )
 

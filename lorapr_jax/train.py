@@ -85,7 +85,8 @@ def run_phases(
   checkpoint.claim_workdir(workdir, identity)
   summary.print_plan(settings, display.print)
 
-  # --- Model: the base is frozen; the state is small.
+  # --- Model: the base is frozen, but for what compensation repairs; the state
+  # is small.
   display.start('load')
   load = functools.partial(
     load_base,

@@ -61,6 +61,7 @@ PHASES = [
   '--config.train.checkpoint_every=2',
   *('--config.prune.order=prune_then_tune', '--config.recover.steps=4'),
   *('--config.prune.calibration_steps=3', '--config.recover.data=synthetic:9'),
+  '--config.prune.compensate=ridge',
   *('--config.export.format=hf,peft', '--config.recover.learning_rate=0.003'),
 ]
 

@@ -69,6 +69,17 @@ class Milestones:
     size = group_size(self.plan.config, shape, group)
     return min(size, -(-count // multiple) * multiple)
 
+  def maskings(self) -> tuple[int, ...]:
+    """The steps at which there are fewer alive than before."""
+    found, before = [], self.plan.keep_at(0.0)
+    for step in range(self.schedule.total_steps):
+      if self.schedule.is_pruning_step(step):
+        alive = self.plan.keep_at(self.schedule.progress(step))
+        if alive != before:
+          found.append(step)
+        before = alive
+    return tuple(found)
+
   def size(self, step: int) -> LlamaConfig:
     """The sizes of arrays that are cut just before `step`."""
     return with_kept(self.plan.config, self.present(step))
