@@ -3,8 +3,9 @@
   PYTHONPATH=. python benchmarks/generation.py --model FOLDER
     [--batch_sizes 1,4] [--dtype float32] [--repeats 7]
 
-The prompt is random, the likeliest token is taken, the KV cache is kept. Prints
-a table in Markdown: medians, and the median of the turns' own ratios.
+The prompt is random, the likeliest token is taken, the KV cache is kept. Where
+the folder holds code, as two_shape exports do, that is run. Prints a table in
+Markdown: medians, and the median of the turns' own ratios.
 """
 
 import argparse
@@ -53,7 +54,7 @@ def main() -> None:
     'ours': (loaded.params, StepSettings(loaded.config, dtype=loaded.dtype))
   }
   theirs = AutoModelForCausalLM.from_pretrained(
-    args.model, dtype=getattr(torch, args.dtype)
+    args.model, dtype=getattr(torch, args.dtype), trust_remote_code=True
   )
   print(
     f'{args.dtype}, {args.prompt_tokens} tokens and {args.new_tokens} new '
