@@ -274,11 +274,9 @@ class Checkpoints:
       step: the next one.
       cuts: as in `Saved`.
     """
-    # Orbax has copied all to the host before it returns. On CPU that is the
-    # same memory: it would read the very buffers that the next step is given
-    # to write into.
-    if jax.default_backend() == 'cpu':
-      state = jax.tree.map(jnp.copy, state)
+    # A copy: on CPU the writer would read the very buffers that the next step
+    # is given to write into.
+    state = jax.tree.map(jnp.copy, state)
     with _writing(self._manager.directory):
       self._manager.save(
         step,
