@@ -49,14 +49,13 @@ test-package: .venv/dev
 	$(BIN)/python -m pytest -m packaging
 
 # With the oldest versions that requirements.txt allows. Messages, pages, meshes,
-# benchmarks and what only our own code decides are left to `test`: they take
-# most of its time.
+# benchmarks, the algebra of pruning and the longest runs are left to `test`.
 test-lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest $(MAIN) --ignore=tests/errors \
 	  --ignore=tests/cli --ignore=tests/pruning --ignore=tests/test_docs.py \
 	  --ignore=tests/test_sharding.py --ignore=tests/test_notebook.py \
 	  --ignore=tests/test_shrinking.py --ignore=tests/test_phases.py \
-	  --ignore=tests/test_benchmarks.py --ignore=tests/report
+	  --ignore=tests/test_benchmarks.py
 
 # What the TPU's compiler makes of the step, without a TPU.
 test-aot: .venvs/aot/made

@@ -27,7 +27,7 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import block_axes, logical_axes, param_shapes
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
-from lorapr_jax.repair import repaired_of, with_repaired
+from lorapr_jax.repair import repaired_of, repaired_part, with_repaired
 from lorapr_jax.settings import split_model
 from lorapr_jax.steps import TrainState
 
@@ -103,7 +103,7 @@ def _of_run(
   size = shrunk_config(sizes, kept_of(state.whole['masks']))
   left = kept_of(state.masks)
   if state.repaired:
-    (axes,) = repaired_of({'stacks': [block_axes()['params']]})
+    axes = repaired_part(block_axes()['params'])
     repaired = cut_stacks(state.repaired, axes, left, size)
     places = jax.tree.map(lambda x: x.sharding, repaired_of(params))
     params = with_repaired(params, jax.device_put(repaired, places))

@@ -29,32 +29,31 @@ from lorapr_jax.steps import StepSettings, compiler_options
 REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
 
 
+def repaired_part(block: Any) -> Any:
+  """Of a tree like a block's, what belongs to REPAIRED."""
+  return {part: {name: block[part][name]} for part, name in REPAIRED.items()}
+
+
+def _with_part(block: Any, new: Any) -> Any:
+  return block | {part: block[part] | new[part] for part in REPAIRED}
+
+
+def _without_part(block: Any) -> Any:
+  return {
+    part: {n: x for n, x in tree.items() if n != REPAIRED.get(part)}
+    for part, tree in block.items()
+  }
+
+
 def repaired_of(params: Any) -> tuple[Any, ...]:
   """Of a tree like the base's, what belongs to REPAIRED; by stack."""
-  return tuple(
-    {part: {name: stack[part][name]} for part, name in REPAIRED.items()}
-    for stack in params['stacks']
-  )
+  return tuple(map(repaired_part, params['stacks']))
 
 
 def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
   """The tree with these in their places."""
-  stacks = tuple(
-    stack | {part: stack[part] | new[part] for part in REPAIRED}
-    for stack, new in zip(params['stacks'], repaired, strict=True)
-  )
-  return {**params, 'stacks': stacks}
-
-
-def _without_repaired(params: Any) -> Any:
-  def rest(part: str, tree: Any) -> Any:
-    return {n: x for n, x in tree.items() if n != REPAIRED.get(part)}
-
-  stacks = tuple(
-    {part: rest(part, tree) for part, tree in stack.items()}
-    for stack in params['stacks']
-  )
-  return {**params, 'stacks': stacks}
+  pairs = zip(params['stacks'], repaired, strict=True)
+  return {**params, 'stacks': tuple(_with_part(*pair) for pair in pairs)}
 
 
 def make_compensate(
@@ -123,7 +122,8 @@ def make_compensate(
   )
 
   def event(params, *arguments):
-    rest = _without_repaired(params)
+    stacks = tuple(map(_without_part, params['stacks']))
+    rest = {**params, 'stacks': stacks}
     repaired, failed = compiled(repaired_of(params), rest, *arguments)
     return with_repaired(rest, repaired), failed
 
@@ -177,7 +177,7 @@ def _repair_layer(settings, damping, read, carry, layer):
   i, trees, before, after = layer
   axes = llama.block_axes(settings.lora)
   weights = jax.tree.map(lambda stack: stack[i], repaired)
-  (params,) = with_repaired({'stacks': [trees['params']]}, [weights])['stacks']
+  params = _with_part(trees['params'], weights)
   trees = {'params': params, 'lora': trees['lora']}
   old, new = (
     {name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()}
