@@ -22,8 +22,10 @@ from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.repair import make_compensate
 
 pytestmark = pytest.mark.aot
 
@@ -180,6 +182,42 @@ def test_importance_holds_no_array_of_a_projections_size():
   )
   smallest_projection = 2 * 4096 * 4096
   assert memory.temp_size_in_bytes < 0.1 * smallest_projection
+
+
+def _compiled_repair(mesh: Mesh, micro_batches: int, tokens: int):
+  config = _config(LayerShape(4, 2, 2048))
+  settings = steps.StepSettings(
+    config, LORA, dtype=jnp.bfloat16, matmul_dtype=jnp.bfloat16
+  )
+  params, state = _abstract(config, mesh)
+  places = jax.tree.map(lambda x: x.sharding, params)
+  rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
+  shape = (micro_batches, 4, tokens)
+  batch = {
+    'tokens': jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
+    'weights': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
+  }
+  event = make_compensate(
+    settings, Compensation(0.2, 1), places, NamedSharding(mesh, P())
+  )
+  return jax.jit(event).lower(
+    params, state.lora, state.masks, state.masks, (batch,)
+  )
+
+
+def test_compensation_leaves_its_tokens_where_they_lie():
+  micro_batches, tokens, channels = 4, 1024, 2048
+  compiled = _compiled_repair(_mesh(2, 2, 2), micro_batches, tokens).compile()
+  # What down_proj reads, of the tokens of a device: a batch is in four parts.
+  read = micro_batches * tokens * channels
+  gathered = re.findall(
+    r'= \(?\w+\[([\d,]+)\]\S* all-gather', compiled.as_text()
+  )
+  assert gathered
+  for shape in gathered:
+    assert math.prod(int(x) for x in shape.split(',')) <= read
+  temporaries = compiled.memory_analysis().temp_size_in_bytes
+  assert temporaries < 2 * (2 * read + 4 * channels**2)
 
 
 def test_the_loss_gathers_no_vocabulary():
