@@ -42,6 +42,8 @@ from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
 _DTYPES = ('auto', 'float32', 'bfloat16')
+# The first JAX whose CPU backend knows the copies of model.remat=offload.
+CPU_OFFLOADS = (0, 10, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +152,7 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     dtype=dtype,
     matmul_dtype=resolve_matmul_dtype(model.matmul_dtype, dtype),
     attention=model.attention,
-    remat=choose('model.remat', model.remat, tuple(REMAT_POLICIES)),
+    remat=resolve_remat(model.remat),
     loss_chunk=_loss_chunk(train, mesh),
     clip_norm=train.clip_norm,
   )
@@ -175,6 +177,22 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     log=LogSettings(**config.log),
     report=ReportSettings(**config.report),
   )
+
+
+def resolve_remat(name: str) -> str:
+  """One of llama.REMAT_POLICIES.
+
+  Raises:
+    UserError: for another name, or one that this JAX cannot run here.
+  """
+  choose('model.remat', name, tuple(REMAT_POLICIES))
+  on_cpu = jax.default_backend() == 'cpu'
+  if name == 'offload' and on_cpu and jax.__version_info__ < CPU_OFFLOADS:
+    raise UserError(
+      'model.remat=offload on a CPU needs JAX 0.10.2, and this is '
+      f'{jax.__version__}: use model.remat=blocks, on a CPU the same memory'
+    )
+  return name
 
 
 def _loss_chunk(train: TrainSettings, mesh: dict[str, int]) -> int:

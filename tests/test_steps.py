@@ -11,11 +11,13 @@ import optax
 import pytest
 
 from lorapr_jax import steps
+from lorapr_jax.errors import UserError
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.optimizer import make_optimizer
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import alive_counts, initial_masks
+from lorapr_jax.settings import CPU_OFFLOADS, resolve_remat
 
 SELECT = jax.jit(steps.select_stack_masks)
 GROUPS = ('kv_heads', 'mlp')
@@ -219,13 +221,29 @@ def test_a_batch_without_a_target_has_no_loss_and_no_gradients(trees):
   assert all(jnp.all(g == 0) for g in jax.tree.leaves(grads))
 
 
-def test_rematerialisation_changes_nothing(trees):
-  first, *others = (
-    _gradients(trees, _batch(2), dataclasses.replace(DROPOUT, remat=remat))
-    for remat in llama.REMAT_POLICIES
+_OLD = jax.__version_info__ < CPU_OFFLOADS
+
+
+@pytest.mark.parametrize(
+  'remat',
+  [
+    pytest.param('offload', marks=pytest.mark.skipif(_OLD, reason='no copies')),
+    *sorted(llama.REMAT_POLICIES.keys() - {'offload', 'blocks'}),
+  ],
+)
+def test_rematerialisation_changes_nothing(trees, remat):
+  blocks, other = (
+    _gradients(trees, _batch(2), dataclasses.replace(DROPOUT, remat=x))
+    for x in ('blocks', remat)
   )
-  for other in others:
-    _assert_close(first, other, atol=1e-6)
+  _assert_close(blocks, other, atol=1e-6)
+
+
+def test_a_cpu_without_the_copies_of_offload_is_told_so(monkeypatch):
+  monkeypatch.setattr(jax, '__version_info__', (0, 10, 1))
+  with pytest.raises(UserError, match='offload on a CPU needs JAX 0.10.2'):
+    resolve_remat('offload')
+  assert resolve_remat('blocks') == 'blocks'
 
 
 def test_products_of_bfloat16_operands_give_nearly_the_same_gradients(trees):
