@@ -3,25 +3,33 @@
 #
 #   benchmarks/gpu.sh [OUT_FOLDER]
 #
-# Takes the JAX of the machine's python3 if that is 0.10 or newer and sees a GPU;
-# else it makes .venv with the newest. OUT_FOLDER gets card.csv, step.md and
-# runs.txt; what is there of the runs is not run again.
+# Takes the JAX of the machine's python3 if that is 0.10 or newer and sees a GPU,
+# and PYTHONPATH is left as it is; else it says why not and makes .venv with the
+# newest. OUT_FOLDER (runs/gpu of the checkout) gets card.csv, step.md and runs.txt;
+# what is there of the runs is not run again.
 set -euo pipefail
-out=$(realpath -m "${1:-runs/gpu}")
-cd "$(dirname "$0")/.."
+root=$(realpath "$(dirname "$0")/..")
+out=$(realpath -m "${1:-$root/runs/gpu}")
+cd "$root"
 mkdir -p "$out"
-export PYTHONPATH=.
+export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
+# The first of the cards that may be used: what is measured is one card's.
+export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
+CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
 python=python3
-if ! "$python" - 2>/dev/null <<'PYTHON'; then
+if ! "$python" - <<'PYTHON'; then
 import sys
 
 import jax
+import jinja2
+import matplotlib
 
 import benchmarks.step
 import lorapr_jax.train
 
 version = tuple(map(int, jax.__version__.split('.')[:2]))
-sys.exit(version < (0, 10) or jax.default_backend() != 'gpu')
+if version < (0, 10) or jax.default_backend() != 'gpu':
+  sys.exit(f'jax {jax.__version__} on {jax.default_backend()}')
 PYTHON
   test -x .venv/bin/python || python3 -m venv .venv
   python=.venv/bin/python
@@ -31,12 +39,13 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv \
   | tee "$out/card.csv"
 date --iso-8601 | tee -a "$out/card.csv"
 
-# A setting that the card has no memory for is said, and the next one follows.
+# A row that the card has no memory for is said, and the next one follows; the
+# script fails if there was anything else.
 step() {
   echo
   echo "benchmarks/step.py $*"
   "$python" benchmarks/step.py --sizes llama-3.2-1b --batch 16 --seq_len 1024 \
-    "$@" || echo "failed with status $?"
+    "$@"
 }
 # Attention by XLA and by cuDNN, a text a row and two; what rematerialisation
 # costs; how the step grows.

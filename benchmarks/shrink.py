@@ -139,10 +139,14 @@ def main() -> None:
   end, found = (runs[name]['seconds'] for name in ('end', args.shrink))
   cuts = runs[args.shrink]['cuts_on_the_way']
   share = predicted(flags, cuts)
+  # The first step, and each after a cut, counts as compiling.
+  counted = args.steps - 1
+  each = found[STEPS] / (counted - len(cuts)), end[STEPS] / counted
+  steps = each[0] / each[1]
   print(f'cut before steps  {", ".join(map(str, cuts)) or "none"}')
   print(f'operations left   {share:.3f}')
-  print(f'steps, measured   {found[STEPS] / end[STEPS]:.3f}')
-  print(f'over predicted    {found[STEPS] / end[STEPS] / share:.3f}')
+  print(f'a step, measured  {steps:.3f}')
+  print(f'over predicted    {steps / share:.3f}')
   loops = [t[STEPS] + sum(t[name] for name in REST) for t in (found, end)]
   print(f'loop, all in      {loops[0] / loops[1]:.3f}')
   print(f'same groups cut   {overlap(out / args.shrink, out / "end"):.1%}')

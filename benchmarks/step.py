@@ -187,7 +187,12 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
     return state.replace(importance=importance), ok
 
   start = time.perf_counter()
-  gradients = steps.make_lora_gradients(size, places.state)
+  gradients = steps.make_lora_gradients(
+    size,
+    places.state,
+    needs=settings.criterion.needs,
+    base_sharding=places.base,
+  )
   gradients = gradients.lower(*arguments(state), jax.random.key(2)).compile()
   return Step(
     gradients,
@@ -271,7 +276,13 @@ def main() -> None:
   first, peak = None, 0.0
   for name, arguments in cases(args):
     settings = configured(**arguments)
-    row = measure(settings, args.repeats, args.packed)
+    try:
+      row = measure(settings, args.repeats, args.packed)
+    except jax.errors.JaxRuntimeError as error:
+      if 'RESOURCE_EXHAUSTED' not in str(error):
+        raise
+      print(f'{name}: out of memory', flush=True)
+      continue
     if first is None:
       first = row
       operands = settings.step.matmul_dtype

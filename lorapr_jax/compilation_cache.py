@@ -23,7 +23,10 @@ def keep_compiled() -> None:
     folder = cache_dir() / 'compiled' / _cpu()
   except RuntimeError:
     return  # There is no home folder.
-  there = next(path for path in folder.parents if path.exists())
+  try:
+    there = next(path for path in folder.parents if path.exists())
+  except PermissionError:
+    return  # The home folder is another user's.
   if not os.access(there, os.W_OK):
     return
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)

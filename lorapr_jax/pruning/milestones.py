@@ -55,7 +55,11 @@ class Milestones:
     What is alive then, rounded up to what mesh and hardware need, with masked
     groups as the filler.
     """
-    alive = self.plan.keep_at(self.schedule.progress(step - 1))
+    schedule = self.schedule
+    past = (s for s in reversed(range(step)) if schedule.is_pruning_step(s))
+    masked = next(past, None)
+    progress = 0.0 if masked is None else schedule.progress(masked)
+    alive = self.plan.keep_at(progress)
     return {
       group: tuple(
         self._rounded_up(group, count, shape)
@@ -109,11 +113,15 @@ class Milestones:
     return tuple(cuts)
 
   def candidates(self, first: int) -> list[int]:
-    """The steps from `first` on before which there is more to cut."""
+    """The steps from `first` on before which there is more to cut.
+
+    Nothing has been cut before; what was masked before can go at `first`.
+    """
     found, before = [], self.plan.config
-    for step in self._after_masking():
+    later = [step for step in self._after_masking() if step > first]
+    for step in [first, *later] if first < self.schedule.total_steps else []:
       size = self.size(step)
-      if size != before and step >= first:
+      if size != before:
         found.append(step)
       before = size
     return found

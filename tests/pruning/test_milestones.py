@@ -49,7 +49,11 @@ def test_a_share_of_the_ramp_is_the_next_step_after_a_masking():
   assert found.at((0.2, 0.21, 0.22)) == (13,)
   # After step 25 nothing more is masked.
   assert found.candidates(1) == [9, 13, 17, 21, 25]
-  assert found.candidates(14) == [17, 21, 25]
+  # What went before 14 can be cut there.
+  assert found.candidates(14) == [14, 17, 21, 25]
+  assert found.candidates(17) == [17, 21, 25]
+  assert found.candidates(39) == [39]
+  assert found.candidates(SCHEDULE.total_steps) == []
   assert found.at((0.6, 0.9, 1.0)) == (25,)
   assert found.at((0.5, 0.9, 1.0)) == (21, 37)
 
@@ -67,6 +71,9 @@ def test_arrays_hold_what_is_alive_then():
   for step in found.candidates(1):
     alive = found.plan.keep_at(SCHEDULE.progress(step - 1))
     assert found.present(step) == alive
+  # Between maskings nothing goes, though the ramp goes on.
+  assert found.present(14) == found.present(15) == found.present(13)
+  assert found.present(16) != found.present(17)
   # The last layer is protected.
   assert found.present(37) == {
     KV_HEADS: (2, 2, 2, 4),

@@ -1,0 +1,60 @@
+"""Where what was compiled is kept."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lorapr_jax.compilation_cache import keep_compiled
+
+FOLDER = 'JAX_COMPILATION_CACHE_DIR'
+OTHERS = (
+  'JAX_COMPILATION_CACHE_MAX_SIZE',
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS',
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_set(monkeypatch, tmp_path):
+  for name in (FOLDER, *OTHERS):
+    # Set first, so that it is put back whatever was there.
+    monkeypatch.setenv(name, '')
+    del os.environ[name]
+  monkeypatch.setenv('LORAPR_CACHE', str(tmp_path / 'new'))
+
+
+def test_by_default_it_is_a_folder_of_the_cache_for_this_kind_of_cpu(tmp_path):
+  keep_compiled()
+  folder = Path(os.environ[FOLDER])
+  assert folder.parent == tmp_path / 'new' / 'compiled'
+  assert all(name in os.environ for name in OTHERS)
+
+
+@pytest.mark.parametrize('chosen', ['', 'elsewhere'])
+def test_a_folder_that_was_chosen_stays(monkeypatch, chosen):
+  monkeypatch.setenv(FOLDER, chosen)
+  keep_compiled()
+  assert os.environ[FOLDER] == chosen
+  assert not any(name in os.environ for name in OTHERS)
+
+
+def test_nothing_is_kept_in_a_home_that_may_not_be_entered(
+  monkeypatch, tmp_path
+):
+  exists = Path.exists
+
+  # By hand: root, who may run this, may enter any folder.
+  def refuse(path):
+    if path.is_relative_to(tmp_path):
+      raise PermissionError(13, 'Permission denied', str(path))
+    return exists(path)
+
+  monkeypatch.setattr(Path, 'exists', refuse)
+  keep_compiled()
+  assert FOLDER not in os.environ
+
+
+def test_nothing_is_kept_where_nothing_may_be_written(monkeypatch):
+  monkeypatch.setattr(os, 'access', lambda path, mode: False)
+  keep_compiled()
+  assert FOLDER not in os.environ
