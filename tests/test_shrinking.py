@@ -16,6 +16,7 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.model import load
 from lorapr_jax.models.llama import hidden_states, logits
+from lorapr_jax.pruning.milestones import Milestones
 from tests.runs import CACHE, assert_same_run, finish, metrics, start
 
 STEPS = 18
@@ -201,16 +202,34 @@ def test_an_unfinished_run_is_exported_in_the_base_models_numbering(
   assert 64 < alive[0] < 128
 
 
-def test_auto_says_where_and_the_checkpoint_remembers(tmp_path, capsys):
-  workdir = train(
-    *(tmp_path / 'run', '--config.prune.shrink=auto', '--config.mesh.data=-1'),
-    *('--config.mesh.fsdp=1', f'--config.train.steps={STEPS}'),
+def test_auto_cuts_what_was_masked_before_it_knew(
+  tmp_path, capsys, monkeypatch
+):
+  # Masked at steps 6 and 12; step times are known after step 7. Compiling
+  # takes longer than all of these steps: as if it took nothing.
+  flags = [
+    *(f'--config.train.steps={STEPS}', '--config.train.log_every=4'),
+    *('--config.prune.every=6', '--config.lora.dropout=0.0'),
+    *('--config.mesh.data=-1', '--config.mesh.fsdp=1'),
+  ]
+  end = train(tmp_path / 'end', *flags)
+  fastest = Milestones.fastest
+  monkeypatch.setattr(
+    Milestones,
+    'fastest',
+    lambda self, *args, **known: fastest(
+      self, *args, **known | {'compile_seconds': 0.0}
+    ),
   )
-  cuts = cuts_of(workdir)
-  assert isinstance(cuts, tuple)
-  said = ', '.join(map(str, cuts)) or 'the end alone'
+  found = train(tmp_path / 'found', *flags, '--config.prune.shrink=auto')
+  assert cuts_of(found) == (8, 13)
   err = capsys.readouterr().err
-  assert f'masked groups are cut out at step: {said}' in err
+  assert 'masked groups are cut out at step: 8, 13' in err
+  expected, ours = (
+    load_file(w / 'importance.safetensors') for w in (end, found)
+  )
+  for name in (n for n in expected if n.endswith('.mask')):
+    np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
 
 
 def test_there_is_nothing_to_cut_on_the_way_without_a_ramp(tmp_path, capsys):
