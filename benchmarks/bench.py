@@ -203,6 +203,11 @@ def main() -> None:
   parser.add_argument('--steps', type=int, default=80, help='of ours')
   parser.add_argument('--torch_steps', type=int, default=6)
   args = parser.parse_args()
+  # The run in float32 takes a quarter of the steps.
+  if min(args.steps // 4, args.torch_steps) <= WARM:
+    parser.error(
+      f'the first {WARM} steps of each are left out: too few are asked for'
+    )
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder)
     train, _ = write_data(out)

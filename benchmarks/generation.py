@@ -45,7 +45,9 @@ def main() -> None:
   parser.add_argument('--prompt_tokens', type=int, default=128)
   parser.add_argument('--new_tokens', type=int, default=32)
   parser.add_argument('--repeats', type=int, default=7)
-  parser.add_argument('--dtype', default='float32')
+  parser.add_argument(
+    '--dtype', choices=('float32', 'bfloat16'), default='float32'
+  )
   args = parser.parse_args()
   if jax.default_backend() != 'cpu':
     parser.error('transformers runs on the CPU here: set JAX_PLATFORMS=cpu')
