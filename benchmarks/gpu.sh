@@ -3,10 +3,10 @@
 #
 #   benchmarks/gpu.sh [OUT_FOLDER]
 #
-# Takes the JAX of the machine's python3 if that is 0.10 or newer and sees a GPU,
-# and PYTHONPATH is left as it is; else it says why not and makes .venv with the
-# newest. OUT_FOLDER (runs/gpu of the checkout) gets card.csv, step.md and runs.txt;
-# what is there of the runs is not run again.
+# Takes the JAX of the machine's python3 (and PYTHONPATH) if that is 0.10 or newer
+# and sees a GPU; else it says why not, and makes .venv with the newest. OUT_FOLDER,
+# runs/gpu of the checkout if not given, gets card.csv, step.md and runs.txt; what
+# is there of the runs is not run again.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
 out=$(realpath -m "${1:-$root/runs/gpu}")

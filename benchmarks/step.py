@@ -281,7 +281,7 @@ def main() -> None:
     except jax.errors.JaxRuntimeError as error:
       if 'RESOURCE_EXHAUSTED' not in str(error):
         raise
-      print(f'{name}: out of memory', flush=True)
+      print(f'| {name} | out of memory |', flush=True)
       continue
     if first is None:
       first = row
