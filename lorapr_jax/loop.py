@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from lorapr_jax import checkpoint, interrupt, optimizer, steps
+from lorapr_jax.compilation_cache import SavedSeconds
 from lorapr_jax.cut import Base, cut_on_the_way, kept_of
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.inputs import device_batches, weight_shapes
@@ -127,6 +128,8 @@ def train_phase(
     state, base = resume(checkpoints, saved, base, phase, new_state, settings)
   else:
     cuts = first_cuts(milestones, settings.shrink)
+    if milestones and settings.shrink not in (END, AUTO):
+      print_cuts(cuts, display)
     state = new_state(base.step)
     if lora is not None:
       state = state.replace(lora=lora)
@@ -144,6 +147,7 @@ def train_phase(
   # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_of_run)
+  saved_by_cache = SavedSeconds()
   functions = Functions.of(settings, phase, base, adamw)
   first_repair = True
   previous_loss = state.step
@@ -171,7 +175,10 @@ def train_phase(
       if compiling:
         interrupt.wait_for(state.step)
       # Compiling holds the calls up; after that they only queue.
-      with log.paused() if compiling else contextlib.nullcontext():
+      with contextlib.ExitStack() as apart:
+        if compiling:
+          apart.enter_context(log.paused())
+          apart.enter_context(saved_by_cache.counted())
         if cutting:
           display.start('cut')
           present = milestones.present(step)
@@ -244,7 +251,11 @@ def train_phase(
         # Much of the first step is over once it is compiled: a record with
         # that step in it says too little of what one takes.
         if cuts is None and step >= first_step + train.log_every:
-          cuts = fastest_cuts(milestones, step, record, display, settings)
+          compiled = display.seconds['compile'] + saved_by_cache.total
+          cuts = fastest_cuts(
+            milestones, step, record['seconds'], compiled, settings
+          )
+          print_cuts(cuts, display)
       stopping = signals.signum is not None
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
@@ -314,8 +325,8 @@ def first_cuts(
 def fastest_cuts(
   milestones: Milestones,
   step: int,
-  record: Mapping[str, float],
-  display: Display,
+  step_seconds: float,
+  compile_seconds: float,
   settings: RunSettings,
 ) -> tuple[int, ...]:
   """The cuts that save most time, from what this run has measured so far.
@@ -323,19 +334,24 @@ def fastest_cuts(
   Args:
     milestones: of the phase.
     step: the last one that is done.
-    record: of it, as logged.
-    display: has measured what compiling takes.
+    step_seconds: of one at full size.
+    compile_seconds: of its functions, by an empty cache: those of what a cut
+      leaves may never have been compiled.
     settings: of the run.
   """
-  measured = np.array([record['seconds'], display.seconds['compile']])
   # Clocks differ, and all processes must cut alike.
-  each, compiling = multihost_utils.broadcast_one_to_all(measured)
-  cuts = milestones.fastest(
+  each, compiling = multihost_utils.broadcast_one_to_all(
+    np.array([step_seconds, compile_seconds])
+  )
+  return milestones.fastest(
     settings.train.seq_len,
     step=step,
     step_seconds=float(each),
     compile_seconds=float(compiling),
   )
+
+
+def print_cuts(cuts: tuple[int, ...], display: Display) -> None:
+  """Says where the arrays of a phase get smaller on the way."""
   places = ', '.join(map(str, cuts)) or 'the end alone'
   display.print(f'masked groups are cut out at step: {places}')
-  return cuts

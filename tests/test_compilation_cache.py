@@ -2,6 +2,8 @@
 
 import os
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -58,3 +60,39 @@ def test_nothing_is_kept_where_nothing_may_be_written(monkeypatch):
   monkeypatch.setattr(os, 'access', lambda path, mode: False)
   keep_compiled()
   assert FOLDER not in os.environ
+
+
+COMPILED_TWICE = """
+import jax
+from lorapr_jax.compilation_cache import SavedSeconds
+
+def function(x):
+  for _ in range(400):  # For seconds: JAX keeps whole ones.
+    x = jax.numpy.sort(x @ x)
+  return x
+
+x = jax.numpy.ones((8, 8))
+for counted in (True, True, False):
+  saved = SavedSeconds()
+  if counted:
+    with saved.counted():
+      jax.jit(function)(x)
+  else:
+    jax.jit(function)(x)
+  jax.clear_caches()
+  print(saved.total)
+"""
+
+
+def test_what_the_cache_saved_is_counted(tmp_path):
+  cache = {FOLDER: str(tmp_path), OTHERS[1]: '0'}
+  out = subprocess.run(
+    [sys.executable, '-c', COMPILED_TWICE],
+    env=os.environ | cache,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  compiled, read, not_counted = map(float, out.split())
+  assert compiled == not_counted == 0.0
+  assert read > 0.0
