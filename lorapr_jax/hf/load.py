@@ -1,6 +1,7 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
 from collections.abc import Callable
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,18 @@ def place_params(
 
 
 def content_hash(folder: Path) -> str:
-  """The SHA-256 of a folder's config.json and weights."""
+  """The SHA-256 of a folder's config.json and weights.
+
+  A process reads files that have not changed once.
+  """
+  paths = [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]
+  return _hashed(tuple((path, path.stat().st_mtime_ns) for path in paths))
+
+
+@functools.cache
+def _hashed(versions: tuple[tuple[Path, int], ...]) -> str:
   digest = hashlib.sha256()
-  for path in [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]:
+  for path, _ in versions:
     with open(path, 'rb') as file:
       digest.update(hashlib.file_digest(file, 'sha256').digest())
   return digest.hexdigest()

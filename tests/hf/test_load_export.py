@@ -18,7 +18,7 @@ from lorapr_jax import sharding
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.convert import convert
 from lorapr_jax.hf.export import export_model, hf_config
-from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.load import content_hash, load_config, load_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 
@@ -439,6 +439,19 @@ def test_what_an_export_cannot_hold_is_refused(
   with pytest.raises(UserError, match=re.escape(message)):
     export_model(tmp_path / 'out', random_params(config), config, **options)
   assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folders_hash_is_of_its_config_and_all_weights(tmp_path):
+  files = {'config.json': b'{}', 'a.safetensors': b'1', 'b.safetensors': b'2'}
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content)
+  seen = [content_hash(tmp_path)]
+  assert content_hash(tmp_path) == seen[0]
+  for name, content in files.items():
+    (tmp_path / name).write_bytes(content[::-1] + b'!')
+    seen.append(content_hash(tmp_path))
+  (tmp_path / 'README.md').write_text('Not part of it.')
+  assert content_hash(tmp_path) == seen[-1] and len(set(seen)) == 4
 
 
 def test_nothing_is_written_over_a_folder(random_params, tmp_path):
