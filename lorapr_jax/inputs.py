@@ -46,7 +46,8 @@ class Places(NamedTuple):
       settings: of the run.
       config: the sizes, before the cut or after it.
     """
-    mesh, train = sharding.make_mesh(settings.mesh), settings.train
+    mesh = sharding.make_mesh(settings.mesh, settings.devices)
+    train = settings.train
     parts = settings.mesh['data'] * settings.mesh['fsdp']
     if train.micro_batch_size % parts:
       raise UserError(

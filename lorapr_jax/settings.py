@@ -3,6 +3,7 @@
 Nothing here reads weights or text: a mistake stops a run before any work.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
 import re
@@ -61,6 +62,7 @@ class RunSettings:
     shrink: of joint pruning: from `parse_shrink`.
     compensation: of every pruning step; None for none.
     mesh: sizes of data, fsdp, tensor.
+    devices: that the mesh is made of, all of one kind.
   """
 
   model_path: Path | None
@@ -77,20 +79,28 @@ class RunSettings:
   compensation: Compensation | None
   criterion: Criterion
   mesh: dict[str, int]
+  devices: tuple[jax.Device, ...]
   export: ExportSettings
   log: LogSettings
   report: ReportSettings
 
 
-def resolve_dtype(key: str, name: str) -> Any:
-  """A dtype by name; `auto` is float32 on CPU and bfloat16 elsewhere."""
+def resolve_dtype(key: str, name: str, platform: str | None = None) -> Any:
+  """A dtype by name; `auto` is float32 on CPU and bfloat16 elsewhere.
+
+  Args:
+    key: of the setting, for the error.
+    name: its value.
+    platform: of the devices; None: of the default ones.
+  """
   choose(key, name, _DTYPES)
   if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    on_cpu = (platform or jax.default_backend()) == 'cpu'
+    name = 'float32' if on_cpu else 'bfloat16'
   return jnp.dtype(name)
 
 
-def resolve_matmul_dtype(name: str, activations: Any) -> Any:
+def resolve_matmul_dtype(name: str, activations: Any, platform: str) -> Any:
   """Of the training step's products; `auto` is the fastest that loses little.
 
   That is the activations' dtype, but bfloat16 for float32 activations on a CPU
@@ -99,7 +109,7 @@ def resolve_matmul_dtype(name: str, activations: Any) -> Any:
   choose('model.matmul_dtype', name, _DTYPES)
   if name != 'auto':
     return jnp.dtype(name)
-  if jax.default_backend() == 'cpu' and 'amx_bf16' in _cpu_flags():
+  if platform == 'cpu' and 'amx_bf16' in _cpu_flags():
     return jnp.dtype('bfloat16')
   return activations
 
@@ -114,19 +124,27 @@ def _cpu_flags() -> frozenset[str]:
   return frozenset(flags[1].split()) if flags else frozenset()
 
 
-def split_config(config: config_dict.ConfigDict) -> RunSettings:
+def split_config(
+  config: config_dict.ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> RunSettings:
   """Splits and checks a config.
+
+  Args:
+    config: see configs/default.py.
+    devices: that the run is for; None: all of this machine or pod.
 
   Raises:
     UserError: naming the key whose value is impossible.
   """
   model, prune = config.model, config.prune
-  mesh = mesh_sizes(**config.mesh)
+  devices = tuple(devices or jax.devices())
+  platform = devices[0].platform
+  mesh = mesh_sizes(**config.mesh, devices=len(devices))
   sizes, lora, plan = split_model(config, mesh['tensor'])
   train = TrainSettings(**config.train)
   recover = RecoverSettings(**config.recover)
   data = _data_settings(config.data, train, recover)
-  dtype = resolve_dtype('model.compute_dtype', model.compute_dtype)
+  dtype = resolve_dtype('model.compute_dtype', model.compute_dtype, platform)
   for key, length in (
     ('train.seq_len', train.seq_len),
     ('data.eval_seq_len', data.eval_seq_len),
@@ -137,7 +155,9 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
         'positions (max_position_embeddings)'
       )
     if key == 'train.seq_len' or data.eval:
-      check_attention(model.attention, key, length, sizes.head_dim, dtype)
+      check_attention(
+        model.attention, key, length, sizes.head_dim, dtype, devices[0]
+      )
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,
@@ -150,15 +170,15 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     config=sizes,
     lora=lora,
     dtype=dtype,
-    matmul_dtype=resolve_matmul_dtype(model.matmul_dtype, dtype),
+    matmul_dtype=resolve_matmul_dtype(model.matmul_dtype, dtype, platform),
     attention=model.attention,
-    remat=resolve_remat(model.remat),
-    loss_chunk=_loss_chunk(train, mesh),
+    remat=resolve_remat(model.remat, platform),
+    loss_chunk=_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
   )
   return RunSettings(
     model_path=Path(model.path) if model.path else None,
-    base_dtype=resolve_dtype('model.base_dtype', model.base_dtype),
+    base_dtype=resolve_dtype('model.base_dtype', model.base_dtype, platform),
     step=step,
     data=data,
     train=train,
@@ -173,20 +193,21 @@ def split_config(config: config_dict.ConfigDict) -> RunSettings:
     compensation=_compensation(prune, plan),
     criterion=criterion,
     mesh=mesh,
+    devices=devices,
     export=export,
     log=LogSettings(**config.log),
     report=ReportSettings(**config.report),
   )
 
 
-def resolve_remat(name: str) -> str:
+def resolve_remat(name: str, platform: str) -> str:
   """One of llama.REMAT_POLICIES.
 
   Raises:
     UserError: for another name, or one that this JAX cannot run here.
   """
   choose('model.remat', name, tuple(REMAT_POLICIES))
-  on_cpu = jax.default_backend() == 'cpu'
+  on_cpu = platform == 'cpu'
   if name == 'offload' and on_cpu and jax.__version_info__ < CPU_OFFLOADS:
     raise UserError(
       'model.remat=offload on a CPU needs JAX 0.10.2, and this is '
@@ -195,14 +216,16 @@ def resolve_remat(name: str) -> str:
   return name
 
 
-def _loss_chunk(train: TrainSettings, mesh: dict[str, int]) -> int:
+def _loss_chunk(
+  train: TrainSettings, mesh: dict[str, int], platform: str
+) -> int:
   """Tokens: by default as many as keep the matrix units busy, on each device.
 
   A chunk's tokens are cut over data, its vocabulary over fsdp and tensor.
   """
   if train.loss_chunk:
     return train.loss_chunk
-  each = 128 if jax.default_backend() == 'cpu' else 512
+  each = 128 if platform == 'cpu' else 512
   return each * mesh['data'] * mesh['fsdp']
 
 

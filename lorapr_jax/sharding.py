@@ -1,5 +1,6 @@
 """Axis names to mesh axes: one table, and the shardings that follow."""
 
+from collections.abc import Sequence
 import math
 from typing import Any
 
@@ -26,14 +27,22 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 }
 
 
-def mesh_sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
+def mesh_sizes(
+  data: int, fsdp: int, tensor: int, devices: int | None = None
+) -> dict[str, int]:
   """The size of each mesh axis; one may be -1, the devices that are left.
+
+  Args:
+    data: of this axis, as are
+    fsdp: and
+    tensor: too.
+    devices: how many there are; None: all of this machine or pod.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices.
   """
   sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
-  devices = jax.device_count()
+  devices = devices or jax.device_count()
   given = math.prod(size for size in sizes.values() if size != -1)
   free = [axis for axis, size in sizes.items() if size == -1]
   if len(free) == 1 and given > 0:
@@ -47,12 +56,15 @@ def mesh_sizes(data: int, fsdp: int, tensor: int) -> dict[str, int]:
   return sizes
 
 
-def make_mesh(sizes: dict[str, int]) -> Mesh:
-  """A mesh of all devices with the sizes from `mesh_sizes`."""
+def make_mesh(
+  sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """A mesh of these devices, or of all, with the sizes from `mesh_sizes`."""
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
     axis_types=(AxisType.Auto,) * len(sizes),
+    devices=devices,
   )
 
 

@@ -242,8 +242,8 @@ def test_rematerialisation_changes_nothing(trees, remat):
 def test_a_cpu_without_the_copies_of_offload_is_told_so(monkeypatch):
   monkeypatch.setattr(jax, '__version_info__', (0, 10, 1))
   with pytest.raises(UserError, match='offload on a CPU needs JAX 0.10.2'):
-    resolve_remat('offload')
-  assert resolve_remat('blocks') == 'blocks'
+    resolve_remat('offload', 'cpu')
+  assert resolve_remat('blocks', 'cpu') == 'blocks'
 
 
 def test_products_of_bfloat16_operands_give_nearly_the_same_gradients(trees):

@@ -66,9 +66,9 @@ def unfit(
 
 
 def check_attention(
-  name: str, key: str, seq_len: int, head_dim: int, dtype: Any
+  name: str, key: str, seq_len: int, head_dim: int, dtype: Any, device: Any
 ) -> None:
-  """Refuses a kernel that cannot run on this machine's devices.
+  """Refuses a kernel that cannot run.
 
   Args:
     name: of ATTENTION.
@@ -76,6 +76,7 @@ def check_attention(
     seq_len: its value.
     head_dim: H.
     dtype: of the activations.
+    device: a `jax.Device` of those that the run is for.
 
   Raises:
     UserError: naming the reason.
@@ -84,7 +85,7 @@ def check_attention(
     raise UserError(
       f'model.attention is {name!r}: choose from {", ".join(ATTENTION)}'
     )
-  reason = unfit(name, seq_len, head_dim, dtype, jax.devices()[0])
+  reason = unfit(name, seq_len, head_dim, dtype, device)
   if reason:
     raise UserError(
       f'model.attention is {name!r} and {key} is {seq_len}, but {reason}: use '

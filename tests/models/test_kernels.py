@@ -138,13 +138,13 @@ def test_auto_is_the_kernel_of_the_devices(
 
 
 def test_a_kernel_that_cannot_run_here_is_an_error():
-  where = ('train.seq_len', 256, 64, jnp.float32)
+  where = ('train.seq_len', 256, 64, jnp.float32, jax.devices()[0])
   with pytest.raises(UserError, match='it runs on TPU, and the backend is cpu'):
     check_attention(SPLASH, *where)
   with pytest.raises(UserError, match='choose from auto, xla, cudnn, splash'):
     check_attention('flash', *where)
   for name in (AUTO, XLA):
-    check_attention(name, 'train.seq_len', 7, 5, jnp.float32)
+    check_attention(name, 'train.seq_len', 7, 5, jnp.float32, CPU)
 
 
 @pytest.mark.parametrize('heads', [(3, 1), (2, 3)])
