@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks.compare import Row, arguments, make_model, write_data
 from benchmarks.step import matmul_peak
-from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.files import read_json, write_text
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.inputs import load_data

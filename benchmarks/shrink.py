@@ -28,7 +28,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from benchmarks.step import compiled_step
-from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.files import read_json
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.milestones import Milestones

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 
 from lorapr_jax import optimizer, steps
-from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.inputs import Places, load_base
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.settings import RunSettings, split_config

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import llama

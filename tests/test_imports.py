@@ -15,7 +15,7 @@ PACKAGE = Path(lorapr_jax.__path__[0])
 # An entry stands for the module, or for all modules of that folder that have
 # no entry of their own.
 LEVELS = (
-  ('errors', 'models.axes'),
+  ('errors', 'hlo', 'models.axes'),
   ('files',),
   (
     'cli.arguments',
@@ -37,8 +37,10 @@ LEVELS = (
     'pruning.schedule',
     'report.units',
     'sharding',
+    'topology',
   ),
   (
+    'cli.flags',
     'data.sources',
     'data.tokenizer',
     'hf.gguf_format',
@@ -91,7 +93,7 @@ LEVELS = (
     'routes',
   ),
   ('eval.zero_shot', 'finish', 'loop', 'report.page'),
-  ('train',),
+  ('plan', 'train'),
   ('exports',),
   ('api',),
   ('cli',),

@@ -19,6 +19,7 @@ COMMANDS = {
   'generate': 'text from a folder, streamed; a chat where it has a template',
   'benchmark': 'how fast a folder runs, beside another',
   'report': 'the page of a finished run, or several runs compared',
+  'plan': 'what a run would need on TPUs that need not be there',
   'inspect': 'what is pruned together, and what a target would leave',
 }
 

@@ -41,9 +41,11 @@ class Perplexity:
 
 
 @functools.cache
-def _window_losses(
+def make_window_losses(
   settings: StepSettings, place: Sharding
 ) -> Callable[..., Any]:
+  """The jitted params, tokens, weights, lora, masks -> losses of windows."""
+
   def losses(params, tokens, weights, lora, masks):
     each, _ = token_losses(
       params,
@@ -87,7 +89,7 @@ def evaluate_perplexity(
   parts = sharding.batch_parts(params)
   batch_size = -(-min(batch_size, count) // parts) * parts
   place = sharding.beside(params, ('batch', 'length'))
-  score = _window_losses(settings, sharding.beside(params, ()))
+  score = make_window_losses(settings, sharding.beside(params, ()))
   results, starts = [], []
   for start in range(0, count, batch_size):
     tokens = np.array(windows[start : start + batch_size])

@@ -25,8 +25,18 @@ def forward_flops_per_token(
   if not config.tie_embeddings:
     weights -= tables  # The input embeddings are looked up.
   weights -= (1.0 - with_logits) * tables
+  return 2.0 * weights + attention_flops_per_token(config, seq_len)
+
+
+def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+  """Of `forward_flops_per_token`, the queries' products with keys and values.
+
+  Args:
+    config: the sizes.
+    seq_len: T, tokens.
+  """
   heads = sum(layer.num_heads for layer in config.layers)
-  return 2.0 * weights + 2.0 * config.head_dim * heads * (seq_len + 1)
+  return 2.0 * config.head_dim * heads * (seq_len + 1)
 
 
 def kv_cache_bytes_per_token(config: LlamaConfig, bytes_each: int) -> int:

@@ -5,7 +5,9 @@ layers and few dimensions where only what must not be there is looked for.
 """
 
 import functools
+import itertools
 import math
+from pathlib import Path
 import re
 
 import jax
@@ -18,14 +20,17 @@ import optax
 import pytest
 
 from lorapr_jax import sharding, steps
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.plan import plan_run
 from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.repair import make_compensate
+from lorapr_jax.topology import Topology
 
 pytestmark = pytest.mark.aot
 
@@ -244,3 +249,50 @@ def test_the_loss_gathers_no_vocabulary():
   assert gathered
   for shape in gathered:
     assert math.prod(int(x) for x in shape.split(',')) <= 512 * d
+
+
+LLAMA = Path(__file__).parents[2] / 'configs' / 'llama.py'
+
+
+def _planned(topology: str, *flags: str):
+  config, _ = parse_flags([f'--config={LLAMA}:7b', *flags, '--workdir=none'])
+  return plan_run(config, Topology.of(topology))
+
+
+@pytest.fixture
+def _not_kept():
+  # What is compiled for devices that are not there cannot be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
+  yield
+  jax.config.update('jax_enable_compilation_cache', True)
+
+
+@pytest.mark.usefixtures('_not_kept')
+def test_llama_7b_is_planned_for_eight_chips():
+  flags = ['--config.mesh.data=1', '--config.mesh.fsdp=8']
+  # Without dropout, as above.
+  step, importance = itertools.islice(
+    _planned('v5e:2x4', *flags, '--config.lora.dropout=0.0'), 2
+  )
+  assert step.fits and importance.fits
+  own, weights = step.compiled, 2 * 6_738_415_616
+  # An eighth of the base, and the adapters whole.
+  assert weights / 8 < own.arguments < weights / 8 + 0.2e9
+  assert own.temporaries < 2e9
+  # Each block is computed a second time: three passes where two would do.
+  assert 1.35 < own.flops / step.ideal_flops < 1.45
+  # Forward, again and back, every micro-batch gathers what it lacks.
+  received = sum(x['bytes'] for x in own.collectives.values())
+  assert received == pytest.approx(3 * 8 * weights * 7 / 8, rel=0.1)
+  # One layer's dense products at most: with fused sums, none.
+  assert importance.compiled.temporaries < 0.1 * 2 * 4096 * 4096
+
+
+@pytest.mark.usefixtures('_not_kept')
+def test_what_is_too_large_is_refused_and_shown_on_larger_chips():
+  flags = ['--config.model.sizes.num_hidden_layers=2']
+  flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
+  step = next(_planned('v5e:1x1', *flags, '--config.lora.dropout=0.0'))
+  assert step.fits is False and step.compiled_for == 'v5p:1x1x1'
+  chip = Topology.of('v5e:1x1').chip
+  assert step.refused > chip.hbm and step.total > chip.hbm

@@ -10,8 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
-from lorapr_jax.cli.train import parse_flags
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.models import llama

@@ -51,6 +51,10 @@ def _benchmark(*more):
   return argv
 
 
+def _plan(*more):
+  return with_argv('plan', TINY, *more)
+
+
 def _inspect(*more):
   def argv(place):
     place.copy('MODEL')
@@ -170,6 +174,17 @@ CASES = [
     varies=CHOICES,
   ),
   Case('`inspect --layers 3`, an unknown flag', _inspect('--layers', '3')),
+  Case('`plan` without `--topology`', with_argv('plan', TINY)),
+  Case('`plan --topology=v7x:2x2`', _plan('--topology=v7x:2x2')),
+  Case(
+    "`plan --topology=v5e:2x4` without the TPU's compiler",
+    _plan('--topology=v5e:2x4'),
+  ),
+  Case('`plan --mesh=data`', _plan('--topology=cpu:8', '--mesh=data')),
+  Case('`plan --mesh=rows=2`', _plan('--topology=cpu:8', '--mesh=rows=2')),
+  Case(
+    '`plan --criteria=random`', _plan('--topology=cpu:8', '--criteria=random')
+  ),
   Case('`benchmark` without `--model`', with_argv('benchmark')),
   Case('`benchmark --batch_sizes 0`', _benchmark('--batch_sizes', '0')),
   Case(

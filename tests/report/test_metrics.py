@@ -9,7 +9,7 @@ import time
 import jax.numpy as jnp
 import pytest
 
-from lorapr_jax.cli.train import parse_flags
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import write_json
 from lorapr_jax.report.metrics import Log, check_finite, check_writers

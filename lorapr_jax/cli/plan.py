@@ -1,0 +1,189 @@
+"""plan: what a run would need on devices that need not be there."""
+
+import contextlib
+import dataclasses
+import re
+import sys
+from typing import Any
+
+import jax
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.errors import UserError
+from lorapr_jax.report import units
+
+CRITERIA = ('lora', 'gradient')
+
+
+def main(argv: list[str]) -> None:
+  """Compiles each phase for the topology and prints what it takes."""
+  parser = Parser('plan', __doc__)
+  parser.add_argument('--config', required=True, help='as of train')
+  parser.add_argument(
+    '--topology',
+    required=True,
+    help='v4, v5e, v5p or v6e with the sizes of a slice, such as v5e:4x4; or '
+    'cpu:N. No TPU is needed, but its compiler: pip install "jax[tpu]"',
+  )
+  parser.add_argument(
+    '--mesh', default='', help='such as data=1,fsdp=16, over config.mesh'
+  )
+  parser.add_argument(
+    '--criteria',
+    default='',
+    help='such as lora,gradient, each planned; default: the config prune.'
+    'criterion',
+  )
+  parser.add_json()
+  args, flags = parser.parse_known_args(argv)
+  _only_cpus(args.topology)
+  # Here, after the CPU's devices are counted.
+  from lorapr_jax.cli.flags import parse_flags
+  from lorapr_jax.plan import plan_run
+  from lorapr_jax.topology import Topology
+
+  flags = [f'--config={args.config}', *flags, *_mesh_flags(args.mesh)]
+  config, _ = parse_flags([*flags, '--workdir=none'])
+  topology = Topology.of(args.topology)
+  if topology.chip:
+    # What is compiled for devices that are not there cannot be read back.
+    jax.config.update('jax_enable_compilation_cache', False)
+  found = {}
+  for criterion in _criteria(args.criteria) or [config.prune.criterion]:
+    config.prune.criterion = criterion
+    for needs in plan_run(config, topology):
+      print(f'compiled: {criterion}, {needs.name}', file=sys.stderr)
+      found.setdefault(criterion, []).append(needs)
+  if args.json:
+    print_json(_report(found, topology))
+  else:
+    show(found, topology)
+
+
+def _only_cpus(topology: str) -> None:
+  """Has JAX look for no accelerator, and make as many CPUs as are asked for."""
+  jax.config.update('jax_platforms', 'cpu')
+  if count := re.fullmatch(r'cpu:(\d+)', topology):
+    # Refused where the devices are made already: `Topology` counts them.
+    with contextlib.suppress(RuntimeError):
+      jax.config.update('jax_num_cpu_devices', int(count[1]))
+
+
+def _mesh_flags(mesh: str) -> list[str]:
+  """data=1,fsdp=16 as flags of the config, which says what it does not know."""
+  flags = []
+  for part in filter(None, mesh.split(',')):
+    axis, equals, size = part.partition('=')
+    if not equals or not re.fullmatch(r'-?\d+', size):
+      raise UserError(f'--mesh={mesh}: AXIS=SIZE,..., such as data=1,fsdp=16')
+    flags.append(f'--config.mesh.{axis.strip()}={size}')
+  return flags
+
+
+def _criteria(names: str) -> list[str]:
+  found = [name for name in names.split(',') if name]
+  for name in found:
+    if name not in CRITERIA:
+      raise UserError(f'--criteria={names}: choose from {", ".join(CRITERIA)}')
+  return found
+
+
+def _report(found: dict[str, Any], topology: Any) -> dict[str, Any]:
+  phases = []
+  for criterion, all_needs in found.items():
+    for needs in all_needs:
+      phase = {
+        'criterion': criterion,
+        'phase': needs.name,
+        **dataclasses.asdict(needs),
+        'total': needs.total,
+      }
+      del phase['name']
+      if topology.chip and needs.compiled:
+        phase['roofline_seconds'] = needs.compiled.roofline(topology.chip)
+      phases.append(phase)
+  fits = [phase['fits'] for phase in phases]
+  return {
+    'topology': topology.name,
+    'devices': len(topology.devices),
+    'hbm_bytes': topology.chip and topology.chip.hbm,
+    'fits': None if None in fits else all(fits),
+    'phases': phases,
+  }
+
+
+def show(found: dict[str, Any], topology: Any) -> None:
+  """A table of memory and one of work, with a row for each phase."""
+  memory = _table(
+    'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
+  )
+  work = _table('products', '/ ideal', 'received', 'floor', 'of')
+  notes = []
+  for criterion, all_needs in found.items():
+    for needs in all_needs:
+      row = criterion, needs.name
+      memory.add_row(*row, *_memory(needs))
+      if needs.compiled:
+        work.add_row(*row, *_work(needs, topology.chip))
+      if needs.refused is not None:
+        figures = f'the figures are of {needs.compiled_for}'
+        if needs.compiled is None:
+          figures = f'so does that of {needs.compiled_for}'
+        notes.append(
+          f'{criterion}, {needs.name}: the compiler refuses it at '
+          f'{units.size(needs.refused)}; {figures}'
+        )
+  console = Console(highlight=False, markup=False)
+  each = topology.chip and f', {units.size(topology.chip.hbm)} each'
+  console.print(f'{topology.name}: {len(topology.devices)} devices{each or ""}')
+  console.print(memory, work)
+  for line in (
+    *notes,
+    'Each figure is of one device. beside: what else of the run lies there.',
+    'ideal: 4 N operations a token (6 N with the gradient criterion) and the '
+    'attention.',
+  ):
+    console.print(line, soft_wrap=True)
+  if topology.chip:
+    console.print(
+      'floor: the longest of the products at the peak of bfloat16, of '
+      'arguments, outputs and twice the temporaries at the bandwidth of the '
+      'memory, and of what is received at that of the interconnect. Nothing '
+      'was timed.',
+      soft_wrap=True,
+    )
+
+
+def _table(*columns: str) -> Table:
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+  table.add_column('criterion', no_wrap=True)
+  table.add_column('phase', no_wrap=True)
+  for name in columns:
+    table.add_column(name, justify='right', no_wrap=True)
+  return table
+
+
+def _memory(needs: Any) -> list[str]:
+  fits = {True: 'yes', False: 'no', None: '–'}[needs.fits]
+  own = needs.compiled
+  if own is None:
+    return [*['–'] * 3, units.size(needs.beside), '–', fits]
+  sizes = (own.arguments, own.outputs, own.temporaries, needs.beside)
+  return [*map(units.size, (*sizes, needs.total)), fits]
+
+
+def _work(needs: Any, chip: Any) -> list[str]:
+  own, ideal = needs.compiled, needs.ideal_flops
+  cells = [
+    units.operations(own.flops),
+    f'{own.flops / ideal:.2f}' if ideal else '–',
+    units.size(sum(x['bytes'] for x in own.collectives.values())),
+  ]
+  if chip is None:
+    return [*cells, '–', '–']
+  floors = own.roofline(chip)
+  longest = max(floors, key=floors.__getitem__)
+  return [*cells, units.milliseconds(floors[longest]), longest]

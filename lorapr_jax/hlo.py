@@ -1,0 +1,273 @@
+"""What a compiled program does, read from XLA's text of it.
+
+Loops count as often as they run: XLA's own cost analysis counts their bodies
+once.
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import itertools
+import math
+import re
+
+import numpy as np
+
+_BYTES = {
+  **dict.fromkeys(('pred', 's8', 'u8', 'f8e4m3fn', 'f8e5m2'), 1),
+  **dict.fromkeys(('bf16', 'f16', 's16', 'u16'), 2),
+  **dict.fromkeys(('f32', 's32', 'u32'), 4),
+  **dict.fromkeys(('f64', 's64', 'u64', 'c64'), 8),
+}
+COLLECTIVES = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+# Products of (T, T) or (T, H) matrices that a kernel of JAX's splash attention
+# takes, each over half of the pairs of positions. They are no HLO.
+_KERNEL_PRODUCTS = {
+  'splash_mha_fwd': 2,
+  'splash_mha_dq': 3,
+  'splash_mha_dkv': 4,
+}
+
+_HEAD = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
+_LINE = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
+_SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+# One computation, or some in braces.
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|condition|branch_computations|called_computations)='
+  r'(?:\{([^}]*)\}|%?([\w.-]+))'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """A line of a computation.
+
+  Attributes:
+    name: its own.
+    opcode: such as convolution.
+    shape: the text of its result's shape, of a tuple maybe.
+    operands: the names in its parentheses.
+    text: what comes after the opcode.
+    is_root: whether its result is the computation's.
+  """
+
+  name: str
+  opcode: str
+  shape: str
+  operands: tuple[str, ...]
+  text: str
+  is_root: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """A compiled program of one device.
+
+  Attributes:
+    computations: {name: its instructions, by name}.
+    entry: the name of the first one.
+  """
+
+  computations: dict[str, dict[str, Instruction]]
+  entry: str
+
+  @classmethod
+  def parse(cls, text: str) -> 'Program':
+    """Of `compiled.as_text()`."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, inside = '', None
+    for line in text.splitlines():
+      if head := _HEAD.match(line):
+        inside = computations.setdefault(head[2], {})
+        entry = head[2] if head[1] else entry
+      elif inside is not None and (found := _LINE.match(line)):
+        instruction = _parse_instruction(found[2], found[3], bool(found[1]))
+        inside[instruction.name] = instruction
+    return cls(computations, entry)
+
+  def executed(self) -> Iterator[tuple[str, Instruction, int]]:
+    """(computation, instruction, how often) of all that runs.
+
+    Raises:
+      ValueError: for a loop whose number of turns is not in the text.
+    """
+    yield from self._executed(self.entry, 1)
+
+  def _executed(self, name, times):
+    for instruction in self.computations[name].values():
+      yield name, instruction, times
+      inner = times
+      if instruction.opcode == 'while':
+        inner *= self._turns(instruction)
+      # What reduces or sorts is called for every element: no products there.
+      if instruction.opcode in ('reduce', 'sort', 'scatter', 'all-reduce'):
+        continue
+      for several, one in _CALLED.findall(instruction.text):
+        for called in (several or one).replace('%', '').split(', '):
+          if called in self.computations:
+            yield from self._executed(called, inner)
+
+  def _turns(self, loop: Instruction) -> int:
+    """Of a loop that counts up from 0 while it is less than a constant.
+
+    Raises:
+      ValueError: if it is another kind of loop.
+    """
+    if known := re.search(r'known_trip_count.*?"n":"(\d+)"', loop.text):
+      return int(known[1])
+    condition, body = (
+      self.computations[re.search(rf'{x}=%?([\w.-]+)', loop.text)[1]]
+      for x in ('condition', 'body')
+    )
+    test, state = (_root(x) for x in (condition, body))
+    counter, *_ = (
+      x for x in map(condition.get, test.operands) if 'index=' in x.text
+    )
+    index = int(re.search(r'index=(\d+)', counter.text)[1])
+    # Some turns are two steps of a product whose parts come one by one.
+    advance = body[state.operands[index]]
+    values = [
+      _constants(computation, names)
+      for computation, names in (
+        (condition, test.operands),
+        (body, advance.operands),
+      )
+    ]
+    if 'direction=LT' not in test.text or list(map(len, values)) != [1, 1]:
+      raise ValueError(f'how often {loop.name} turns is not in the text')
+    return -(-values[0][0] // values[1][0])
+
+  def flops(self) -> float:
+    """Floating-point operations of all products of a device.
+
+    Two for each multiplication of a dot or a convolution, padding left out;
+    of attention kernels, half of the pairs of positions.
+    """
+    return sum(
+      times * self._flops_of(computation, instruction)
+      for computation, instruction, times in self.executed()
+    )
+
+  def _flops_of(self, computation: str, instruction: Instruction) -> float:
+    if instruction.opcode not in ('dot', 'convolution', 'custom-call'):
+      return 0.0
+    shapes = [
+      _dimensions(self.computations[computation][operand].shape)
+      for operand in instruction.operands
+    ]
+    out = _dimensions(instruction.shape)
+    if instruction.opcode == 'dot':
+      contracted = re.search(
+        r'lhs_contracting_dims=\{([\d,]*)\}', instruction.text
+      )
+      axes = map(int, filter(None, contracted[1].split(',')))
+      return 2.0 * math.prod(out) * math.prod(shapes[0][i] for i in axes)
+    if instruction.opcode == 'convolution':
+      return _convolution_flops(instruction.text, *shapes[:2], out)
+    for name, products in _KERNEL_PRODUCTS.items():
+      if instruction.name.startswith(name):
+        # (heads, T, H), or with a batch in front: the queries are the largest.
+        queries = max((x for x in shapes if len(x) > 2), key=math.prod)
+        return products * math.prod(queries) * (queries[-2] + 1.0)
+    return 0.0
+
+  def collectives(self) -> dict[str, dict[str, int]]:
+    """{kind: {'count', 'bytes'}} of what a device receives, or hands on.
+
+    Bytes are those of the largest of an operation's arrays; one that is
+    computed in steps beside a product counts once.
+    """
+    found = {kind: {'count': 0, 'bytes': 0} for kind in COLLECTIVES}
+    seen = set()
+    for _, instruction, times in self.executed():
+      kind = instruction.opcode.removesuffix('-start')
+      if kind not in found:
+        continue
+      # The parts of one that runs beside other work share its channel.
+      channel = re.search(r'channel_id=(\d+)', instruction.text)
+      if channel and (channel[1], times) in seen:
+        continue
+      if channel:
+        seen.add((channel[1], times))
+      sizes = [_bytes(x) for x in _SHAPE.findall(instruction.shape)]
+      # The result of a start holds its operands too.
+      started = instruction.opcode != kind
+      found[kind]['count'] += times
+      found[kind]['bytes'] += times * (max(sizes) if started else sum(sizes))
+    return {kind: counts for kind, counts in found.items() if counts['count']}
+
+
+def _root(computation: dict[str, Instruction]) -> Instruction:
+  return next(x for x in computation.values() if x.is_root)
+
+
+def _constants(
+  computation: dict[str, Instruction], names: tuple[str, ...]
+) -> list[int]:
+  """Those of the operands that are numbers."""
+  found = (computation[name] for name in names)
+  return [
+    int(re.match(r'\((\d+)\)', x.text)[1])
+    for x in found
+    if x.opcode == 'constant'
+  ]
+
+
+def _parse_instruction(name: str, rest: str, is_root: bool) -> Instruction:
+  end = rest.index(' ')
+  if rest.startswith('('):  # A tuple's shape, which has spaces.
+    depths = itertools.accumulate((x == '(') - (x == ')') for x in rest)
+    end = next(i for i, depth in enumerate(depths) if depth == 0) + 1
+  shape, rest = rest[:end], rest[end + 1 :]
+  opcode, _, text = rest.partition('(')
+  inside = text.partition(')')[0]
+  operands = tuple(re.findall(r'%([\w.-]+)', inside))
+  return Instruction(name, opcode, shape, operands, '(' + text, is_root)
+
+
+def _dimensions(shape: str) -> tuple[int, ...]:
+  """Of the first array in the text."""
+  found = _SHAPE.search(shape)
+  return tuple(map(int, filter(None, found[2].split(',')))) if found else ()
+
+
+def _bytes(shape: tuple[str, str]) -> int:
+  sizes = map(int, filter(None, shape[1].split(',')))
+  return _BYTES.get(shape[0], 0) * math.prod(sizes)
+
+
+def _convolution_flops(text, lhs, rhs, out) -> float:
+  """Two for each multiplication of elements that are no padding."""
+  labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', text)
+  left, right, result = labels.groups()
+  window = dict(re.findall(r'(\w+)=([-\dx_]+)', _window(text)))
+  spatial = sorted(x for x in result if x.isdigit())
+  taps = 1.0
+  for i, axis in enumerate(spatial):
+
+    def of(key, default, i=i):
+      values = window.get(key)
+      return values.split('x')[i] if values else default
+
+    low = int(of('pad', '0_0').split('_')[0])
+    places = np.arange(out[result.index(axis)])[:, None] * int(of('stride', 1))
+    steps = np.arange(rhs[right.index(axis)])[None] * int(of('rhs_dilate', 1))
+    dilated = int(of('lhs_dilate', 1))
+    position = places + steps - low
+    size = (lhs[left.index(axis)] - 1) * dilated
+    taps *= np.sum(
+      (position >= 0) & (position <= size) & (position % dilated == 0)
+    )
+  outer = math.prod(out[result.index(x)] for x in 'bf')
+  inner = rhs[right.index('i')]
+  return float(2.0 * outer * inner * taps)
+
+
+def _window(text: str) -> str:
+  found = re.search(r'window=\{([^}]*)\}', text)
+  return found[1] if found else ''

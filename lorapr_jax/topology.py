@@ -1,0 +1,113 @@
+"""Devices that need not be there: TPU slices to compile for, or CPUs."""
+
+import dataclasses
+import re
+
+import jax
+
+from lorapr_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What one chip has.
+
+  Attributes:
+    flops: products of bfloat16 matrices, operations a second.
+    hbm: bytes, as the compiler counts what a program may use.
+    hbm_bandwidth: bytes a second.
+    interconnect: bytes a second to other chips, in one direction.
+  """
+
+  flops: float
+  hbm: float
+  hbm_bandwidth: float
+  interconnect: float
+
+
+_GIB = 2.0**30
+# Peaks: Cloud TPU's pages of system architecture (bandwidths there are of both
+# directions together). Memory: the TPU compiler's messages, libtpu 0.0.42.
+CHIPS = {
+  'v4': Chip(275e12, 30.75 * _GIB, 1228e9, 300e9),
+  'v5e': Chip(197e12, 15.75 * _GIB, 819e9, 200e9),
+  'v5p': Chip(459e12, 95.74 * _GIB, 2765e9, 600e9),
+  'v6e': Chip(918e12, 31.25 * _GIB, 1638e9, 400e9),
+}
+# The one with most memory: programs compile for it that fit no other.
+LARGEST = 'v5p'
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+  """Devices to compile for.
+
+  Attributes:
+    name: such as v5e:4x4.
+    devices: all of them.
+    chip: of a TPU; None: a CPU.
+  """
+
+  name: str
+  devices: tuple[jax.Device, ...]
+  chip: Chip | None
+
+  @classmethod
+  def of(cls, name: str) -> 'Topology':
+    """By name: KIND:AxB or KIND:AxBxC of a TPU slice, or cpu:N.
+
+    Raises:
+      UserError: for a name that means nothing, a slice that the compiler does
+        not know, or without it.
+    """
+    kind, _, sizes = name.partition(':')
+    if not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){0,2}', sizes) or (
+      kind not in CHIPS and kind != 'cpu'
+    ):
+      raise UserError(
+        f'--topology={name}: KIND:AxB or KIND:AxBxC with KIND of '
+        f'{", ".join(CHIPS)}, such as v5e:4x4 or v5p:2x2x1, or cpu:8'
+      )
+    if kind == 'cpu':
+      return cls(name, _cpu_devices(name, sizes), None)
+    return cls(name, _tpu_devices(name), CHIPS[kind])
+
+  def larger(self) -> 'Topology':
+    """As many devices of the kind with most memory."""
+    count, sizes = len(self.devices), [1, 1, 1]
+    while count % 2 == 0:
+      sizes[sizes.index(min(sizes))] *= 2
+      count //= 2
+    sizes[sizes.index(min(sizes))] *= count
+    return Topology.of(f'{LARGEST}:{"x".join(map(str, sorted(sizes)))}')
+
+
+def _cpu_devices(name: str, sizes: str) -> tuple[jax.Device, ...]:
+  count = int(sizes) if sizes.isdigit() else 0
+  devices = jax.devices('cpu')
+  if not 0 < count <= len(devices):
+    raise UserError(
+      f'--topology={name}: there are {len(devices)} CPU devices: choose a '
+      f'number from 1, or set XLA_FLAGS='
+      f'--xla_force_host_platform_device_count={count or "N"}'
+    )
+  return tuple(devices[:count])
+
+
+def _tpu_devices(name: str) -> tuple[jax.Device, ...]:
+  from jax.experimental import topologies
+
+  kind, _, sizes = name.partition(':')
+  # A host of four chips, or fewer where the slice is smaller.
+  hosts = [2 if int(size) % 2 == 0 else 1 for size in sizes.split('x')[:2]]
+  more = {'chips_per_host_bounds': (*hosts, *[1] * (3 - len(hosts)))}
+  if kind == 'v4':  # Else each half of a chip is a device.
+    more['chip_config_name'] = 'megacore'
+  try:
+    found = topologies.get_topology_desc(name, platform='tpu', **more)
+  except RuntimeError as error:  # Of JAX, or of libtpu by way of it.
+    reason = str(error).splitlines()[0]
+    if 'not installed' in reason:
+      reason = "the TPU's compiler is missing: pip install 'jax[tpu]'"
+    raise UserError(f'--topology={name}: {reason}') from None
+  return tuple(found.devices)

@@ -1,0 +1,135 @@
+"""plan: memory and work of a run's functions, compiled and not run."""
+
+import json
+
+import jax
+import pytest
+
+from lorapr_jax import plan as plan_lib
+from lorapr_jax.cli.flags import parse_flags
+from lorapr_jax.cli.main import main
+from lorapr_jax.inputs import Places, load_base
+from lorapr_jax.models.cost import forward_flops_per_token
+from lorapr_jax.settings import split_config
+from lorapr_jax.topology import CHIPS, Topology
+
+TINY = ['--config=configs/tiny.py', '--topology=cpu:8']
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was():
+  before = jax.config.jax_platforms
+  assert len(jax.devices()) == 8  # Made before any command counts them.
+  yield
+  jax.config.update('jax_platforms', before)
+
+
+def plan(capsys, *arguments):
+  assert main(['plan', *TINY, *arguments, '--json']) == 0
+  return json.loads(capsys.readouterr().out)
+
+
+def by_phase(report):
+  return {(p['criterion'], p['phase']): p for p in report['phases']}
+
+
+def test_every_phase_of_both_criteria_is_compiled(capsys):
+  report = plan(capsys, '--criteria=lora,gradient', '--mesh=data=2,fsdp=4')
+  assert report['devices'] == 8 and report['fits'] is None
+  found = by_phase(report)
+  phases = ('step', 'importance', 'optimiser', 'evaluation')
+  assert set(found) == {(c, p) for c in ('lora', 'gradient') for p in phases}
+  for phase in found.values():
+    own = phase['compiled']
+    sizes = (own['arguments'], own['outputs'], own['temporaries'])
+    assert phase['total'] == sum(sizes) + phase['beside'] > 0
+  # The gradients of the base, in float32 like the base here, come out.
+  more = {
+    criterion: found[criterion, 'step']['compiled']['outputs']
+    for criterion in ('lora', 'gradient')
+  }
+  assert more['gradient'] > more['lora'] + 4 * 4 * 64 * 64 // 4
+  # All gather their weights; the optimiser has none.
+  assert 'all-gather' in found['lora', 'step']['compiled']['collectives']
+  assert not found['lora', 'optimiser']['compiled']['collectives']
+
+
+def test_a_step_of_one_device_takes_the_operations_of_its_model(capsys):
+  # No padding of the loss's tokens; no block is computed twice.
+  flags = ['--config.train.loss_chunk=64', '--config.model.remat=none']
+  flags += ['--config.model.matmul_dtype=float32', '--config.lora.rank=1']
+  main(['plan', TINY[0], '--topology=cpu:1', *flags, '--json'])
+  found = by_phase(json.loads(capsys.readouterr().out))
+  step = found['lora', 'step']
+  # Attention on a CPU takes all pairs of positions, and LoRA is not counted.
+  assert 1.0 < step['compiled']['flops'] / step['ideal_flops'] < 1.3
+
+
+def test_the_shapes_are_those_of_a_run(capsys):
+  config, _ = parse_flags([TINY[0], '--workdir=none'])
+  settings = split_config(config)
+  places = Places.of(settings, settings.step.config)
+  base = load_base(
+    None, settings.step.config, settings.base_dtype, places.base, 0
+  )
+  phase = next(plan_lib.lowered_phases(settings))
+  params = phase.lowered.in_avals[0][0]
+  for array, shape in zip(
+    jax.tree.leaves(base), jax.tree.leaves(params), strict=True
+  ):
+    assert array.shape == shape.shape and array.dtype == shape.dtype
+  tokens = settings.train.batch_size * settings.train.seq_len
+  forward = forward_flops_per_token(
+    settings.step.config, settings.train.seq_len
+  )
+  assert 2 * forward < phase.ideal_flops / tokens < 3 * forward
+
+
+def test_a_table_says_what_its_columns_are(capsys):
+  assert main(['plan', *TINY]) == 0
+  out = capsys.readouterr().out
+  for said in ('cpu:8: 8 devices', 'importance', '/ ideal', 'beside:'):
+    assert said in out
+
+
+def test_what_the_compiler_refuses_is_planned_on_larger_chips(monkeypatch):
+  # By hand: there is no TPU compiler here; tests/aot has the real one's word.
+  devices = tuple(jax.devices()[:2])
+  small = Topology('v5e:1x2', devices, CHIPS['v5e'])
+  large = Topology('v5p:1x1x2', devices, CHIPS['v5p'])
+  monkeypatch.setattr(Topology, 'larger', lambda self: large)
+  of, refused = plan_lib.Compiled.of, []
+
+  def once(lowered):
+    if not refused:
+      refused.append(lowered)
+      message = 'RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.'
+      raise plan_lib.OutOfMemory(plan_lib.refused_bytes(message))
+    return of(lowered)
+
+  monkeypatch.setattr(plan_lib.Compiled, 'of', once)
+  config, _ = parse_flags([TINY[0], '--workdir=none'])
+  step, *others = plan_lib.plan_run(config, small)
+  assert (step.fits, step.compiled_for) == (False, 'v5p:1x1x2')
+  assert step.refused == round(20.5 * 2**30) and step.total > 0
+  assert all(x.fits and x.compiled_for == 'v5e:1x2' for x in others)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (['--topology=v7x:2x2'], 'such as v5e:4x4 or v5p:2x2x1, or cpu:8'),
+    (['--topology=v5e'], '--topology=v5e: KIND:AxB'),
+    (['--topology=v5e:2x4'], "compiler is missing: pip install 'jax[tpu]'"),
+    (['--topology=cpu:9'], 'there are 8 CPU devices'),
+    ([TINY[1], '--mesh=data'], '--mesh=data: AXIS=SIZE,...'),
+    ([TINY[1], '--mesh=rows=2'], 'unknown setting --config.mesh.rows'),
+    ([TINY[1], '--mesh=fsdp=3'], 'do not multiply to the 8 devices'),
+    ([TINY[1], '--criteria=random'], 'choose from lora, gradient'),
+    ([TINY[1], '--config=llama:8b'], 'SIZE of 7b, 13b, 30b, 65b, llama3-8b'),
+  ],
+)
+def test_a_mistake_is_one_line(arguments, message, capsys):
+  assert main(['plan', TINY[0], *arguments]) == 1
+  err = capsys.readouterr().err
+  assert err.startswith('error: ') and message in err and err.count('\n') == 1
