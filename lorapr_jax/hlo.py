@@ -38,7 +38,8 @@ _LINE = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
 _SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 # One computation, or some in braces.
 _CALLED = re.compile(
-  r'(?:calls|to_apply|body|condition|branch_computations|called_computations)='
+  r'(?:calls|to_apply|body|condition|branch_computations|called_computations|'
+  r'true_computation|false_computation)='
   r'(?:\{([^}]*)\}|%?([\w.-]+))'
 )
 
@@ -91,7 +92,9 @@ class Program:
     return cls(computations, entry)
 
   def executed(self) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, how often) of all that runs.
+    """(computation, instruction, how often) of all that may run.
+
+    Of a condition, all branches.
 
     Raises:
       ValueError: for a loop whose number of turns is not in the text.
@@ -115,6 +118,9 @@ class Program:
   def _turns(self, loop: Instruction) -> int:
     """Of a loop that counts up from 0 while it is less than a constant.
 
+    XLA's loops over a scan and over the parts of a product begin at 0; where
+    one begins is not read.
+
     Raises:
       ValueError: if it is another kind of loop.
     """
@@ -124,23 +130,22 @@ class Program:
       self.computations[re.search(rf'{x}=%?([\w.-]+)', loop.text)[1]]
       for x in ('condition', 'body')
     )
-    test, state = (_root(x) for x in (condition, body))
-    counter, *_ = (
-      x for x in map(condition.get, test.operands) if 'index=' in x.text
-    )
-    index = int(re.search(r'index=(\d+)', counter.text)[1])
-    # Some turns are two steps of a product whose parts come one by one.
-    advance = body[state.operands[index]]
-    values = [
-      _constants(computation, names)
-      for computation, names in (
-        (condition, test.operands),
-        (body, advance.operands),
-      )
+    test, state = _root(condition), _root(body)
+    index = [
+      int(found[1])
+      for operand in test.operands
+      if (found := re.search(r'index=(\d+)', condition[operand].text))
     ]
-    if 'direction=LT' not in test.text or list(map(len, values)) != [1, 1]:
+    bound = _constants(condition, test.operands)
+    # Some turns are two steps of a product whose parts come one by one.
+    step = []
+    if len(index) == 1 and index[0] < len(state.operands):
+      advance = body.get(state.operands[index[0]])
+      step = _constants(body, advance.operands) if advance else []
+    lengths = len(bound), len(step)
+    if 'direction=LT' not in test.text or lengths != (1, 1) or step[0] < 1:
       raise ValueError(f'how often {loop.name} turns is not in the text')
-    return -(-values[0][0] // values[1][0])
+    return -(-bound[0] // step[0])
 
   def flops(self) -> float:
     """Floating-point operations of all products of a device.
@@ -177,14 +182,15 @@ class Program:
     return 0.0
 
   def collectives(self) -> dict[str, dict[str, int]]:
-    """{kind: {'count', 'bytes'}} of what a device receives, or hands on.
+    """{kind: {'count', 'bytes'}} of what a device receives.
 
-    Bytes are those of the largest of an operation's arrays; one that is
-    computed in steps beside a product counts once.
+    Of an all-gather, what it lacks; of a reduce-scatter, what it hands on; of
+    an all-reduce, which is both in turn, twice its arrays. One that goes on
+    beside a product, in parts, counts once.
     """
     found = {kind: {'count': 0, 'bytes': 0} for kind in COLLECTIVES}
     seen = set()
-    for _, instruction, times in self.executed():
+    for name, instruction, times in self.executed():
       kind = instruction.opcode.removesuffix('-start')
       if kind not in found:
         continue
@@ -194,11 +200,21 @@ class Program:
         continue
       if channel:
         seen.add((channel[1], times))
-      sizes = [_bytes(x) for x in _SHAPE.findall(instruction.shape)]
+      here = self.computations[name]
+      given = sum(
+        _bytes(here[x].shape) for x in instruction.operands if x in here
+      )
+      result = _bytes(instruction.shape)
       # The result of a start holds its operands too.
-      started = instruction.opcode != kind
+      if instruction.opcode != kind and kind != 'all-reduce':
+        result -= given
+      received = {
+        'all-gather': result - given,
+        'reduce-scatter': given - result,
+        'all-reduce': 2 * result,
+      }.get(kind, result)
       found[kind]['count'] += times
-      found[kind]['bytes'] += times * (max(sizes) if started else sum(sizes))
+      found[kind]['bytes'] += times * received
     return {kind: counts for kind, counts in found.items() if counts['count']}
 
 
@@ -210,11 +226,11 @@ def _constants(
   computation: dict[str, Instruction], names: tuple[str, ...]
 ) -> list[int]:
   """Those of the operands that are numbers."""
-  found = (computation[name] for name in names)
+  found = (computation[name] for name in names if name in computation)
   return [
-    int(re.match(r'\((\d+)\)', x.text)[1])
+    int(number[1])
     for x in found
-    if x.opcode == 'constant'
+    if x.opcode == 'constant' and (number := re.match(r'\((-?\d+)\)', x.text))
   ]
 
 
@@ -236,9 +252,13 @@ def _dimensions(shape: str) -> tuple[int, ...]:
   return tuple(map(int, filter(None, found[2].split(',')))) if found else ()
 
 
-def _bytes(shape: tuple[str, str]) -> int:
-  sizes = map(int, filter(None, shape[1].split(',')))
-  return _BYTES.get(shape[0], 0) * math.prod(sizes)
+def _bytes(shape: str) -> int:
+  """Of all arrays in the text; single numbers, such as flags, are left out."""
+  return sum(
+    _BYTES.get(dtype, 0) * math.prod(map(int, sizes.split(',')))
+    for dtype, sizes in _SHAPE.findall(shape)
+    if sizes
+  )
 
 
 def _convolution_flops(text, lhs, rhs, out) -> float:

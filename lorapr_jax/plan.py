@@ -55,15 +55,16 @@ class Compiled:
     arguments: bytes.
     outputs: bytes, without those that take an argument's place.
     temporaries: bytes.
-    flops: of all products, loops counted by their turns.
+    flops: of all products, loops counted by their turns; None where the
+      compiler's text does not say how often one turns, and so for
     collectives: {kind: {'count', 'bytes'}}.
   """
 
   arguments: int
   outputs: int
   temporaries: int
-  flops: float
-  collectives: dict[str, dict[str, int]]
+  flops: float | None
+  collectives: dict[str, dict[str, int]] | None
 
   @classmethod
   def of(cls, lowered: jax.stages.Lowered) -> 'Compiled':
@@ -75,20 +76,31 @@ class Compiled:
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-      if 'RESOURCE_EXHAUSTED' not in str(error):
+      message = str(error)
+      if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
         raise
-      raise OutOfMemory(refused_bytes(str(error))) from None
+      raise OutOfMemory(refused_bytes(message)) from None
     memory = compiled.memory_analysis()
     program = Program.parse(compiled.as_text())
+    try:
+      flops, collectives = program.flops(), program.collectives()
+    except ValueError:
+      flops = collectives = None
     return cls(
       arguments=memory.argument_size_in_bytes,
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
-      flops=program.flops(),
-      collectives=program.collectives(),
+      flops=flops,
+      collectives=collectives,
     )
 
-  def roofline(self, chip: Chip) -> dict[str, float]:
+  def received(self) -> int | None:
+    """Bytes of all collectives."""
+    if self.collectives is None:
+      return None
+    return sum(x['bytes'] for x in self.collectives.values())
+
+  def roofline(self, chip: Chip) -> dict[str, float] | None:
     """Seconds by each of three limits; nothing is timed.
 
     products: all at the peak of bfloat16. memory: arguments and outputs cross
@@ -96,11 +108,12 @@ class Compiled:
     the bandwidth of one direction. The longest is a floor where all overlap.
     """
     crossing = self.arguments + self.outputs + 2 * self.temporaries
-    received = sum(x['bytes'] for x in self.collectives.values())
+    if self.flops is None:
+      return None
     return {
       'products': self.flops / chip.flops,
       'memory': crossing / chip.hbm_bandwidth,
-      'interconnect': received / chip.interconnect,
+      'interconnect': self.received() / chip.interconnect,
     }
 
 
@@ -203,7 +216,10 @@ def plan_run(
 
 
 def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
-  """step, importance, optimiser and evaluation of a run's first phase."""
+  """Of a run's first phase, all that it calls in its loop, but for the ranking.
+
+  step, importance, compensation if it is asked for, optimiser, evaluation.
+  """
   phase, *_ = phases(settings)
   places = Places.of(settings, settings.step.config)
   params = weight_shapes(settings, settings.step.config)
@@ -243,13 +259,16 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
   needs = settings.criterion.needs if phase.schedule else None
   # Twice the forward pass for gradients of activations, where the weights'
   # are not needed; attention's backward pass has all four of its products.
-  passes = 3 if needs == 'base_grads' else 2
+  ideal = 2 * (forward - attention) + 3 * attention
+  if needs == 'base_grads':  # Of the layers alone.
+    ideal += forward_flops_per_token(config, seq_len, with_logits=0.0)
+    ideal -= attention
   whole = _bytes_of(state)
   yield Phase(
     'step',
     functions.lora_gradients.lower(params, state.lora, state.masks, batch, key),
     whole - _bytes_of((state.lora, state.masks)),
-    tokens * (passes * (forward - attention) + 3 * attention),
+    tokens * ideal,
   )
   if phase.schedule:
     more = {}
@@ -275,6 +294,16 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
       - _bytes_of((state.importance, state.lora, state.masks)),
       0.0,
     )
+  if functions.compensate:
+    count = settings.compensation.batches
+    yield Phase(
+      'compensation',
+      functions.compensate.lower(
+        params, state.lora, state.masks, state.masks, (batch,) * count
+      ),
+      whole - _bytes_of((state.lora, state.masks)),
+      0.0,
+    )
   yield Phase(
     'optimiser',
     functions.apply_update.lower(
@@ -285,7 +314,10 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
   )
   if not settings.data.eval:
     return
+  # As many as `evaluate_perplexity` takes at a time.
   rows, length = settings.train.micro_batch_size, settings.data.eval_seq_len
+  parts = settings.mesh['data'] * settings.mesh['fsdp']
+  rows = -(-min(rows, settings.data.eval_windows or rows) // parts) * parts
   place = jax.sharding.NamedSharding(
     places.batch.mesh, jax.sharding.PartitionSpec(*places.batch.spec[1:])
   )

@@ -121,12 +121,19 @@ def make_compensate(
     compiler_options=compiler_options(out_sharding),
   )
 
-  def event(params, *arguments):
+  def split(params):
     stacks = tuple(map(_without_part, params['stacks']))
-    rest = {**params, 'stacks': stacks}
-    repaired, failed = compiled(repaired_of(params), rest, *arguments)
+    return repaired_of(params), {**params, 'stacks': stacks}
+
+  def event(params, *arguments):
+    repaired, rest = split(params)
+    repaired, failed = compiled(repaired, rest, *arguments)
     return with_repaired(rest, repaired), failed
 
+  # As of what jax.jit returns.
+  event.lower = lambda params, *arguments: compiled.lower(
+    *split(params), *arguments
+  )
   return event
 
 

@@ -12,8 +12,14 @@ from lorapr_jax.config_files import check_config, check_key, find_config
 from lorapr_jax.errors import UserError
 
 
-def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
+def parse_flags(
+  argv: list[str], command: str = 'train'
+) -> tuple[config_dict.ConfigDict, str]:
   """The config with its overrides, and the workdir.
+
+  Args:
+    argv: the flags.
+    command: that they are of, for errors.
 
   Raises:
     UserError: for an unknown flag or key, a value of a wrong type, or a config
@@ -29,7 +35,7 @@ def parse_flags(argv: list[str]) -> tuple[config_dict.ConfigDict, str]:
     check_key(values.config, '--' + arg.lstrip('-').partition('=')[0])
   values, rest = _parse(argv)
   if rest:
-    raise UserError(f'train takes flags only, not {rest[0]!r}')
+    raise UserError(f'{command} takes flags only, not {rest[0]!r}')
   return values.config, values.workdir
 
 

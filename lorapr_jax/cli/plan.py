@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
   from lorapr_jax.topology import Topology
 
   flags = [f'--config={args.config}', *flags, *_mesh_flags(args.mesh)]
-  config, _ = parse_flags([*flags, '--workdir=none'])
+  config, _ = parse_flags([*flags, '--workdir=none'], 'plan')
   topology = Topology.of(args.topology)
   if topology.chip:
     # What is compiled for devices that are not there cannot be read back.
@@ -84,7 +84,7 @@ def _mesh_flags(mesh: str) -> list[str]:
 
 
 def _criteria(names: str) -> list[str]:
-  found = [name for name in names.split(',') if name]
+  found = list(dict.fromkeys(filter(None, names.split(','))))
   for name in found:
     if name not in CRITERIA:
       raise UserError(f'--criteria={names}: choose from {", ".join(CRITERIA)}')
@@ -143,8 +143,8 @@ def show(found: dict[str, Any], topology: Any) -> None:
   for line in (
     *notes,
     'Each figure is of one device. beside: what else of the run lies there.',
-    'ideal: 4 N operations a token (6 N with the gradient criterion) and the '
-    'attention.',
+    'ideal: 4 N operations a token (with the gradient criterion 2 N more for '
+    'the layers) and the attention.',
   ):
     console.print(line, soft_wrap=True)
   if topology.chip:
@@ -178,12 +178,12 @@ def _memory(needs: Any) -> list[str]:
 def _work(needs: Any, chip: Any) -> list[str]:
   own, ideal = needs.compiled, needs.ideal_flops
   cells = [
-    units.operations(own.flops),
-    f'{own.flops / ideal:.2f}' if ideal else '–',
-    units.size(sum(x['bytes'] for x in own.collectives.values())),
+    '–' if own.flops is None else units.operations(own.flops),
+    f'{own.flops / ideal:.2f}' if ideal and own.flops else '–',
+    '–' if own.received() is None else units.size(own.received()),
   ]
-  if chip is None:
+  floors = chip and own.roofline(chip)
+  if not floors:
     return [*cells, '–', '–']
-  floors = own.roofline(chip)
   longest = max(floors, key=floors.__getitem__)
   return [*cells, units.milliseconds(floors[longest]), longest]

@@ -212,14 +212,21 @@ def content_hash(folder: Path) -> str:
 
   A process reads files that have not changed once.
   """
+  folder = folder.resolve()
   paths = [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]
-  return _hashed(tuple((path, path.stat().st_mtime_ns) for path in paths))
+  stats = [path.stat() for path in paths]
+  return _hashed(
+    tuple(
+      (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+      for path, stat in zip(paths, stats, strict=True)
+    )
+  )
 
 
 @functools.cache
-def _hashed(versions: tuple[tuple[Path, int], ...]) -> str:
+def _hashed(versions: tuple[tuple[Path, int, int, int], ...]) -> str:
   digest = hashlib.sha256()
-  for path, _ in versions:
+  for path, *_ in versions:
     with open(path, 'rb') as file:
       digest.update(hashlib.file_digest(file, 'sha256').digest())
   return digest.hexdigest()

@@ -1,5 +1,6 @@
 """plan: memory and work of a run's functions, compiled and not run."""
 
+import importlib.util
 import json
 
 import jax
@@ -120,7 +121,6 @@ def test_what_the_compiler_refuses_is_planned_on_larger_chips(monkeypatch):
   [
     (['--topology=v7x:2x2'], 'such as v5e:4x4 or v5p:2x2x1, or cpu:8'),
     (['--topology=v5e'], '--topology=v5e: KIND:AxB'),
-    (['--topology=v5e:2x4'], "compiler is missing: pip install 'jax[tpu]'"),
     (['--topology=cpu:9'], 'there are 8 CPU devices'),
     ([TINY[1], '--mesh=data'], '--mesh=data: AXIS=SIZE,...'),
     ([TINY[1], '--mesh=rows=2'], 'unknown setting --config.mesh.rows'),
@@ -133,3 +133,20 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
   assert main(['plan', TINY[0], *arguments]) == 1
   err = capsys.readouterr().err
   assert err.startswith('error: ') and message in err and err.count('\n') == 1
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec('libtpu') is not None, reason='it is here'
+)
+def test_the_compiler_that_is_missing_is_named(capsys):
+  assert main(['plan', TINY[0], '--topology=v5e:2x4']) == 1
+  assert (
+    "compiler is missing: pip install 'jax[tpu]'" in capsys.readouterr().err
+  )
+
+
+def test_compensation_is_a_phase_where_it_is_asked_for(capsys):
+  report = plan(capsys, '--config.prune.compensate=ridge')
+  found = by_phase(report)['lora', 'compensation']['compiled']
+  # What is repaired takes the place of what was.
+  assert found['outputs'] < 1000 < found['temporaries']

@@ -323,7 +323,10 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ([place], 'train needs --config=configs/X.py and --workdir=DIR'),
     ([place, f'--config={tmp_path}/none.py'], 'none.py'),
     ([place, '--config=tinny'], "no config 'tinny': give the path of a file"),
-    ([place, '--config=a/tiny.py'], 'one of default, smollm2_135m, tiny'),
+    (
+      [place, '--config=a/tiny.py'],
+      'one of default, llama, smollm2_135m, tiny',
+    ),
     ([place, '--config'], "no config ''"),
     ([place, TINY, '--steps=3'], "'steps'"),
     ([place, TINY, 'more'], "train takes flags only, not 'more'"),
