@@ -2,8 +2,8 @@
 
   python -m lorapr_jax plan --config=configs/llama.py:7b --topology=v5e:2x4
 
-Sizes: 7b, 13b, 30b, 65b (arXiv 2302.13971, table 2), llama3-8b, llama3-70b
-(arXiv 2407.21783, table 3). To prune one, take --config=default, its folder in
+Sizes: 7b, 13b, 30b, 65b, llama3-8b and llama3-70b, as published in the models'
+config.json. To prune one, take --config=default, its folder in
 --config.model.path, a text in --config.data.train and what else is set below.
 """
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 import pdoc
 
-from configs import default
+from configs import default, llama
 import lorapr_jax
 from lorapr_jax.files import write_text
 from lorapr_jax.models.config import LlamaConfig
@@ -23,13 +23,12 @@ from lorapr_jax.pruning.targets import Targets, plan_pruning
 DOCS = Path(__file__).parent
 BEGIN, END = '<!-- generated: {} -->', '<!-- end -->'
 
-# Sizes as published in the models' config.json: hidden size, layers, heads,
-# KV heads, channels, vocabulary.
+# By their names in configs/llama.py.
 MODELS = {
-  'LLaMA-7B': (4096, 32, 32, 32, 11008, 32000),
-  'LLaMA-13B': (5120, 40, 40, 40, 13824, 32000),
-  'Llama-3-8B': (4096, 32, 32, 8, 14336, 128256),
-  'Llama-3-70B': (8192, 80, 64, 8, 28672, 128256),
+  'LLaMA-7B': '7b',
+  'LLaMA-13B': '13b',
+  'Llama-3-8B': 'llama3-8b',
+  'Llama-3-70B': 'llama3-70b',
 }
 TARGETS = (
   Targets(target=0.2),
@@ -100,8 +99,8 @@ def target_table() -> str:
     '| model | target | KV heads kept | channels kept | parameters | left |',
     '|---|---|---|---|---|---|',
   ]
-  for name, sizes in MODELS.items():
-    config = _config(*sizes)
+  for name, size in MODELS.items():
+    config = _config(size)
     lines.append(
       f'| {name} | none | {config.layers[0].num_kv_heads} | '
       f'{config.layers[0].mlp_dim:,} | {_billions(config)} | 100.0% |'
@@ -118,19 +117,8 @@ def target_table() -> str:
   return '\n'.join(lines)
 
 
-def _config(embed, layers, heads, kv_heads, channels, vocab) -> LlamaConfig:
-  return LlamaConfig.from_hf(
-    {
-      'model_type': 'llama',
-      'hidden_size': embed,
-      'num_hidden_layers': layers,
-      'num_attention_heads': heads,
-      'num_key_value_heads': kv_heads,
-      'intermediate_size': channels,
-      'vocab_size': vocab,
-      'tie_word_embeddings': False,
-    }
-  )
+def _config(size: str) -> LlamaConfig:
+  return LlamaConfig.from_hf(llama.get_config(size).model.sizes.to_dict())
 
 
 def _billions(config: LlamaConfig) -> str:
