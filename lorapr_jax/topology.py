@@ -26,13 +26,14 @@ class Chip:
 
 
 _GIB = 2.0**30
-# Peaks: Cloud TPU's pages of system architecture (bandwidths there are of both
-# directions together). Memory: the TPU compiler's messages, libtpu 0.0.42.
+# Peaks: the pages of v5e, v5p and v6e at docs.cloud.google.com/tpu (whose
+# interconnect's bandwidth is of both directions together), and of v4 arXiv
+# 2304.01433, table 4. Memory: the TPU compiler's messages, libtpu 0.0.42.
 CHIPS = {
-  'v4': Chip(275e12, 30.75 * _GIB, 1228e9, 300e9),
+  'v4': Chip(275e12, 30.75 * _GIB, 1200e9, 300e9),
   'v5e': Chip(197e12, 15.75 * _GIB, 819e9, 200e9),
   'v5p': Chip(459e12, 95.74 * _GIB, 2765e9, 600e9),
-  'v6e': Chip(918e12, 31.25 * _GIB, 1638e9, 400e9),
+  'v6e': Chip(918e12, 31.25 * _GIB, 1600e9, 400e9),
 }
 # The one with most memory: programs compile for it that fit no other.
 LARGEST = 'v5p'
