@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import optax
 
 from lorapr_jax import checkpoint, interrupt, optimizer, steps
 from lorapr_jax.compilation_cache import SavedSeconds
-from lorapr_jax.cut import Base, cut_on_the_way, kept_of
+from lorapr_jax.cut import (
+  Base,
+  cut_on_the_way,
+  fastest_cuts,
+  first_cuts,
+  kept_of,
+  print_cuts,
+)
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.inputs import device_batches, weight_shapes
 from lorapr_jax.phases import Phase, total_steps
@@ -311,47 +316,3 @@ def resume(
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
   return state.replace(repaired=()), base
-
-
-def first_cuts(
-  milestones: Milestones | None, shrink: str | tuple[float, ...]
-) -> tuple[int, ...] | None:
-  """The steps before which is cut; None where `fastest_cuts` is to say."""
-  if milestones is None or shrink == END:
-    return ()
-  return None if shrink == AUTO else milestones.at(shrink)
-
-
-def fastest_cuts(
-  milestones: Milestones,
-  step: int,
-  step_seconds: float,
-  compile_seconds: float,
-  settings: RunSettings,
-) -> tuple[int, ...]:
-  """The cuts that save most time, from what this run has measured so far.
-
-  Args:
-    milestones: of the phase.
-    step: the last one that is done.
-    step_seconds: of one at full size.
-    compile_seconds: of its functions, by an empty cache: those of what a cut
-      leaves may never have been compiled.
-    settings: of the run.
-  """
-  # Clocks differ, and all processes must cut alike.
-  each, compiling = multihost_utils.broadcast_one_to_all(
-    np.array([step_seconds, compile_seconds])
-  )
-  return milestones.fastest(
-    settings.train.seq_len,
-    step=step,
-    step_seconds=float(each),
-    compile_seconds=float(compiling),
-  )
-
-
-def print_cuts(cuts: tuple[int, ...], display: Display) -> None:
-  """Says where the arrays of a phase get smaller on the way."""
-  places = ', '.join(map(str, cuts)) or 'the end alone'
-  display.print(f'masked groups are cut out at step: {places}')
