@@ -8,17 +8,17 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import math
-import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
+import optax
 
-from lorapr_jax import optimizer, steps
+from lorapr_jax import optimizer, sharding, steps
+from lorapr_jax.compiled import Compiled, OutOfMemory
 from lorapr_jax.cut import Base
-from lorapr_jax.eval.perplexity import make_window_losses
-from lorapr_jax.hlo import Program
+from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
 from lorapr_jax.inputs import Places, weight_shapes
 from lorapr_jax.loop import Functions
 from lorapr_jax.models.cost import (
@@ -27,7 +27,7 @@ from lorapr_jax.models.cost import (
 )
 from lorapr_jax.phases import phases
 from lorapr_jax.settings import RunSettings, split_config
-from lorapr_jax.topology import Chip, Topology
+from lorapr_jax.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,77 +44,7 @@ class Phase:
   name: str
   lowered: jax.stages.Lowered
   beside: int
-  ideal_flops: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-  """What a program takes on each device, as the compiler says.
-
-  Attributes:
-    arguments: bytes.
-    outputs: bytes, without those that take an argument's place.
-    temporaries: bytes.
-    flops: of all products, loops counted by their turns; None where the
-      compiler's text does not say how often one turns, and so for
-    collectives: {kind: {'count', 'bytes'}}.
-  """
-
-  arguments: int
-  outputs: int
-  temporaries: int
-  flops: float | None
-  collectives: dict[str, dict[str, int]] | None
-
-  @classmethod
-  def of(cls, lowered: jax.stages.Lowered) -> 'Compiled':
-    """Compiles.
-
-    Raises:
-      OutOfMemory: if the compiler finds no way to fit it.
-    """
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      message = str(error)
-      if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
-        raise
-      raise OutOfMemory(refused_bytes(message)) from None
-    memory = compiled.memory_analysis()
-    program = Program.parse(compiled.as_text())
-    try:
-      flops, collectives = program.flops(), program.collectives()
-    except ValueError:
-      flops = collectives = None
-    return cls(
-      arguments=memory.argument_size_in_bytes,
-      outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
-      temporaries=memory.temp_size_in_bytes,
-      flops=flops,
-      collectives=collectives,
-    )
-
-  def received(self) -> int | None:
-    """Bytes of all collectives."""
-    if self.collectives is None:
-      return None
-    return sum(x['bytes'] for x in self.collectives.values())
-
-  def roofline(self, chip: Chip) -> dict[str, float] | None:
-    """Seconds by each of three limits; nothing is timed.
-
-    products: all at the peak of bfloat16. memory: arguments and outputs cross
-    once, temporaries are written and read. interconnect: what is received, at
-    the bandwidth of one direction. The longest is a floor where all overlap.
-    """
-    crossing = self.arguments + self.outputs + 2 * self.temporaries
-    if self.flops is None:
-      return None
-    return {
-      'products': self.flops / chip.flops,
-      'memory': crossing / chip.hbm_bandwidth,
-      'interconnect': self.received() / chip.interconnect,
-    }
+  ideal_flops: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,25 +80,6 @@ class Needs:
     return own.arguments + own.outputs + own.temporaries + self.beside
 
 
-class OutOfMemory(Exception):
-  """A program that does not fit.
-
-  Attributes:
-    bytes: that it would take, as the compiler says; 0 where it does not.
-  """
-
-  def __init__(self, refused: int):
-    super().__init__(refused)
-    self.bytes = refused
-
-
-def refused_bytes(message: str) -> int:
-  """The first figure with a unit: what would be needed."""
-  units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-  found = re.search(r'\b(\d+(?:\.\d+)?)([KMGT])\b', message)
-  return round(float(found[1]) * units[found[2]]) if found else 0
-
-
 def plan_run(
   config: config_dict.ConfigDict, topology: Topology
 ) -> Iterator[Needs]:
@@ -177,42 +88,79 @@ def plan_run(
   Raises:
     UserError: for a mistake in the config, before anything is compiled.
   """
+  chip, devices = topology.chip, len(topology.devices)
   for phase in lowered_phases(split_config(config, topology.devices)):
-    devices = len(topology.devices)
-    known = dict(
-      name=phase.name,
-      beside=phase.beside,
-      ideal_flops=phase.ideal_flops / devices,
-    )
+    refused, compiled_for = None, topology
     try:
       compiled = Compiled.of(phase.lowered)
     except OutOfMemory as refusal:
-      larger = topology.larger()
-      settings = split_config(config, larger.devices)
-      again = next(x for x in lowered_phases(settings) if x.name == phase.name)
-      try:
-        compiled = Compiled.of(again.lowered)
-      except OutOfMemory:
-        compiled = None
-      yield Needs(
-        **known,
-        fits=False,
-        refused=refusal.bytes,
-        compiled=compiled,
-        compiled_for=larger.name,
-      )
-      continue
+      refused, compiled_for = refusal.bytes, topology.larger()
+      compiled = _compiled_on(compiled_for, config, phase.name)
     needs = Needs(
-      **known,
-      fits=None,
-      refused=None,
+      name=phase.name,
+      beside=phase.beside,
+      ideal_flops=phase.ideal_flops / devices,
+      fits=None if refused is None else False,
+      refused=refused,
       compiled=compiled,
-      compiled_for=topology.name,
+      compiled_for=compiled_for.name,
     )
-    if topology.chip:
-      fits = needs.total <= topology.chip.hbm
-      needs = dataclasses.replace(needs, fits=fits)
+    if chip and refused is None:
+      needs = dataclasses.replace(needs, fits=needs.total <= chip.hbm)
     yield needs
+
+
+def _compiled_on(
+  topology: Topology, config: config_dict.ConfigDict, name: str
+) -> Compiled | None:
+  """The phase of that name there; None where it does not fit either."""
+  found = lowered_phases(split_config(config, topology.devices))
+  phase = next(phase for phase in found if phase.name == name)
+  try:
+    return Compiled.of(phase.lowered)
+  except OutOfMemory:
+    return None
+
+
+class Shapes(NamedTuple):
+  """What the functions of a loop are called with: no arrays, their shapes.
+
+  Attributes:
+    params: the base.
+    state: of step 0.
+    batch: of a step.
+    key: of a step.
+  """
+
+  params: Any
+  state: steps.TrainState
+  batch: Any
+  key: Any
+
+  @classmethod
+  def of(
+    cls,
+    settings: RunSettings,
+    places: Places,
+    groups: tuple[str, ...],
+    adamw: optax.GradientTransformation,
+  ) -> 'Shapes':
+    """Of a run with these `groups`."""
+    key = replicated(jax.eval_shape(lambda: jax.random.key(0)), places)
+    init = functools.partial(
+      steps.init_state, settings=settings.step, groups=groups, optimizer=adamw
+    )
+    return cls(
+      params=weight_shapes(settings, settings.step.config),
+      state=replicated(jax.eval_shape(init, key), places),
+      batch=batch_shapes(settings, places),
+      key=key,
+    )
+
+  def beside(self, *arguments: Any) -> int:
+    """Bytes of the state and a batch on a device, without these arguments."""
+    held = _bytes_of((self.state, self.batch))
+    return held - _bytes_of(arguments)
 
 
 def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
@@ -222,117 +170,109 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
   """
   phase, *_ = phases(settings)
   places = Places.of(settings, settings.step.config)
-  params = weight_shapes(settings, settings.step.config)
   adamw = optimizer.make_optimizer(
     optimizer.learning_rate(
       settings.train.lr_schedule, phase.learning_rate, phase.steps
     )
   )
   groups = tuple(settings.plan.keep) if phase.schedule else ()
-
-  def replicated(tree: Any) -> Any:
-    return jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places.state),
-      tree,
-    )
-
-  key = replicated(jax.eval_shape(lambda: jax.random.key(0)))
-  state = replicated(
-    jax.eval_shape(
-      functools.partial(
-        steps.init_state,
-        settings=settings.step,
-        groups=groups,
-        optimizer=adamw,
-      ),
-      key,
-    )
-  )
-  batch = batch_shapes(settings, places)
+  shapes = Shapes.of(settings, places, groups, adamw)
+  params, state, batch, key = shapes
   functions = Functions.of(
     settings, phase, Base(params, settings.step, places), adamw
   )
-  tokens = settings.train.batch_size * settings.train.seq_len
-  config, seq_len = settings.step.config, settings.train.seq_len
-  forward = forward_flops_per_token(config, seq_len)
-  attention = attention_flops_per_token(config, seq_len)
   needs = settings.criterion.needs if phase.schedule else None
-  # Twice the forward pass for gradients of activations, where the weights'
-  # are not needed; attention's backward pass has all four of its products.
-  ideal = 2 * (forward - attention) + 3 * attention
-  if needs == 'base_grads':  # Of the layers alone.
-    ideal += forward_flops_per_token(config, seq_len, with_logits=0.0)
-    ideal -= attention
-  whole = _bytes_of(state)
   yield Phase(
     'step',
     functions.lora_gradients.lower(params, state.lora, state.masks, batch, key),
-    whole - _bytes_of((state.lora, state.masks)),
-    tokens * ideal,
+    shapes.beside(state.lora, state.masks, batch),
+    _ideal_step_flops(settings, needs),
   )
   if phase.schedule:
-    more = {}
+    _, grads, more = jax.eval_shape(
+      functions.lora_gradients, params, state.lora, state.masks, batch, key
+    )
     if needs == 'base_grads':
-      more[needs] = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(
-          x.shape, jnp.float32, sharding=x.sharding
-        ),
-        steps.projections(params['stacks']),
-      )
-    elif needs == 'statistics':
-      _, _, more = jax.eval_shape(
-        functions.lora_gradients, params, state.lora, state.masks, batch, key
-      )
-      more = replicated(more)
-    norm = replicated(jax.ShapeDtypeStruct((), jnp.float32))
-    arguments = (state.importance, params, state.lora, state.lora, more)
+      like = {needs: steps.projections(params['stacks'])}
+      more = jax.tree.map(_placed_like, more, like)
+    else:
+      more = replicated(more, places)
+    norm = replicated(jax.ShapeDtypeStruct((), jnp.float32), places)
     yield Phase(
       'importance',
-      functions.update_importance.lower(*arguments, state.masks, norm),
-      whole
-      + _bytes_of(batch)
-      - _bytes_of((state.importance, state.lora, state.masks)),
-      0.0,
+      functions.update_importance.lower(
+        *(state.importance, params, state.lora, replicated(grads, places)),
+        *(more, state.masks, norm),
+      ),
+      shapes.beside(state.importance, state.lora, state.masks),
     )
   if functions.compensate:
-    count = settings.compensation.batches
+    batches = (batch,) * settings.compensation.batches
     yield Phase(
       'compensation',
       functions.compensate.lower(
-        params, state.lora, state.masks, state.masks, (batch,) * count
+        params, state.lora, state.masks, state.masks, batches
       ),
-      whole - _bytes_of((state.lora, state.masks)),
-      0.0,
+      shapes.beside(state.lora, state.masks, batch),
     )
+  ok = replicated(jax.ShapeDtypeStruct((), jnp.bool_), places)
   yield Phase(
     'optimiser',
-    functions.apply_update.lower(
-      state, state.lora, replicated(jax.ShapeDtypeStruct((), jnp.bool_))
-    ),
-    _bytes_of((params, batch)),
-    0.0,
+    functions.apply_update.lower(state, state.lora, ok),
+    shapes.beside(state) + _bytes_of(params),
   )
-  if not settings.data.eval:
-    return
-  # As many as `evaluate_perplexity` takes at a time.
-  rows, length = settings.train.micro_batch_size, settings.data.eval_seq_len
-  parts = settings.mesh['data'] * settings.mesh['fsdp']
-  rows = -(-min(rows, settings.data.eval_windows or rows) // parts) * parts
-  place = jax.sharding.NamedSharding(
-    places.batch.mesh, jax.sharding.PartitionSpec(*places.batch.spec[1:])
+  if settings.data.eval:
+    yield _evaluation(settings, shapes)
+
+
+def _ideal_step_flops(settings: RunSettings, needs: str | None) -> float:
+  """Of all devices: twice the forward pass for gradients of activations.
+
+  The base's own are not needed, but for some criteria. Attention's backward
+  pass has all four of its products.
+  """
+  config, seq_len = settings.step.config, settings.train.seq_len
+  attention = attention_flops_per_token(config, seq_len)
+  forward = forward_flops_per_token(config, seq_len) - attention
+  flops = 2 * forward + 3 * attention
+  if needs == 'base_grads':  # Of the layers alone.
+    layers = forward_flops_per_token(config, seq_len, with_logits=0.0)
+    flops += layers - attention
+  return settings.train.batch_size * seq_len * flops
+
+
+def _evaluation(settings: RunSettings, shapes: Shapes) -> Phase:
+  params, state, length = (
+    shapes.params,
+    shapes.state,
+    settings.data.eval_seq_len,
   )
+  most = settings.train.micro_batch_size
+  rows = batch_rows(params, most, settings.data.eval_windows or most)
+  place = sharding.beside(params, ('batch', 'length'))
   tokens, weights = (
     jax.ShapeDtypeStruct((rows, length), dtype, sharding=place)
     for dtype in (jnp.int32, jnp.float32)
   )
-  yield Phase(
+  score = make_window_losses(settings.step, sharding.beside(params, ()))
+  return Phase(
     'evaluation',
-    make_window_losses(settings.step, places.state).lower(
-      params, tokens, weights, state.lora, state.masks
-    ),
-    whole + _bytes_of(batch) - _bytes_of((state.lora, state.masks)),
-    rows * length * forward_flops_per_token(config, length),
+    score.lower(params, tokens, weights, state.lora, state.masks),
+    shapes.beside(state.lora, state.masks),
+    rows * length * forward_flops_per_token(settings.step.config, length),
   )
+
+
+def replicated(tree: Any, places: Places) -> Any:
+  """The shapes, whole on each device."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places.state),
+    tree,
+  )
+
+
+def _placed_like(x: Any, other: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other.sharding)
 
 
 def batch_shapes(settings: RunSettings, places: Places) -> Any:

@@ -41,6 +41,7 @@ LEVELS = (
   ),
   (
     'cli.flags',
+    'compiled',
     'data.sources',
     'data.tokenizer',
     'hf.gguf_format',

@@ -12,8 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
+from lorapr_jax.plan import Needs, plan_run
 from lorapr_jax.report import units
+from lorapr_jax.topology import Chip, Topology
 
 CRITERIA = ('lora', 'gradient')
 
@@ -34,17 +37,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     '--criteria',
     default='',
-    help='such as lora,gradient, each planned; default: the config prune.'
-    'criterion',
+    help="such as lora,gradient, each planned; default: the config's",
   )
   parser.add_json()
   args, flags = parser.parse_known_args(argv)
   _only_cpus(args.topology)
-  # Here, after the CPU's devices are counted.
-  from lorapr_jax.cli.flags import parse_flags
-  from lorapr_jax.plan import plan_run
-  from lorapr_jax.topology import Topology
-
   flags = [f'--config={args.config}', *flags, *_mesh_flags(args.mesh)]
   config, _ = parse_flags([*flags, '--workdir=none'], 'plan')
   topology = Topology.of(args.topology)
@@ -91,7 +88,9 @@ def _criteria(names: str) -> list[str]:
   return found
 
 
-def _report(found: dict[str, Any], topology: Any) -> dict[str, Any]:
+def _report(
+  found: dict[str, list[Needs]], topology: Topology
+) -> dict[str, Any]:
   phases = []
   for criterion, all_needs in found.items():
     for needs in all_needs:
@@ -115,7 +114,7 @@ def _report(found: dict[str, Any], topology: Any) -> dict[str, Any]:
   }
 
 
-def show(found: dict[str, Any], topology: Any) -> None:
+def show(found: dict[str, list[Needs]], topology: Topology) -> None:
   """A table of memory and one of work, with a row for each phase."""
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
@@ -166,7 +165,7 @@ def _table(*columns: str) -> Table:
   return table
 
 
-def _memory(needs: Any) -> list[str]:
+def _memory(needs: Needs) -> list[str]:
   fits = {True: 'yes', False: 'no', None: '–'}[needs.fits]
   own = needs.compiled
   if own is None:
@@ -175,7 +174,7 @@ def _memory(needs: Any) -> list[str]:
   return [*map(units.size, (*sizes, needs.total)), fits]
 
 
-def _work(needs: Any, chip: Any) -> list[str]:
+def _work(needs: Needs, chip: Chip | None) -> list[str]:
   own, ideal = needs.compiled, needs.ideal_flops
   cells = [
     '–' if own.flops is None else units.operations(own.flops),

@@ -63,6 +63,18 @@ def make_window_losses(
   )
 
 
+def batch_rows(params: Any, most: int, count: int) -> int:
+  """Windows at a time: as many as there are, or `most`, for all devices alike.
+
+  Args:
+    params: the base, or shapes that know where they lie.
+    most: raised to a multiple of the parts that a batch is cut into.
+    count: of all windows.
+  """
+  parts = sharding.batch_parts(params)
+  return -(-min(most, count) // parts) * parts
+
+
 def evaluate_perplexity(
   params: Any,
   windows: np.ndarray,
@@ -86,8 +98,7 @@ def evaluate_perplexity(
     masks: or None.
   """
   count, seq_len = windows.shape
-  parts = sharding.batch_parts(params)
-  batch_size = -(-min(batch_size, count) // parts) * parts
+  batch_size = batch_rows(params, batch_size, count)
   place = sharding.beside(params, ('batch', 'length'))
   score = make_window_losses(settings, sharding.beside(params, ()))
   results, starts = [], []

@@ -6,6 +6,7 @@ import json
 import jax
 import pytest
 
+from lorapr_jax import compiled
 from lorapr_jax import plan as plan_lib
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
@@ -99,16 +100,16 @@ def test_what_the_compiler_refuses_is_planned_on_larger_chips(monkeypatch):
   small = Topology('v5e:1x2', devices, CHIPS['v5e'])
   large = Topology('v5p:1x1x2', devices, CHIPS['v5p'])
   monkeypatch.setattr(Topology, 'larger', lambda self: large)
-  of, refused = plan_lib.Compiled.of, []
+  of, refused = compiled.Compiled.of, []
 
   def once(lowered):
     if not refused:
       refused.append(lowered)
       message = 'RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.'
-      raise plan_lib.OutOfMemory(plan_lib.refused_bytes(message))
+      raise compiled.OutOfMemory(compiled.refused_bytes(message))
     return of(lowered)
 
-  monkeypatch.setattr(plan_lib.Compiled, 'of', once)
+  monkeypatch.setattr(compiled.Compiled, 'of', once)
   config, _ = parse_flags([TINY[0], '--workdir=none'])
   step, *others = plan_lib.plan_run(config, small)
   assert (step.fits, step.compiled_for) == (False, 'v5p:1x1x2')
