@@ -5,14 +5,16 @@
 #
 # Takes the JAX of the machine's python3 (and PYTHONPATH) if that is 0.10 or newer
 # and sees a GPU; else it says why not, and makes .venv with the newest. OUT_FOLDER,
-# runs/gpu of the checkout if not given, gets card.csv, step.md and runs.txt; what
-# is there of the runs is not run again.
+# runs/gpu of the checkout if not given, gets card.csv, step.md, trace.md and
+# runs.txt; what is there of the runs is not run again.
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
 out=$(realpath -m "${1:-$root/runs/gpu}")
 cd "$root"
 mkdir -p "$out"
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
+# A model of 7B and what its backward pass keeps take nine tenths of 80 GB.
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-.93}"
 # The first of the cards that may be used: what is measured is one card's.
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES:-0}"
 CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES%%,*}"
@@ -44,21 +46,22 @@ date --iso-8601 | tee -a "$out/card.csv"
 step() {
   echo
   echo "benchmarks/step.py $*"
-  "$python" benchmarks/step.py --sizes llama-3.2-1b --batch 16 --seq_len 1024 \
-    "$@"
+  "$python" benchmarks/step.py --batch 16 --seq_len 1024 --sizes "$@"
 }
 # Attention by XLA and by cuDNN, a text a row and two; what rematerialisation
-# costs; how the step grows.
+# costs; layers compiled apart; the paper's model.
 {
-  for attention in xla cudnn; do
-    step --attention "$attention" --remat dots
-    step --attention "$attention" --remat dots --packed
-  done
-  for remat in offload blocks none; do
-    step --remat "$remat"
-  done
-  step --remat dots --double
+  step llama-3.2-1b --attention xla,cudnn --remat dots
+  step llama-3.2-1b --attention xla,cudnn --remat dots --packed
+  step llama-3.2-1b --remat offload,blocks,none
+  step llama-3.2-1b --remat dots,none --config.model.scan_layers=False
+  step llama-7b --remat dots
 } | tee "$out/step.md"
+echo
+# Operations that CUDA runs as one graph have no names of their own.
+XLA_FLAGS="${XLA_FLAGS:-} --xla_gpu_enable_command_buffer=" \
+  "$python" benchmarks/trace_step.py --sizes llama-3.2-1b --batch 16 \
+  --seq_len 1024 --config.model.remat=dots | tee "$out/trace.md"
 
 # All cuts at the end, and on the way: random weights of the same size.
 for shrink in end auto; do
@@ -74,8 +77,8 @@ from lorapr_jax.train import run
 
 workdir, shrink = sys.argv[1:]
 flags = {
-  'data.train': 'synthetic:0?windows=3200',
-  'train.steps': '200',
+  'data.train': 'synthetic:0?windows=1600',
+  'train.steps': '100',
   'train.batch_size': '16',
   'train.micro_batch_size': '16',
   'train.seq_len': '1024',

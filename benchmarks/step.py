@@ -62,6 +62,18 @@ SIZES = {
     'num_key_value_heads': 8,
     'rope_theta': 500000.0,
   },
+  'llama-7b': _SMOLLM2
+  | {
+    'vocab_size': 32000,
+    'hidden_size': 4096,
+    'intermediate_size': 11008,
+    'num_hidden_layers': 32,
+    'num_attention_heads': 32,
+    'num_key_value_heads': 32,
+    'rms_norm_eps': 1e-6,
+    'rope_theta': 10000.0,
+    'tie_word_embeddings': False,
+  },
 }
 # What --double doubles, by the names of the table.
 DOUBLED = ('tokens', 'sequences', 'rank', 'layers', 'vocabulary')

@@ -34,6 +34,10 @@ def get_config() -> config_dict.ConfigDict:
   # fewer operations) or none (all activations). docs/performance.md has what
   # each costs.
   config.model.remat = 'blocks'
+  # Whether the training step is a loop over the layers. Without it each layer
+  # is compiled apart: a faster step on a GPU, compiled several times as long
+  # (docs/performance.md).
+  config.model.scan_layers = True
 
   config.data = config_dict.ConfigDict()
   # A data spec (docs/data.md): file:, tfds:, hf:, demo:news: or synthetic:; or

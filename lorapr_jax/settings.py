@@ -173,6 +173,7 @@ def split_config(
     matmul_dtype=resolve_matmul_dtype(model.matmul_dtype, dtype, platform),
     attention=model.attention,
     remat=resolve_remat(model.remat, platform),
+    scan_layers=model.scan_layers,
     loss_chunk=_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
   )

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import math
+import re
 from typing import Any
 
 import jax
@@ -73,6 +74,14 @@ def platform(place: Sharding | None) -> str:
   if place is None:
     return jax.default_backend()
   return next(iter(place.device_set)).platform
+
+
+def compute_capability(device: Any) -> tuple[int, int] | None:
+  """Of an NVIDIA GPU, as (9, 0); None for any other device."""
+  found = re.fullmatch(
+    r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', None))
+  )
+  return (int(found[1]), int(found[2])) if found else None
 
 
 def mesh_of(place: Sharding) -> Mesh | None:

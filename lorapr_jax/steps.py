@@ -25,6 +25,7 @@ from lorapr_jax.models.axes import PROJECTIONS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import AUTO, choose_attention
 from lorapr_jax.pruning import importance as importance_lib
+from lorapr_jax.pruning.block_sums import block_sums, runs_on
 from lorapr_jax.pruning.masks import initial_masks, select_masks
 from lorapr_jax.sharding import mesh_of, platform
 
@@ -77,6 +78,7 @@ class StepSettings:
       that trains; None, and elsewhere: `dtype`.
     attention: of models.kernels.ATTENTION.
     remat: a key of llama.REMAT_POLICIES.
+    scan_layers: whether the step that trains is a loop over the layers.
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
   """
@@ -87,6 +89,7 @@ class StepSettings:
   matmul_dtype: Any = None
   attention: str = AUTO
   remat: str = 'blocks'
+  scan_layers: bool = True
   loss_chunk: int = 128
   clip_norm: float = 1.0
 
@@ -158,7 +161,7 @@ def token_losses(
     segments: (B, T): numbers of the documents that share a window, in runs.
       Attention and positions stay within one; None: a window is one text.
     matmul_dtype: of the products' operands; None: as settings.dtype.
-    **model: lora, masks, dropout_key, observe of
+    **model: lora, masks, dropout_key, observe, scan_layers of
       `llama.observed_hidden_states`.
 
   Returns:
@@ -257,6 +260,7 @@ def make_lora_gradients(
         masks=masks,
         dropout_key=key if use_dropout else None,
         observe=needs == 'statistics',
+        scan_layers=settings.scan_layers,
       )
       return jnp.sum(losses) / count, observed
 
@@ -305,44 +309,65 @@ def make_update_importance(
     (importance, params, lora, grads, more, masks, grad_norm)
       -> (importance, ok)
 
-  The moving average goes layer by layer: the dense scores of one layer exist
-  at a time. Where the gradients or the new scores are not finite, the old
-  average stays and `ok` is False. The old importance is donated.
+  The moving average goes layer by layer, so that the dense scores of one layer
+  exist at a time; on NVIDIA GPUs a kernel sums them up and there are none
+  (pruning/block_sums.py). Where the gradients or the new scores are not finite,
+  the old average stays and `ok` is False. The old importance is donated.
   """
-  axes = llama.block_axes(settings.lora)['params']
+  axes = llama.block_axes(settings.lora)
   stacks = settings.config.stacks
+  first = next(iter(out_sharding.device_set))
+  kernel = criterion.name == 'lora' and runs_on(first)
   # On accelerators XLA makes one pass of a few outer products and what is
   # summed of them; on CPU a product of matrices is many times as fast.
-  fused = (
-    platform(out_sharding) != 'cpu'
-    and settings.lora.rank <= _LARGEST_FUSED_RANK
-  )
+  fused = first.platform != 'cpu' and settings.lora.rank <= _LARGEST_FUSED_RANK
   options = importance_lib.Options(criterion, settings.lora.scale, fused)
+
+  def average(inputs):
+    old, scores, masks = inputs
+    return importance_lib.update_importance(
+      old,
+      scores,
+      masks,
+      axes['params'],
+      norm=criterion.norm,
+      decay=criterion.decay,
+    )
 
   def update_layer(inputs):
     old, signals, masks = inputs
+    scores = importance_lib.element_scores(signals, options)
+    return average((old, scores, masks))
+
+  def update_stack(old, signals, masks):
     if not masks:  # Nothing is ranked after the cut.
       return old
-    scores = importance_lib.element_scores(signals, options)
-    return importance_lib.update_importance(
-      old, scores, masks, axes, norm=criterion.norm, decay=criterion.decay
+    if not kernel:
+      return jax.lax.map(update_layer, (old, signals, masks))
+    sums = block_sums(
+      signals.params,
+      signals.lora,
+      signals.lora_grads,
+      axes,
+      scale=settings.lora.scale,
+      square=criterion.score == 'square',
+      cross_term=criterion.cross_term,
+      mesh=mesh_of(out_sharding),
     )
+    return jax.vmap(average)((old, sums, masks))
 
   def update(importance, params, lora, grads, more, masks, grad_norm):
     new = tuple(
-      jax.lax.map(
-        update_layer,
-        (
-          importance[i],
-          importance_lib.Signals(
-            params['stacks'][i],
-            lora[i],
-            grads[i],
-            stack.start + jnp.arange(stack.size),
-            **{name: value[i] for name, value in more.items()},
-          ),
-          masks[i],
+      update_stack(
+        importance[i],
+        importance_lib.Signals(
+          params['stacks'][i],
+          lora[i],
+          grads[i],
+          stack.start + jnp.arange(stack.size),
+          **{name: value[i] for name, value in more.items()},
         ),
+        masks[i],
       )
       for i, stack in enumerate(stacks)
     )

@@ -50,6 +50,7 @@ LEVELS = (
     'models.cost',
     'models.kernels',
     'models.layers',
+    'pruning.block_sums',
     'pruning.groups',
     'pruning.importance',
   ),

@@ -239,6 +239,16 @@ def test_rematerialisation_changes_nothing(trees, remat):
   _assert_close(blocks, other, atol=1e-6)
 
 
+@pytest.mark.parametrize('remat', ['blocks', 'none'])
+def test_layers_compiled_apart_are_those_of_the_loop(trees, remat):
+  settings = dataclasses.replace(DROPOUT, remat=remat)
+  loop, apart = (
+    _gradients(trees, _batch(2), dataclasses.replace(settings, scan_layers=x))
+    for x in (True, False)
+  )
+  _assert_close(loop, apart, atol=1e-6)
+
+
 def test_a_cpu_without_the_copies_of_offload_is_told_so(monkeypatch):
   monkeypatch.setattr(jax, '__version_info__', (0, 10, 1))
   with pytest.raises(UserError, match='offload on a CPU needs JAX 0.10.2'):

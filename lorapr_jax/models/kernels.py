@@ -7,7 +7,6 @@ numbers. Letters: axes.py.
 
 from collections.abc import Callable
 import functools
-import re
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from lorapr_jax.models.attention import (
   causal_attention,
   same_segment,
 )
-from lorapr_jax.sharding import RULES
+from lorapr_jax.sharding import RULES, compute_capability
 
 AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
 # The splash kernel's tiles are as wide as a TPU's vector registers, or wider.
@@ -45,8 +44,8 @@ def unfit(
   if name == CUDNN:
     if backend != 'gpu':
       return f'it runs on GPU, and the backend is {backend}'
-    capability = str(getattr(device, 'compute_capability', 'unknown'))
-    if not re.fullmatch(r'([89]|\d{2,})\.\d+', capability):
+    if (compute_capability(device) or (0, 0)) < (8, 0):
+      capability = getattr(device, 'compute_capability', 'unknown')
       return (
         'it runs on NVIDIA GPUs of compute capability 8.0 or above, and this '
         f"one's is {capability}"

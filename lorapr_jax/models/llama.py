@@ -254,6 +254,7 @@ def observed_hidden_states(
   valid: Array | None = None,
   dropout_key: Array | None = None,
   remat: str = 'blocks',
+  scan_layers: bool = True,
   dtype: Any = jnp.float32,
   matmul_dtype: Any = None,
   observe: bool = False,
@@ -273,6 +274,8 @@ def observed_hidden_states(
       layer: it adds nothing to what is observed. None: there is none.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
+    scan_layers: whether a stack is a loop over its layers; else each layer is
+      compiled apart.
     dtype: of the activations.
     matmul_dtype: of the operands of the projections; None: as `dtype`.
     observe: whether the projections' inputs are observed.
@@ -303,10 +306,19 @@ def observed_hidden_states(
       )
     block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
     layer = _layer(block, axes, rotation, observe)
+    # Without a loop around them XLA would find both computations of a block,
+    # and keep what they share: barriers against that cost time.
     layer = jax.checkpoint(
-      layer, policy=REMAT_POLICIES[remat], prevent_cse=False
+      layer,
+      policy=REMAT_POLICIES[remat],
+      prevent_cse=not scan_layers and remat != 'none',
     )
-    x, statistics = jax.lax.scan(layer, x, (layers, masks[i], keys))
+    x, statistics = jax.lax.scan(
+      layer,
+      x,
+      (layers, masks[i], keys),
+      unroll=1 if scan_layers else stack.size,
+    )
     observed.append(statistics)
   norm = RMSNorm(config.norm_eps)
   x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
