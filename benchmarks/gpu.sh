@@ -56,6 +56,7 @@ step() {
   step llama-3.2-1b --remat offload,blocks,none
   step llama-3.2-1b --remat dots,none --config.model.scan_layers=False
   step llama-7b --remat dots
+  step llama-7b --remat dots --config.lora.dropout=0.0
 } | tee "$out/step.md"
 echo
 # Operations that CUDA runs as one graph have no names of their own.

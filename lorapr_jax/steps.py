@@ -30,7 +30,8 @@ from lorapr_jax.pruning.masks import initial_masks, select_masks
 from lorapr_jax.sharding import mesh_of, platform
 
 # Of rank 8, XLA for TPU estimates outer products at 0.7 of the cycles of dots,
-# and their operations grow with the rank. Nothing was timed on a TPU.
+# and their operations grow with the rank. Nothing was timed on a TPU, and on a
+# GPU rank 8.
 _LARGEST_FUSED_RANK = 16
 
 
@@ -317,10 +318,11 @@ def make_update_importance(
   axes = llama.block_axes(settings.lora)
   stacks = settings.config.stacks
   first = next(iter(out_sharding.device_set))
-  kernel = criterion.name == 'lora' and runs_on(first)
   # On accelerators XLA makes one pass of a few outer products and what is
   # summed of them; on CPU a product of matrices is many times as fast.
-  fused = first.platform != 'cpu' and settings.lora.rank <= _LARGEST_FUSED_RANK
+  small = settings.lora.rank <= _LARGEST_FUSED_RANK
+  fused = small and first.platform != 'cpu'
+  kernel = small and criterion.name == 'lora' and runs_on(first)
   options = importance_lib.Options(criterion, settings.lora.scale, fused)
 
   def average(inputs):

@@ -241,12 +241,26 @@ def test_rematerialisation_changes_nothing(trees, remat):
 
 @pytest.mark.parametrize('remat', ['blocks', 'none'])
 def test_layers_compiled_apart_are_those_of_the_loop(trees, remat):
-  settings = dataclasses.replace(DROPOUT, remat=remat)
   loop, apart = (
-    _gradients(trees, _batch(2), dataclasses.replace(settings, scan_layers=x))
-    for x in (True, False)
+    _gradients(
+      trees,
+      _batch(2),
+      dataclasses.replace(DROPOUT, remat=remat, scan_layers=scan_layers),
+    )
+    for scan_layers in (True, False)
   )
   _assert_close(loop, apart, atol=1e-6)
+
+
+def test_layers_compiled_apart_are_in_no_loop(trees):
+  loop, apart = (
+    _step(dataclasses.replace(SETTINGS, scan_layers=scan_layers))
+    .lower(*trees, _batch(), jax.random.key(0))
+    .as_text()
+    for scan_layers in (True, False)
+  )
+  # One goes over the layers, one back.
+  assert loop.count('stablehlo.while') - apart.count('stablehlo.while') == 2
 
 
 def test_a_cpu_without_the_copies_of_offload_is_told_so(monkeypatch):

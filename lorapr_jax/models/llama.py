@@ -35,8 +35,8 @@ from lorapr_jax.models.layers import (
 )
 from lorapr_jax.pruning.masks import apply_masks
 
-# What the backward pass keeps of a block's forward pass. No policy keeps the
-# masked weights: they would be a second copy of the model.
+# What the backward pass keeps of a block's forward pass. In a loop over layers
+# no policy keeps the masked weights: they would be a second copy of the model.
 _keep = jax.checkpoint_policies.save_only_these_names
 REMAT_POLICIES = {
   'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -307,7 +307,8 @@ def observed_hidden_states(
     block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
     layer = _layer(block, axes, rotation, observe)
     # Without a loop around them XLA would find both computations of a block,
-    # and keep what they share: barriers against that cost time.
+    # and keep what they share. The barriers against that cost time, and where
+    # all is kept there is nothing to compute twice.
     layer = jax.checkpoint(
       layer,
       policy=REMAT_POLICIES[remat],

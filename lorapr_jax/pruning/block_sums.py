@@ -1,13 +1,13 @@
 """lora-guided scores on a GPU: one pass over the weights, nothing dense.
 
-A kernel of Pallas for each projection of a stack reads W, A, B and the
-gradients of A and B once, a tile at a time, and writes what a tile's scores
-sum up to. XLA, given the same as a sum of outer products, reads the factors
-for every element anew: three times as slow (docs/performance.md).
+A kernel of Pallas for each projection of a stack reads W once, and A, B and
+their gradients once a tile, and writes what a tile's scores sum up to: in
+float32 a 64th of the weights. XLA, given the same as a sum of outer products,
+reads the factors for every element anew: three times as slow
+(docs/performance.md).
 """
 
 import functools
-import importlib.util
 from typing import Any
 
 import jax
@@ -23,13 +23,17 @@ TILE = 64
 
 
 def runs_on(device: Any) -> bool:
-  """Whether the kernel does: NVIDIA GPUs from Ampere on, while JAX has Triton.
+  """Whether the kernel does: on NVIDIA GPUs from Ampere on, if JAX can."""
+  return (compute_capability(device) or (0, 0)) >= (8, 0) and has_triton()
 
-  JAX 0.11.2 says that a later one will not; XLA then computes the scores.
-  """
-  return (compute_capability(device) or (0, 0)) >= (8, 0) and (
-    importlib.util.find_spec('jax.experimental.pallas.triton') is not None
-  )
+
+def has_triton() -> bool:
+  """Whether JAX has Pallas for Triton: 0.11 says that a later one will not."""
+  try:
+    from jax.experimental.pallas.triton import CompilerParams, load, store
+  except ImportError:
+    return False
+  return all((CompilerParams, load, store))
 
 
 def block_sums(
@@ -113,10 +117,10 @@ def _projection_sums(
 
   Args:
     weight: (L, D, outputs...) or (L, inputs..., D).
-    a: (L, inputs..., r), as is
-    grad_a: its gradient.
-    b: (L, r, outputs...), as is
-    grad_b: its gradient.
+    a: (L, inputs..., r).
+    b: (L, r, outputs...).
+    grad_a: as a.
+    grad_b: as b.
     over_inputs: whether D is the input.
     interpret: see `block_sums`.
     **options: of `_kernel`.

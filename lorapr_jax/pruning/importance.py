@@ -187,7 +187,7 @@ def group_scores(
   cut them away computes the same.
 
   Args:
-    scores: from `element_scores`.
+    scores: from `element_scores`, or a layer's `block_sums`.
     masks: {group: array}.
     axes: the axis names of the layer's parameters.
     norm: divide each projection's vector v by ||v||_2 + 1e-8 before adding.

@@ -8,9 +8,11 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 import pytest
 
+from lorapr_jax import steps
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import block_axes, init_lora, param_shapes
+from lorapr_jax.pruning import block_sums
 from lorapr_jax.pruning.importance import (
   Criterion,
   Options,
@@ -197,7 +199,15 @@ def stack_masks(config, groups):
 
 @pytest.mark.parametrize('heads', GROUPS[:2])
 @pytest.mark.parametrize('criterion', [OPTIONS[0], OPTIONS[-1]], ids=str)
-def test_the_jitted_step_is_the_methods_in_every_layer(heads, criterion):
+@pytest.mark.parametrize('kernel', [False, True])
+def test_the_jitted_step_is_the_methods_in_every_layer(
+  heads, criterion, kernel, monkeypatch
+):
+  if kernel and not block_sums.has_triton():
+    pytest.skip('this JAX has no Pallas for Triton')
+  monkeypatch.setattr(steps, 'runs_on', lambda _: kernel)
+  interpreted = functools.partial(block_sums.block_sums, interpret=True)
+  monkeypatch.setattr(steps, 'block_sums', interpreted)
   config = model(WIDE, SHAPE, SHAPE)
   step = make_step(config, criterion)
   masks = stack_masks(config, (heads, 'mlp'))
