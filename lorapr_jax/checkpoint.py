@@ -22,6 +22,13 @@ from lorapr_jax.steps import TrainState
 RUN_FILE = 'run.json'
 SUMMARY_FILE = 'summary.json'
 METRICS_FILE = 'metrics.jsonl'
+# Settings with which a run may go on otherwise than it began: how its work is
+# laid out over devices and memory.
+_FREE = {
+  'mesh': None,
+  'model': ('attention', 'remat', 'scan_layers'),
+  'train': ('loss_chunk', 'micro_batch_size'),
+}
 
 
 def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
@@ -50,7 +57,7 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
   if path.exists():
-    for difference in _differences(read_json(path), _plain(run)):
+    for difference in _differences(_bound(read_json(path)), _bound(run)):
       raise UserError(
         f'{workdir} belongs to a run with another {difference}: choose '
         'another --workdir, or go on with the settings in its run.json'
@@ -70,6 +77,25 @@ def claim_workdir(workdir: Path, run: dict[str, Any]) -> None:
 
 def _plain(run: dict[str, Any]) -> Any:
   return json.loads(json.dumps(run))
+
+
+def _bound(run: dict[str, Any]) -> dict[str, Any]:
+  """A run.json without what is free."""
+  config = _plain(run).get('config')
+  if not isinstance(config, dict):
+    return run
+  kept = {
+    section: keys
+    if not isinstance(keys, dict)
+    else {
+      key: value
+      for key, value in keys.items()
+      if key not in _FREE.get(section, ())
+    }
+    for section, keys in config.items()
+    if _FREE.get(section, ()) is not None
+  }
+  return {**_plain(run), 'config': kept}
 
 
 def _differences(old: Any, new: Any, at: str = '') -> list[str]:

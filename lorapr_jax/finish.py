@@ -6,7 +6,7 @@ from pathlib import Path
 import time
 from typing import Any
 
-from lorapr_jax import routes, steps
+from lorapr_jax import processes, routes, steps
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import Perplexity
@@ -152,8 +152,9 @@ def export_run(
     route = run_route(kind, settings, workdir, model)
     # Of this run, killed before its summary was written.
     folder = route.path.parent if kind == 'gguf' else route.path
-    if folder.exists():
+    if processes.is_first() and folder.exists():
       folder.rename(folder.with_name(f'{folder.name}-{time.time_ns()}'))
+    processes.wait_for_others(f'make {folder}')
     exports[kind] = routes.write(route, model, weights)
   return exports
 

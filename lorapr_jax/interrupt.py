@@ -7,6 +7,8 @@ import time
 from types import FrameType
 from typing import Any, Protocol
 
+from lorapr_jax import processes
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -29,6 +31,10 @@ class StopSignals:
   always does: SIGINT raises KeyboardInterrupt, SIGTERM ends the process. Python
   lets the main thread alone set handlers; in another thread nothing changes.
 
+  Many processes must stop after the same step: there SIGTERM, which announces
+  that a machine will be taken away, is left to JAX, which tells the others, and
+  SIGINT to Python.
+
   Attributes:
     signum: of the signal that came; None so far.
   """
@@ -40,7 +46,8 @@ class StopSignals:
     self._old: dict[int, Any] = {}
 
   def __enter__(self) -> 'StopSignals':
-    if threading.current_thread() is threading.main_thread():
+    alone = processes.count() == 1
+    if alone and threading.current_thread() is threading.main_thread():
       for signum in _SIGNALS:
         # Shells let background jobs ignore SIGINT: that stays. None is a
         # handler that Python did not set and could not put back.
@@ -50,6 +57,16 @@ class StopSignals:
 
   def __exit__(self, *_: Any) -> None:
     self._restore()
+
+  def stop_after(self, step: int) -> bool:
+    """Whether the loop is to stop after a step, the same on all processes.
+
+    Args:
+      step: of the run; each process asks after every step.
+    """
+    if processes.told_to_stop(step):
+      self.signum = signal.SIGTERM
+    return self.signum is not None
 
   def _handle(self, signum: int, _: FrameType | None) -> None:
     self._restore()

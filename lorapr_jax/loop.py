@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from lorapr_jax import checkpoint, interrupt, optimizer, steps
+from lorapr_jax import checkpoint, interrupt, optimizer, processes, steps
 from lorapr_jax.compilation_cache import SavedSeconds
 from lorapr_jax.cut import (
   Base,
@@ -144,7 +144,8 @@ def train_phase(
     checkpoints.close()
     return Trained(state, base, cuts or ())
   first_of_run = phase.first_step + first_step
-  checkpoint.trim_metrics(workdir, first_of_run)
+  if processes.is_first():
+    checkpoint.trim_metrics(workdir, first_of_run)
   if first_step:
     display.print(f'resuming at step {first_of_run} of {total}')
 
@@ -261,7 +262,7 @@ def train_phase(
             milestones, step, record['seconds'], compiled, settings
           )
           print_cuts(cuts, display)
-      stopping = signals.signum is not None
+      stopping = signals.stop_after(phase.first_step + step)
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
         repaired = repaired_of(base.params) if functions.compensate else ()

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lorapr_jax import steps
+from lorapr_jax import processes, steps
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
 from lorapr_jax.hf.export import (
@@ -16,6 +17,7 @@ from lorapr_jax.hf.export import (
   GGUF_DTYPES,
   MAX_SHARD_BYTES,
   export_model,
+  hf_tensors,
   new_folder,
   resolve_layout,
   resolve_model_type,
@@ -170,7 +172,15 @@ def write(route: Route, model: Model, weights: Weights) -> dict[str, Any]:
   layout = resolve_layout(config, route.layout)
   stored = _padded(weights, model) if layout == 'padded' else weights
   dtype = route.stored_dtype(model)
-  _WRITERS[route.kind](route, model, stored, config, layout)
+  processes.wait_for_others(f'write {route.path}')
+  if processes.is_first():
+    _WRITERS[route.kind](route, model, stored, config, layout)
+  else:  # What is gathered for the first process is gathered from all.
+    params = stored.base if route.kind == 'peft' else stored.merged
+    for _ in hf_tensors(params, config, np.float32):
+      pass
+  processes.wait_for_others(f'read {route.path}')
+  processes.check_shared(route.path)
   read, read_config = _read_back(route, model, stored)
 
   expected = _logits(weights.merged, model.config)

@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 from rich.console import Console
 
-from lorapr_jax import checkpoint
+from lorapr_jax import checkpoint, processes
 from lorapr_jax.cut import Base, cut_adapters, kept_of, widened
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.remembered import remembered_perplexity
@@ -46,7 +46,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     workdir: new, or of the same run.
 
   Returns:
-    What summary.json holds.
+    What summary.json holds; {} on all processes but the first.
 
   Raises:
     UserError: for a mistake in config, data, model or workdir.
@@ -65,8 +65,10 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   if 'gguf' in settings.export.routes:
     vocabulary(settings.model_path, settings.step.config)
 
-  console, name = Console(stderr=True), model_name(settings.model_path)
-  with Display(console, name, total_steps(settings)) as display:
+  console = Console(stderr=True, quiet=not processes.is_first())
+  name = model_name(settings.model_path)
+  steps, hint = total_steps(settings), processes.hint()
+  with Display(console, name, steps, hint) as display:
     return run_phases(settings, places, identity, workdir, display)
 
 
@@ -82,7 +84,10 @@ def run_phases(
   display.start('data')
   first, *later = phases(settings)
   streams, held_out = load_data(settings, (p.data for p in (first, *later)))
-  checkpoint.claim_workdir(workdir, identity)
+  if processes.is_first():
+    checkpoint.claim_workdir(workdir, identity)
+  processes.wait_for_others('claim the workdir')
+  processes.check_shared(workdir / checkpoint.RUN_FILE)
   summary.print_plan(settings, display.print)
 
   # --- Model: the base is frozen, but for what compensation repairs; the state
@@ -149,7 +154,7 @@ def run_phases(
     settings=identity['config']['prune'],
   )
   check_counts(settings.plan, model.config)
-  if settings.plan:
+  if settings.plan and processes.is_first():
     layers = settings.plan.prunable_layers
     write_scores(workdir / IMPORTANCE_FILE, groups, dense, layers)
   left = kept_of(state.masks)
@@ -188,6 +193,8 @@ def run_phases(
   display.start('export')
   exports = export_run(settings, workdir, model, weights)
   display.stop()
+  if not processes.is_first():
+    return {}
 
   # --- Summary.
   result = {
@@ -223,4 +230,6 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
     'compute_dtype': settings.step.dtype.name,
     'matmul_dtype': settings.step.matmul_dtype.name,
     'model': settings.step.config.to_hf(),
+    # With another mesh.tensor other counts may be the nearest.
+    'keep': settings.plan.keep if settings.plan else {},
   }

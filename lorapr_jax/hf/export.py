@@ -19,6 +19,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.files import new_path, write_json
 from lorapr_jax.hf.mapping import hf_name, letters_of, locate, to_hf_layout
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.processes import to_host
 
 LAYOUTS = ('auto', 'uniform', 'two_shape', 'padded')
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -151,14 +152,17 @@ def hf_config(
 def hf_tensors(
   params: Any, config: LlamaConfig, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor under Hugging Face's name and layout, one at a time."""
+  """Every tensor under Hugging Face's name and layout, one at a time.
+
+  Of weights that lie on several processes all must go through all tensors.
+  """
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
     path, layers = locate(key_path, config.stacks)
     if layers is None:
-      yield hf_name(path), _cast(hf_name(path), np.asarray(leaf), dtype)
+      yield hf_name(path), _cast(hf_name(path), to_host(leaf), dtype)
       continue
     for row, layer in enumerate(layers):
-      x = to_hf_layout(np.asarray(leaf[row]), letters_of(path))
+      x = to_hf_layout(to_host(leaf[row]), letters_of(path))
       yield hf_name(path, layer), _cast(hf_name(path, layer), x, dtype)
 
 

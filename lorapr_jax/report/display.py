@@ -27,11 +27,12 @@ class Display(contextlib.AbstractContextManager):
     warnings: each once.
   """
 
-  def __init__(self, console: Console, title: str, steps: int):
-    """A run of `steps` steps; `title` is the panel's."""
+  def __init__(self, console: Console, title: str, steps: int, hint: str = ''):
+    """A run of `steps` steps; `title` is the panel's, `hint` goes with each."""
     self.seconds: dict[str, float] = {}
     self.warnings: list[str] = []
     self._console, self._title, self._steps = console, title, steps
+    self._hint = hint
     self._phase: str | None = None
     self._begin = 0.0
     self._step: int | None = None
@@ -89,6 +90,7 @@ class Display(contextlib.AbstractContextManager):
       f'parameters kept {record["params_kept"]:.1%}',
       f'{record["tokens_per_second"]:,.0f} tokens/s  '
       f'memory {memory_bytes / 1e9:.2f} GB  {left} left',
+      *([self._hint] if self._hint else []),
     ]
     if not self._live:
       self.print(f'{self._step}/{self._steps}  ' + '  '.join(self._lines))

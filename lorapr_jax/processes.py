@@ -1,0 +1,131 @@
+"""The processes of a run: how they find each other, and which one writes."""
+
+import os
+from pathlib import Path
+import sys
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from lorapr_jax.errors import UserError
+
+# After so many seconds without a word from one process the others end: it was
+# killed, or its machine is gone.
+HEARTBEAT_SECONDS = 60
+FLAGS = ('coordinator_address', 'num_processes', 'process_id')
+
+
+def connect(
+  coordinator_address: str | None = None,
+  num_processes: str | None = None,
+  process_id: str | None = None,
+) -> None:
+  """Joins the other processes of the run, if there are any.
+
+  Without arguments JAX finds them: on Cloud TPU, under SLURM and under Open
+  MPI. It must come before anything asks for devices.
+
+  Args:
+    coordinator_address: HOST:PORT, of the first process.
+    num_processes: of all.
+    process_id: of this one, from 0.
+
+  Raises:
+    UserError: if some of these are given and others not, or are no numbers.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if given == (None, None, None):
+    if _of_a_cluster():
+      _initialize()
+    return
+  flags = ', '.join(f'--{flag}' for flag in FLAGS)
+  if None in given:
+    raise UserError(f'{flags} go together: give all, or none')
+  host, _, port = coordinator_address.rpartition(':')
+  numbers = (port, num_processes, process_id)
+  if not host or not all(number.isdecimal() for number in numbers):
+    raise UserError(
+      f'{flags} are {", ".join(given)}: HOST:PORT and two numbers are expected'
+    )
+  if int(process_id) >= int(num_processes):
+    raise UserError(
+      f'--process_id={process_id} is not below --num_processes={num_processes}'
+    )
+  _initialize(coordinator_address, int(num_processes), int(process_id))
+
+
+def _initialize(*given: Any) -> None:
+  jax.distributed.initialize(
+    *given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+  )
+  if jax.default_backend() == 'cpu':
+    # Read from the cache, a program's exchanges come in any order.
+    jax.config.update('jax_enable_compilation_cache', False)
+  if not is_first():
+    place = f'process {jax.process_index()} of {count()}: process 0 has the log'
+    print(f'{place}; {hint()}', file=sys.stderr, flush=True)
+
+
+def _of_a_cluster() -> bool:
+  """Whether the environment says that other processes belong to this one."""
+  counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+  if any(int(os.environ.get(name, 1)) > 1 for name in counts):
+    return True
+  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
+  return ',' in hosts or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
+
+
+def count() -> int:
+  """How many there are."""
+  return jax.process_count()
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes, and speaks."""
+  return jax.process_index() == 0
+
+
+def hint() -> str:
+  """What to do if one of many ends, which ends the others without a word."""
+  if count() == 1:
+    return ''
+  return 'if a process dies, run the same command again on all of them'
+
+
+def wait_for_others(where: str) -> None:
+  """Returns once all processes have come to this place, which has a name."""
+  if count() > 1:
+    multihost_utils.sync_global_devices(where)
+
+
+def told_to_stop(step: int) -> bool:
+  """Whether one of many got SIGTERM: after the same step True for all of them.
+
+  Args:
+    step: of the run; every process asks after every step.
+  """
+  return count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+
+def check_shared(path: Path) -> None:
+  """Refuses a path that the first process has made and this one cannot see.
+
+  Raises:
+    UserError: saying so.
+  """
+  if not path.exists():
+    raise UserError(
+      f'{path} is not there on process {jax.process_index()}: all processes '
+      'need the same --workdir on a file system that they share'
+    )
+
+
+def to_host(x: Any) -> np.ndarray:
+  """The whole of an array. If it lies on several processes, all must ask."""
+  if isinstance(x, jax.Array) and not (
+    x.is_fully_addressable or x.is_fully_replicated
+  ):
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)
