@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other, and which one writes."""
 
+import importlib.util
 import os
 from pathlib import Path
 import sys
@@ -36,11 +37,16 @@ def connect(
     UserError: if some of these are given and others not, or are no numbers.
   """
   given = (coordinator_address, num_processes, process_id)
-  if given == (None, None, None):
-    if _of_a_cluster():
-      _initialize()
-    return
   flags = ', '.join(f'--{flag}' for flag in FLAGS)
+  if given == (None, None, None):
+    found = _has_others()
+    if found or _on_tpu_host():
+      try:
+        _initialize()
+      except ValueError as error:  # JAX knows no such cluster.
+        if found:
+          raise UserError(f'{error} Give {flags}') from None
+    return
   if None in given:
     raise UserError(f'{flags} go together: give all, or none')
   host, _, port = coordinator_address.rpartition(':')
@@ -68,13 +74,18 @@ def _initialize(*given: Any) -> None:
     print(f'{place}; {hint()}', file=sys.stderr, flush=True)
 
 
-def _of_a_cluster() -> bool:
-  """Whether the environment says that other processes belong to this one."""
+def _has_others() -> bool:
+  """Whether what started this process says that it started others too."""
   counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
-  if any(int(os.environ.get(name, 1)) > 1 for name in counts):
-    return True
-  hosts = os.environ.get('TPU_WORKER_HOSTNAMES', '')
-  return ',' in hosts or 'MEGASCALE_COORDINATOR_ADDRESS' in os.environ
+  return any(int(os.environ.get(name, 1)) > 1 for name in counts)
+
+
+def _on_tpu_host() -> bool:
+  """Whether TPU chips are here: then it may be one host of a pod."""
+  chips = (*Path('/dev').glob('accel[0-9]*'), *Path('/dev/vfio').glob('[0-9]*'))
+  wanted = os.environ.get('JAX_PLATFORMS', 'tpu')
+  libtpu = importlib.util.find_spec('libtpu') is not None
+  return bool(chips) and libtpu and 'tpu' in wanted
 
 
 def count() -> int:
