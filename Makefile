@@ -12,7 +12,7 @@ NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
 .PHONY: demo compare test test-slow test-report test-package test-lowest \
-  test-export test-aot test-gpu bench bench-scaling docs lint clean
+  test-export test-aot test-gpu soak bench bench-scaling docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
 	$(BIN)/python train.py --config=configs/smollm2_135m.py --workdir=$(NEXT)
@@ -25,7 +25,7 @@ compare: .venv/run $(MODEL)/config.json
 # What has a target of its own below is not among these. Two files at a time:
 # most of their time is compiling, on one core.
 MAIN := -n 2 --dist loadfile --no-loadscope-reorder \
-  -m 'not aot and not gpu and not slow and not packaging and not browser'
+  -m 'not (aot or gpu or slow or soak or packaging or browser)'
 
 # Ours beside PyTorch's, and how a step grows with its sizes.
 bench: .venv/dev $(MODEL)/config.json
@@ -60,6 +60,10 @@ test-lowest: .venv-lowest/dev
 # What the TPU's compiler makes of the step, without a TPU.
 test-aot: .venvs/aot/made
 	JAX_PLATFORMS=cpu .venvs/aot/bin/python -m pytest -m aot tests/aot
+
+# Twenty kills at random moments of one run.
+soak: .venv/dev
+	$(BIN)/python -m pytest -m soak tests/test_soak.py
 
 # What only an NVIDIA GPU can show.
 test-gpu: .venv/gpu

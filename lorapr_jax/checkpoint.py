@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lorapr_jax import processes
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json, write_text
 from lorapr_jax.steps import TrainState
@@ -204,13 +205,17 @@ def _patient_loops() -> Iterator[None]:
     asyncio.set_event_loop_policy(before)
 
 
+class Damaged(UserError):
+  """A checkpoint cannot be read."""
+
+
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
   try:
     with _patient_loops():
       yield
   except Exception as error:  # What damage raises is up to orbax.
-    raise UserError(
+    raise Damaged(
       f'{folder} cannot be read, because it is damaged: move it away to go on '
       'from the checkpoint before it, or from the start'
     ) from error
@@ -240,12 +245,19 @@ class Saved(NamedTuple):
   cuts: tuple[int, ...] | None
 
 
+class _Manager(ocp.CheckpointManager):
+  """Orbax's, but that the loop alone asks whether it is to stop."""
+
+  def reached_preemption(self, step: int) -> bool:
+    return False
+
+
 class Checkpoints:
   """The train states of a phase: everything but what stays of the base."""
 
   def __init__(self, folder: Path, keep: int):
     """Opens a folder; the newest `keep` are kept."""
-    self._manager = ocp.CheckpointManager(
+    self._manager = _Manager(
       folder.absolute(),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
@@ -257,7 +269,7 @@ class Checkpoints:
     """The newest complete checkpoint, if there is one.
 
     Raises:
-      UserError: if it cannot be read.
+      Damaged: if it cannot be read.
     """
     step = self._manager.latest_step()
     if step is None:
@@ -277,7 +289,7 @@ class Checkpoints:
       place: where all that has no sharding of its own will lie.
 
     Raises:
-      UserError: if it cannot be read.
+      Damaged: if it cannot be read.
     """
     abstract = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
@@ -289,6 +301,27 @@ class Checkpoints:
       return self._manager.restore(
         saved.step, args=ocp.args.StandardRestore(abstract)
       )
+
+  def set_newest_aside(self) -> str | None:
+    """Moves the newest checkpoint away, if there is one before it.
+
+    Returns:
+      What was done, for the user; None if there is no other.
+    """
+    *before, step = sorted(self._manager.all_steps())
+    if not before:
+      return None
+    folder = self._manager.directory
+    aside = folder.with_name(f'{folder.name}-damaged') / str(step)
+    if processes.is_first():
+      aside.parent.mkdir(exist_ok=True)
+      (folder / str(step)).rename(aside)
+    processes.wait_for_others(f'set step {step} aside')
+    self._manager.reload()
+    return (
+      f'{folder / str(step)} cannot be read, because it is damaged: it is now '
+      f'{aside}, and the run goes on from step {before[-1]}'
+    )
 
   def save(
     self, state: TrainState, step: int, cuts: tuple[int, ...] | None

@@ -62,7 +62,8 @@ def pruned_model(
   name = model_name(base)
   origin = {
     'name': name,
-    'sha256': base and content_hash(base),
+    # Many processes would read all of it many times, and one writes it.
+    'sha256': content_hash(base) if base and processes.is_first() else None,
     'config': config.to_hf(),
   }
   return routes.Model(
@@ -154,7 +155,7 @@ def export_run(
     folder = route.path.parent if kind == 'gguf' else route.path
     if processes.is_first() and folder.exists():
       folder.rename(folder.with_name(f'{folder.name}-{time.time_ns()}'))
-    processes.wait_for_others(f'make {folder}')
+    processes.wait_for_others(f'make {kind}')
     exports[kind] = routes.write(route, model, weights)
   return exports
 

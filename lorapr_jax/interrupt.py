@@ -58,13 +58,9 @@ class StopSignals:
   def __exit__(self, *_: Any) -> None:
     self._restore()
 
-  def stop_after(self, step: int) -> bool:
-    """Whether the loop is to stop after a step, the same on all processes.
-
-    Args:
-      step: of the run; each process asks after every step.
-    """
-    if processes.told_to_stop(step):
+  def stops(self) -> bool:
+    """Whether the loop is to stop; asked after each step, on all processes."""
+    if processes.told_to_stop():
       self.signum = signal.SIGTERM
     return self.signum is not None
 
@@ -76,6 +72,13 @@ class StopSignals:
   def _restore(self) -> None:
     while self._old:
       signal.signal(*self._old.popitem())
+
+
+def let_sigterm_end() -> None:
+  """Gives SIGTERM its own meaning back, which JAX takes from many processes."""
+  alone = processes.count() == 1
+  if not alone and threading.current_thread() is threading.main_thread():
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Array(Protocol):

@@ -128,9 +128,18 @@ def train_phase(
   checkpoints = checkpoint.Checkpoints(
     workdir / phase.checkpoints, train.checkpoints_kept
   )
-  if saved := checkpoints.newest():
-    cuts = saved.cuts
-    state, base = resume(checkpoints, saved, base, phase, new_state, settings)
+  restored = None
+  while restored is None:
+    try:
+      if not (saved := checkpoints.newest()):
+        break
+      restored = resume(checkpoints, saved, base, phase, new_state, settings)
+    except checkpoint.Damaged:
+      if (done := checkpoints.set_newest_aside()) is None:
+        raise
+      display.warn(done)
+  if restored:
+    cuts, (state, base) = saved.cuts, restored
   else:
     cuts = first_cuts(milestones, settings.shrink)
     if milestones and settings.shrink not in (END, AUTO):
@@ -262,7 +271,7 @@ def train_phase(
             milestones, step, record['seconds'], compiled, settings
           )
           print_cuts(cuts, display)
-      stopping = signals.stop_after(phase.first_step + step)
+      stopping = signals.stops()
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
         repaired = repaired_of(base.params) if functions.compensate else ()

@@ -1,9 +1,13 @@
 """The processes of a run: how they find each other, and which one writes."""
 
+import hashlib
 import importlib.util
+import itertools
+import json
 import os
 from pathlib import Path
 import sys
+import time
 from typing import Any
 
 import jax
@@ -15,6 +19,7 @@ from lorapr_jax.errors import UserError
 # After so many seconds without a word from one process the others end: it was
 # killed, or its machine is gone.
 HEARTBEAT_SECONDS = 60
+VISIBLE_SECONDS = 90
 FLAGS = ('coordinator_address', 'num_processes', 'process_id')
 
 
@@ -59,16 +64,26 @@ def connect(
     raise UserError(
       f'--process_id={process_id} is not below --num_processes={num_processes}'
     )
-  _initialize(coordinator_address, int(num_processes), int(process_id))
+  _initialize(
+    coordinator_address,
+    int(num_processes),
+    int(process_id),
+    # Else what SLURM says would give each process one device.
+    cluster_detection_method='deactivate',
+  )
 
 
-def _initialize(*given: Any) -> None:
+def _initialize(*given: Any, **how: Any) -> None:
   jax.distributed.initialize(
-    *given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS
+    *given,
+    **how,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    shutdown_timeout_seconds=HEARTBEAT_SECONDS,
   )
   if jax.default_backend() == 'cpu':
     # Read from the cache, a program's exchanges come in any order.
     jax.config.update('jax_enable_compilation_cache', False)
+  wait_for_others('connect')
   if not is_first():
     place = f'process {jax.process_index()} of {count()}: process 0 has the log'
     print(f'{place}; {hint()}', file=sys.stderr, flush=True)
@@ -111,13 +126,16 @@ def wait_for_others(where: str) -> None:
     multihost_utils.sync_global_devices(where)
 
 
-def told_to_stop(step: int) -> bool:
-  """Whether one of many got SIGTERM: after the same step True for all of them.
+# How often this process has asked whether to stop.
+_asked = itertools.count(1)
 
-  Args:
-    step: of the run; every process asks after every step.
-  """
-  return count() > 1 and multihost_utils.reached_preemption_sync_point(step)
+
+def told_to_stop() -> bool:
+  """Whether one of many got SIGTERM: True for all of them at the same call."""
+  # Of the next call, not of a step: a run that goes on does not begin at 0.
+  return count() > 1 and multihost_utils.reached_preemption_sync_point(
+    next(_asked)
+  )
 
 
 def check_shared(path: Path) -> None:
@@ -126,10 +144,38 @@ def check_shared(path: Path) -> None:
   Raises:
     UserError: saying so.
   """
-  if not path.exists():
+  if is_first():
+    return
+  # A network's file system may remember for a while that it was not there.
+  end = time.monotonic() + VISIBLE_SECONDS
+  while not path.exists():
+    if time.monotonic() > end:
+      raise UserError(
+        f'{path} is not there on process {jax.process_index()}: all processes '
+        'need the same --workdir on a file system that they share'
+      )
+    time.sleep(0.5)
+
+
+def check_same(value: Any, what: str) -> None:
+  """Refuses processes that would not do the same.
+
+  Args:
+    value: of JSON's types.
+    what: it is, for the error.
+
+  Raises:
+    UserError: on all of them.
+  """
+  if count() == 1:
+    return
+  text = json.dumps(value, sort_keys=True)
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  others = multihost_utils.process_allgather(digest)
+  if (others != others[0]).any():
     raise UserError(
-      f'{path} is not there on process {jax.process_index()}: all processes '
-      'need the same --workdir on a file system that they share'
+      f'{what} differ between processes: start all of them with the same '
+      'command, code and files'
     )
 
 

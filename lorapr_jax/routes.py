@@ -172,14 +172,15 @@ def write(route: Route, model: Model, weights: Weights) -> dict[str, Any]:
   layout = resolve_layout(config, route.layout)
   stored = _padded(weights, model) if layout == 'padded' else weights
   dtype = route.stored_dtype(model)
-  processes.wait_for_others(f'write {route.path}')
+  processes.wait_for_others(f'write {route.kind}')
   if processes.is_first():
     _WRITERS[route.kind](route, model, stored, config, layout)
   else:  # What is gathered for the first process is gathered from all.
     params = stored.base if route.kind == 'peft' else stored.merged
-    for _ in hf_tensors(params, config, np.float32):
+    as_written = np.float32 if route.kind == 'gguf' else jnp.dtype(dtype)
+    for _ in hf_tensors(params, config, as_written):
       pass
-  processes.wait_for_others(f'read {route.path}')
+  processes.wait_for_others(f'read {route.kind}')
   processes.check_shared(route.path)
   read, read_config = _read_back(route, model, stored)
 

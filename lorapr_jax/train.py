@@ -9,7 +9,7 @@ from typing import Any
 from ml_collections import config_dict
 from rich.console import Console
 
-from lorapr_jax import checkpoint, processes
+from lorapr_jax import checkpoint, interrupt, processes
 from lorapr_jax.cut import Base, cut_adapters, kept_of, widened
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.remembered import remembered_perplexity
@@ -58,7 +58,9 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   settings = split_config(config)
   places = Places.of(settings, settings.step.config)
   identity = {'config': config.to_dict(), 'resolved': resolved(settings)}
-  checkpoint.check_workdir(workdir, identity)
+  processes.check_same(identity, 'settings')
+  if processes.is_first():
+    checkpoint.check_workdir(workdir, identity)
   if settings.model_path:
     check_tensors(Shards(settings.model_path), settings.step.config)
   metrics.check_writers(settings.log)
@@ -168,6 +170,7 @@ def run_phases(
   for phase in later:
     state, base, _ = run_phase(phase, base, lora=lora)
     lora, skipped = state.lora, skipped + int(state.skipped)
+  interrupt.let_sigterm_end()
   if skipped:
     display.warn(
       f'{skipped} of {sum(p.steps for p in (first, *later))} steps changed '

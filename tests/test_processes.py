@@ -37,7 +37,9 @@ COMMAND = (
 class Run:
   """The processes of one start of a run."""
 
-  def __init__(self, workdir, processes, devices, **mesh):
+  def __init__(self, workdir, processes, devices, own=(), **mesh):
+    """`own` are flags of the last process."""
+    mine = own
     settings = SETTINGS | {f'mesh.{axis}': n for axis, n in mesh.items()}
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
     self.metrics = workdir / 'metrics.jsonl'
@@ -51,6 +53,8 @@ class Run:
       if processes > 1:
         own = [f'--coordinator_address={address}', f'--process_id={index}']
         own += [f'--num_processes={processes}']
+      if index == processes - 1:
+        own += mine
       log = workdir.with_name(f'{workdir.name}-{self.began}-{index}.log')
       self._logs.append(log)
       with open(log, 'w') as file:
@@ -168,6 +172,14 @@ def test_what_is_killed_or_moved_to_fewer_devices_ends_as_undisturbed(
   _assert_same(workdir, alone)
 
 
+def test_processes_that_would_not_do_the_same_end_at_once(tmp_path):
+  run = Run(tmp_path / 'run', 2, 4, own=('--config.train.seed=1',))
+  run.end(1, 1)
+  for error in run.errors():
+    assert 'error: settings differ between processes' in error
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize(
   'given, message',
   [
@@ -191,7 +203,9 @@ def test_flags_that_cannot_be_are_refused(given, message):
     processes.connect(**given)
 
 
-def test_a_workdir_that_others_do_not_see_is_refused(tmp_path):
+def test_a_workdir_that_others_do_not_see_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(processes, 'is_first', lambda: False)
+  monkeypatch.setattr(processes, 'VISIBLE_SECONDS', 1)
   processes.check_shared(tmp_path)
   with pytest.raises(UserError, match='a file system that they share'):
     processes.check_shared(tmp_path / 'nowhere')
@@ -209,7 +223,12 @@ def test_the_environment_says_whether_there_are_others(monkeypatch):
   assert not called
   monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '4')
   processes.connect()
-  assert called == [{'heartbeat_timeout_seconds': processes.HEARTBEAT_SECONDS}]
+  assert called == [
+    dict.fromkeys(
+      ('heartbeat_timeout_seconds', 'shutdown_timeout_seconds'),
+      processes.HEARTBEAT_SECONDS,
+    )
+  ]
 
 
 def test_a_run_goes_on_with_another_mesh_but_not_with_other_counts(

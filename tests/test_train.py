@@ -145,10 +145,19 @@ def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(
       f'again: {command} --workdir={workdir}'
     )
     assert out == '' and 'Traceback' not in err
+  # What cannot be read is set aside, and the one before it is used.
+  folder = workdir / 'checkpoints'
+  before, newest = sorted(int(path.name) for path in folder.iterdir())[-2:]
+  for path in (folder / str(newest)).rglob('*'):
+    if path.is_file() and path.parent.name == 'd':
+      path.write_bytes(path.read_bytes()[:10])
   process = start(workdir)
   _, err = process.communicate()
   assert process.returncode == 0, err
-  assert f'resuming at step {resumed_at} of 60' in err
+  damaged = workdir / 'checkpoints-damaged' / str(newest)
+  assert f'is damaged: it is now {damaged}, and the run goes on from' in err
+  assert f'resuming at step {before} of 60' in err
+  assert damaged.is_dir()
   assert_same_run(workdir, undisturbed[0])
 
 

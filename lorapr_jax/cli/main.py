@@ -45,11 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
-    return 1
+    return _failed()
   except OSError as error:
     where = f'{error.filename}: ' if error.filename else ''
     print(f'error: {where}{error.strerror or error}', file=sys.stderr)
-    return 1
+    return _failed()
   except Stopped as stopped:
     print(f'{stopped}; {_how_to_go_on()}', file=sys.stderr)
     return stopped.status
@@ -60,6 +60,15 @@ def main(argv: list[str] | None = None) -> int:
     # Not sys.exit, in which JAX waits for all that it was given to compute.
     os._exit(128 + signal.SIGINT)
   return 0
+
+
+def _failed() -> int:
+  """The exit status. One of many processes ends at once, and so the others."""
+  jax = sys.modules.get('jax')
+  if jax and jax.distributed.is_initialized():
+    sys.stdout.flush()
+    os._exit(1)  # An ordinary end would wait for the others.
+  return 1
 
 
 def _how_to_go_on() -> str:

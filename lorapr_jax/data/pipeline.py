@@ -201,8 +201,11 @@ def _new_folder(folder: Path) -> Iterator[Path]:
       partial.mkdir()
       yield partial
       # Another process may have been faster, with the same.
-      if not folder.exists():
+      try:
         os.replace(partial, folder)
+      except OSError:
+        if not folder.exists():
+          raise
   except OSError as error:
     raise UserError(
       f'{folder.parent} cannot hold the packed text '

@@ -39,7 +39,7 @@ class Display(contextlib.AbstractContextManager):
     self._lines: list[str] = []
     self._notice: str | None = None
     self._live: Live | None = None
-    if console.is_interactive:
+    if console.is_interactive and not console.quiet:
       self._live = Live(console=console, get_renderable=self._panel)
     self._handler = _Warnings(self)
     self._logger = logging.getLogger(__name__.partition('.')[0])
