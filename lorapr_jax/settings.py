@@ -38,7 +38,7 @@ from lorapr_jax.sections import (
   TrainSettings,
   choose,
 )
-from lorapr_jax.sharding import mesh_sizes
+from lorapr_jax.sharding import divisors, mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
@@ -244,7 +244,8 @@ def split_model(
     if shape.num_kv_heads % tensor_parallel:
       raise UserError(
         f'mesh.tensor={tensor_parallel} does not divide the '
-        f'{shape.num_kv_heads} KV heads of the model: choose a divisor'
+        f'{shape.num_kv_heads} KV heads of the model: '
+        f'{divisors(shape.num_kv_heads, tensor_parallel)} would do'
       )
   lora = LoraConfig(
     rank=config.lora.rank,

@@ -57,6 +57,12 @@ def mesh_sizes(
   return sizes
 
 
+def divisors(size: int, most: int) -> str:
+  """Those of a size up to `most`, for a message: '1, 2 or 4'."""
+  found = [str(n) for n in range(1, min(size, most) + 1) if size % n == 0]
+  return ' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))
+
+
 def make_mesh(
   sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
@@ -110,7 +116,7 @@ def sharding(
     if size % parts:
       raise UserError(
         f'{name} has size {size}, which mesh.{"*".join(names)}={parts} does '
-        f'not divide: choose a divisor of {size}'
+        f'not divide: {divisors(size, mesh.size)} would do'
       )
   return NamedSharding(mesh, spec)
 

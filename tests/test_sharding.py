@@ -108,6 +108,7 @@ def test_a_tensor_lies_where_the_rules_say():
   ],
 )
 def test_a_size_that_the_mesh_does_not_divide_is_refused(axes, shape, named):
+  fit = {3: '1 or 3', 15: '1, 3 or 5', 6: '1, 2, 3 or 6'}
   mesh = _mesh(2, 2, 2)
   axis, size, mesh_axis = named
   parts = 4 if '*' in mesh_axis else 2
@@ -115,6 +116,7 @@ def test_a_size_that_the_mesh_does_not_divide_is_refused(axes, shape, named):
     sharding.sharding(mesh, axes, shape)
   assert f'{axis} has size {size}' in str(error.value)
   assert f'mesh.{mesh_axis}={parts}' in str(error.value)
+  assert str(error.value).endswith(f'divide: {fit[size]} would do')
 
 
 def test_a_name_without_a_rule_is_an_error():
