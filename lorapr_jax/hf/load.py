@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, Sharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -186,25 +189,45 @@ def place_params(
     def read_one(index):
       return tensor_of(hf_name(path))[index].astype(dtype)
 
-    def read_stack(index):
-      lengths = [
-        len(range(*part.indices(size)))
-        for part, size in zip(index, leaf.shape, strict=True)
-      ]
-      out = np.empty(lengths, dtype)
-      for row, layer in enumerate(layers[index[0]]):
-        out[row] = read_slices(
-          tensor_of(hf_name(path, layer)),
-          leaf.shape[1:],
-          index[1:],
-          letters_of(path),
-        )
-      return out
+    if layers is None:
+      return jax.make_array_from_callback(leaf.shape, sharding, read_one)
 
-    read = read_one if layers is None else read_stack
-    return jax.make_array_from_callback(leaf.shape, sharding, read)
+    def read_layer(layer, index):
+      tensor, letters = tensor_of(hf_name(path, layer)), letters_of(path)
+      return read_slices(tensor, leaf.shape[1:], index, letters).astype(dtype)
+
+    # On the host there is one layer at a time, on the devices nothing more.
+    stack = jax.jit(
+      lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding
+    )()
+    for row, layer in enumerate(layers):
+      one = jax.make_array_from_callback(
+        leaf.shape[1:],
+        _of_a_layer(sharding),
+        functools.partial(read_layer, layer),
+      )
+      stack = _with_row(sharding)(stack, one, row)
+      jax.block_until_ready(stack)
+    return stack
 
   return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+def _of_a_layer(place: Sharding) -> Sharding:
+  """Of a stack's sharding, that of one of its layers."""
+  if isinstance(place, NamedSharding):
+    return NamedSharding(place.mesh, P(*place.spec[1:]))
+  return place
+
+
+@functools.cache
+def _with_row(place: Sharding) -> Callable[..., jax.Array]:
+  """The compiled (stack, x, row) -> the stack, with x as its row. Donates."""
+  return jax.jit(
+    lambda stack, x, row: jax.lax.dynamic_update_index_in_dim(stack, x, row, 0),
+    donate_argnums=0,
+    out_shardings=place,
+  )
 
 
 def content_hash(folder: Path) -> str:
