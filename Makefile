@@ -55,7 +55,7 @@ test-lowest: .venv-lowest/dev
 	  --ignore=tests/cli --ignore=tests/pruning --ignore=tests/test_docs.py \
 	  --ignore=tests/test_sharding.py --ignore=tests/test_notebook.py \
 	  --ignore=tests/test_shrinking.py --ignore=tests/test_phases.py \
-	  --ignore=tests/test_benchmarks.py
+	  --ignore=tests/test_benchmarks.py --ignore=tests/test_processes.py
 
 # What the TPU's compiler makes of the step, without a TPU.
 test-aot: .venvs/aot/made

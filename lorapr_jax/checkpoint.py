@@ -26,7 +26,7 @@ METRICS_FILE = 'metrics.jsonl'
 # Settings with which a run may go on otherwise than it began: how its work is
 # laid out over devices and memory.
 _FREE = {
-  'mesh': None,
+  'mesh': ('data', 'fsdp', 'tensor'),
   'model': ('attention', 'remat', 'scan_layers'),
   'train': ('loss_chunk', 'micro_batch_size'),
 }
@@ -82,21 +82,11 @@ def _plain(run: dict[str, Any]) -> Any:
 
 def _bound(run: dict[str, Any]) -> dict[str, Any]:
   """A run.json without what is free."""
-  config = _plain(run).get('config')
-  if not isinstance(config, dict):
-    return run
-  kept = {
-    section: keys
-    if not isinstance(keys, dict)
-    else {
-      key: value
-      for key, value in keys.items()
-      if key not in _FREE.get(section, ())
-    }
-    for section, keys in config.items()
-    if _FREE.get(section, ()) is not None
-  }
-  return {**_plain(run), 'config': kept}
+  run = _plain(run)
+  for section, keys in _FREE.items():
+    for key in keys:
+      run['config'][section].pop(key, None)
+  return run
 
 
 def _differences(old: Any, new: Any, at: str = '') -> list[str]:

@@ -19,3 +19,7 @@ def check_least(**arguments: tuple[int | None, int]) -> None:
   for name, (value, least) in arguments.items():
     if value is not None and value < least:
       raise UserError(f'{name} is {value}: it must be at least {least}')
+
+
+class MeshError(UserError):
+  """A size of the model or of a batch that the mesh does not divide."""

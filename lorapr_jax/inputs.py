@@ -17,7 +17,7 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.data.ahead import in_order
 from lorapr_jax.data.batches import batches
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import MeshError
 from lorapr_jax.generation import check_prompt
 from lorapr_jax.hf.load import load_params
 from lorapr_jax.models import llama
@@ -50,7 +50,7 @@ class Places(NamedTuple):
     train = settings.train
     parts = settings.mesh['data'] * settings.mesh['fsdp']
     if train.micro_batch_size % parts:
-      raise UserError(
+      raise MeshError(
         f'train.micro_batch_size {train.micro_batch_size} is not a multiple '
         f'of mesh.data * mesh.fsdp = {parts}'
       )

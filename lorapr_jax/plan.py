@@ -18,6 +18,7 @@ import optax
 from lorapr_jax import optimizer, sharding, steps
 from lorapr_jax.compiled import Compiled, OutOfMemory
 from lorapr_jax.cut import Base
+from lorapr_jax.errors import MeshError
 from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
 from lorapr_jax.inputs import Places, weight_shapes
 from lorapr_jax.loop import Functions
@@ -27,7 +28,7 @@ from lorapr_jax.models.cost import (
 )
 from lorapr_jax.phases import phases
 from lorapr_jax.settings import RunSettings, split_config
-from lorapr_jax.topology import Topology
+from lorapr_jax.topology import SLICES, Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,14 @@ class Needs:
 
 
 def plan_run(
-  config: config_dict.ConfigDict, topology: Topology
+  config: config_dict.ConfigDict, topology: Topology, *, elsewhere: bool = True
 ) -> Iterator[Needs]:
   """The needs of every phase; each is compiled as it is asked for.
+
+  Args:
+    config: of the run.
+    topology: that it is for.
+    elsewhere: whether a phase that is too large is compiled for larger chips.
 
   Raises:
     UserError: for a mistake in the config, before anything is compiled.
@@ -94,8 +100,10 @@ def plan_run(
     try:
       compiled = Compiled.of(phase.lowered)
     except OutOfMemory as refusal:
-      refused, compiled_for = refusal.bytes, topology.larger()
-      compiled = _compiled_on(compiled_for, config, phase.name)
+      refused, compiled = refusal.bytes, None
+      if elsewhere:
+        compiled_for = topology.larger()
+        compiled = _compiled_on(compiled_for, config, phase.name)
     needs = Needs(
       name=phase.name,
       beside=phase.beside,
@@ -108,6 +116,75 @@ def plan_run(
     if chip and refused is None:
       needs = dataclasses.replace(needs, fits=needs.total <= chip.hbm)
     yield needs
+
+
+class Tried(NamedTuple):
+  """A slice and a mesh that `search` has looked at.
+
+  Attributes:
+    topology: the slice.
+    mesh: the sizes of its axes.
+    needs: of the phases that were compiled: all, or up to one that does not
+      fit; empty where none was.
+    reason: why none was.
+  """
+
+  topology: Topology
+  mesh: dict[str, int]
+  needs: tuple[Needs, ...] = ()
+  reason: str = ''
+
+  @property
+  def fits(self) -> bool:
+    """Whether every phase does."""
+    return bool(self.needs) and all(needs.fits for needs in self.needs)
+
+
+def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
+  """From one chip up, until all phases fit: the last one that comes does.
+
+  On a slice the base lies over all chips (fsdp) first, then its heads over two
+  and more (tensor). What cannot fit for the base alone is not compiled.
+
+  Args:
+    config: of the run; its section mesh is written.
+    kind: of chips.
+
+  Raises:
+    UserError: for a mistake in the config that no mesh makes good.
+  """
+  for sizes in SLICES[kind]:
+    topology = Topology.of(f'{kind}:{sizes}')
+    count = len(topology.devices)
+    for tensor in (1, 2, 4, 8):
+      if count % tensor:
+        break
+      mesh = {'data': 1, 'fsdp': count // tensor, 'tensor': tensor}
+      config.mesh.update(mesh)
+      tried = _try(config, topology, mesh)
+      yield tried
+      if tried.fits:
+        return
+
+
+def _try(
+  config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
+) -> Tried:
+  try:
+    settings = split_config(config, topology.devices)
+    base = _bytes_of(weight_shapes(settings, settings.step.config))
+  except MeshError as error:
+    return Tried(topology, mesh, reason=str(error))
+  if base > topology.chip.hbm:
+    return Tried(
+      topology, mesh, reason=f'the base alone is {base / 1e9:.1f} GB'
+    )
+  found: tuple[Needs, ...] = ()
+  for needs in plan_run(config, topology, elsewhere=False):
+    found += (needs,)
+    if not needs.fits:
+      break
+  return Tried(topology, mesh, found)
 
 
 def _compiled_on(

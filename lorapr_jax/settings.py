@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from lorapr_jax.data.packing import PACKINGS
 from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import MeshError, UserError
 from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
@@ -242,7 +242,7 @@ def split_model(
   sizes = _model_sizes(config.model)
   for shape in sizes.layers:
     if shape.num_kv_heads % tensor_parallel:
-      raise UserError(
+      raise MeshError(
         f'mesh.tensor={tensor_parallel} does not divide the '
         f'{shape.num_kv_heads} KV heads of the model: '
         f'{divisors(shape.num_kv_heads, tensor_parallel)} would do'

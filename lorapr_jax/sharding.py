@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import MeshError, UserError
 
 # Where each axis of a tensor lies on the mesh. A name that is not here is an
 # error, so that a new tensor cannot be replicated by accident.
@@ -106,7 +106,7 @@ def sharding(
     shape: if given, its sizes are checked against the mesh.
 
   Raises:
-    UserError: naming the axis, its size and the mesh axis that does not
+    MeshError: naming the axis, its size and the mesh axis that does not
       divide it.
   """
   spec = P(*(RULES[name] for name in axes))
@@ -114,7 +114,7 @@ def sharding(
     names = (places,) if isinstance(places, str) else places or ()
     parts = math.prod(mesh.shape[place] for place in names)
     if size % parts:
-      raise UserError(
+      raise MeshError(
         f'{name} has size {size}, which mesh.{"*".join(names)}={parts} does '
         f'not divide: {divisors(size, mesh.size)} would do'
       )

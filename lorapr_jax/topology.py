@@ -35,6 +35,15 @@ CHIPS = {
   'v5p': Chip(459e12, 95.74 * _GIB, 2765e9, 600e9),
   'v6e': Chip(918e12, 31.25 * _GIB, 1600e9, 400e9),
 }
+# Slices to search, by their number of chips.
+_FLAT = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
+_DEEP = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x8')
+SLICES = {
+  'v4': _DEEP,
+  'v5e': _FLAT,
+  'v5p': ('1x1x1', *_DEEP),
+  'v6e': _FLAT,
+}
 # The one with most memory: programs compile for it that fit no other.
 LARGEST = 'v5p'
 

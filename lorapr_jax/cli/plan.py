@@ -1,5 +1,6 @@
 """plan: what a run would need on devices that need not be there."""
 
+import argparse
 import contextlib
 import dataclasses
 import re
@@ -7,6 +8,7 @@ import sys
 from typing import Any
 
 import jax
+from ml_collections import config_dict
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -14,9 +16,9 @@ from rich.table import Table
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
-from lorapr_jax.plan import Needs, plan_run
+from lorapr_jax.plan import Needs, Tried, plan_run, search
 from lorapr_jax.report import units
-from lorapr_jax.topology import Chip, Topology
+from lorapr_jax.topology import SLICES, Chip, Topology
 
 CRITERIA = ('lora', 'gradient')
 
@@ -35,6 +37,12 @@ def main(argv: list[str]) -> None:
     '--mesh', default='', help='such as data=1,fsdp=16, over config.mesh'
   )
   parser.add_argument(
+    '--search',
+    action='store_true',
+    help='--topology is a kind alone, such as v5e: its smallest slice, and the '
+    'mesh, that the run fits on',
+  )
+  parser.add_argument(
     '--criteria',
     default='',
     help="such as lora,gradient, each planned; default: the config's",
@@ -44,10 +52,16 @@ def main(argv: list[str]) -> None:
   _only_cpus(args.topology)
   flags = [f'--config={args.config}', *flags, *_mesh_flags(args.mesh)]
   config, _ = parse_flags([*flags, '--workdir=none'], 'plan')
+  if args.search:
+    topology, mesh, found = _searched(config, args)
+    if args.json:
+      print_json({**_report(found, topology), 'mesh': mesh})
+    else:
+      show(found, topology, mesh)
+    return
   topology = Topology.of(args.topology)
   if topology.chip:
-    # What is compiled for devices that are not there cannot be read back.
-    jax.config.update('jax_enable_compilation_cache', False)
+    _cache_nothing()
   found = {}
   for criterion in _criteria(args.criteria) or [config.prune.criterion]:
     config.prune.criterion = criterion
@@ -58,6 +72,40 @@ def main(argv: list[str]) -> None:
     print_json(_report(found, topology))
   else:
     show(found, topology)
+
+
+def _cache_nothing() -> None:
+  # What is compiled for devices that are not there cannot be read back.
+  jax.config.update('jax_enable_compilation_cache', False)
+
+
+def _searched(
+  config: config_dict.ConfigDict, args: argparse.Namespace
+) -> tuple[Topology, dict[str, int], dict[str, list[Needs]]]:
+  """The smallest slice that all fits on, its mesh, and the needs there."""
+  if args.topology not in SLICES:
+    raise UserError(
+      f'--topology={args.topology} --search: one of {", ".join(SLICES)}'
+    )
+  criteria = _criteria(args.criteria) or [config.prune.criterion]
+  if args.mesh or len(criteria) > 1:
+    raise UserError('--search goes with no --mesh, and with one criterion')
+  (config.prune.criterion,) = criteria
+  _cache_nothing()
+  for tried in search(config, args.topology):
+    axes = ','.join(f'{axis}={size}' for axis, size in tried.mesh.items())
+    print(f'{tried.topology.name}, {axes}: {_verdict(tried)}', file=sys.stderr)
+  if not tried.fits:
+    raise UserError(f'no slice up to {tried.topology.name} holds the run')
+  return tried.topology, tried.mesh, {criteria[0]: list(tried.needs)}
+
+
+def _verdict(tried: Tried) -> str:
+  if not tried.needs or tried.fits:
+    return tried.reason or 'fits'
+  last = tried.needs[-1]
+  size = units.size(last.total or last.refused)
+  return f'{last.name} takes {size} of {units.size(tried.topology.chip.hbm)}'
 
 
 def _only_cpus(topology: str) -> None:
@@ -114,7 +162,11 @@ def _report(
   }
 
 
-def show(found: dict[str, list[Needs]], topology: Topology) -> None:
+def show(
+  found: dict[str, list[Needs]],
+  topology: Topology,
+  mesh: dict[str, int] | None = None,
+) -> None:
   """A table of memory and one of work, with a row for each phase."""
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
@@ -137,7 +189,10 @@ def show(found: dict[str, list[Needs]], topology: Topology) -> None:
         )
   console = Console(highlight=False, markup=False)
   each = topology.chip and f', {units.size(topology.chip.hbm)} each'
-  console.print(f'{topology.name}: {len(topology.devices)} devices{each or ""}')
+  axes = ''.join(f', {axis}={size}' for axis, size in (mesh or {}).items())
+  console.print(
+    f'{topology.name}: {len(topology.devices)} devices{each or ""}{axes}'
+  )
   console.print(memory, work)
   for line in (
     *notes,

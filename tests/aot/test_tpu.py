@@ -25,7 +25,7 @@ from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.plan import plan_run
+from lorapr_jax.plan import plan_run, search
 from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
@@ -285,6 +285,35 @@ def test_llama_7b_is_planned_for_eight_chips():
   assert own.received() == pytest.approx(3 * 8 * weights * 7 / 8, rel=0.05)
   # One layer's dense products at most: with fused sums, none.
   assert importance.compiled.temporaries < 0.1 * 2 * 4096 * 4096
+
+
+@pytest.mark.usefixtures('_not_kept')
+def test_a_search_ends_with_the_smallest_slice_that_fits():
+  flags = ['--config.model.sizes.num_hidden_layers=2', '--config.data.eval=']
+  flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
+  flags += ['--config.lora.dropout=0.0', '--config.train.batch_size=128']
+  config, _ = parse_flags([f'--config={LLAMA}:7b', *flags, '--workdir=none'])
+  small, large = search(config, 'v5e')
+  assert small.topology.name == 'v5e:1x1' and not small.fits
+  assert small.needs[0].refused > small.topology.chip.hbm
+  assert large.topology.name == 'v5e:2x2' and large.fits
+  assert large.mesh == {'data': 1, 'fsdp': 4, 'tensor': 1}
+  assert [x.name for x in large.needs] == ['step', 'importance', 'optimiser']
+
+
+@pytest.mark.usefixtures('_not_kept')
+def test_what_cannot_fit_or_be_cut_so_is_not_compiled(monkeypatch):
+  monkeypatch.setattr('lorapr_jax.plan.plan_run', None)
+  config, _ = parse_flags([f'--config={LLAMA}:65b', '--workdir=none'])
+  config.train.micro_batch_size = 2
+  found = itertools.islice(search(config, 'v5e'), 4)
+  reasons = [(x.topology.name, x.mesh['tensor'], x.reason) for x in found]
+  assert reasons[0] == ('v5e:1x1', 1, 'the base alone takes 130.6 GB')
+  assert reasons[1] == (
+    *('v5e:2x2', 1),
+    'train.micro_batch_size 2 is not a multiple of mesh.data * mesh.fsdp = 4',
+  )
+  assert reasons[2][:2] == ('v5e:2x2', 2) and '32.6 GB' in reasons[2][2]
 
 
 @pytest.mark.usefixtures('_not_kept')

@@ -176,6 +176,14 @@ CASES = [
   Case('`inspect --layers 3`, an unknown flag', _inspect('--layers', '3')),
   Case('`plan` without `--topology`', with_argv('plan', TINY)),
   Case('`plan --topology=v7x:2x2`', _plan('--topology=v7x:2x2')),
+  Case(
+    '`plan --search --topology=v5e:2x2`',
+    _plan('--topology=v5e:2x2', '--search'),
+  ),
+  Case(
+    '`plan --search --mesh=fsdp=4`',
+    _plan('--topology=v5e', '--search', '--mesh=fsdp=4'),
+  ),
   Case('`plan --mesh=data`', _plan('--topology=cpu:8', '--mesh=data')),
   Case('`plan --mesh=rows=2`', _plan('--topology=cpu:8', '--mesh=rows=2')),
   Case(

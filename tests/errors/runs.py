@@ -43,6 +43,10 @@ def damage_checkpoint(run: Path) -> None:
 def _damaged(run: Path) -> None:
   _unfinished(run)
   damage_checkpoint(run)
+  # From one before it the run would go on.
+  for folder in (run / 'checkpoints').iterdir():
+    if folder.name != '2':
+      shutil.rmtree(folder)
 
 
 def _foreign(run: Path) -> None:
@@ -73,7 +77,7 @@ CASES = [
   _run('`--workdir=RUN`, a folder with other files', _foreign),
   _run('`--workdir=RUN`, a file', _file),
   _run('RUN/run.json is cut short', _broken_record),
-  _run('The last checkpoint of RUN is damaged', _damaged, late=True),
+  _run('The only checkpoint of RUN is damaged', _damaged, late=True),
   Case(
     '`--workdir=/dev/null/RUN`, a file in the way',
     with_argv(*train_tiny(), '--workdir=/dev/null/RUN'),
