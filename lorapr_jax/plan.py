@@ -177,7 +177,7 @@ def _try(
     return Tried(topology, mesh, reason=str(error))
   if base > topology.chip.hbm:
     return Tried(
-      topology, mesh, reason=f'the base alone is {base / 1e9:.1f} GB'
+      topology, mesh, reason=f'the base alone takes {base / 1e9:.1f} GB'
     )
   found: tuple[Needs, ...] = ()
   for needs in plan_run(config, topology, elsewhere=False):
