@@ -197,9 +197,7 @@ def place_params(
       return read_slices(tensor, leaf.shape[1:], index, letters).astype(dtype)
 
     # On the host there is one layer at a time, on the devices nothing more.
-    stack = jax.jit(
-      lambda: jnp.zeros(leaf.shape, leaf.dtype), out_shardings=sharding
-    )()
+    stack = _zeros(sharding)(leaf.shape, leaf.dtype)
     for row, layer in enumerate(layers):
       one = jax.make_array_from_callback(
         leaf.shape[1:],
@@ -218,6 +216,12 @@ def _of_a_layer(place: Sharding) -> Sharding:
   if isinstance(place, NamedSharding):
     return NamedSharding(place.mesh, P(*place.spec[1:]))
   return place
+
+
+@functools.cache
+def _zeros(place: Sharding) -> Callable[..., jax.Array]:
+  """The compiled shape, dtype -> zeros."""
+  return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=place)
 
 
 @functools.cache
