@@ -21,7 +21,6 @@ import tempfile
 import threading
 import time
 
-LARGEST = 'the largest tensor'
 SHARD_BYTES = 500_000_000
 
 
@@ -88,11 +87,9 @@ def measure(stage: str, folder: Path) -> None:
       params = load_params(folder, config, places, jnp.dtype('bfloat16'))
       jax.block_until_ready(params)
     beside = peaks[-1] - arrays
-  print(
-    f'| {stage} | {jax.device_count()} | {arrays / 1e6:.0f} | '
-    f'{beside / 1e6:.0f} | {2 * 32000 * 2048 / 1e6:.0f} |',
-    flush=True,
-  )
+  sizes = (arrays, beside, 2 * config.vocab_size * config.embed_dim)
+  figures = ' | '.join(f'{size / 1e6:.0f}' for size in sizes)
+  print(f'| {stage} | {jax.device_count()} | {figures} |', flush=True)
 
 
 def main() -> None:
@@ -105,7 +102,7 @@ def main() -> None:
   if args.stage:
     measure(args.stage, args.folder)
     return
-  print(f'| | devices | arrays, MB | beside, MB | {LARGEST}, MB |')
+  print('| | devices | arrays, MB | beside, MB | the largest tensor, MB |')
   print('|---|---|---|---|---|', flush=True)
   with tempfile.TemporaryDirectory() as temporary:
     folder = str(Path(temporary) / 'model')
