@@ -1,8 +1,24 @@
-"""The one exception that commands turn into a one-line message."""
+"""What commands turn into one line: a mistake of the user's, a stop."""
 
 
 class UserError(Exception):
   """A mistake of the user's: says what is wrong, where, and what to do."""
+
+
+class MeshError(UserError):
+  """A size of the model or of a batch that the mesh does not divide."""
+
+
+class Stopped(Exception):
+  """Work that a signal stopped in good order: says where.
+
+  Attributes:
+    status: the exit status by the shells' convention, 128 plus the signal.
+  """
+
+  def __init__(self, message: str, signum: int):
+    super().__init__(message)
+    self.status = 128 + signum
 
 
 def first_line(error: Exception) -> str:
@@ -19,7 +35,3 @@ def check_least(**arguments: tuple[int | None, int]) -> None:
   for name, (value, least) in arguments.items():
     if value is not None and value < least:
       raise UserError(f'{name} is {value}: it must be at least {least}')
-
-
-class MeshError(UserError):
-  """A size of the model or of a batch that the mesh does not divide."""

@@ -12,18 +12,6 @@ from lorapr_jax import processes
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Stopped(Exception):
-  """Work that a signal stopped in good order: says where.
-
-  Attributes:
-    status: the exit status by the shells' convention, 128 plus the signal.
-  """
-
-  def __init__(self, message: str, signum: int):
-    super().__init__(message)
-    self.status = 128 + signum
-
-
 class StopSignals:
   """In its `with` block, the first SIGINT or SIGTERM is only noted.
 

@@ -22,6 +22,7 @@ from lorapr_jax.cut import (
   kept_of,
   print_cuts,
 )
+from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.inputs import device_batches, weight_shapes
 from lorapr_jax.phases import Phase, total_steps
@@ -109,7 +110,7 @@ def train_phase(
     lora: the adapters to go on from; None: new ones.
 
   Raises:
-    interrupt.Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+    Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
   """
   display.start('compile')
   train, plan, schedule = settings.train, settings.plan, phase.schedule
@@ -279,7 +280,7 @@ def train_phase(
       if stopping:
         break
   if signals.signum is not None:
-    raise interrupt.Stopped(
+    raise Stopped(
       f'stopped at step {phase.first_step + int(state.step)} of {total}',
       signals.signum,
     )

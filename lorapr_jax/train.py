@@ -50,7 +50,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   Raises:
     UserError: for a mistake in config, data, model or workdir.
-    interrupt.Stopped: after SIGINT or SIGTERM, with a checkpoint to go on from.
+    Stopped: after SIGINT or SIGTERM, with a checkpoint to go on from.
   """
   workdir = Path(workdir)
 

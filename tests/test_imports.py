@@ -233,6 +233,8 @@ def test_only_the_files_beside_an_export_import_torch():
     ('lorapr_jax.data.sources', 'pyarrow'),
     ('lorapr_jax.data.sources', 'tensorflow_datasets'),
     ('lorapr_jax.train', 'torch'),
+    # JAX reads where to keep what it compiles when it is imported.
+    ('lorapr_jax.cli.main', 'jax'),
     ('lorapr_jax.cli.main', 'torch'),
   ],
 )

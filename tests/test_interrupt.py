@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import pytest
 
 from lorapr_jax import interrupt
-from lorapr_jax.interrupt import Stopped, StopSignals
+from lorapr_jax.errors import Stopped
+from lorapr_jax.interrupt import StopSignals
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,8 +7,7 @@ import signal
 import sys
 
 from lorapr_jax.compilation_cache import keep_compiled
-from lorapr_jax.errors import UserError
-from lorapr_jax.interrupt import Stopped
+from lorapr_jax.errors import Stopped, UserError
 
 COMMANDS = {
   'train': 'prune a model by a config',
@@ -40,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
       raise UserError(
         f'{argv[0]!r} is no command: choose from {", ".join(COMMANDS)}'
       )
-    keep_compiled()
+    keep_compiled()  # Nothing has imported JAX so far.
     # Imported here: a command loads only what it needs.
     importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
   except UserError as error:
