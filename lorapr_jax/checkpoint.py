@@ -26,9 +26,14 @@ METRICS_FILE = 'metrics.jsonl'
 # Settings with which a run may go on otherwise than it began: how its work is
 # laid out over devices and memory.
 _FREE = {
-  'mesh': ('data', 'fsdp', 'tensor'),
-  'model': ('attention', 'remat', 'scan_layers'),
-  'train': ('loss_chunk', 'micro_batch_size'),
+  'config.mesh.data',
+  'config.mesh.fsdp',
+  'config.mesh.tensor',
+  'config.model.attention',
+  'config.model.remat',
+  'config.model.scan_layers',
+  'config.train.loss_chunk',
+  'config.train.micro_batch_size',
 }
 
 
@@ -58,7 +63,7 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
   if path.exists():
-    for difference in _differences(_bound(read_json(path)), _bound(run)):
+    for difference in _differences(read_json(path), _plain(run)):
       raise UserError(
         f'{workdir} belongs to a run with another {difference}: choose '
         'another --workdir, or go on with the settings in its run.json'
@@ -80,17 +85,11 @@ def _plain(run: dict[str, Any]) -> Any:
   return json.loads(json.dumps(run))
 
 
-def _bound(run: dict[str, Any]) -> dict[str, Any]:
-  """A run.json without what is free."""
-  run = _plain(run)
-  for section, keys in _FREE.items():
-    for key in keys:
-      run['config'][section].pop(key, None)
-  return run
-
-
 def _differences(old: Any, new: Any, at: str = '') -> list[str]:
-  if isinstance(old, dict) and isinstance(new, dict):
+  if at in _FREE:
+    return []
+  if isinstance(old, dict | None) and isinstance(new, dict):
+    old = old or {}  # A section that is missing has nothing.
     return [
       difference
       for key in sorted(old.keys() | new.keys())

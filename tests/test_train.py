@@ -205,6 +205,16 @@ def test_a_workdir_of_another_config_is_refused(undisturbed, tmp_path, capsys):
   assert err.count('\n') == 1
 
 
+@pytest.mark.parametrize('record', [{}, {'config': {'data': 1}}])
+def test_a_run_json_without_sections_is_refused(tmp_path, capsys, record):
+  (tmp_path / 'run.json').write_text(json.dumps(record))
+  arguments = [*COMMAND[2:], *SETTINGS, f'--workdir={tmp_path}']
+  assert main(['train', *arguments]) == 1
+  err = capsys.readouterr().err
+  assert 'belongs to a run with another config.data' in err
+  assert err.count('\n') == 1
+
+
 def test_a_folder_with_other_files_is_refused(tmp_path, capsys):
   (tmp_path / 'notes.txt').write_text('mine')
   arguments = [*COMMAND[2:], f'--workdir={tmp_path}']
