@@ -129,18 +129,9 @@ def train_phase(
   checkpoints = checkpoint.Checkpoints(
     workdir / phase.checkpoints, train.checkpoints_kept
   )
-  restored = None
-  while restored is None:
-    try:
-      if not (saved := checkpoints.newest()):
-        break
-      restored = resume(checkpoints, saved, base, phase, new_state, settings)
-    except checkpoint.Damaged:
-      if (done := checkpoints.set_newest_aside()) is None:
-        raise
-      display.warn(done)
-  if restored:
-    cuts, (state, base) = saved.cuts, restored
+  resumed = resume(checkpoints, base, phase, new_state, settings, display)
+  if resumed:
+    cuts, state, base = resumed
   else:
     cuts = first_cuts(milestones, settings.shrink)
     if milestones and settings.shrink not in (END, AUTO):
@@ -289,41 +280,60 @@ def train_phase(
 
 def resume(
   checkpoints: checkpoint.Checkpoints,
-  saved: checkpoint.Saved,
   base: Base,
   phase: Phase,
   new_state: Callable[[steps.StepSettings], steps.TrainState],
   settings: RunSettings,
-) -> tuple[steps.TrainState, Base]:
-  """A checkpoint's state, and the base as it was: cut, and repaired.
+  display: Display,
+) -> tuple[tuple[int, ...] | None, steps.TrainState, Base] | None:
+  """What a phase goes on from: its newest checkpoint that can be read.
+
+  Damaged ones after it are set aside.
 
   Args:
     checkpoints: of the phase.
-    saved: the one to go on from.
     base: as loaded. Arrays that were cut on the way or repaired are deleted.
     phase: of the run.
     new_state: the state at the start, of a size.
     settings: of the run.
+    display: of the run.
+
+  Returns:
+    The cuts of `checkpoint.Saved`, the state, and the base as it was: cut, and
+    repaired. None if there is no checkpoint.
+
+  Raises:
+    checkpoint.Damaged: if there is but one, and it cannot be read.
   """
-  size = base.step
-  if saved.cuts:
-    milestones = Milestones(settings.plan, phase.schedule)
-    config = milestones.size_at(saved.step, saved.cuts)
-    size = dataclasses.replace(size, config=config)
-  shapes, uncut = (
-    jax.eval_shape(functools.partial(new_state, x)) for x in (size, base.step)
-  )
-  shapes = shapes.replace(whole=uncut.whole)
   repaired = phase.schedule and settings.compensation
-  if repaired:
-    shapes = shapes.replace(
-      repaired=repaired_of(weight_shapes(settings, size.config))
-    )
-  state = checkpoints.restore(saved, shapes, base.places.state)
+  while True:
+    try:
+      if not (saved := checkpoints.newest()):
+        return None
+      size = base.step
+      if saved.cuts:
+        milestones = Milestones(settings.plan, phase.schedule)
+        config = milestones.size_at(saved.step, saved.cuts)
+        size = dataclasses.replace(size, config=config)
+      shapes, uncut = (
+        jax.eval_shape(functools.partial(new_state, x))
+        for x in (size, base.step)
+      )
+      shapes = shapes.replace(whole=uncut.whole)
+      if repaired:
+        shapes = shapes.replace(
+          repaired=repaired_of(weight_shapes(settings, size.config))
+        )
+      state = checkpoints.restore(saved, shapes, base.places.state)
+      break
+    except checkpoint.Damaged:
+      if (done := checkpoints.set_newest_aside()) is None:
+        raise
+      display.warn(done)
   if size != base.step:
     base = base.cut(kept_of(state.whole['masks']), settings)
   if repaired:
     for array in jax.tree.leaves(repaired_of(base.params)):
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
-  return state.replace(repaired=()), base
+  return saved.cuts, state.replace(repaired=()), base
