@@ -20,13 +20,13 @@ from lorapr_jax.errors import UserError
 # killed, or its machine is gone.
 HEARTBEAT_SECONDS = 60
 VISIBLE_SECONDS = 90
-FLAGS = ('coordinator_address', 'num_processes', 'process_id')
+_FLAGS = '--coordinator_address, --num_processes, --process_id'
 
 
 def connect(
   coordinator_address: str | None = None,
-  num_processes: str | None = None,
-  process_id: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
 ) -> None:
   """Joins the other processes of the run, if there are any.
 
@@ -39,10 +39,9 @@ def connect(
     process_id: of this one, from 0.
 
   Raises:
-    UserError: if some of these are given and others not, or are no numbers.
+    UserError: if some of these are given and others not, or cannot be.
   """
   given = (coordinator_address, num_processes, process_id)
-  flags = ', '.join(f'--{flag}' for flag in FLAGS)
   if given == (None, None, None):
     found = _has_others()
     if found or _on_tpu_host():
@@ -50,24 +49,20 @@ def connect(
         _initialize()
       except ValueError as error:  # JAX knows no such cluster.
         if found:
-          raise UserError(f'{error} Give {flags}') from None
+          raise UserError(f'{error} Give {_FLAGS}') from None
     return
   if None in given:
-    raise UserError(f'{flags} go together: give all, or none')
+    raise UserError(f'{_FLAGS} go together: give all, or none')
   host, _, port = coordinator_address.rpartition(':')
-  numbers = (port, num_processes, process_id)
-  if not host or not all(number.isdecimal() for number in numbers):
+  if not host or not port.isdecimal():
+    raise UserError(f'--coordinator_address={coordinator_address}: HOST:PORT')
+  if not 0 <= process_id < num_processes:
     raise UserError(
-      f'{flags} are {", ".join(given)}: HOST:PORT and two numbers are expected'
-    )
-  if int(process_id) >= int(num_processes):
-    raise UserError(
-      f'--process_id={process_id} is not below --num_processes={num_processes}'
+      f'--process_id={process_id}: a number from 0, below '
+      f'--num_processes={num_processes}'
     )
   _initialize(
-    coordinator_address,
-    int(num_processes),
-    int(process_id),
+    *given,
     # Else what SLURM says would give each process one device.
     cluster_detection_method='deactivate',
   )

@@ -183,24 +183,16 @@ def test_processes_that_would_not_do_the_same_end_at_once(tmp_path):
 @pytest.mark.parametrize(
   'given, message',
   [
-    ({'process_id': '1'}, 'go together'),
-    (
-      dict(coordinator_address='host', num_processes='2', process_id='0'),
-      'HOST:',
-    ),
-    (
-      dict(coordinator_address='host:x', num_processes='2', process_id='0'),
-      'HOST:PORT and two numbers',
-    ),
-    (
-      dict(coordinator_address='host:1', num_processes='2', process_id='2'),
-      '--process_id=2 is not below --num_processes=2',
-    ),
+    ((None, None, 1), 'go together'),
+    (('host', 2, 0), '--coordinator_address=host: HOST:PORT'),
+    (('host:x', 2, 0), '--coordinator_address=host:x: HOST:PORT'),
+    (('host:1', 2, 2), '--process_id=2: a number from 0, below --num_proc'),
+    (('host:1', 2, -1), '--process_id=-1: a number from 0'),
   ],
 )
 def test_flags_that_cannot_be_are_refused(given, message):
   with pytest.raises(UserError, match=message):
-    processes.connect(**given)
+    processes.connect(*given)
 
 
 def test_a_workdir_that_others_do_not_see_is_refused(tmp_path, monkeypatch):

@@ -10,9 +10,10 @@ from lorapr_jax.errors import UserError
 class Parser(argparse.ArgumentParser):
   """Mistakes in arguments are one-line errors like any other."""
 
-  def __init__(self, command: str, description: str):
+  def __init__(self, command: str, description: str, **more: Any):
+    """`more` are arguments of argparse's."""
     super().__init__(
-      prog=f'python -m lorapr_jax {command}', description=description
+      prog=f'python -m lorapr_jax {command}', description=description, **more
     )
 
   def error(self, message: str):

@@ -10,6 +10,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from lorapr_jax import train
+from lorapr_jax.cli import train as train_command
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
@@ -329,9 +331,24 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ),
     ([place, '--config'], "no config ''"),
     ([place, TINY, '--steps=3'], "'steps'"),
+    ([place, TINY, '--proc=1'], "'proc'"),
+    ([place, TINY, '--process_id=x'], "invalid int value: 'x'"),
+    ([place, TINY, '--process_id=1'], 'go together: give all, or none'),
     ([place, TINY, 'more'], "train takes flags only, not 'more'"),
   ):
     assert message in refusal(capsys, workdir, *argv)
+
+
+def test_flags_that_are_not_its_own_pass_train_untouched(monkeypatch):
+  runs = []
+  monkeypatch.setattr(train, 'run', lambda *given: runs.append(given))
+  monkeypatch.setattr(train_command, 'print_json', runs.append)
+  argv = ['--workdir', 'here', '--json', TINY, '--config.train.steps=7']
+  assert main(['train', *argv, '--config.data.template={{ q }} -- a']) == 0
+  ((config, workdir), summary) = runs
+  assert (workdir, summary) == ('here', None)
+  assert config.train.steps == 7
+  assert config.data.template == '{{ q }} -- a'
 
 
 def test_queries_alone_need_a_projection_of_queries():
