@@ -18,7 +18,6 @@ import optax
 from lorapr_jax import optimizer, sharding, steps
 from lorapr_jax.compiled import Compiled, OutOfMemory
 from lorapr_jax.cut import Base
-from lorapr_jax.errors import MeshError
 from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
 from lorapr_jax.inputs import Places, weight_shapes
 from lorapr_jax.loop import Functions
@@ -28,7 +27,7 @@ from lorapr_jax.models.cost import (
 )
 from lorapr_jax.phases import phases
 from lorapr_jax.settings import RunSettings, split_config
-from lorapr_jax.topology import SLICES, Topology
+from lorapr_jax.topology import Topology
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,75 +117,6 @@ def plan_run(
     yield needs
 
 
-class Tried(NamedTuple):
-  """A slice and a mesh that `search` has looked at.
-
-  Attributes:
-    topology: the slice.
-    mesh: the sizes of its axes.
-    needs: of the phases that were compiled: all, or up to one that does not
-      fit; empty where none was.
-    reason: why none was.
-  """
-
-  topology: Topology
-  mesh: dict[str, int]
-  needs: tuple[Needs, ...] = ()
-  reason: str = ''
-
-  @property
-  def fits(self) -> bool:
-    """Whether every phase does."""
-    return bool(self.needs) and all(needs.fits for needs in self.needs)
-
-
-def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
-  """From one chip up, until all phases fit: the last one that comes does.
-
-  On a slice the base lies over all chips (fsdp) first, then its heads over two
-  and more (tensor). What cannot fit for the base alone is not compiled.
-
-  Args:
-    config: of the run; its section mesh is written.
-    kind: of chips.
-
-  Raises:
-    UserError: for a mistake in the config that no mesh makes good.
-  """
-  for sizes in SLICES[kind]:
-    topology = Topology.of(f'{kind}:{sizes}')
-    count = len(topology.devices)
-    for tensor in (1, 2, 4, 8):
-      if count % tensor:
-        break
-      mesh = {'data': 1, 'fsdp': count // tensor, 'tensor': tensor}
-      config.mesh.update(mesh)
-      tried = _try(config, topology, mesh)
-      yield tried
-      if tried.fits:
-        return
-
-
-def _try(
-  config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
-) -> Tried:
-  try:
-    settings = split_config(config, topology.devices)
-    base = _bytes_of(weight_shapes(settings, settings.step.config))
-  except MeshError as error:
-    return Tried(topology, mesh, reason=str(error))
-  if base > topology.chip.hbm:
-    return Tried(
-      topology, mesh, reason=f'the base alone takes {base / 1e9:.1f} GB'
-    )
-  found: tuple[Needs, ...] = ()
-  for needs in plan_run(config, topology, elsewhere=False):
-    found += (needs,)
-    if not needs.fits:
-      break
-  return Tried(topology, mesh, found)
-
-
 def _compiled_on(
   topology: Topology, config: config_dict.ConfigDict, name: str
 ) -> Compiled | None:
@@ -236,8 +166,8 @@ class Shapes(NamedTuple):
 
   def beside(self, *arguments: Any) -> int:
     """Bytes of the state and a batch on a device, without these arguments."""
-    held = _bytes_of((self.state, self.batch))
-    return held - _bytes_of(arguments)
+    held = bytes_of((self.state, self.batch))
+    return held - bytes_of(arguments)
 
 
 def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
@@ -296,7 +226,7 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
   yield Phase(
     'optimiser',
     functions.apply_update.lower(state, state.lora, ok),
-    shapes.beside(state) + _bytes_of(params),
+    shapes.beside(state) + bytes_of(params),
   )
   if settings.data.eval:
     yield _evaluation(settings, shapes)
@@ -366,7 +296,7 @@ def batch_shapes(settings: RunSettings, places: Places) -> Any:
   }
 
 
-def _bytes_of(tree: Any) -> int:
+def bytes_of(tree: Any) -> int:
   """On each device, of shapes that know where they lie."""
 
   def each(x: Any) -> int:

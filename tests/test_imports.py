@@ -96,7 +96,7 @@ LEVELS = (
   ),
   ('eval.zero_shot', 'finish', 'loop', 'report.page'),
   ('plan', 'train'),
-  ('exports',),
+  ('exports', 'search'),
   ('api',),
   ('cli',),
   ('__main__',),

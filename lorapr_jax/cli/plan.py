@@ -1,6 +1,5 @@
 """plan: what a run would need on devices that need not be there."""
 
-import argparse
 import contextlib
 import dataclasses
 import re
@@ -16,8 +15,10 @@ from rich.table import Table
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
-from lorapr_jax.plan import Needs, Tried, plan_run, search
+from lorapr_jax.plan import Needs, plan_run
 from lorapr_jax.report import units
+from lorapr_jax.search import Tried, search
+from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.topology import SLICES, Chip, Topology
 
 CRITERIA = ('lora', 'gradient')
@@ -52,26 +53,54 @@ def main(argv: list[str]) -> None:
   _only_cpus(args.topology)
   flags = [f'--config={args.config}', *flags, *_mesh_flags(args.mesh)]
   config, _ = parse_flags([*flags, '--workdir=none'], 'plan')
+  criteria = _criteria(args.criteria) or [config.prune.criterion]
   if args.search:
-    topology, mesh, found = _searched(config, args)
-    if args.json:
-      print_json({**_report(found, topology), 'mesh': mesh})
-    else:
-      show(found, topology, mesh)
-    return
-  topology = Topology.of(args.topology)
+    if args.mesh or len(criteria) > 1:
+      raise UserError('--search goes with no --mesh, and with one criterion')
+    topology, found = _searched(config, args.topology, *criteria)
+  else:
+    topology, found = _planned(config, args.topology, criteria)
+  mesh = mesh_sizes(**config.mesh, devices=len(topology.devices))
+  if args.json:
+    print_json(_report(found, topology, mesh))
+  else:
+    show(found, topology, mesh)
+
+
+def _planned(
+  config: config_dict.ConfigDict, name: str, criteria: list[str]
+) -> tuple[Topology, dict[str, list[Needs]]]:
+  """The topology of that name, and the needs there."""
+  topology = Topology.of(name)
   if topology.chip:
     _cache_nothing()
   found = {}
-  for criterion in _criteria(args.criteria) or [config.prune.criterion]:
+  for criterion in criteria:
     config.prune.criterion = criterion
+    found[criterion] = []
     for needs in plan_run(config, topology):
       print(f'compiled: {criterion}, {needs.name}', file=sys.stderr)
-      found.setdefault(criterion, []).append(needs)
-  if args.json:
-    print_json(_report(found, topology))
-  else:
-    show(found, topology)
+      found[criterion].append(needs)
+  return topology, found
+
+
+def _searched(
+  config: config_dict.ConfigDict, kind: str, criterion: str
+) -> tuple[Topology, dict[str, list[Needs]]]:
+  """The smallest slice that all fits on, and the needs there.
+
+  Its mesh is the config's then.
+  """
+  if kind not in SLICES:
+    raise UserError(f'--topology={kind} --search: one of {", ".join(SLICES)}')
+  _cache_nothing()
+  config.prune.criterion = criterion
+  for tried in search(config, kind):
+    name, axes = tried.topology.name, _axes(tried.mesh)
+    print(f'{name}, {axes}: {_verdict(tried)}', file=sys.stderr)
+  if not tried.fits:
+    raise UserError(f'no slice up to {tried.topology.name} holds the run')
+  return tried.topology, {criterion: list(tried.needs)}
 
 
 def _cache_nothing() -> None:
@@ -79,25 +108,8 @@ def _cache_nothing() -> None:
   jax.config.update('jax_enable_compilation_cache', False)
 
 
-def _searched(
-  config: config_dict.ConfigDict, args: argparse.Namespace
-) -> tuple[Topology, dict[str, int], dict[str, list[Needs]]]:
-  """The smallest slice that all fits on, its mesh, and the needs there."""
-  if args.topology not in SLICES:
-    raise UserError(
-      f'--topology={args.topology} --search: one of {", ".join(SLICES)}'
-    )
-  criteria = _criteria(args.criteria) or [config.prune.criterion]
-  if args.mesh or len(criteria) > 1:
-    raise UserError('--search goes with no --mesh, and with one criterion')
-  (config.prune.criterion,) = criteria
-  _cache_nothing()
-  for tried in search(config, args.topology):
-    axes = ','.join(f'{axis}={size}' for axis, size in tried.mesh.items())
-    print(f'{tried.topology.name}, {axes}: {_verdict(tried)}', file=sys.stderr)
-  if not tried.fits:
-    raise UserError(f'no slice up to {tried.topology.name} holds the run')
-  return tried.topology, tried.mesh, {criteria[0]: list(tried.needs)}
+def _axes(mesh: dict[str, int]) -> str:
+  return ','.join(f'{axis}={size}' for axis, size in mesh.items())
 
 
 def _verdict(tried: Tried) -> str:
@@ -137,7 +149,7 @@ def _criteria(names: str) -> list[str]:
 
 
 def _report(
-  found: dict[str, list[Needs]], topology: Topology
+  found: dict[str, list[Needs]], topology: Topology, mesh: dict[str, int]
 ) -> dict[str, Any]:
   phases = []
   for criterion, all_needs in found.items():
@@ -156,6 +168,7 @@ def _report(
   return {
     'topology': topology.name,
     'devices': len(topology.devices),
+    'mesh': mesh,
     'hbm_bytes': topology.chip and topology.chip.hbm,
     'fits': None if None in fits else all(fits),
     'phases': phases,
@@ -163,9 +176,7 @@ def _report(
 
 
 def show(
-  found: dict[str, list[Needs]],
-  topology: Topology,
-  mesh: dict[str, int] | None = None,
+  found: dict[str, list[Needs]], topology: Topology, mesh: dict[str, int]
 ) -> None:
   """A table of memory and one of work, with a row for each phase."""
   memory = _table(
@@ -189,9 +200,9 @@ def show(
         )
   console = Console(highlight=False, markup=False)
   each = topology.chip and f', {units.size(topology.chip.hbm)} each'
-  axes = ''.join(f', {axis}={size}' for axis, size in (mesh or {}).items())
   console.print(
-    f'{topology.name}: {len(topology.devices)} devices{each or ""}{axes}'
+    f'{topology.name}: {len(topology.devices)} devices{each or ""}; '
+    f'{_axes(mesh)}'
   )
   console.print(memory, work)
   for line in (

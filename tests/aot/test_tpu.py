@@ -25,11 +25,12 @@ from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.plan import plan_run, search
+from lorapr_jax.plan import plan_run
 from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.repair import make_compensate
+from lorapr_jax.search import search
 from lorapr_jax.topology import Topology
 
 pytestmark = pytest.mark.aot
@@ -303,7 +304,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
 
 @pytest.mark.usefixtures('_not_kept')
 def test_what_cannot_fit_or_be_cut_so_is_not_compiled(monkeypatch):
-  monkeypatch.setattr('lorapr_jax.plan.plan_run', None)
+  monkeypatch.setattr('lorapr_jax.search.plan_run', None)
   config, _ = parse_flags([f'--config={LLAMA}:65b', '--workdir=none'])
   config.train.micro_batch_size = 2
   found = itertools.islice(search(config, 'v5e'), 4)

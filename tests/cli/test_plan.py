@@ -38,6 +38,7 @@ def by_phase(report):
 def test_every_phase_of_both_criteria_is_compiled(capsys):
   report = plan(capsys, '--criteria=lora,gradient', '--mesh=data=2,fsdp=4')
   assert report['devices'] == 8 and report['fits'] is None
+  assert report['mesh'] == {'data': 2, 'fsdp': 4, 'tensor': 1}
   found = by_phase(report)
   phases = ('step', 'importance', 'optimiser', 'evaluation')
   assert set(found) == {(c, p) for c in ('lora', 'gradient') for p in phases}
@@ -90,7 +91,9 @@ def test_the_shapes_are_those_of_a_run(capsys):
 def test_a_table_says_what_its_columns_are(capsys):
   assert main(['plan', *TINY]) == 0
   out = capsys.readouterr().out
-  for said in ('cpu:8: 8 devices', 'importance', '/ ideal', 'beside:'):
+  # What of the mesh is left to the devices is resolved.
+  assert out.startswith('cpu:8: 8 devices; data=1,fsdp=8,tensor=1\n')
+  for said in ('importance', '/ ideal', 'beside:'):
     assert said in out
 
 
