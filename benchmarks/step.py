@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
+from configs import llama
 from lorapr_jax import optimizer, steps
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.inputs import Places, load_base
@@ -62,18 +63,7 @@ SIZES = {
     'num_key_value_heads': 8,
     'rope_theta': 500000.0,
   },
-  'llama-7b': _SMOLLM2
-  | {
-    'vocab_size': 32000,
-    'hidden_size': 4096,
-    'intermediate_size': 11008,
-    'num_hidden_layers': 32,
-    'num_attention_heads': 32,
-    'num_key_value_heads': 32,
-    'rms_norm_eps': 1e-6,
-    'rope_theta': 10000.0,
-    'tie_word_embeddings': False,
-  },
+  'llama-7b': llama.get_config('7b').model.sizes.to_dict(),
 }
 # What --double doubles, by the names of the table.
 DOUBLED = ('tokens', 'sequences', 'rank', 'layers', 'vocabulary')
