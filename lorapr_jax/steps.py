@@ -317,12 +317,11 @@ def make_update_importance(
   """
   axes = llama.block_axes(settings.lora)
   stacks = settings.config.stacks
-  first = next(iter(out_sharding.device_set))
   # On accelerators XLA makes one pass of a few outer products and what is
   # summed of them; on CPU a product of matrices is many times as fast.
   small = settings.lora.rank <= _LARGEST_FUSED_RANK
-  fused = small and first.platform != 'cpu'
-  kernel = small and criterion.name == 'lora' and runs_on(first)
+  fused = small and platform(out_sharding) != 'cpu'
+  kernel = small and criterion.name == 'lora' and runs_on(out_sharding)
   options = importance_lib.Options(criterion, settings.lora.scale, fused)
 
   def average(inputs):

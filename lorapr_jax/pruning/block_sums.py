@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
 from lorapr_jax.sharding import compute_capability, sharding
@@ -22,8 +22,9 @@ from lorapr_jax.sharding import compute_capability, sharding
 TILE = 64
 
 
-def runs_on(device: Any) -> bool:
+def runs_on(place: Sharding) -> bool:
   """Whether the kernel does: on NVIDIA GPUs from Ampere on, if JAX can."""
+  device = next(iter(place.device_set))
   return (compute_capability(device) or (0, 0)) >= (8, 0) and has_triton()
 
 
