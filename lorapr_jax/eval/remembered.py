@@ -9,6 +9,7 @@ import json
 import jax
 import numpy as np
 
+from lorapr_jax import processes
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.files import cache_dir, read_json, write_json
 from lorapr_jax.hf.load import content_hash
@@ -32,7 +33,7 @@ def remembered_perplexity(
     measure: measures the base on these windows.
   """
   # Processes measure together, and their caches may differ.
-  alone = jax.process_count() == 1
+  alone = processes.count() == 1
   if settings.model_path is None or windows is None or not alone:
     return measure()
   # All that the figure depends on.

@@ -10,8 +10,7 @@ import statistics
 import time
 from typing import Any, Protocol
 
-import jax
-
+from lorapr_jax import processes
 from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json
@@ -46,7 +45,7 @@ class Log:
     self._tokens = settings.train.batch_size * settings.train.seq_len
     self._last, self._next_step = time.perf_counter(), first_step
     self._writers: list[_Writer] = []
-    if jax.process_index() == 0:
+    if processes.is_first():
       self._writers.append(_JsonLines(workdir / METRICS_FILE))
       if settings.log.tensorboard:
         self._writers.append(_TensorBoard(workdir, first_step))
@@ -196,7 +195,7 @@ def check_writers(log: LogSettings) -> None:
       raise UserError(
         f'log.{key} needs the package {package}: pip install {package}'
       )
-  if log.wandb and jax.process_index() == 0:
+  if log.wandb and processes.is_first():
     import wandb
 
     try:
