@@ -31,7 +31,7 @@ from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.repair import make_compensate
 from lorapr_jax.search import search
-from lorapr_jax.topology import Topology
+from lorapr_jax.topology import SLICES, Topology
 
 pytestmark = pytest.mark.aot
 
@@ -325,3 +325,12 @@ def test_what_is_too_large_is_refused_and_shown_on_larger_chips():
   assert step.fits is False and step.compiled_for == 'v5p:1x1x1'
   chip = Topology.of('v5e:1x1').chip
   assert step.refused > chip.hbm and step.total > chip.hbm
+
+
+@pytest.mark.parametrize('kind', SLICES)
+def test_slices_are_the_compilers_in_ascending_order(kind):
+  found = [Topology.of(f'{kind}:{sizes}') for sizes in SLICES[kind]]
+  counts = [len(topology.devices) for topology in found]
+  for count, sizes in zip(counts, SLICES[kind], strict=True):
+    assert count == math.prod(map(int, sizes.split('x')))
+  assert counts == sorted(set(counts))
