@@ -37,25 +37,23 @@ COMMAND = (
 class Run:
   """The processes of one start of a run."""
 
-  def __init__(self, workdir, processes, devices, own=(), **mesh):
-    """`own` are flags of the last process."""
-    mine = own
+  def __init__(self, workdir, count, devices, last=(), **mesh):
+    """`last` are flags of the last process."""
     settings = SETTINGS | {f'mesh.{axis}': n for axis, n in mesh.items()}
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
     self.metrics = workdir / 'metrics.jsonl'
-    self.began = time.time()
     with socket.socket() as free:
       free.bind(('localhost', 0))
       address = f'localhost:{free.getsockname()[1]}'
     self._logs, self.processes = [], []
-    for index in range(processes):
-      own = []
-      if processes > 1:
-        own = [f'--coordinator_address={address}', f'--process_id={index}']
-        own += [f'--num_processes={processes}']
-      if index == processes - 1:
-        own += mine
-      log = workdir.with_name(f'{workdir.name}-{self.began}-{index}.log')
+    for index in range(count):
+      more = []
+      if count > 1:
+        more += [f'--coordinator_address={address}', f'--process_id={index}']
+        more += [f'--num_processes={count}']
+      if index == count - 1:
+        more += last
+      log = workdir.with_name(f'{workdir.name}-{index}.log')
       self._logs.append(log)
       with open(log, 'w') as file:
         self.processes.append(
@@ -63,7 +61,7 @@ class Run:
             [
               *(sys.executable, '-c', COMMAND, 'train'),
               *('--config=configs/tiny.py', f'--workdir={workdir}'),
-              *(*flags, *own),
+              *(*flags, *more),
             ],
             cwd=ROOT,
             env={
@@ -173,7 +171,7 @@ def test_what_is_killed_or_moved_to_fewer_devices_ends_as_undisturbed(
 
 
 def test_processes_that_would_not_do_the_same_end_at_once(tmp_path):
-  run = Run(tmp_path / 'run', 2, 4, own=('--config.train.seed=1',))
+  run = Run(tmp_path / 'run', 2, 4, last=('--config.train.seed=1',))
   run.end(1, 1)
   for error in run.errors():
     assert 'error: settings differ between processes' in error
