@@ -1,5 +1,6 @@
 """The cut: what is masked leaves a run's arrays, on the way or at the end."""
 
+from collections.abc import Collection
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -46,7 +47,14 @@ class Base(NamedTuple):
       return self
     places = Places.of(settings, config)
     return Base(
-      cut_params(self.params, kept, self.step.config, places.base, delete=True),
+      cut_params(
+        self.params,
+        kept,
+        self.step.config,
+        places.base,
+        quantized=self.step.quantized,
+        delete=True,
+      ),
       dataclasses.replace(self.step, config=config),
       places,
     )
@@ -63,6 +71,7 @@ def cut_params(
   config: LlamaConfig,
   shardings: Any = None,
   *,
+  quantized: Collection[str] = (),
   delete: bool = False,
 ) -> Any:
   """Smaller weights, tensor by tensor.
@@ -72,12 +81,15 @@ def cut_params(
     kept: from `kept_of`; empty: nothing is cut.
     config: the sizes before the cut.
     shardings: of the smaller base; None: as it comes.
+    quantized: as of `llama.block_axes`.
     delete: whether each tensor makes room as soon as it has been cut, so that
       there is never a second copy of the model.
   """
   if not kept:
     return params
-  axes, structure = jax.tree.flatten(llama.block_axes(LoraConfig())['params'])
+  axes, structure = jax.tree.flatten(
+    llama.block_axes(quantized=quantized)['params']
+  )
   # From a tree for each stack to a tuple of stacks for each tensor, and back.
   tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
   places: Any = [None] * len(axes)

@@ -1,5 +1,6 @@
 """A run's checkpoint, or a folder, written in any layout and format."""
 
+from collections.abc import Collection
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from lorapr_jax.models.llama import block_axes, logical_axes, param_shapes
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.repair import repaired_of, repaired_part, with_repaired
-from lorapr_jax.settings import split_model
+from lorapr_jax.settings import resolve_base, split_model
 from lorapr_jax.steps import TrainState
 
 
@@ -80,6 +81,7 @@ def _of_run(
       'other sizes'
     )
   dtype = run['resolved']['base_dtype']
+  _, quantized = resolve_base(config, plan)
   state = TrainState(**read_state(workdir, CHECKPOINTS))
   kept = kept_of(widened(state, sizes)['masks'])
   path = Path(config.model.path) if config.model.path else None
@@ -96,9 +98,13 @@ def _of_run(
   _check_same_base(workdir, model)
   route.check(model)
   params = load_base(
-    path, sizes, jnp.dtype(dtype), _places(sizes, dtype), config.train.seed
+    path,
+    sizes,
+    jnp.dtype(dtype),
+    _places(sizes, dtype, quantized),
+    config.train.seed,
   )
-  params = cut_params(params, kept, sizes, delete=True)
+  params = cut_params(params, kept, sizes, quantized=quantized, delete=True)
   # Some of it may have been cut on the way.
   size = shrunk_config(sizes, kept_of(state.whole['masks']))
   left = kept_of(state.masks)
@@ -226,12 +232,14 @@ def _cut_of(
   return before, kept
 
 
-def _places(config: LlamaConfig, dtype: str) -> Any:
+def _places(
+  config: LlamaConfig, dtype: str, quantized: Collection[str] = ()
+) -> Any:
   """A sharding for every tensor: over all devices where they divide it."""
   divides = config.embed_dim % jax.device_count() == 0
   sizes = (1, -1, 1) if divides else (-1, 1, 1)
   return sharding.shardings(
     sharding.make_mesh(sharding.mesh_sizes(*sizes)),
-    logical_axes(config)['params'],
-    param_shapes(config, jnp.dtype(dtype)),
+    logical_axes(config, quantized=quantized)['params'],
+    param_shapes(config, jnp.dtype(dtype), quantized),
   )

@@ -15,6 +15,7 @@ from lorapr_jax.hf.export import parse_size
 from lorapr_jax.hf.load import content_hash
 from lorapr_jax.lora import merge_adapters
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import summary
@@ -37,7 +38,8 @@ def merge(
   merged = merge_adapters(params, lora, lora_config.scale)
   if not unmerged:
     return routes.Weights(merged)
-  return routes.Weights(merged, params, lora, lora_config)
+  dense = dequantized(params, params['norm']['weight'].dtype)
+  return routes.Weights(merged, dense, lora, lora_config)
 
 
 def pruned_model(

@@ -22,6 +22,7 @@ from lorapr_jax.generation import check_prompt
 from lorapr_jax.hf.load import load_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.quantization import is_quantized, quantized
 from lorapr_jax.settings import RunSettings
 
 
@@ -47,7 +48,7 @@ class Places(NamedTuple):
       config: the sizes, before the cut or after it.
     """
     mesh = sharding.make_mesh(settings.mesh, settings.devices)
-    train = settings.train
+    train, quantized = settings.train, settings.step.quantized
     parts = settings.mesh['data'] * settings.mesh['fsdp']
     if train.micro_batch_size % parts:
       raise MeshError(
@@ -57,8 +58,8 @@ class Places(NamedTuple):
     return cls(
       base=sharding.shardings(
         mesh,
-        llama.logical_axes(config)['params'],
-        llama.param_shapes(config, settings.base_dtype),
+        llama.logical_axes(config, quantized=quantized)['params'],
+        llama.param_shapes(config, settings.base_dtype, quantized),
       ),
       batch=sharding.sharding(
         mesh,
@@ -73,7 +74,7 @@ def weight_shapes(settings: RunSettings, config: LlamaConfig) -> Any:
   """A `jax.ShapeDtypeStruct` with its sharding for every weight of a size."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    llama.param_shapes(config, settings.base_dtype),
+    llama.param_shapes(config, settings.base_dtype, settings.step.quantized),
     Places.of(settings, config).base,
   )
 
@@ -85,13 +86,25 @@ def load_base(
   shardings: Any,
   seed: int,
 ) -> Any:
-  """The frozen weights, sharded: from the folder, or random."""
+  """The frozen weights, sharded: from the folder, or random.
+
+  Those are quantised whose shardings are of quantised weights.
+  """
   if path:
     return load_params(path, config, shardings, dtype)
-  init = jax.jit(
-    functools.partial(llama.init_params, config=config, dtype=dtype),
-    out_shardings=shardings,
-  )
+
+  def quantize(path, place, weight):
+    return quantized(weight, path[-2].key) if is_quantized(place) else weight
+
+  @functools.partial(jax.jit, out_shardings=shardings)
+  def init(key):
+    return jax.tree_util.tree_map_with_path(
+      quantize,
+      shardings,
+      llama.init_params(key, config, dtype),
+      is_leaf=is_quantized,
+    )
+
   return init(jax.random.key(seed))
 
 

@@ -10,6 +10,8 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from lorapr_jax.models.quantization import dequantized
+
 
 def lora_product(a: Array, b: Array, *, fused: bool = False) -> Array:
   """A B, in the shape of the weight; in full float32 on every backend.
@@ -56,7 +58,9 @@ def lora_guided_gradient(
   )
 
 
-def merge_lora(stack: Any, lora: Any, scale: float) -> Any:
+def merge_lora(
+  stack: Any, lora: Any, scale: float, dtype: Any = jnp.float32
+) -> Any:
   """W + s A B for every projection of a stack that has an adapter.
 
   Summed in float32 and cast once to the weight's dtype, layer by layer.
@@ -65,29 +69,36 @@ def merge_lora(stack: Any, lora: Any, scale: float) -> Any:
     stack: a block's `params`, with `layers` in front.
     lora: the adapters of the same stack.
     scale: s = alpha / r.
+    dtype: in which weights come out that are quantised.
   """
 
   def merge_layer(trees):
     params, lora = trees
-    merged = {part: dict(projections) for part, projections in params.items()}
+    dense = dequantized(params, dtype)
+    exact = dequantized(params, jnp.float32)
+    merged = {part: dict(projections) for part, projections in dense.items()}
     for part, adapters in lora.items():
       for name, adapter in adapters.items():
-        weight = params[part][name]['weight']
-        update = scale * lora_product(adapter['a'], adapter['b'])
-        total = weight.astype(jnp.float32) + update
-        merged[part][name] = {'weight': total.astype(weight.dtype)}
+        weight = exact[part][name]['weight'].astype(jnp.float32)
+        total = weight + scale * lora_product(adapter['a'], adapter['b'])
+        as_before = dense[part][name]['weight'].dtype
+        merged[part][name] = {'weight': total.astype(as_before)}
     return merged
 
   return jax.lax.map(merge_layer, (stack, lora))
 
 
 def merge_adapters(params: Any, lora: Any, scale: float) -> Any:
-  """`params` with every stack merged with its adapters."""
-  merge = jax.jit(merge_lora, static_argnums=2)
+  """`params` with every stack merged with its adapters.
+
+  What is quantised comes out in the dtype of the norms.
+  """
+  merge = jax.jit(merge_lora, static_argnums=(2, 3))
+  dtype = params['norm']['weight'].dtype
   stacks = zip(params['stacks'], lora, strict=True)
   return {
     **params,
     'stacks': tuple(
-      merge(stack, adapters, scale) for stack, adapters in stacks
+      merge(stack, adapters, scale, dtype) for stack, adapters in stacks
     ),
   }

@@ -20,13 +20,15 @@ from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
 from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation
-from lorapr_jax.pruning.compensation import Compensation, ridge_update
+from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.pruning.compensation import (
+  REPAIRED,
+  Compensation,
+  ridge_update,
+)
 from lorapr_jax.pruning.masks import apply_masks
 from lorapr_jax.sharding import mesh_of
 from lorapr_jax.steps import StepSettings, compiler_options
-
-# By part of a block, the projection that reads the pruned groups.
-REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
 
 
 def repaired_part(block: Any) -> Any:
@@ -184,7 +186,7 @@ def _repair_layer(settings, damping, read, carry, layer):
   i, trees, before, after = layer
   axes = llama.block_axes(settings.lora)
   weights = jax.tree.map(lambda stack: stack[i], repaired)
-  params = _with_part(trees['params'], weights)
+  params = dequantized(_with_part(trees['params'], weights), x.dtype)
   trees = {'params': params, 'lora': trees['lora']}
   old, new = (
     {name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()}

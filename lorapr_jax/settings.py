@@ -23,7 +23,12 @@ from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
-from lorapr_jax.pruning.compensation import NONE, RIDGE, Compensation
+from lorapr_jax.pruning.compensation import (
+  NONE,
+  REPAIRED,
+  RIDGE,
+  Compensation,
+)
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.milestones import END, parse_shrink
@@ -43,6 +48,7 @@ from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
 _DTYPES = ('auto', 'float32', 'bfloat16')
+INT8 = 'int8'
 # The first JAX whose CPU backend knows the copies of model.remat=offload.
 CPU_OFFLOADS = (0, 10, 2)
 
@@ -53,7 +59,7 @@ class RunSettings:
 
   Attributes:
     model_path: the base's folder, or None for random weights.
-    base_dtype: of the frozen weights.
+    base_dtype: of the frozen weights that are not quantised.
     step: what the compiled functions are specialised to.
     order: one of ORDERS.
     plan: what will be left; None if nothing is pruned.
@@ -98,6 +104,30 @@ def resolve_dtype(key: str, name: str, platform: str | None = None) -> Any:
     on_cpu = (platform or jax.default_backend()) == 'cpu'
     name = 'float32' if on_cpu else 'bfloat16'
   return jnp.dtype(name)
+
+
+def resolve_base(
+  config: config_dict.ConfigDict,
+  plan: PruningPlan | None,
+  platform: str | None = None,
+) -> tuple[Any, tuple[str, ...]]:
+  """The dtype of the base, and which of its projections are quantised.
+
+  What compensation repairs is not: a repair would be rounded to int8 each time.
+
+  Args:
+    config: its sections model and prune are read.
+    plan: what will be left.
+    platform: of the devices; None: of the default ones.
+  """
+  name, quantized = config.model.base_dtype, ()
+  choose('model.base_dtype', name, (*_DTYPES, INT8))
+  if name == INT8:
+    name, quantized = 'auto', LORA_TARGETS
+    if _compensation(config.prune, plan):
+      repaired = REPAIRED.values()
+      quantized = tuple(x for x in quantized if x not in repaired)
+  return resolve_dtype('model.base_dtype', name, platform), quantized
 
 
 def resolve_matmul_dtype(name: str, activations: Any, platform: str) -> Any:
@@ -165,6 +195,12 @@ def split_config(
     norm=prune.norm,
     decay=prune.decay,
   )
+  base_dtype, quantized = resolve_base(config, plan, platform)
+  if quantized and criterion.needs == 'base_grads':
+    raise UserError(
+      f'prune.criterion={criterion.name} needs gradients of the base, which '
+      'model.base_dtype=int8 has none of: use prune.criterion=lora'
+    )
   export = _export_settings(config, sizes, plan)
   step = StepSettings(
     config=sizes,
@@ -176,10 +212,11 @@ def split_config(
     scan_layers=model.scan_layers,
     loss_chunk=_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
+    quantized=quantized,
   )
   return RunSettings(
     model_path=Path(model.path) if model.path else None,
-    base_dtype=resolve_dtype('model.base_dtype', model.base_dtype, platform),
+    base_dtype=base_dtype,
     step=step,
     data=data,
     train=train,

@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
   'mlp': 'tensor',
   'queries_per_kv': None,
   'rank': None,
+  'shared': None,
   'vocab': 'tensor',
 }
 

@@ -24,6 +24,7 @@ from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.axes import PROJECTIONS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import AUTO, choose_attention
+from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.block_sums import block_sums, runs_on
 from lorapr_jax.pruning.masks import initial_masks, select_masks
@@ -82,6 +83,7 @@ class StepSettings:
     scan_layers: whether the step that trains is a loop over the layers.
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
+    quantized: the projections of the base that are (models/quantization.py).
   """
 
   config: LlamaConfig
@@ -93,6 +95,7 @@ class StepSettings:
   scan_layers: bool = True
   loss_chunk: int = 128
   clip_norm: float = 1.0
+  quantized: tuple[str, ...] = ()
 
 
 def compiler_options(
@@ -321,7 +324,13 @@ def make_update_importance(
   # summed of them; on CPU a product of matrices is many times as fast.
   small = settings.lora.rank <= _LARGEST_FUSED_RANK
   fused = small and platform(out_sharding) != 'cpu'
-  kernel = small and criterion.name == 'lora' and runs_on(out_sharding)
+  # The kernel reads arrays.
+  kernel = (
+    small
+    and criterion.name == 'lora'
+    and not settings.quantized
+    and runs_on(out_sharding)
+  )
   options = importance_lib.Options(criterion, settings.lora.scale, fused)
 
   def average(inputs):
@@ -337,6 +346,7 @@ def make_update_importance(
 
   def update_layer(inputs):
     old, signals, masks = inputs
+    signals = signals._replace(params=dequantized(signals.params, jnp.float32))
     scores = importance_lib.element_scores(signals, options)
     return average((old, scores, masks))
 

@@ -16,7 +16,7 @@ PACKAGE = Path(lorapr_jax.__path__[0])
 # no entry of their own.
 LEVELS = (
   ('errors', 'hlo', 'models.axes'),
-  ('files', 'processes'),
+  ('files', 'models.quantization', 'processes'),
   (
     'cli.arguments',
     'data.ahead',

@@ -14,7 +14,9 @@ import pytest
 from lorapr_jax import sharding, steps
 from lorapr_jax.errors import UserError
 from lorapr_jax.models import llama
+from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.quantization import quantized
 from lorapr_jax.optimizer import make_optimizer
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import alive_counts
@@ -143,9 +145,12 @@ def _smallest_gap(importance, masks, keep):
   return min(gaps, default=1.0)
 
 
-def _prune(config, mesh, params):
-  """Three steps of lorapr_jax/loop.py's loop, each of which prunes."""
-  settings = steps.StepSettings(config, LORA, loss_chunk=20)
+def _prune(config, mesh, params, names):
+  """Three steps of lorapr_jax/loop.py's loop, each of which prunes.
+
+  The projections with these names are quantised.
+  """
+  settings = steps.StepSettings(config, LORA, loss_chunk=20, quantized=names)
   everywhere = NamedSharding(mesh, P())
   optimizer = make_optimizer(optax.constant_schedule(1e-2))
   lora_gradients = steps.make_lora_gradients(settings, everywhere)
@@ -153,7 +158,11 @@ def _prune(config, mesh, params):
     settings, Criterion(), everywhere
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
-  axes = llama.logical_axes(config)['params']
+  axes = llama.logical_axes(config, quantized=names)['params']
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, x: quantized(x, path[-2].key) if path[-2].key in names else x,
+    params,
+  )
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
   groups = ('kv_heads', 'mlp')
   state = jax.device_put(
@@ -200,15 +209,16 @@ def _prune(config, mesh, params):
   return losses, min(gaps), jax.device_get(state)
 
 
-CONFIGS = {'mha': MHA, 'gqa': GQA}
+# Sizes, and what is quantised.
+CONFIGS = {'mha': (MHA, ()), 'gqa': (GQA, ()), 'int8': (GQA, LORA_TARGETS)}
 
 
 @pytest.fixture(scope='module')
 def one_device(random_params):
   """Name -> the result on one device."""
   return {
-    name: _prune(config, _one_device(), random_params(config))
-    for name, config in CONFIGS.items()
+    name: _prune(config, _one_device(), random_params(config), names)
+    for name, (config, names) in CONFIGS.items()
   }
 
 
@@ -223,6 +233,7 @@ def _case(name, *sizes, marks=()):
     _case('gqa', 8, 1, 1, marks=pytest.mark.slow),
     _case('gqa', 1, 8, 1),
     _case('gqa', 1, 4, 2),
+    _case('int8', 2, 2, 2),
     _case('mha', 2, 2, 2),
     _case('mha', 8, 1, 1, marks=pytest.mark.slow),
     _case('mha', 1, 8, 1, marks=pytest.mark.slow),
@@ -235,9 +246,8 @@ def test_a_mesh_computes_what_one_device_computes(
   want_losses, gap, want = one_device[name]
   # Else the order of a sum could decide which of two groups is masked.
   assert gap > 1e-3
-  losses, _, state = _prune(
-    CONFIGS[name], _mesh(*sizes), random_params(CONFIGS[name])
-  )
+  config, names = CONFIGS[name]
+  losses, _, state = _prune(config, _mesh(*sizes), random_params(config), names)
   np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, state.masks, want.masks)
   assert alive_counts(state.masks)['mlp'] == (12, 12)

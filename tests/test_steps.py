@@ -13,6 +13,7 @@ import pytest
 from lorapr_jax import steps
 from lorapr_jax.errors import UserError
 from lorapr_jax.models import llama
+from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.optimizer import make_optimizer
 from lorapr_jax.pruning.importance import Criterion
@@ -425,7 +426,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert all(jax.tree.leaves(moved))
 
 
-def _abstract_smollm2(lora_config, dtype):
+def _abstract_smollm2(lora_config, dtype, quantized=()):
   """params, lora, masks, batch, key without any memory."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   init_lora = functools.partial(
@@ -433,7 +434,7 @@ def _abstract_smollm2(lora_config, dtype):
   )
   sizes = ((30, SMOLLM2.sizes(SMOLLM2.layers[0])),)
   return (
-    llama.param_shapes(SMOLLM2, dtype),
+    llama.param_shapes(SMOLLM2, dtype, quantized),
     jax.eval_shape(init_lora, key),
     jax.eval_shape(lambda: initial_masks(GROUPS, sizes)),
     {
@@ -455,6 +456,26 @@ def test_a_step_of_smollm2_holds_less_than_one_copy_of_the_model(dtype):
   assert memory.temp_size_in_bytes < base
   # The base is not donated.
   assert memory.alias_size_in_bytes < 0.01 * base
+
+
+def test_an_int8_base_is_dequantised_a_layer_at_a_time():
+  held = {}
+  for quantized in ((), LORA_TARGETS):
+    settings = steps.StepSettings(
+      SMOLLM2, LoraConfig(dropout=0.0), quantized=quantized
+    )
+    arguments = _abstract_smollm2(
+      settings.lora, jnp.dtype('float32'), quantized
+    )
+    step = steps.make_lora_gradients(settings, _device())
+    held[quantized] = step.lower(*arguments).compile().memory_analysis()
+  float32, int8 = held[()], held[LORA_TARGETS]
+  layers = sum(SMOLLM2.layer_parameters(x) for x in SMOLLM2.layers)
+  saved = float32.argument_size_in_bytes - int8.argument_size_in_bytes
+  # Scales are a float32 for each output of hundreds of inputs.
+  assert saved > 0.99 * 3 * layers
+  more = int8.temp_size_in_bytes - float32.temp_size_in_bytes
+  assert more < 2 * 4 * layers / len(SMOLLM2.layers)
 
 
 def test_the_true_gradient_costs_a_copy_of_the_projections():

@@ -43,6 +43,7 @@ def remembered_perplexity(
     'windows': hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(),
     'shape': windows.shape,
     'dtypes': (settings.base_dtype.name, settings.step.dtype.name),
+    'quantized': settings.step.quantized,
     'attention': settings.step.attention,
     'jax': (jax.__version__, jax.default_backend()),
   }

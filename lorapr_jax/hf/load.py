@@ -25,6 +25,7 @@ from lorapr_jax.hf.mapping import (
 )
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import param_shapes
+from lorapr_jax.models.quantization import is_quantized, quantized
 
 # As safetensors names them.
 _DTYPES = ('F16', 'BF16', 'F32', 'F64')
@@ -178,7 +179,8 @@ def place_params(
   Args:
     tensor_of: from a name to a tensor, which is read when it is indexed.
     config: the model's sizes.
-    shardings: a `Sharding` for every tensor.
+    shardings: a `Sharding` for every tensor; where it is of a quantised
+      weight, the tensor is quantised.
     dtype: to convert to.
   """
   shapes = param_shapes(config, dtype)
@@ -196,19 +198,36 @@ def place_params(
       tensor, letters = tensor_of(hf_name(path, layer)), letters_of(path)
       return read_slices(tensor, leaf.shape[1:], index, letters).astype(dtype)
 
+    if is_quantized(sharding):
+      as_read = sharding.qvalue
+      shape = jax.eval_shape(lambda x: quantized(x, path[1]), leaf)
+    else:
+      as_read, shape = sharding, leaf
     # On the host there is one layer at a time, on the devices nothing more.
-    stack = _zeros(sharding)(leaf.shape, leaf.dtype)
+    stack = jax.tree.map(
+      lambda place, x: _zeros(place)(x.shape, x.dtype), sharding, shape
+    )
     for row, layer in enumerate(layers):
       one = jax.make_array_from_callback(
         leaf.shape[1:],
-        _of_a_layer(sharding),
+        _of_a_layer(as_read),
         functools.partial(read_layer, layer),
       )
-      stack = _with_row(sharding)(stack, one, row)
+      if is_quantized(sharding):
+        one = _quantize(one, path[1])
+      stack = jax.tree.map(
+        lambda place, stack, x, row=row: _with_row(place)(stack, x, row),
+        sharding,
+        stack,
+        one,
+      )
       jax.block_until_ready(stack)
     return stack
 
   return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+
+
+_quantize = jax.jit(quantized, static_argnums=1)
 
 
 def _of_a_layer(place: Sharding) -> Sharding:

@@ -8,11 +8,13 @@ Letters, used in every einsum and shape of the package:
   D embed          V vocab            F mlp            r rank
   K kv_heads       G queries per KV head               H head_dim
   L layers in a stack                 U groups of one kind
+  1 of size 1: a number that a whole axis shares
 """
 
 from typing import NamedTuple
 
 AXIS_NAMES = {
+  '1': 'shared',
   'B': 'batch',
   'D': 'embed',
   'F': 'mlp',

@@ -17,6 +17,7 @@ from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.layers import RMSNorm, Rotation
+from lorapr_jax.models.quantization import dequantized
 
 Cache = tuple[tuple[Array, Array], ...]
 
@@ -97,7 +98,7 @@ def _layer(
       return causal_attention(q, k, v, start)
 
     block = llama.Block(config, shape, attend=attend)
-    x = block.apply({'params': weights}, x, rotation)
+    x = block.apply({'params': dequantized(weights, x.dtype)}, x, rotation)
     return (x, kv), None
 
   return layer

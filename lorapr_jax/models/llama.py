@@ -8,7 +8,7 @@ Trees:
 A stack's arrays have the axis `layers` in front.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 import functools
 from typing import Any
 
@@ -32,6 +32,11 @@ from lorapr_jax.models.layers import (
   apply_rope,
   dropout,
   rope_frequencies,
+)
+from lorapr_jax.models.quantization import (
+  dequantized,
+  is_quantized,
+  quantized_axes,
 )
 from lorapr_jax.pruning.masks import apply_masks
 
@@ -161,8 +166,15 @@ class Block(nn.Module):
     return x
 
 
-def block_axes(lora_config: LoraConfig | None = None) -> dict[str, Any]:
-  """The axis names of one block: {'params': ..., 'lora': ...}."""
+def block_axes(
+  lora_config: LoraConfig | None = None, quantized: Collection[str] = ()
+) -> dict[str, Any]:
+  """The axis names of one block: {'params': ..., 'lora': ...}.
+
+  Args:
+    lora_config: of the adapters; None: there are none.
+    quantized: the projections of the base that are (models/quantization.py).
+  """
   params: dict[str, Any] = {
     'input_layernorm': {'weight': Axes.of('D')},
     'post_attention_layernorm': {'weight': Axes.of('D')},
@@ -171,7 +183,8 @@ def block_axes(lora_config: LoraConfig | None = None) -> dict[str, Any]:
   for part, specs in PROJECTIONS.items():
     letters = {n: ProjectionLetters.of(spec) for n, spec in specs.items()}
     params[part] = {
-      n: {'weight': Axes.of(p.weight)} for n, p in letters.items()
+      n: {'weight': quantized_axes(n) if n in quantized else Axes.of(p.weight)}
+      for n, p in letters.items()
     }
     adapters = {
       n: {'a': Axes.of(p.inputs + 'r'), 'b': Axes.of('r' + p.outputs)}
@@ -184,14 +197,16 @@ def block_axes(lora_config: LoraConfig | None = None) -> dict[str, Any]:
 
 
 def logical_axes(
-  config: LlamaConfig, lora_config: LoraConfig | None = None
+  config: LlamaConfig,
+  lora_config: LoraConfig | None = None,
+  quantized: Collection[str] = (),
 ) -> dict[str, Any]:
   """The axis names of every tensor: {'params': Axes, 'lora': Axes}.
 
   The trees have the structure of the arrays', with an `Axes` for each.
   """
   block = jax.tree.map(
-    lambda axes: Axes(('layers', *axes)), block_axes(lora_config)
+    lambda axes: Axes(('layers', *axes)), block_axes(lora_config, quantized)
   )
   stacks = range(len(config.stacks))
   params = {
@@ -204,17 +219,36 @@ def logical_axes(
   return {'params': params, 'lora': tuple(block['lora'] for _ in stacks)}
 
 
-def param_shapes(config: LlamaConfig, dtype: Any) -> Any:
-  """A `jax.ShapeDtypeStruct` for every tensor of `params`."""
-  axes = logical_axes(config)['params']
+def param_shapes(
+  config: LlamaConfig, dtype: Any, quantized: Collection[str] = ()
+) -> Any:
+  """A `jax.ShapeDtypeStruct` for every tensor of `params`.
+
+  Args:
+    config: the sizes.
+    dtype: of what is not quantised.
+    quantized: as of `block_axes`.
+  """
+  axes = logical_axes(config, quantized=quantized)['params']
 
   def shapes(tree, sizes):
+    def of(axes, dtype):
+      return jax.ShapeDtypeStruct([sizes[a] for a in axes], dtype)
+
     return jax.tree.map(
-      lambda axes: jax.ShapeDtypeStruct([sizes[a] for a in axes], dtype), tree
+      lambda x: (
+        x.replace(qvalue=of(x.qvalue, jnp.int8), scale=of(x.scale, jnp.float32))
+        if is_quantized(x)
+        else of(x, dtype)
+      ),
+      tree,
+      is_leaf=is_quantized,
     )
 
   stacks = tuple(
-    shapes(tree, {**config.sizes(stack.shape), 'layers': stack.size})
+    shapes(
+      tree, {**config.sizes(stack.shape), 'layers': stack.size, 'shared': 1}
+    )
     for tree, stack in zip(axes.pop('stacks'), config.stacks, strict=True)
   )
   return {**shapes(axes, config.sizes(config.layers[0])), 'stacks': stacks}
@@ -331,6 +365,7 @@ def _layer(
 ) -> Callable[..., Any]:
   def layer(x, inputs):
     trees, masks, key = inputs
+    trees = dequantized(trees, x.dtype)
     variables = {
       name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
     }

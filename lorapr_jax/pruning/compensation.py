@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from lorapr_jax.errors import UserError
 
 NONE, RIDGE = 'none', 'ridge'
+# By part of a block, the projection that reads the pruned groups.
+REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
 
 
 @dataclasses.dataclass(frozen=True)

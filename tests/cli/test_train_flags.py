@@ -247,7 +247,7 @@ def refusal(capsys, workdir, *argv):
       'model.remat=all',
       "model.remat is 'all': choose from offload, blocks, dots, none",
     ),
-    ('model.base_dtype=int8', "model.base_dtype is 'int8': choose from auto"),
+    ('model.base_dtype=int4', "model.base_dtype is 'int4': choose from auto"),
     ('model.sizes.model_type=qwen2', "model_type is 'qwen2'"),
     # Training.
     ('train.seq_len=129', 'train.seq_len is 129, but the model has 128 posit'),

@@ -15,7 +15,11 @@ CASES = [
   tiny_override('prune=3'),
   # Model.
   tiny_override('model.path=MODEL', 'with model.sizes set too'),
-  tiny_override('model.base_dtype=int8'),
+  tiny_override('model.base_dtype=int4'),
+  Case(
+    '`--config.model.base_dtype=int8 --config.prune.criterion=gradient`',
+    with_argv(*train_tiny('model.base_dtype=int8', 'prune.criterion=gradient')),
+  ),
   tiny_override('model.compute_dtype=float16'),
   tiny_override('model.remat=all'),
   tiny_override('model.matmul_dtype=int8'),

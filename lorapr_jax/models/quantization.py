@@ -1,0 +1,67 @@
+"""An int8 base: projections as int8 values, with a scale for each output.
+
+W ~ values * scale, where the scale of an output channel is the largest |W| of
+its inputs over 127.5, so that no weight is off by more than half of it.
+Products are of the weight dequantised. A projection's weight is a
+`qwix.QArray`, a node of the trees in which it stands, and so are its axes,
+shapes and shardings: what goes by axis names knows values and scales.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from qwix import QArray, dequantize, quantize
+
+from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
+
+_SPECS = {n: spec for part in PROJECTIONS.values() for n, spec in part.items()}
+
+
+def is_quantized(node: Any) -> bool:
+  """Whether a node of a tree is a quantised weight, or stands for one."""
+  return isinstance(node, QArray)
+
+
+def quantized_axes(name: str) -> QArray:
+  """The axis names of a projection's values and scales."""
+  letters = ProjectionLetters.of(_SPECS[name])
+  shared = '1' * len(letters.inputs)
+  return _node(Axes.of(letters.weight), Axes.of(shared + letters.outputs))
+
+
+def quantized(weight: Array, name: str) -> QArray:
+  """A projection's weight, of one layer or with layers in front."""
+  letters = ProjectionLetters.of(_SPECS[name])
+  first = weight.ndim - len(letters.weight)
+  inputs = range(first, first + len(letters.inputs))
+  return quantize(
+    weight.astype(jnp.float32),
+    jnp.int8,
+    channelwise_axes=[i for i in range(weight.ndim) if i not in inputs],
+  )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dense(weight: QArray, dtype: Any) -> Array:
+  return dequantize(weight).astype(dtype)
+
+
+def dequantized(tree: Any, dtype: Any) -> Any:
+  """A tree whose quantised weights are arrays; the others stay as they are.
+
+  Args:
+    tree: of weights.
+    dtype: of what was quantised; computed in float32.
+  """
+  return jax.tree.map(
+    lambda node: _dense(node, dtype) if is_quantized(node) else node,
+    tree,
+    is_leaf=is_quantized,
+  )
+
+
+def _node(values: Any, scale: Any) -> QArray:
+  return QArray(values, scale, qtype=jnp.int8)
