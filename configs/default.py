@@ -17,7 +17,9 @@ def get_config() -> config_dict.ConfigDict:
   # The keys of a config.json, for random weights.
   config.model.sizes = config_dict.ConfigDict()
   # Of the frozen weights: float32, bfloat16, or auto: bfloat16 on GPU and TPU,
-  # float32 on CPU, whose bfloat16 products are slow.
+  # float32 on CPU, whose bfloat16 products are slow. int8: the projections are
+  # int8 values with a scale for each output, but for those that
+  # prune.compensate repairs; all else, and what is merged, is as with auto.
   config.model.base_dtype = 'auto'
   # Of activations: float32, bfloat16, or auto as above. LoRA's weights, the
   # optimiser and the scores are always float32.

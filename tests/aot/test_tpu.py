@@ -289,6 +289,22 @@ def test_llama_7b_is_planned_for_eight_chips():
 
 
 @pytest.mark.usefixtures('_not_kept')
+def test_an_int8_base_is_dequantised_a_layer_at_a_time():
+  # The width of 7B, on one chip.
+  flags = ['--config.model.sizes.num_hidden_layers=4', '--config.data.eval=']
+  flags += ['--config.train.micro_batch_size=1', '--config.lora.dropout=0.0']
+  half, int8 = (
+    next(_planned('v5e:1x1', *flags, f'--config.model.base_dtype={dtype}'))
+    for dtype in ('bfloat16', 'int8')
+  )
+  layer = 4 * 4096**2 + 3 * 4096 * 11008
+  saved = half.compiled.arguments - int8.compiled.arguments
+  assert 0.99 * 4 * layer < saved < 4 * layer
+  more = int8.compiled.temporaries - half.compiled.temporaries
+  assert more < 2 * layer
+
+
+@pytest.mark.usefixtures('_not_kept')
 def test_a_search_ends_with_the_smallest_slice_that_fits():
   flags = ['--config.model.sizes.num_hidden_layers=2', '--config.data.eval=']
   flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
