@@ -29,19 +29,8 @@ class Compiled:
   collectives: dict[str, dict[str, int]] | None
 
   @classmethod
-  def of(cls, lowered: jax.stages.Lowered) -> 'Compiled':
-    """Compiles.
-
-    Raises:
-      OutOfMemory: if the compiler finds no way to fit it.
-    """
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      message = str(error)
-      if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
-        raise
-      raise OutOfMemory(refused_bytes(message)) from None
+  def of(cls, compiled: jax.stages.Compiled) -> 'Compiled':
+    """Reads what the compiler says."""
     memory = compiled.memory_analysis()
     program = Program.parse(compiled.as_text())
     try:
@@ -77,6 +66,21 @@ class Compiled:
       'memory': crossing / chip.hbm_bandwidth,
       'interconnect': self.received() / chip.interconnect,
     }
+
+
+def compile_to_fit(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+  """Compiles.
+
+  Raises:
+    OutOfMemory: if the compiler finds no way to fit it.
+  """
+  try:
+    return lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    message = str(error)
+    if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
+      raise
+    raise OutOfMemory(refused_bytes(message)) from None
 
 
 class OutOfMemory(Exception):

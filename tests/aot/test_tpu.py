@@ -4,11 +4,13 @@ Run by `make test-aot`, in an environment that has libtpu. Models have two
 layers and few dimensions where only what must not be there is looked for.
 """
 
+import contextlib
 import functools
 import itertools
 import math
 from pathlib import Path
 import re
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -21,16 +23,21 @@ import pytest
 
 from lorapr_jax import sharding, steps
 from lorapr_jax.cli.flags import parse_flags
+from lorapr_jax.compiled import Compiled
+from lorapr_jax.hlo import Program
+from lorapr_jax.inputs import weight_shapes
 from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.plan import plan_run
+from lorapr_jax.plan import lowered_phases, plan_run
 from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.repair import make_compensate
 from lorapr_jax.search import search
+from lorapr_jax.settings import split_config
 from lorapr_jax.topology import SLICES, Topology
 
 pytestmark = pytest.mark.aot
@@ -64,7 +71,7 @@ def _config(shape: LayerShape, **more) -> LlamaConfig:
   return LlamaConfig(**(sizes | more))
 
 
-def _abstract(config: LlamaConfig, mesh: Mesh):
+def _abstract(config: LlamaConfig, mesh: Mesh, quantized=()):
   """params, lora, masks, as shapes that know where they lie."""
   whole = NamedSharding(mesh, P())
 
@@ -75,8 +82,8 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
       places,
     )
 
-  shapes = llama.param_shapes(config, jnp.bfloat16)
-  axes = llama.logical_axes(config)['params']
+  shapes = llama.param_shapes(config, jnp.bfloat16, quantized)
+  axes = llama.logical_axes(config, quantized=quantized)['params']
   state = jax.eval_shape(
     functools.partial(
       steps.init_state,
@@ -99,6 +106,7 @@ def _compiled_step(
   *,
   tokens: int = TOKENS,
   remat: str = 'blocks',
+  quantized: tuple[str, ...] = (),
 ):
   settings = steps.StepSettings(
     config,
@@ -107,8 +115,9 @@ def _compiled_step(
     matmul_dtype=jnp.bfloat16,
     loss_chunk=512,
     remat=remat,
+    quantized=quantized,
   )
-  params, state = _abstract(config, mesh)
+  params, state = _abstract(config, mesh, quantized)
   place = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
   shape = (1, batch, tokens)
   inputs = {
@@ -132,6 +141,33 @@ def _quadratic(text: str) -> list[str]:
     for shape in set(shapes)
     if sum(int(size) >= TOKENS for size in shape.split(',')) > 1
   ]
+
+
+def _arrays(text: str) -> set[tuple[int, ...]]:
+  """The sizes of all arrays in a compiled text."""
+  shapes = re.findall(r'\b[a-z]+\d+\[(\d+(?:,\d+)*)\]', text)
+  return {tuple(map(int, shape.split(','))) for shape in shapes}
+
+
+def _whole(text: str, params: Any) -> list[tuple[int, ...]]:
+  """Arrays with as many elements as a tensor that is in parts, all together.
+
+  Of a stack's matrices and the embeddings: a layer's matrix is gathered to be
+  multiplied.
+  """
+  sizes = {
+    math.prod(x.shape)
+    for path, x in jax.tree_util.tree_leaves_with_path(params)
+    if 'norm' not in jax.tree_util.keystr(path)
+  }
+  return [x for x in _arrays(text) if math.prod(x) in sizes]
+
+
+def _host_transfers(text: str) -> list[str]:
+  """What goes to the host or comes from it, and arrays in its memory."""
+  return re.findall(
+    r'\b(?:infeed|outfeed|send|recv)\(|S\(5\)|host_transfer|callback', text
+  )
 
 
 # Whole KV heads as pruning leaves them, on a chip; and the three mesh axes.
@@ -159,14 +195,46 @@ def test_attention_without_a_kernel_is_quadratic():
 
 def test_offload_keeps_the_blocks_inputs_in_the_hosts_memory():
   config, tokens = _config(LayerShape(3, 2, 384)), 1024
-  on_host = {
-    remat: _compiled_step(config, _mesh(1, 1, 1), 4, tokens=tokens, remat=remat)
-    .memory_analysis()
-    .host_temp_size_in_bytes
+  blocks, offload = (
+    _compiled_step(config, _mesh(1, 1, 1), 4, tokens=tokens, remat=remat)
     for remat in ('blocks', 'offload')
-  }
+  )
+  on_host = [
+    x.memory_analysis().host_temp_size_in_bytes for x in (blocks, offload)
+  ]
   inputs = 2 * len(config.layers) * 4 * tokens * config.embed_dim
-  assert on_host['blocks'] < inputs <= on_host['offload']
+  assert on_host[0] < inputs <= on_host[1]
+  assert not _host_transfers(blocks.as_text())
+  assert _host_transfers(offload.as_text())
+
+
+def test_an_int8_base_is_dequantised_a_layer_at_a_time():
+  shape = LayerShape(num_kv_heads=16, queries_per_kv=1, mlp_dim=4096)
+  config = _config(shape, embed_dim=1024, layers=(shape,) * 8)
+  half, int8 = (
+    _compiled_step(
+      config, _mesh(1, 1, 1), 2, tokens=512, quantized=names
+    ).memory_analysis()
+    for names in ((), LORA_TARGETS)
+  )
+  layer = config.layer_parameters(shape)
+  saved = half.argument_size_in_bytes - int8.argument_size_in_bytes
+  assert 0.99 * 8 * layer < saved < 8 * layer
+  more = int8.temp_size_in_bytes - half.temp_size_in_bytes
+  assert more < 2 * layer
+
+
+def test_what_is_gathered_whole_is_found():
+  mesh = _mesh(1, 4, 1)
+  params, _ = _abstract(_config(LayerShape(4, 2, 512)), mesh)
+  whole = NamedSharding(mesh, P())
+
+  def smallest(x):
+    return jnp.sort(jax.lax.with_sharding_constraint(x, whole), axis=None)[0]
+
+  weight = params['stacks'][0]['mlp']['up_proj']['weight']
+  compiled = jax.jit(smallest).lower(weight).compile()
+  assert _whole(compiled.as_text(), params)
 
 
 def test_importance_holds_no_array_of_a_projections_size():
@@ -260,48 +328,85 @@ def _planned(topology: str, *flags: str):
   return plan_run(config, Topology.of(topology))
 
 
-@pytest.fixture
-def _not_kept():
-  # What is compiled for devices that are not there cannot be read back.
+@contextlib.contextmanager
+def not_kept():
+  """What is compiled for devices that are not there cannot be read back."""
   jax.config.update('jax_enable_compilation_cache', False)
   yield
   jax.config.update('jax_enable_compilation_cache', True)
 
 
-@pytest.mark.usefixtures('_not_kept')
-def test_llama_7b_is_planned_for_eight_chips():
-  flags = ['--config.mesh.data=1', '--config.mesh.fsdp=8']
-  # Without dropout, as above.
-  step, importance = itertools.islice(
-    _planned('v5e:2x4', *flags, '--config.lora.dropout=0.0'), 2
+@pytest.fixture
+def _not_kept():
+  with not_kept():
+    yield
+
+
+@pytest.fixture(scope='module')
+def llama_7b():
+  """Step and importance on eight chips: phases, and what is compiled."""
+  config, _ = parse_flags(
+    [
+      *(f'--config={LLAMA}:7b', '--workdir=none'),
+      *('--config.mesh.data=1', '--config.mesh.fsdp=8'),
+      '--config.lora.dropout=0.0',  # As above.
+    ]
   )
-  assert step.fits and importance.fits
-  own, weights = step.compiled, 2 * 6_738_415_616
+  settings = split_config(config, Topology.of('v5e:2x4').devices)
+  found = list(itertools.islice(lowered_phases(settings), 2))
+  with not_kept():
+    return settings, [(x, x.lowered.compile()) for x in found]
+
+
+def test_llama_7b_is_planned_for_eight_chips(llama_7b):
+  _, phases = llama_7b
+  step, own = phases[0][0], Compiled.of(phases[0][1])
+  weights = 2 * 6_738_415_616
   # An eighth of the base, and the adapters whole.
   assert weights / 8 < own.arguments < weights / 8 + 0.2e9
   assert own.temporaries < 2e9
   # Each block is computed a second time: three passes where two would do.
-  assert 1.35 < own.flops / step.ideal_flops < 1.45
+  assert 1.35 < own.flops / (step.ideal_flops / 8) < 1.45
   # Forward, again and back, every micro-batch gathers what it lacks.
   assert own.received() == pytest.approx(3 * 8 * weights * 7 / 8, rel=0.05)
   # One layer's dense products at most: with fused sums, none.
-  assert importance.compiled.temporaries < 0.1 * 2 * 4096 * 4096
+  importance = Compiled.of(phases[1][1])
+  assert importance.temporaries < 0.1 * 2 * 4096 * 4096
 
 
-@pytest.mark.usefixtures('_not_kept')
-def test_an_int8_base_is_dequantised_a_layer_at_a_time():
-  # The width of 7B, on one chip.
-  flags = ['--config.model.sizes.num_hidden_layers=4', '--config.data.eval=']
-  flags += ['--config.train.micro_batch_size=1', '--config.lora.dropout=0.0']
-  half, int8 = (
-    next(_planned('v5e:1x1', *flags, f'--config.model.base_dtype={dtype}'))
-    for dtype in ('bfloat16', 'int8')
-  )
-  layer = 4 * 4096**2 + 3 * 4096 * 11008
-  saved = half.compiled.arguments - int8.compiled.arguments
-  assert 0.99 * 4 * layer < saved < 4 * layer
-  more = int8.compiled.temporaries - half.compiled.temporaries
-  assert more < 2 * layer
+def test_llama_7bs_step_gathers_a_layers_matrix_at_a_time(llama_7b):
+  settings, phases = llama_7b
+  params = weight_shapes(settings, settings.step.config)
+  for _, compiled in phases:
+    text = compiled.as_text()
+    assert not _whole(text, params)
+    assert not _host_transfers(text)
+  text = phases[0][1].as_text()
+  gathered = re.findall(r'= \(?\w+\[([\d,]+)\]\S* all-gather', text)
+  sizes = [math.prod(map(int, shape.split(','))) for shape in gathered]
+  assert max(sizes) == 4096 * 11008
+
+
+def test_llama_7bs_step_multiplies_while_it_gathers(llama_7b):
+  _, phases = llama_7b
+  program = Program.parse(phases[0][1].as_text())
+  bytes_of = dict.fromkeys(('beside', 'all'), 0)
+  gathers: dict[str, tuple[int, bool]] = {}
+  for name, instruction, times in program.executed():
+    sizes = _arrays(instruction.shape)
+    if instruction.opcode != 'all-gather' or len(sizes) != 1:
+      continue
+    # The parts of one that is gathered beside others share its channel.
+    channel = re.search(r'channel_id=(\d+)', instruction.text)[1]
+    beside = any(
+      x.opcode == 'convolution' for x in program.computations[name].values()
+    )
+    _, before = gathers.get(channel, (0, False))
+    gathers[channel] = times * math.prod(*sizes), beside or before
+  for size, beside in gathers.values():
+    bytes_of['all'] += size
+    bytes_of['beside'] += beside * size
+  assert bytes_of['beside'] > 0.9 * bytes_of['all']
 
 
 @pytest.mark.usefixtures('_not_kept')
