@@ -19,7 +19,9 @@ class Compiled:
     temporaries: bytes.
     flops: of all products, loops counted by their turns; None where the
       compiler's text does not say how often one turns, and so for
-    collectives: {kind: {'count', 'bytes'}}.
+    collectives: {kind: {'count', 'bytes'}}, and
+    overlapped: bytes of those that are on their way while products run.
+    text: the program, as the compiler writes it.
   """
 
   arguments: int
@@ -27,22 +29,28 @@ class Compiled:
   temporaries: int
   flops: float | None
   collectives: dict[str, dict[str, int]] | None
+  overlapped: int | None
+  text: str = dataclasses.field(repr=False)
 
   @classmethod
   def of(cls, compiled: jax.stages.Compiled) -> 'Compiled':
     """Reads what the compiler says."""
     memory = compiled.memory_analysis()
-    program = Program.parse(compiled.as_text())
+    text = compiled.as_text()
+    program = Program.parse(text)
     try:
       flops, collectives = program.flops(), program.collectives()
+      overlapped = program.overlapped()
     except ValueError:
-      flops = collectives = None
+      flops = collectives = overlapped = None
     return cls(
       arguments=memory.argument_size_in_bytes,
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
       flops=flops,
       collectives=collectives,
+      overlapped=overlapped,
+      text=text,
     )
 
   def received(self) -> int | None:

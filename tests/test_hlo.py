@@ -118,3 +118,84 @@ def test_another_kind_of_loop_is_an_error():
   text = WINDOWED.replace('direction=LT', 'direction=GT')
   with pytest.raises(ValueError, match='how often while.1 turns'):
     Program.parse(text).flops()
+
+
+# As XLA writes a gather that goes on beside the products of a loop, in parts,
+# and one that nothing is done beside.
+IN_PARTS = """HloModule jit_f, is_scheduled=true
+
+%cond (p: (u32[], bf16[8,4])) -> pred[] {
+  %p = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%p), index=0
+  %four = u32[] constant(4)
+  ROOT %less = pred[] compare(%i, %four), direction=LT
+}
+
+%start (a: bf16[2,4]) -> (bf16[2,4], bf16[8,4]) {
+  %a = bf16[2,4]{1,0} parameter(0)
+  %gather.1 = bf16[8,4]{1,0} all-gather(%a), channel_id=7, dimensions={0}
+  ROOT %call.1 = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) custom-call(%gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%part (b: bf16[2,4], c: bf16[8,4], d: bf16[4,4]) -> bf16[8,4] {
+  %b = bf16[2,4]{1,0} parameter(0)
+  %c = bf16[8,4]{1,0} parameter(1)
+  %d = bf16[4,4]{1,0} parameter(2)
+  %gather.2 = bf16[8,4]{1,0} all-gather(%b), channel_id=7, dimensions={0}
+  ROOT %conv = bf16[8,4]{1,0} convolution(%c, %d), dim_labels=bf_io->bf
+}
+
+%done (e: bf16[2,4], f: bf16[8,4]) -> bf16[8,4] {
+  %e = bf16[2,4]{1,0} parameter(0)
+  %f = bf16[8,4]{1,0} parameter(1)
+  %gather.3 = bf16[8,4]{1,0} all-gather(%e), channel_id=7, dimensions={0}
+  ROOT %call.2 = bf16[8,4]{1,0} custom-call(%e, %f, %gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+%body (q: (u32[], bf16[8,4])) -> (u32[], bf16[8,4]) {
+  %q = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %one = u32[] constant(1)
+  %j = u32[] get-tuple-element(%q), index=0
+  %next = u32[] add(%j, %one)
+  %x = bf16[8,4]{1,0} get-tuple-element(%q), index=1
+  %own = bf16[2,4]{1,0} constant({...})
+  %w = bf16[4,4]{1,0} constant({...})
+  %y = bf16[8,4]{1,0} fusion(%own, %x, %w), kind=kOutput, calls=%part
+  ROOT %r = (u32[], bf16[8,4]{1,0}) tuple(%next, %y)
+}
+
+ENTRY %main (x: (u32[], bf16[8,4])) -> bf16[8,4] {
+  %first = (u32[], bf16[8,4]{1,0}) parameter(0)
+  %mine = bf16[2,4]{1,0} constant({...})
+  %fusion.1 = (bf16[2,4]{1,0}, bf16[8,4]{1,0}) fusion(%mine), kind=kCustom, \
+calls=%start
+  %while.1 = (u32[], bf16[8,4]{1,0}) while(%first), condition=%cond, body=%body
+  %gather.4 = bf16[8,4]{1,0} all-gather(%mine), channel_id=8, dimensions={0}
+  ROOT %fusion.2 = bf16[8,4]{1,0} fusion(%mine, %gather.4), kind=kCustom, \
+calls=%done
+}
+"""
+
+
+def test_a_gather_in_parts_counts_once_and_is_overlapped():
+  program = Program.parse(IN_PARTS)
+  lacking = (8 - 2) * 4 * 2
+  in_parts, alone = program.transfers()
+  assert (in_parts.bytes, in_parts.times) == (lacking, 1)
+  assert in_parts.beside == 4 * 2 * 8 * 4 * 4
+  assert (alone.bytes, alone.beside) == (lacking, 0)
+  assert program.collectives()['all-gather']['bytes'] == 2 * lacking
+  assert program.overlapped() == lacking
+
+
+def test_a_start_with_no_product_before_its_end_is_not_overlapped():
+  program = Program.parse(WINDOWED)
+  assert [x.beside for x in program.transfers()] == [0]
+  # The end after the product in place of before it.
+  end = '  %sent = bf16[8,4]{1,0} collective-permute-done(%send)\n'
+  product = '  %y = bf16[8,4]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused\n'
+  text = WINDOWED.replace(end, '').replace('fusion(%sent', 'fusion(%x')
+  program = Program.parse(text.replace(product, product + end))
+  assert [x.beside for x in program.transfers()] == [2 * 8 * 4 * 4]

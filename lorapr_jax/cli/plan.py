@@ -161,6 +161,8 @@ def _report(
         'total': needs.total,
       }
       del phase['name']
+      if needs.compiled:
+        del phase['compiled']['text']  # Megabytes.
       if topology.chip and needs.compiled:
         phase['roofline_seconds'] = needs.compiled.roofline(topology.chip)
       phases.append(phase)
@@ -182,7 +184,7 @@ def show(
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
   )
-  work = _table('products', '/ ideal', 'received', 'floor', 'of')
+  work = _table('products', '/ ideal', 'received', 'overlapped', 'floor', 'of')
   notes = []
   for criterion, all_needs in found.items():
     for needs in all_needs:
@@ -210,6 +212,8 @@ def show(
     'Each figure is of one device. beside: what else of the run lies there.',
     'ideal: 4 N operations a token (with the gradient criterion 2 N more for '
     'the layers) and the attention.',
+    'overlapped: of what is received, the share that is on its way while '
+    'products run.',
   ):
     console.print(line, soft_wrap=True)
   if topology.chip:
@@ -246,6 +250,7 @@ def _work(needs: Needs, chip: Chip | None) -> list[str]:
     '–' if own.flops is None else units.operations(own.flops),
     f'{own.flops / ideal:.2f}' if ideal and own.flops else '–',
     '–' if own.received() is None else units.size(own.received()),
+    f'{own.overlapped / own.received():.0%}' if own.received() else '–',
   ]
   floors = chip and own.roofline(chip)
   if not floors:
