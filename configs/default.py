@@ -99,6 +99,9 @@ def get_config() -> config_dict.ConfigDict:
   # Tokens whose logits exist at the same time; 0: 128 (512 on GPU and TPU) for
   # each device of the axes data and fsdp.
   config.train.loss_chunk = 0
+  # Of XLA, for the training step: NAME=VALUE,... beside its own defaults
+  # (docs/scaling.md has what some change).
+  config.train.compiler_options = ''
   # Steps between lines of metrics.jsonl.
   config.train.log_every = 10
   # Steps between checkpoints.

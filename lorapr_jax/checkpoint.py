@@ -32,6 +32,7 @@ _FREE = {
   'config.model.attention',
   'config.model.remat',
   'config.model.scan_layers',
+  'config.train.compiler_options',
   'config.train.loss_chunk',
   'config.train.micro_batch_size',
 }

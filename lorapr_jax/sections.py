@@ -52,12 +52,13 @@ class TrainSettings:
   clip_norm: float
   seed: int
   loss_chunk: int
+  compiler_options: str
   log_every: int
   checkpoint_every: int
   checkpoints_kept: int
 
   def __post_init__(self):
-    free = ('seed', 'lr_schedule', 'loss_chunk')
+    free = ('seed', 'lr_schedule', 'loss_chunk', 'compiler_options')
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.name not in free and not value > 0:

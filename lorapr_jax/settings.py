@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
 
 from lorapr_jax.data.packing import PACKINGS
 from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
-from lorapr_jax.errors import MeshError, UserError
+from lorapr_jax.errors import MeshError, UserError, first_line
 from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
@@ -213,6 +214,7 @@ def split_config(
     loss_chunk=_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
     quantized=quantized,
+    compiler_options=_compiler_options(train.compiler_options, devices),
   )
   return RunSettings(
     model_path=Path(model.path) if model.path else None,
@@ -252,6 +254,34 @@ def resolve_remat(name: str, platform: str) -> str:
       f'{jax.__version__}: use model.remat=blocks, on a CPU the same memory'
     )
   return name
+
+
+def _compiler_options(
+  text: str, devices: Sequence[jax.Device]
+) -> tuple[tuple[str, str | bool], ...]:
+  """NAME=VALUE,... as the compiler of these devices takes them.
+
+  Raises:
+    UserError: for one that it does not know, or a value that it does not take.
+  """
+  options: dict[str, str | bool] = {}
+  for part in filter(None, text.split(',')):
+    name, equals, value = (x.strip() for x in part.partition('='))
+    if not (name and equals and value):
+      raise UserError(f'train.compiler_options is {text!r}: NAME=VALUE,...')
+    # Some of XLA's parsers know one spelling alone.
+    options[name] = {'true': True, 'false': False}.get(value.lower(), value)
+  if options:
+    own = (x for x in devices if x.process_index == jax.process_index())
+    place = SingleDeviceSharding(next(own, devices[0]))
+    nothing = jax.jit(lambda: jnp.int32(0), out_shardings=place)
+    try:
+      nothing.lower().compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      raise UserError(
+        f'train.compiler_options is {text!r}: {first_line(error)}'
+      ) from None
+  return tuple(options.items())
 
 
 def _loss_chunk(

@@ -84,6 +84,7 @@ class StepSettings:
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
     quantized: the projections of the base that are (models/quantization.py).
+    compiler_options: more of XLA's, of the step that trains.
   """
 
   config: LlamaConfig
@@ -96,6 +97,7 @@ class StepSettings:
   loss_chunk: int = 128
   clip_norm: float = 1.0
   quantized: tuple[str, ...] = ()
+  compiler_options: tuple[tuple[str, str | bool], ...] = ()
 
 
 def compiler_options(
@@ -299,7 +301,10 @@ def make_lora_gradients(
   return jax.jit(
     gradients,
     out_shardings=(out_sharding, out_sharding, more_sharding),
-    compiler_options=compiler_options(out_sharding),
+    compiler_options={
+      **compiler_options(out_sharding),
+      **dict(settings.compiler_options),
+    },
   )
 
 

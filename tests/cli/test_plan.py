@@ -93,7 +93,7 @@ def test_a_table_says_what_its_columns_are(capsys):
   out = capsys.readouterr().out
   # What of the mesh is left to the devices is resolved.
   assert out.startswith('cpu:8: 8 devices; data=1,fsdp=8,tensor=1\n')
-  for said in ('importance', '/ ideal', 'beside:'):
+  for said in ('importance', '/ ideal', 'beside:', 'overlapped:'):
     assert said in out
 
 

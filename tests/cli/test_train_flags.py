@@ -90,6 +90,18 @@ def test_the_defaults_are_filled_in():
   }
 
 
+def test_options_of_the_compiler_reach_the_step_that_trains():
+  found = settings(
+    '--config.train.compiler_options=xla_cpu_enable_fast_math=True, '
+    'xla_backend_optimization_level=1'
+  )
+  assert found.step.compiler_options == (
+    ('xla_cpu_enable_fast_math', True),
+    ('xla_backend_optimization_level', '1'),
+  )
+  assert settings().step.compiler_options == ()
+
+
 def test_settings_follow_the_overrides():
   found = settings(
     '--config.prune.heads=queries',

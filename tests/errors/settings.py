@@ -39,6 +39,8 @@ CASES = [
   tiny_override('train.clip_norm=0'),
   tiny_override('train.seed=-1'),
   tiny_override('train.loss_chunk=-1'),
+  tiny_override('train.compiler_options=fast'),
+  tiny_override('train.compiler_options=xla_go_faster=true'),
   tiny_override('train.log_every=0'),
   tiny_override('train.checkpoint_every=0'),
   tiny_override('lora.rank=0'),
