@@ -33,8 +33,19 @@ class Compiled:
   text: str = dataclasses.field(repr=False)
 
   @classmethod
-  def of(cls, compiled: jax.stages.Compiled) -> 'Compiled':
-    """Reads what the compiler says."""
+  def of(cls, lowered: jax.stages.Lowered) -> 'Compiled':
+    """Compiles.
+
+    Raises:
+      OutOfMemory: if the compiler finds no way to fit it.
+    """
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      message = str(error)
+      if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
+        raise
+      raise OutOfMemory(refused_bytes(message)) from None
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     program = Program.parse(text)
@@ -74,21 +85,6 @@ class Compiled:
       'memory': crossing / chip.hbm_bandwidth,
       'interconnect': self.received() / chip.interconnect,
     }
-
-
-def compile_to_fit(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles.
-
-  Raises:
-    OutOfMemory: if the compiler finds no way to fit it.
-  """
-  try:
-    return lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    message = str(error)
-    if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
-      raise
-    raise OutOfMemory(refused_bytes(message)) from None
 
 
 class OutOfMemory(Exception):

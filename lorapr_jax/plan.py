@@ -16,7 +16,7 @@ from ml_collections import config_dict
 import optax
 
 from lorapr_jax import optimizer, sharding, steps
-from lorapr_jax.compiled import Compiled, OutOfMemory, compile_to_fit
+from lorapr_jax.compiled import Compiled, OutOfMemory
 from lorapr_jax.cut import Base
 from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
 from lorapr_jax.inputs import Places, weight_shapes
@@ -97,7 +97,7 @@ def plan_run(
   for phase in lowered_phases(split_config(config, topology.devices)):
     refused, compiled_for = None, topology
     try:
-      compiled = Compiled.of(compile_to_fit(phase.lowered))
+      compiled = Compiled.of(phase.lowered)
     except OutOfMemory as refusal:
       refused, compiled = refusal.bytes, None
       if elsewhere:
@@ -124,7 +124,7 @@ def _compiled_on(
   found = lowered_phases(split_config(config, topology.devices))
   phase = next(phase for phase in found if phase.name == name)
   try:
-    return Compiled.of(compile_to_fit(phase.lowered))
+    return Compiled.of(phase.lowered)
   except OutOfMemory:
     return None
 

@@ -271,6 +271,14 @@ def test_a_cpu_without_the_copies_of_offload_is_told_so(monkeypatch):
   assert resolve_remat('blocks', 'cpu') == 'blocks'
 
 
+def test_the_compiler_is_given_the_options_of_the_settings(trees):
+  settings = dataclasses.replace(
+    SETTINGS, compiler_options=(('xla_go_faster', True),)
+  )
+  with pytest.raises(jax.errors.JaxRuntimeError, match='xla_go_faster'):
+    _gradients(trees, _batch(), settings)
+
+
 def test_products_of_bfloat16_operands_give_nearly_the_same_gradients(trees):
   exact, rounded = (
     _gradients(trees, _batch(), dataclasses.replace(SETTINGS, matmul_dtype=x))

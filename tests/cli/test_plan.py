@@ -103,16 +103,16 @@ def test_what_the_compiler_refuses_is_planned_on_larger_chips(monkeypatch):
   small = Topology('v5e:1x2', devices, CHIPS['v5e'])
   large = Topology('v5p:1x1x2', devices, CHIPS['v5p'])
   monkeypatch.setattr(Topology, 'larger', lambda self: large)
-  refused = []
+  of, refused = compiled.Compiled.of, []
 
   def once(lowered):
     if not refused:
       refused.append(lowered)
       message = 'RESOURCE_EXHAUSTED: Used 20.50G of 15.75G hbm.'
       raise compiled.OutOfMemory(compiled.refused_bytes(message))
-    return lowered.compile()
+    return of(lowered)
 
-  monkeypatch.setattr(plan_lib, 'compile_to_fit', once)
+  monkeypatch.setattr(compiled.Compiled, 'of', once)
   config, _ = parse_flags([TINY[0], '--workdir=none'])
   step, *others = plan_lib.plan_run(config, small)
   assert (step.fits, step.compiled_for) == (False, 'v5p:1x1x2')
