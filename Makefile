@@ -57,7 +57,7 @@ test-lowest: .venv-lowest/dev
 	  --ignore=tests/test_shrinking.py --ignore=tests/test_phases.py \
 	  --ignore=tests/test_benchmarks.py --ignore=tests/test_processes.py
 
-# What the TPU's compiler makes of the step, without a TPU.
+# What the compilers for TPUs and GPUs make of the step, with neither there.
 test-aot: .venvs/aot/made
 	JAX_PLATFORMS=cpu .venvs/aot/bin/python -m pytest -m aot tests/aot
 
