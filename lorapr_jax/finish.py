@@ -35,11 +35,12 @@ def merge(
     lora_config: of the adapters.
     unmerged: whether the weights without LoRA are held as well.
   """
+  if unmerged:  # What is written must come to the same when it is merged.
+    params = dequantized(params, params['norm']['weight'].dtype)
   merged = merge_adapters(params, lora, lora_config.scale)
   if not unmerged:
     return routes.Weights(merged)
-  dense = dequantized(params, params['norm']['weight'].dtype)
-  return routes.Weights(merged, dense, lora, lora_config)
+  return routes.Weights(merged, params, lora, lora_config)
 
 
 def pruned_model(

@@ -194,9 +194,12 @@ def place_params(
     if layers is None:
       return jax.make_array_from_callback(leaf.shape, sharding, read_one)
 
+    as_dtype = np.float32 if is_quantized(sharding) else dtype
+
     def read_layer(layer, index):
       tensor, letters = tensor_of(hf_name(path, layer)), letters_of(path)
-      return read_slices(tensor, leaf.shape[1:], index, letters).astype(dtype)
+      layer = read_slices(tensor, leaf.shape[1:], index, letters)
+      return layer.astype(as_dtype)
 
     if is_quantized(sharding):
       as_read = sharding.qvalue

@@ -29,6 +29,7 @@ _PACKAGES = (
   'flax',
   'optax',
   'orbax-checkpoint',
+  'qwix',
   'transformers',
 )
 
