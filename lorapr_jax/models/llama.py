@@ -332,7 +332,7 @@ def observed_hidden_states(
     x = jnp.where(valid.reshape(B * T, 1), x, 0)
   observed = []
   for i, stack in enumerate(config.stacks):
-    layers = {'params': params['stacks'][i], 'lora': lora[i]}
+    layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
     keys = None
     if dropout_key is not None:
       keys = jax.random.split(
@@ -360,12 +360,32 @@ def observed_hidden_states(
   return x, tuple(observed)
 
 
+def _squeezed(stack: Any) -> Any:
+  """The weights without axes of size 1, such as queries_per_kv often is.
+
+  XLA for TPU pads such an axis, and for that copies the stack out of its loop.
+  """
+
+  def squeeze(node: Any) -> Any:
+    ones = [i for i, size in enumerate(node.shape) if i and size == 1]
+    return jax.tree.map(lambda x: jnp.squeeze(x, ones), node)
+
+  return jax.tree.map(squeeze, stack, is_leaf=is_quantized)
+
+
 def _layer(
   block: Block, axes: Any, rotation: Rotation, observe: bool
 ) -> Callable[..., Any]:
+  sizes = block.config.sizes(block.shape)
+
   def layer(x, inputs):
     trees, masks, key = inputs
-    trees = dequantized(trees, x.dtype)
+    params = jax.tree.map(
+      lambda weight, axes: weight.reshape([sizes[a] for a in axes]),
+      dequantized(trees['params'], x.dtype),
+      axes['params'],
+    )
+    trees = {'params': params, 'lora': trees['lora']}
     variables = {
       name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
     }
