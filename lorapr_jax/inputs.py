@@ -22,7 +22,7 @@ from lorapr_jax.generation import check_prompt
 from lorapr_jax.hf.load import load_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.quantization import is_quantized, quantized
+from lorapr_jax.models.quantization import quantized_like
 from lorapr_jax.settings import RunSettings
 
 
@@ -93,17 +93,9 @@ def load_base(
   if path:
     return load_params(path, config, shardings, dtype)
 
-  def quantize(path, place, weight):
-    return quantized(weight, path[-2].key) if is_quantized(place) else weight
-
   @functools.partial(jax.jit, out_shardings=shardings)
   def init(key):
-    return jax.tree_util.tree_map_with_path(
-      quantize,
-      shardings,
-      llama.init_params(key, config, dtype),
-      is_leaf=is_quantized,
-    )
+    return quantized_like(llama.init_params(key, config, dtype), shardings)
 
   return init(jax.random.key(seed))
 

@@ -74,14 +74,13 @@ def merge_lora(
 
   def merge_layer(trees):
     params, lora = trees
-    dense = dequantized(params, dtype)
-    exact = dequantized(params, jnp.float32)
-    merged = {part: dict(projections) for part, projections in dense.items()}
+    merged = dequantized(params, dtype)
     for part, adapters in lora.items():
       for name, adapter in adapters.items():
-        weight = exact[part][name]['weight'].astype(jnp.float32)
-        total = weight + scale * lora_product(adapter['a'], adapter['b'])
-        as_before = dense[part][name]['weight'].dtype
+        weight = dequantized(params[part][name]['weight'], jnp.float32)
+        update = scale * lora_product(adapter['a'], adapter['b'])
+        total = weight.astype(jnp.float32) + update
+        as_before = merged[part][name]['weight'].dtype
         merged[part][name] = {'weight': total.astype(as_before)}
     return merged
 

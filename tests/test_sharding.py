@@ -16,7 +16,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.models import llama
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.quantization import quantized
+from lorapr_jax.models.quantization import quantized_like
 from lorapr_jax.optimizer import make_optimizer
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import alive_counts
@@ -159,10 +159,7 @@ def _prune(config, mesh, params, names):
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
   axes = llama.logical_axes(config, quantized=names)['params']
-  params = jax.tree_util.tree_map_with_path(
-    lambda path, x: quantized(x, path[-2].key) if path[-2].key in names else x,
-    params,
-  )
+  params = quantized_like(params, axes)
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
   groups = ('kv_heads', 'mlp')
   state = jax.device_put(

@@ -37,6 +37,7 @@ from lorapr_jax.models.quantization import (
   dequantized,
   is_quantized,
   quantized_axes,
+  quantized_like,
 )
 from lorapr_jax.pruning.masks import apply_masks
 
@@ -229,29 +230,20 @@ def param_shapes(
     dtype: of what is not quantised.
     quantized: as of `block_axes`.
   """
-  axes = logical_axes(config, quantized=quantized)['params']
+  axes = logical_axes(config)['params']
 
   def shapes(tree, sizes):
-    def of(axes, dtype):
-      return jax.ShapeDtypeStruct([sizes[a] for a in axes], dtype)
-
     return jax.tree.map(
-      lambda x: (
-        x.replace(qvalue=of(x.qvalue, jnp.int8), scale=of(x.scale, jnp.float32))
-        if is_quantized(x)
-        else of(x, dtype)
-      ),
-      tree,
-      is_leaf=is_quantized,
+      lambda axes: jax.ShapeDtypeStruct([sizes[a] for a in axes], dtype), tree
     )
 
   stacks = tuple(
-    shapes(
-      tree, {**config.sizes(stack.shape), 'layers': stack.size, 'shared': 1}
-    )
+    shapes(tree, {**config.sizes(stack.shape), 'layers': stack.size})
     for tree, stack in zip(axes.pop('stacks'), config.stacks, strict=True)
   )
-  return {**shapes(axes, config.sizes(config.layers[0])), 'stacks': stacks}
+  dense = {**shapes(axes, config.sizes(config.layers[0])), 'stacks': stacks}
+  like = logical_axes(config, quantized=quantized)['params']
+  return jax.eval_shape(functools.partial(quantized_like, like=like), dense)
 
 
 def output_weight(params: Any) -> Array:

@@ -29,7 +29,8 @@ def quantized_axes(name: str) -> QArray:
   """The axis names of a projection's values and scales."""
   letters = ProjectionLetters.of(_SPECS[name])
   shared = '1' * len(letters.inputs)
-  return _node(Axes.of(letters.weight), Axes.of(shared + letters.outputs))
+  values, scales = Axes.of(letters.weight), Axes.of(shared + letters.outputs)
+  return QArray(values, scales, qtype=jnp.int8)
 
 
 def quantized(weight: Array, name: str) -> QArray:
@@ -41,6 +42,17 @@ def quantized(weight: Array, name: str) -> QArray:
     weight.astype(jnp.float32),
     jnp.int8,
     channelwise_axes=[i for i in range(weight.ndim) if i not in inputs],
+  )
+
+
+def quantized_like(params: Any, like: Any) -> Any:
+  """The weights, quantised where `like` is: a tree of axes or shardings."""
+
+  def quantize_one(path: Any, like: Any, weight: Array) -> Any:
+    return quantized(weight, path[-2].key) if is_quantized(like) else weight
+
+  return jax.tree_util.tree_map_with_path(
+    quantize_one, like, params, is_leaf=is_quantized
   )
 
 
@@ -61,7 +73,3 @@ def dequantized(tree: Any, dtype: Any) -> Any:
     tree,
     is_leaf=is_quantized,
   )
-
-
-def _node(values: Any, scale: Any) -> QArray:
-  return QArray(values, scale, qtype=jnp.int8)

@@ -21,6 +21,7 @@ from lorapr_jax.models.quantization import (
   dequantized,
   is_quantized,
   quantized,
+  quantized_like,
 )
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.shrink import shrunk_config
@@ -48,12 +49,8 @@ KEPT = tuple(
 def params(random_params):
   """Random weights, quantised."""
 
-  def quantize(path, weight):
-    name = path[-2].key
-    return quantized(weight, name) if name in LORA_TARGETS else weight
-
-  dense = random_params(CONFIG)
-  return jax.tree_util.tree_map_with_path(quantize, dense)
+  like = llama.logical_axes(CONFIG, quantized=LORA_TARGETS)['params']
+  return quantized_like(random_params(CONFIG), like)
 
 
 def _assert_close(ours, theirs, **tolerance):
@@ -199,18 +196,20 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
   # Quantised from what the file has, whatever the dtype of the rest.
   got = load_params(folder, config, places, jnp.dtype('bfloat16'))
   assert jax.tree.map(lambda x: x.sharding, got) == places
+  compiled = jax.jit(quantized, static_argnums=1)
   for part, projections in dense['stacks'][0].items():
     for name, leaf in projections.items():
       if name == 'weight':
         continue
-      want = quantized(leaf['weight'], name)
+      # Compiled as well: the largest weight is half way between two values.
+      want = compiled(leaf['weight'], name)
       found = got['stacks'][0][part][name]['weight']
-      np.testing.assert_allclose(found.scale, want.scale, rtol=1e-6)
-      # The largest is half way between two values: it may go either way.
-      apart = np.abs(np.int32(found.qvalue) - np.int32(want.qvalue))
-      assert apart.max() <= 1 and apart.mean() < 0.05
-  embeddings = got['embed_tokens']['weight']
-  assert embeddings.dtype == jnp.bfloat16
+      np.testing.assert_array_equal(found.qvalue, want.qvalue)
+      np.testing.assert_array_equal(found.scale, want.scale)
+  np.testing.assert_array_equal(
+    got['embed_tokens']['weight'],
+    dense['embed_tokens']['weight'].astype(jnp.bfloat16),
+  )
 
 
 def test_random_weights_are_quantised_too():
