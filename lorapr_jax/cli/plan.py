@@ -184,7 +184,7 @@ def show(
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
   )
-  work = _table('products', '/ ideal', 'received', 'overlapped', 'floor', 'of')
+  work = _table('products', '/ ideal', 'received', 'overlap', 'floor', 'of')
   notes = []
   for criterion, all_needs in found.items():
     for needs in all_needs:
@@ -212,7 +212,7 @@ def show(
     'Each figure is of one device. beside: what else of the run lies there.',
     'ideal: 4 N operations a token (with the gradient criterion 2 N more for '
     'the layers) and the attention.',
-    'overlapped: of what is received, the share that is on its way while '
+    'overlap: of what is received, the share that is on its way while '
     'products run.',
   ):
     console.print(line, soft_wrap=True)
@@ -227,7 +227,7 @@ def show(
 
 
 def _table(*columns: str) -> Table:
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+  table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
   table.add_column('criterion', no_wrap=True)
   table.add_column('phase', no_wrap=True)
   for name in columns:

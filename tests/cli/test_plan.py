@@ -10,6 +10,7 @@ from lorapr_jax import compiled
 from lorapr_jax import plan as plan_lib
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
+from lorapr_jax.cli.plan import show
 from lorapr_jax.inputs import Places, load_base
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.settings import split_config
@@ -93,8 +94,35 @@ def test_a_table_says_what_its_columns_are(capsys):
   out = capsys.readouterr().out
   # What of the mesh is left to the devices is resolved.
   assert out.startswith('cpu:8: 8 devices; data=1,fsdp=8,tensor=1\n')
-  for said in ('importance', '/ ideal', 'beside:', 'overlapped:'):
+  for said in ('importance', '/ ideal', 'beside:', 'overlap:'):
     assert said in out
+
+
+def test_eighty_columns_hold_the_widest_figures(capsys, monkeypatch):
+  monkeypatch.setenv('COLUMNS', '80')
+  devices = tuple(jax.devices()[:1])
+  needs = plan_lib.Needs(
+    name='importance',
+    beside=99_900_000_000,
+    ideal_flops=1.0e15,
+    fits=True,
+    refused=None,
+    compiled=compiled.Compiled(
+      arguments=99_900_000_000,
+      outputs=99_900_000_000,
+      temporaries=99_900_000_000,
+      flops=2.45e15,
+      collectives={'all-gather': {'count': 1, 'bytes': 2_490_000_000_000}},
+      overlapped=2_490_000_000_000,
+      text='',
+    ),
+    compiled_for='v5e:1x1',
+  )
+  topology = Topology('v5e:1x1', devices, CHIPS['v5e'])
+  show({'gradient': [needs]}, topology, {'data': 1, 'fsdp': 1, 'tensor': 1})
+  out = capsys.readouterr().out
+  assert 'interconnect' in out and '…' not in out
+  assert max(map(len, out.splitlines()[:8])) <= 80
 
 
 def test_what_the_compiler_refuses_is_planned_on_larger_chips(monkeypatch):
