@@ -11,7 +11,7 @@ from lorapr_jax import sharding
 from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import logical_axes, param_shapes
-from lorapr_jax.settings import resolve_dtype
+from lorapr_jax.resolve import resolve_dtype
 
 
 @dataclasses.dataclass(frozen=True)

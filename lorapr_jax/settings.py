@@ -6,24 +6,21 @@ Nothing here reads weights or text: a mistake stops a run before any work.
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path
-import re
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import SingleDeviceSharding
 from ml_collections import config_dict
 
 from lorapr_jax.data.packing import PACKINGS
 from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
-from lorapr_jax.errors import MeshError, UserError, first_line
+from lorapr_jax.errors import MeshError, UserError
 from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import check_attention
-from lorapr_jax.models.llama import REMAT_POLICIES, block_axes
+from lorapr_jax.models.llama import block_axes
 from lorapr_jax.pruning.compensation import (
   NONE,
   REPAIRED,
@@ -35,6 +32,14 @@ from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.milestones import END, parse_shrink
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
+from lorapr_jax.resolve import (
+  DTYPES,
+  resolve_compiler_options,
+  resolve_dtype,
+  resolve_loss_chunk,
+  resolve_matmul_dtype,
+  resolve_remat,
+)
 from lorapr_jax.sections import (
   DataSettings,
   ExportSettings,
@@ -48,10 +53,7 @@ from lorapr_jax.sharding import divisors, mesh_sizes
 from lorapr_jax.steps import StepSettings
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
-_DTYPES = ('auto', 'float32', 'bfloat16')
 INT8 = 'int8'
-# The first JAX whose CPU backend knows the copies of model.remat=offload.
-CPU_OFFLOADS = (0, 10, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,21 +94,6 @@ class RunSettings:
   report: ReportSettings
 
 
-def resolve_dtype(key: str, name: str, platform: str | None = None) -> Any:
-  """A dtype by name; `auto` is float32 on CPU and bfloat16 elsewhere.
-
-  Args:
-    key: of the setting, for the error.
-    name: its value.
-    platform: of the devices; None: of the default ones.
-  """
-  choose(key, name, _DTYPES)
-  if name == 'auto':
-    on_cpu = (platform or jax.default_backend()) == 'cpu'
-    name = 'float32' if on_cpu else 'bfloat16'
-  return jnp.dtype(name)
-
-
 def resolve_base(
   config: config_dict.ConfigDict,
   plan: PruningPlan | None,
@@ -122,37 +109,13 @@ def resolve_base(
     platform: of the devices; None: of the default ones.
   """
   name, quantized = config.model.base_dtype, ()
-  choose('model.base_dtype', name, (*_DTYPES, INT8))
+  choose('model.base_dtype', name, (*DTYPES, INT8))
   if name == INT8:
     name, quantized = 'auto', LORA_TARGETS
     if _compensation(config.prune, plan):
       repaired = REPAIRED.values()
       quantized = tuple(x for x in quantized if x not in repaired)
   return resolve_dtype('model.base_dtype', name, platform), quantized
-
-
-def resolve_matmul_dtype(name: str, activations: Any, platform: str) -> Any:
-  """Of the training step's products; `auto` is the fastest that loses little.
-
-  That is the activations' dtype, but bfloat16 for float32 activations on a CPU
-  with matrix instructions for it (AMX), which multiply three times as fast.
-  """
-  choose('model.matmul_dtype', name, _DTYPES)
-  if name != 'auto':
-    return jnp.dtype(name)
-  if platform == 'cpu' and 'amx_bf16' in _cpu_flags():
-    return jnp.dtype('bfloat16')
-  return activations
-
-
-def _cpu_flags() -> frozenset[str]:
-  """What Linux says that the processor can do; empty elsewhere."""
-  try:
-    text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-  except FileNotFoundError:
-    return frozenset()
-  flags = re.search(r'^flags\s*:(.*)$', text, re.MULTILINE)
-  return frozenset(flags[1].split()) if flags else frozenset()
 
 
 def split_config(
@@ -211,10 +174,10 @@ def split_config(
     attention=model.attention,
     remat=resolve_remat(model.remat, platform),
     scan_layers=model.scan_layers,
-    loss_chunk=_loss_chunk(train, mesh, platform),
+    loss_chunk=resolve_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
     quantized=quantized,
-    compiler_options=_compiler_options(train.compiler_options, devices),
+    compiler_options=resolve_compiler_options(train.compiler_options, devices),
   )
   return RunSettings(
     model_path=Path(model.path) if model.path else None,
@@ -238,63 +201,6 @@ def split_config(
     log=LogSettings(**config.log),
     report=ReportSettings(**config.report),
   )
-
-
-def resolve_remat(name: str, platform: str) -> str:
-  """One of llama.REMAT_POLICIES.
-
-  Raises:
-    UserError: for another name, or one that this JAX cannot run here.
-  """
-  choose('model.remat', name, tuple(REMAT_POLICIES))
-  on_cpu = platform == 'cpu'
-  if name == 'offload' and on_cpu and jax.__version_info__ < CPU_OFFLOADS:
-    raise UserError(
-      'model.remat=offload on a CPU needs JAX 0.10.2, and this is '
-      f'{jax.__version__}: use model.remat=blocks, on a CPU the same memory'
-    )
-  return name
-
-
-def _compiler_options(
-  text: str, devices: Sequence[jax.Device]
-) -> tuple[tuple[str, str | bool], ...]:
-  """NAME=VALUE,... as the compiler of these devices takes them.
-
-  Raises:
-    UserError: for one that it does not know, or a value that it does not take.
-  """
-  options: dict[str, str | bool] = {}
-  for part in filter(None, text.split(',')):
-    name, equals, value = (x.strip() for x in part.partition('='))
-    if not (name and equals and value):
-      raise UserError(f'train.compiler_options is {text!r}: NAME=VALUE,...')
-    # Some of XLA's parsers know one spelling alone.
-    options[name] = {'true': True, 'false': False}.get(value.lower(), value)
-  if options:
-    own = (x for x in devices if x.process_index == jax.process_index())
-    place = SingleDeviceSharding(next(own, devices[0]))
-    nothing = jax.jit(lambda: jnp.int32(0), out_shardings=place)
-    try:
-      nothing.lower().compile(compiler_options=options)
-    except jax.errors.JaxRuntimeError as error:
-      raise UserError(
-        f'train.compiler_options is {text!r}: {first_line(error)}'
-      ) from None
-  return tuple(options.items())
-
-
-def _loss_chunk(
-  train: TrainSettings, mesh: dict[str, int], platform: str
-) -> int:
-  """Tokens: by default as many as keep the matrix units busy, on each device.
-
-  A chunk's tokens are cut over data, its vocabulary over fsdp and tensor.
-  """
-  if train.loss_chunk:
-    return train.loss_chunk
-  each = 128 if platform == 'cpu' else 512
-  return each * mesh['data'] * mesh['fsdp']
 
 
 def split_model(

@@ -73,6 +73,7 @@ LEVELS = (
     'sections',
     'steps',
   ),
+  ('resolve',),
   (
     'checkpoint',
     'data.batches',

@@ -18,7 +18,7 @@ from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.optimizer import make_optimizer
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import alive_counts, initial_masks
-from lorapr_jax.settings import CPU_OFFLOADS, resolve_remat
+from lorapr_jax.resolve import CPU_OFFLOADS, resolve_remat
 
 SELECT = jax.jit(steps.select_stack_masks)
 GROUPS = ('kv_heads', 'mlp')

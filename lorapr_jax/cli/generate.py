@@ -19,7 +19,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models.llama import param_shapes
-from lorapr_jax.settings import resolve_dtype
+from lorapr_jax.resolve import resolve_dtype
 
 
 def main(argv: list[str]) -> None:
