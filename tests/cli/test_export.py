@@ -48,10 +48,8 @@ def write_base(folder, seed=0, **sizes):
   return folder
 
 
-@pytest.fixture(scope='session')
-def run(tmp_path_factory):
-  """A finished run with every format: (workdir, its summary)."""
-  folder = tmp_path_factory.mktemp('run')
+def make_run(folder, **settings):
+  """A finished run with these settings, by their dotted names."""
   config = tiny.get_config()
   with config.unlocked():
     config.model.sizes = {}
@@ -63,10 +61,17 @@ def run(tmp_path_factory):
     steps=6, batch_size=8, seq_len=16, checkpoint_every=2, checkpoints_kept=3
   )
   config.prune.every = 2
-  config.export.format = 'hf,gguf,peft'
+  config.update_from_flattened_dict(settings)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('LORAPR_CACHE', str(folder / 'cache'))
     return folder / 'workdir', train.run(config, folder / 'workdir')
+
+
+@pytest.fixture(scope='session')
+def run(tmp_path_factory):
+  """A finished run with every format: (workdir, its summary)."""
+  every = {'export.format': 'hf,gguf,peft'}
+  return make_run(tmp_path_factory.mktemp('run'), **every)
 
 
 @pytest.fixture
@@ -170,6 +175,30 @@ def test_later_is_as_at_the_end_of_the_run(run, tmp_path):
   }
   assert_same(tmp_path / 'out', workdir / 'export', atol=1e-7)
   assert listing(workdir) == before
+
+
+def test_a_run_on_an_int8_base_is_exported_again_as_it_was(capsys, tmp_path):
+  settings = {
+    'model.base_dtype': 'int8',
+    # Ranked at once by what is read of the base and its inputs.
+    'prune.criterion': 'activation',
+    'prune.order': 'prune_then_tune',
+    'prune.calibration_steps': 2,
+    'export.format': 'hf,peft',
+  }
+  workdir, _ = make_run(tmp_path / 'run', **settings)
+  hf, peft = tmp_path / 'hf', tmp_path / 'peft'
+  export(capsys, workdir, hf)
+  assert_same(hf, workdir / 'export')
+  export(capsys, workdir, peft, '--format=peft')
+  assert_same(peft / 'base', workdir / 'export-peft' / 'base')
+  adapter = 'adapter_model.safetensors'
+  ours, theirs = (
+    load_file(x / adapter) for x in (peft, workdir / 'export-peft')
+  )
+  assert ours.keys() == theirs.keys()
+  for name, x in ours.items():
+    np.testing.assert_array_equal(x, theirs[name], err_msg=name)
 
 
 def test_an_unfinished_run_is_cut_as_its_masks_stand(
