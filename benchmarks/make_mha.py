@@ -12,14 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lorapr_jax.hf.export import (
-  copy_companions,
-  hf_config,
-  new_folder,
-  write_config,
-  write_safetensors,
-)
-from lorapr_jax.hf.load import Shards, check_tensors, load_config
+from lorapr_jax.hf.export import copy_companions, hf_config, write_config
+from lorapr_jax.hf.load import check_tensors, load_config
+from lorapr_jax.hf.mapping import hf_shapes
+from lorapr_jax.hf.shards import Shards, write_safetensors
+from lorapr_jax.models.llama import param_shapes
+from lorapr_jax.paths import new_folder
 
 
 def main() -> None:
@@ -45,8 +43,9 @@ def main() -> None:
   copy = dataclasses.replace(config, layers=layers)
   with new_folder(args.destination) as folder:
     copy_companions(args.source, folder)
+    shapes = hf_shapes(param_shapes(copy, shards.dtype), copy)
+    write_safetensors(folder, shapes, shards.dtype, tensors())
     write_config(folder, hf_config(copy, shards.dtype.name, 'auto', 'auto'))
-    write_safetensors(folder, tensors())
 
 
 if __name__ == '__main__':

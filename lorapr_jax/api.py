@@ -1,7 +1,6 @@
 """The functions of `import lorapr_jax as lp`, for notebooks and scripts."""
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
 from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
 from lorapr_jax.model import Model, folder_and_config, in_memory
 from lorapr_jax.model import load as load
+from lorapr_jax.paths import is_path, path_of
 from lorapr_jax.steps import StepSettings
 
 
@@ -70,7 +70,7 @@ def prune(
       raise UserError(f'config.{section} is {settings!r}: give a dict of keys')
     for key, value in settings.items():
       _set(config, section, key, value)
-  return PrunedRun(train.run(config, workdir), Path(workdir))
+  return PrunedRun(train.run(config, workdir), path_of(workdir))
 
 
 def _set(
@@ -78,8 +78,8 @@ def _set(
 ) -> None:
   name = f'config.{section}.{key}'
   check_key(config, name)
-  if isinstance(value, os.PathLike):
-    value = os.fspath(value)
+  if is_path(value):
+    value = str(value)
   if isinstance(value, dict):
     value = config_dict.ConfigDict(value)
   try:
@@ -181,7 +181,7 @@ def export(
     raise UserError(f'format is {format!r}: choose from {", ".join(ROUTES)}')
   route = Route(
     kind=format,
-    path=Path(destination),
+    path=path_of(destination),
     layout=layout,
     model_type=model_type,
     dtype=dtype,
@@ -194,7 +194,7 @@ def export(
   elif isinstance(source, PrunedRun):
     exports.export(source.workdir, route)
   else:
-    exports.export(Path(source), route)
+    exports.export(path_of(source), route)
   return route.path
 
 

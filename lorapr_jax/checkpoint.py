@@ -6,9 +6,11 @@ import contextlib
 import json
 import logging
 from pathlib import Path
+import secrets
 import tempfile
 from typing import Any, NamedTuple
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
@@ -18,11 +20,14 @@ import orbax.checkpoint as ocp
 from lorapr_jax import processes
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json, write_text
+from lorapr_jax.paths import forget_listings, is_local, make_folder, move
 from lorapr_jax.steps import TrainState
 
 RUN_FILE = 'run.json'
 SUMMARY_FILE = 'summary.json'
 METRICS_FILE = 'metrics.jsonl'
+# Beside disks, where orbax can write: the protocol of a UPath.
+_STORES = ('gs', 'gcs')
 # Settings with which a run may go on otherwise than it began: how its work is
 # laid out over devices and memory.
 _FREE = {
@@ -49,17 +54,12 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     UserError: if the folder holds a finished run, another run, or files of
       something else.
   """
-  parent = workdir.absolute()
-  while not parent.exists():
-    parent = parent.parent
-  try:
-    # Permissions say too little: for root, and on a disk that is read-only.
-    tempfile.TemporaryFile(dir=parent).close()
-  except OSError as error:
+  if not is_local(workdir) and workdir.protocol not in _STORES:
     raise UserError(
-      f'{workdir} cannot be made: {parent} takes no files ({error.strerror}); '
-      'choose another --workdir'
-    ) from None
+      f'{workdir}: checkpoints lie on a disk or in gs://; choose another '
+      '--workdir'
+    )
+  _check_writable(workdir)
   if (workdir / SUMMARY_FILE).exists():
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
@@ -75,9 +75,28 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     )
 
 
+def _check_writable(workdir: Path) -> None:
+  parent = workdir.absolute()
+  while is_local(parent) and not parent.exists():
+    parent = parent.parent
+  try:
+    # Permissions say too little: for root, and on a disk that is read-only.
+    if is_local(parent):
+      tempfile.TemporaryFile(dir=parent).close()
+    else:
+      probe = parent / f'.{secrets.token_hex(8)}'
+      probe.write_bytes(b'')
+      probe.unlink()
+  except OSError as error:
+    raise UserError(
+      f'{workdir} cannot be made: {parent} takes no files '
+      f'({error.strerror or error}); choose another --workdir'
+    ) from None
+
+
 def claim_workdir(workdir: Path, run: dict[str, Any]) -> None:
   """Makes the workdir and its run.json, unless they are there."""
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_folder(workdir)
   if not (workdir / RUN_FILE).exists():
     write_json(workdir / RUN_FILE, _plain(run))
 
@@ -122,7 +141,12 @@ def saved_steps(folder: Path) -> list[int]:
   """The steps of the complete checkpoints in a folder, if it is there."""
   if not folder.is_dir():
     return []
-  return ocp.utils.checkpoint_steps(folder.absolute())
+  return ocp.utils.checkpoint_steps(_for_orbax(folder))
+
+
+def _for_orbax(folder: Path) -> epath.Path:
+  """Its paths are of etils, which know gs:// too."""
+  return epath.Path(str(folder.absolute()))
 
 
 def read_state(workdir: Path, folder: str) -> dict[str, Any]:
@@ -141,15 +165,16 @@ def read_state(workdir: Path, folder: str) -> dict[str, Any]:
   Raises:
     UserError: if there is no checkpoint, or it cannot be read.
   """
-  folder = (workdir / folder).absolute()
+  folder = workdir / folder
   steps = saved_steps(folder)
   if not steps:
     raise UserError(
       f'{workdir} holds no checkpoint: go on with its run, which writes one '
       'every train.checkpoint_every steps'
     )
-  path = folder / str(max(steps)) / 'default'
-  with _reading(path.parent), ocp.StandardCheckpointer() as checkpointer:
+  newest = folder / str(max(steps))
+  path = _for_orbax(newest / 'default')
+  with _reading(newest), ocp.StandardCheckpointer() as checkpointer:
     # Its own metadata say which shapes it has.
     shapes = ocp.StandardCheckpointHandler().metadata(path).tree
     state = checkpointer.restore(
@@ -247,8 +272,9 @@ class Checkpoints:
 
   def __init__(self, folder: Path, keep: int):
     """Opens a folder; the newest `keep` are kept."""
+    self._folder = folder
     self._manager = _Manager(
-      folder.absolute(),
+      _for_orbax(folder),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
     self._loops = _patient_loops()
@@ -264,7 +290,7 @@ class Checkpoints:
     step = self._manager.latest_step()
     if step is None:
       return None
-    with _reading(self._manager.directory / str(step)):
+    with _reading(self._folder / str(step)):
       cuts = self._manager.metadata(step).custom_metadata['cuts']
       return Saved(step, None if cuts is None else tuple(cuts))
 
@@ -287,7 +313,7 @@ class Checkpoints:
       ),
       shapes,
     )
-    with _reading(self._manager.directory / str(saved.step)):
+    with _reading(self._folder / str(saved.step)):
       return self._manager.restore(
         saved.step, args=ocp.args.StandardRestore(abstract)
       )
@@ -301,12 +327,13 @@ class Checkpoints:
     *before, step = sorted(self._manager.all_steps())
     if not before:
       return None
-    folder = self._manager.directory
+    folder = self._folder
     aside = folder.with_name(f'{folder.name}-damaged') / str(step)
     if processes.is_first():
-      aside.parent.mkdir(exist_ok=True)
-      (folder / str(step)).rename(aside)
+      make_folder(aside.parent)
+      move(folder / str(step), aside)
     processes.wait_for_others(f'set step {step} aside')
+    forget_listings(folder)
     self._manager.reload()
     return (
       f'{folder / str(step)} cannot be read, because it is damaged: it is now '
@@ -326,7 +353,7 @@ class Checkpoints:
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = jax.tree.map(jnp.copy, state)
-    with _writing(self._manager.directory):
+    with _writing(self._folder):
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
@@ -345,5 +372,5 @@ class Checkpoints:
 
   def close(self) -> None:
     """Waits until everything is written."""
-    with _writing(self._manager.directory):
+    with _writing(self._folder):
       self._manager.close()

@@ -22,10 +22,12 @@ from lorapr_jax.cut import (
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
 from lorapr_jax.finish import merge, pruned_model
-from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
+from lorapr_jax.hf.load import check_tensors, load_config, load_params
+from lorapr_jax.hf.shards import Shards
 from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import block_axes, logical_axes, param_shapes
+from lorapr_jax.paths import path_of
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.repair import repaired_of, repaired_part, with_repaired
@@ -84,7 +86,7 @@ def _of_run(
   _, quantized = resolve_base(config, plan)
   state = TrainState(**read_state(workdir, CHECKPOINTS))
   kept = kept_of(widened(state, sizes)['masks'])
-  path = Path(config.model.path) if config.model.path else None
+  path = path_of(config.model.path) if config.model.path else None
   if path:
     check_tensors(Shards(path), sizes)
   model = pruned_model(
@@ -138,7 +140,7 @@ def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
         f'{workdir} started from random weights: leave out --base'
       )
     return ''
-  path = Path(recorded if given is None else given)
+  path = path_of(recorded if given is None else given)
   if not path.is_dir():
     raise UserError(
       f'{path}, the base of {workdir}, is not a folder: say where it is now '

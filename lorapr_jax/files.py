@@ -1,16 +1,12 @@
 """JSON files, read with clear errors and written whole; and the cache."""
 
-from collections.abc import Iterator
-import contextlib
 import json
 import os
 from pathlib import Path
-import tempfile
 from typing import Any
 
-from safetensors import SafetensorError
-
 from lorapr_jax.errors import UserError
+from lorapr_jax.paths import is_local
 
 
 def cache_dir() -> Path:
@@ -43,33 +39,14 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
   """Writes a text file, in place of the old one once it is complete."""
+  write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+  """Writes a file, in place of the old one once it is complete."""
+  if not is_local(path):  # There it is complete or not there anyhow.
+    path.write_bytes(content)
+    return
   partial = path.with_name(path.name + '.partial')
-  partial.write_text(text, encoding='utf-8')
+  partial.write_bytes(content)
   os.replace(partial, path)
-
-
-@contextlib.contextmanager
-def new_path(path: Path) -> Iterator[Path]:
-  """A temporary path, which gets this name once what is there is complete.
-
-  Raises:
-    UserError: if `path` exists or cannot be written.
-  """
-  if path.exists():
-    raise UserError(
-      f'{path} exists already, and nothing is written over it: choose another '
-      'name'
-    )
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(
-      dir=path.parent, prefix=f'.{path.name}-'
-    ) as temporary:
-      partial = Path(temporary) / path.name
-      yield partial
-      os.replace(partial, path)
-  except (OSError, SafetensorError) as error:
-    reason = getattr(error, 'strerror', None) or error
-    raise UserError(
-      f'{path} cannot be written ({reason}): make room, or choose another place'
-    ) from error

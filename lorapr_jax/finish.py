@@ -16,6 +16,7 @@ from lorapr_jax.hf.load import content_hash
 from lorapr_jax.lora import merge_adapters
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.paths import move
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import summary
@@ -157,7 +158,7 @@ def export_run(
     # Of this run, killed before its summary was written.
     folder = route.path.parent if kind == 'gguf' else route.path
     if processes.is_first() and folder.exists():
-      folder.rename(folder.with_name(f'{folder.name}-{time.time_ns()}'))
+      move(folder, folder.with_name(f'{folder.name}-{time.time_ns()}'))
     processes.wait_for_others(f'make {kind}')
     exports[kind] = routes.write(route, model, weights)
   return exports

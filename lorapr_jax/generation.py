@@ -25,6 +25,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
 from lorapr_jax.models import cached, llama
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.paths import path_of
 from lorapr_jax.steps import compiler_options
 
 # Tokens of a prompt that go through the model at the same time: powers of two.
@@ -68,7 +69,7 @@ class Sampling:
 def stop_ids(folder: str | Path) -> frozenset[int]:
   """The ids that end a text: of generation_config.json, else of config.json."""
   for name in ('generation_config.json', 'config.json'):
-    path = Path(folder) / name
+    path = path_of(folder) / name
     eos = read_json(path).get('eos_token_id') if path.exists() else None
     if eos is not None:
       return frozenset(eos if isinstance(eos, list) else [eos])

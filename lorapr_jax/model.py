@@ -8,9 +8,11 @@ from typing import Any
 import jax
 
 from lorapr_jax import sharding
-from lorapr_jax.hf.load import Shards, check_tensors, load_config, load_params
+from lorapr_jax.hf.load import check_tensors, load_config, load_params
+from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import logical_axes, param_shapes
+from lorapr_jax.paths import path_of
 from lorapr_jax.resolve import resolve_dtype
 
 
@@ -52,7 +54,7 @@ def load(folder: str | Path, dtype: str = 'auto') -> Model:
     mesh, logical_axes(config)['params'], param_shapes(config, resolved)
   )
   params = load_params(folder, config, places, resolved)
-  return Model(params, config, Path(folder), resolved)
+  return Model(params, config, path_of(folder), resolved)
 
 
 def folder_and_config(model: Model | str | Path) -> tuple[Path, LlamaConfig]:
@@ -65,7 +67,7 @@ def folder_and_config(model: Model | str | Path) -> tuple[Path, LlamaConfig]:
     return model.folder, model.config
   config = load_config(model)
   check_tensors(Shards(model), config)
-  return Path(model), config
+  return path_of(model), config
 
 
 def in_memory(model: Model | str | Path, dtype: str) -> Model:

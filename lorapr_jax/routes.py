@@ -15,10 +15,8 @@ from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
 from lorapr_jax.hf.export import (
   DTYPES,
   GGUF_DTYPES,
-  MAX_SHARD_BYTES,
   export_model,
   hf_tensors,
-  new_folder,
   resolve_layout,
   resolve_model_type,
 )
@@ -26,9 +24,11 @@ from lorapr_jax.hf.gguf import open_gguf
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
 from lorapr_jax.hf.gguf_write import write_gguf
 from lorapr_jax.hf.load import load_config, load_params, place_params
+from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.lora import merge_adapters
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.paths import new_folder
 from lorapr_jax.pruning.shrink import Kept, pad, shrunk_config
 from lorapr_jax.report.summary import adapter_card, model_card
 

@@ -21,6 +21,7 @@ from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.models.llama import block_axes
+from lorapr_jax.paths import path_of
 from lorapr_jax.pruning.compensation import (
   NONE,
   REPAIRED,
@@ -180,7 +181,7 @@ def split_config(
     compiler_options=resolve_compiler_options(train.compiler_options, devices),
   )
   return RunSettings(
-    model_path=Path(model.path) if model.path else None,
+    model_path=path_of(model.path) if model.path else None,
     base_dtype=base_dtype,
     step=step,
     data=data,

@@ -23,9 +23,11 @@ from lorapr_jax.finish import (
   pruned_model,
 )
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
-from lorapr_jax.hf.load import Shards, check_tensors
+from lorapr_jax.hf.load import check_tensors
+from lorapr_jax.hf.shards import Shards
 from lorapr_jax.inputs import Places, load_base, load_data
 from lorapr_jax.loop import train_phase
+from lorapr_jax.paths import path_of
 from lorapr_jax.phases import phases, total_steps
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
@@ -52,7 +54,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     UserError: for a mistake in config, data, model or workdir.
     Stopped: after SIGINT or SIGTERM, with a checkpoint to go on from.
   """
-  workdir = Path(workdir)
+  workdir = path_of(workdir)
 
   # --- Config: every mistake that shows without reading weights or text.
   settings = split_config(config)
@@ -63,7 +65,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     checkpoint.check_workdir(workdir, identity)
   if settings.model_path:
     check_tensors(Shards(settings.model_path), settings.step.config)
-  metrics.check_writers(settings.log)
+  metrics.check_writers(settings.log, workdir)
   if 'gguf' in settings.export.routes:
     vocabulary(settings.model_path, settings.step.config)
 

@@ -18,7 +18,7 @@ TIMING = ('seconds', 'tokens_per_second')
 CACHE = tempfile.TemporaryDirectory(prefix='xla-')
 
 
-def start(workdir, settings=SETTINGS):
+def start(workdir, settings=SETTINGS, **env):
   return subprocess.Popen(
     [*COMMAND, *settings, f'--workdir={workdir}'],
     cwd=ROOT,
@@ -26,6 +26,7 @@ def start(workdir, settings=SETTINGS):
       'PATH': '/usr/bin:/bin',
       'LORAPR_CACHE': str(workdir) + '-cache',
       'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+      **env,
     },
     stderr=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -61,12 +62,13 @@ def flatten(tree, path=''):
     yield path, np.asarray(tree)
 
 
-def assert_same_run(workdir, expected, *checkpoint):
-  def without_times(records):
-    return [
-      {k: v for k, v in record.items() if k not in TIMING} for record in records
-    ]
+def without_times(records):
+  return [
+    {k: v for k, v in record.items() if k not in TIMING} for record in records
+  ]
 
+
+def assert_same_run(workdir, expected, *checkpoint):
   assert without_times(metrics(workdir)) == without_times(metrics(expected))
   ours, theirs = (
     dict(flatten(final_state(w, *checkpoint))) for w in (workdir, expected)

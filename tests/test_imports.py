@@ -16,7 +16,8 @@ PACKAGE = Path(lorapr_jax.__path__[0])
 # no entry of their own.
 LEVELS = (
   ('errors', 'hlo', 'models.axes'),
-  ('files', 'models.quantization', 'processes'),
+  ('models.quantization', 'paths'),
+  ('files', 'processes'),
   (
     'cli.arguments',
     'data.ahead',
@@ -47,6 +48,7 @@ LEVELS = (
     'hf.gguf_format',
     'hf.mapping',
     'hf.sentencepiece',
+    'hf.shards',
     'models.cost',
     'models.kernels',
     'models.layers',

@@ -1,6 +1,5 @@
 """benchmark: how fast a folder reads a prompt and goes on, beside another."""
 
-from pathlib import Path
 import statistics
 from typing import Any
 
@@ -217,7 +216,7 @@ def show(report: dict[str, Any]) -> None:
   for name in names:
     model = report[name]
     console.print(
-      f'{name}: {Path(model["folder"])}, {model["dtype"]}, '
+      f'{name}: {model["folder"]}, {model["dtype"]}, '
       f'{model["params"]:,} parameters, {model["weights_bytes"] / 1e9:.2f} GB, '
       f'KV cache {model["kv_cache_bytes_per_token"]:,} bytes a token',
       soft_wrap=True,

@@ -1,7 +1,5 @@
 """export: a run's workdir or a folder, in another layout or format."""
 
-from pathlib import Path
-
 from lorapr_jax import exports
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.hf.export import (
@@ -11,6 +9,7 @@ from lorapr_jax.hf.export import (
   MODEL_TYPES,
   parse_size,
 )
+from lorapr_jax.paths import path_of
 from lorapr_jax.routes import Route
 from lorapr_jax.sections import ROUTES
 
@@ -20,12 +19,12 @@ def main(argv: list[str]) -> None:
   parser = Parser('export', __doc__)
   parser.add_argument(
     'source',
-    type=Path,
+    type=path_of,
     help="a run's workdir, whose last checkpoint is cut and merged, or a "
     'Hugging Face folder, such as an earlier export',
   )
   parser.add_argument(
-    'destination', type=Path, help='a new folder; for gguf a new .gguf file'
+    'destination', type=path_of, help='a new folder; for gguf a new .gguf file'
   )
   parser.add_argument(
     '--format',
@@ -53,7 +52,7 @@ def main(argv: list[str]) -> None:
     '--max_shard_size', default='5GB', help='of one weights file of a folder'
   )
   parser.add_argument(
-    '--base', type=Path, help="where a run's base is now, if it has moved"
+    '--base', type=path_of, help="where a run's base is now, if it has moved"
   )
   parser.add_json()
   args = parser.parse_args(argv)

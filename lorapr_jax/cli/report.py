@@ -12,6 +12,7 @@ from rich.text import Text
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import write_text
+from lorapr_jax.paths import path_of
 from lorapr_jax.report import comparison, units
 from lorapr_jax.report.page import (
   REPORT_FILE,
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> None:
   """Prints one run's summary or several runs' table, and writes the page."""
   parser = Parser('report', __doc__)
   parser.add_argument('workdirs', nargs='+', metavar='DIR', help='of a run')
-  parser.add_argument('--out', type=Path, help='a new HTML file')
+  parser.add_argument('--out', type=path_of, help='a new HTML file')
   parser.add_json()
   args = parser.parse_args(argv)
   runs = [read_run(workdir) for workdir in args.workdirs]
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> None:
 def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
   """The file of the page; that of one run may be there already."""
   if out is None:
-    return Path(workdirs[0]) / REPORT_FILE if len(workdirs) == 1 else None
+    return path_of(workdirs[0]) / REPORT_FILE if len(workdirs) == 1 else None
   if out.exists():
     raise UserError(f'{out} exists: choose another --out')
   if not out.absolute().parent.is_dir():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.paths import is_local, path_of
 
 Record = dict[str, Any]
 
@@ -25,7 +26,8 @@ OPTIONS = {
   '.csv': ('column',),
   '.parquet': ('column',),
 }
-_COMPRESSED = ('.gz', '.zst')
+# And what pyarrow calls it.
+_COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
 # Longer than any text in one CSV field.
 _FIELD_LIMIT = 2**31 - 1
 
@@ -36,11 +38,16 @@ def find_files(path: str) -> list[Path]:
   Raises:
     UserError: if there is none, or they are not all of one kind that is read.
   """
+  named = path_of(path)
   # A file whose very name has brackets is no pattern.
-  if glob.has_magic(path) and not Path(path).is_file():
-    files = [Path(name) for name in sorted(glob.glob(path, recursive=True))]
+  if not glob.has_magic(path) or named.is_file():
+    files = [named]
+  elif is_local(named):
+    found = glob.glob(str(named), recursive=True)
+    files = [Path(name) for name in sorted(found)]
   else:
-    files = [Path(path)]
+    found = named.fs.glob(named.path)
+    files = [path_of(named.fs.unstrip_protocol(name)) for name in sorted(found)]
   if not files:
     raise UserError(f'{path} matches no file')
   for file in files:
@@ -137,7 +144,12 @@ def _open(file: Path) -> Iterator[BinaryIO]:
       # stream that was cut short, which zstandard does not.
       import pyarrow
 
-      with pyarrow.input_stream(str(file), compression='detect') as stream:
+      with (
+        file.open('rb') as packed,
+        pyarrow.CompressedInputStream(
+          packed, _COMPRESSED[file.suffix]
+        ) as stream,
+      ):
         yield io.BufferedReader(stream)
     else:
       with file.open('rb') as stream:

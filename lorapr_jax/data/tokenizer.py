@@ -11,6 +11,7 @@ import numpy as np
 
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.files import read_json
+from lorapr_jax.paths import files_in, path_of, tokenizer_folder
 
 # One of these holds the vocabulary.
 _VOCABULARIES = ('tokenizer.json', 'tokenizer.model*', 'vocab.json', 'tekken*')
@@ -41,20 +42,21 @@ class Tokenizer:
     # Here, since it takes seconds and synthetic data needs none.
     import transformers
 
-    self.folder = Path(folder)
-    if not any(any(self.folder.glob(name)) for name in _VOCABULARIES):
+    self.folder = path_of(folder)
+    self._local = tokenizer_folder(self.folder)
+    if not files_in(self._local, *_VOCABULARIES):
       raise UserError(
         f'{folder} holds no tokenizer files: tokenizer.json (or '
         "tokenizer.model) is missing; copy the original model's"
       )
     # Without its remote code transformers cannot always read the config of our
     # own export, for which a tokenizer has no use.
-    path = self.folder / 'config.json'
+    path = self._local / 'config.json'
     remote = path.exists() and 'auto_map' in read_json(path)
     try:
       with _quiet(transformers.logging):
         self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-          self.folder,
+          self._local,
           config=transformers.LlamaConfig() if remote else None,
           local_files_only=True,
           trust_remote_code=False,
@@ -70,7 +72,7 @@ class Tokenizer:
 
   def _check_files(self) -> None:
     """Names what is wrong with the files, where that can be told."""
-    for path in sorted(self.folder.glob('tokenizer*.json')):
+    for path in files_in(self._local, 'tokenizer*.json'):
       if read_json(path).get('auto_map'):
         raise UserError(
           f'{path} asks for code of its own (auto_map), and no code of a model '
@@ -154,6 +156,6 @@ class Tokenizer:
     """A hash of the tokenizer's files."""
     digest = hashlib.sha256()
     names = (*_VOCABULARIES, '*token*', 'merges.txt', 'chat_template*')
-    for file in sorted({f for n in names for f in self.folder.glob(n)}):
+    for file in files_in(self._local, *names):
       digest.update(file.name.encode() + b'\0' + file.read_bytes())
     return digest.digest()

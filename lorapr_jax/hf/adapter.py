@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json
 from lorapr_jax.hf.mapping import hf_name, hf_shape, letters_of, to_hf_layout
+from lorapr_jax.hf.shards import open_file, write_file
 from lorapr_jax.models.axes import ProjectionLetters
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import init_lora
@@ -34,13 +34,13 @@ def write_adapter(
     config: the model's sizes.
     lora_config: rank, alpha and the projections that have adapters.
   """
-  path = folder / _WEIGHTS
-  save_file(
-    {n: to_hf_layout(x, letters) for n, x, letters in _factors(lora, config)},
-    path,
-    metadata={'format': 'pt'},
+  factors = list(_factors(lora, config))
+  write_file(
+    folder / _WEIGHTS,
+    {name: hf_shape(x.shape, letters) for name, x, letters in factors},
+    np.dtype(np.float32),
+    ((name, to_hf_layout(x, letters)) for name, x, letters in factors),
   )
-  path.chmod(0o644)
   write_json(
     folder / _CONFIG,
     {
@@ -78,19 +78,21 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Any, LoraConfig]:
   shapes = jax.eval_shape(
     lambda key: init_lora(key, config, lora_config), jax.random.key(0)
   )
-  stored = load_file(folder / _WEIGHTS)
+  stored = open_file(folder / _WEIGHTS)
+  names = set(stored.keys())
   lora = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
   expected = set()
   for name, x, letters in _factors(lora, config):
     expected.add(name)
     shape = hf_shape(x.shape, letters)
-    if name not in stored or stored[name].shape != shape:
+    tensor = stored.get_slice(name) if name in names else None
+    if tensor is None or tuple(tensor.get_shape()) != shape:
       raise UserError(
         f'{folder / _WEIGHTS} lacks {name} of shape {shape}, which the model '
         f'in {BASE_FOLDER} needs'
       )
-    x[...] = stored[name].T.reshape(x.shape)  # A view into `lora`.
-  if unknown := sorted(stored.keys() - expected):
+    x[...] = tensor[:].T.reshape(x.shape)  # A view into `lora`.
+  if unknown := sorted(names - expected):
     raise UserError(f'{folder / _WEIGHTS} has the unknown {unknown[0]}')
   return lora, lora_config
 

@@ -6,16 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from lorapr_jax.data.demo import demo_gguf
-from lorapr_jax.hf.export import (
-  copy_companions,
-  hf_config,
-  new_folder,
-  write_config,
-  write_safetensors,
-)
+from lorapr_jax.hf.export import copy_companions, hf_config, write_config
 from lorapr_jax.hf.gguf import open_gguf
-from lorapr_jax.hf.load import Shards, check_tensors, load_config
+from lorapr_jax.hf.gguf_format import hf_names
+from lorapr_jax.hf.load import check_tensors, load_config
+from lorapr_jax.hf.mapping import hf_shapes
+from lorapr_jax.hf.shards import Shards, write_safetensors
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.llama import param_shapes
+from lorapr_jax.paths import new_folder, path_of
 
 DEMO = 'demo:smollm2-135m-instruct'
 
@@ -36,7 +35,7 @@ def convert(
   Raises:
     UserError: if the destination exists or the source is not supported.
   """
-  with new_folder(Path(destination)) as folder:
+  with new_folder(path_of(destination)) as folder:
     if source == DEMO or source.endswith('.gguf'):
       model = open_gguf(demo_gguf() if source == DEMO else source)
       model.write_tokenizer(folder)
@@ -47,17 +46,23 @@ def convert(
       shards = Shards(source)
       tensors = _folder_tensors(shards, config)
       dtype = dtype or shards.dtype.name
-      copy_companions(Path(source), folder)
-    write_config(folder, hf_config(config, dtype, 'auto', 'auto'))
+      copy_companions(path_of(source), folder)
+    kind = np.dtype(dtype)
+    shapes = hf_shapes(param_shapes(config, kind), config)
     write_safetensors(
-      folder, ((name, x.astype(np.dtype(dtype))) for name, x in tensors)
+      folder,
+      {name: shapes[name] for name in hf_names(config).values()},
+      kind,
+      ((name, x.astype(kind, copy=False)) for name, x in tensors),
     )
+    write_config(folder, hf_config(config, dtype, 'auto', 'auto'))
   return config
 
 
 def _folder_tensors(
   shards: Shards, config: LlamaConfig
 ) -> Iterator[tuple[str, np.ndarray]]:
-  for name in check_tensors(shards, config):
+  check_tensors(shards, config)
+  for name in hf_names(config).values():
     # Not [...], which safetensors before 0.8 does not take.
     yield name, shards.slice_of(name)[:]

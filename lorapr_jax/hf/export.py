@@ -1,31 +1,34 @@
 """Writing a model as a folder that stock tools load.
 
-The folder is written under a temporary name and renamed when it is complete.
+The folder has its name, or its config.json, once it is complete.
 """
 
-from collections.abc import Iterable, Iterator
-import contextlib
-import os
+from collections.abc import Iterator
 from pathlib import Path
 import re
-import shutil
 from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import new_path, write_json
-from lorapr_jax.hf.mapping import hf_name, letters_of, locate, to_hf_layout
+from lorapr_jax.files import write_json
+from lorapr_jax.hf.mapping import (
+  hf_name,
+  hf_shapes,
+  letters_of,
+  locate,
+  to_hf_layout,
+)
+from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.paths import copy_file, files_in, new_folder, path_of
 from lorapr_jax.processes import to_host
 
 LAYOUTS = ('auto', 'uniform', 'two_shape', 'padded')
 DTYPES = ('float32', 'bfloat16', 'float16')
 GGUF_DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
 MODEL_TYPES = ('auto', 'llama', 'mistral')
-MAX_SHARD_BYTES = 5_000_000_000
 
 # Copied byte for byte from the base: a tokenizer that is saved again is not
 # the same file any more, and llama.cpp recognises it by its hash.
@@ -168,7 +171,7 @@ def hf_tensors(
 
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
   if np.dtype(dtype) != np.float16:
-    return x.astype(dtype)
+    return x.astype(dtype, copy=False)
   with np.errstate(over='ignore'):
     half = x.astype(dtype)
   if np.isinf(half).any() and np.isfinite(x).all():
@@ -179,55 +182,15 @@ def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
   return half
 
 
-def write_safetensors(
-  folder: Path,
-  tensors: Iterable[tuple[str, np.ndarray]],
-  max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-  """Writes shards of at most `max_shard_bytes`, and an index if several.
-
-  One shard's tensors are held at a time. The metadata is what transformers
-  asks for.
-  """
-  shards: list[list[str]] = []
-  held: dict[str, np.ndarray] = {}
-  total = 0
-
-  def flush():
-    path = folder / f'shard-{len(shards)}'
-    save_file(held, path, metadata={'format': 'pt'})
-    # safetensors makes files that only their owner can read.
-    path.chmod(0o644)
-    shards.append(list(held))
-    held.clear()
-
-  for name, x in tensors:
-    size = sum(array.nbytes for array in held.values())
-    if held and size + x.nbytes > max_shard_bytes:
-      flush()
-    held[name] = x
-    total += x.nbytes
-  flush()
-  if len(shards) == 1:
-    os.replace(folder / 'shard-0', folder / 'model.safetensors')
-    return
-  weight_map = {}
-  for i, names in enumerate(shards):
-    file = f'model-{i + 1:05d}-of-{len(shards):05d}.safetensors'
-    os.replace(folder / f'shard-{i}', folder / file)
-    weight_map |= dict.fromkeys(names, file)
-  write_json(
-    folder / 'model.safetensors.index.json',
-    {'metadata': {'total_size': total}, 'weight_map': weight_map},
-  )
-
-
 def write_config(folder: Path, hf: dict[str, Any]) -> None:
-  """Writes config.json, and the code that it names if it names any."""
-  write_json(folder / 'config.json', hf)
+  """Writes config.json, and the code that it names if it names any.
+
+  It comes last: a folder without it is no model.
+  """
   if 'auto_map' in hf:
     for file in _REMOTE_CODE.glob('*.py'):
-      shutil.copyfile(file, folder / file.name)
+      copy_file(file, folder / file.name)
+  write_json(folder / 'config.json', hf)
 
 
 def export_model(
@@ -262,33 +225,24 @@ def export_model(
   """
   dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
   hf = hf_config(config, dtype.name, layout, model_type)
-  with new_folder(Path(folder)) as partial:
-    write_config(partial, hf)
+  with new_folder(path_of(folder)) as partial:
     if base is not None:
-      copy_companions(Path(base), partial)
+      copy_companions(path_of(base), partial)
     if pruning is not None:
       write_json(partial / 'pruning.json', pruning)
     if card is not None:
       (partial / 'README.md').write_text(card, encoding='utf-8')
     write_safetensors(
-      partial, hf_tensors(params, config, dtype), max_shard_bytes
+      partial,
+      hf_shapes(params, config),
+      dtype,
+      hf_tensors(params, config, dtype),
+      max_shard_bytes,
     )
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-  """A temporary folder that gets its name once it is complete.
-
-  Raises:
-    UserError: if `folder` exists or cannot be written.
-  """
-  with new_path(folder) as partial:
-    partial.mkdir()
-    yield partial
+    write_config(partial, hf)
 
 
 def copy_companions(base: Path, folder: Path) -> None:
   """Copies tokenizer, generation config and licence, byte for byte."""
-  for pattern in COPIED:
-    for path in filter(Path.is_file, base.glob(pattern)):
-      shutil.copyfile(path, folder / path.name)
+  for path in files_in(base, *COPIED):
+    copy_file(path, folder / path.name)

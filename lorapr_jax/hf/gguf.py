@@ -23,6 +23,7 @@ from lorapr_jax.hf.gguf_format import (
 )
 from lorapr_jax.hf.gguf_tokenizer import write_tokenizer_files
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.paths import local_file, path_of
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -62,7 +63,7 @@ class GgufModel:
       UserError: naming the metadata key, where it is not a byte-level BPE
         whose way of splitting text is known.
     """
-    folder = Path(folder)
+    folder = path_of(folder)
     if self._metadata.get('tokenizer.ggml.model') != 'none':
       write_tokenizer_files(self._metadata, folder, self.config.max_positions)
     ids = self.config.to_hf().items()
@@ -81,10 +82,11 @@ def open_gguf(path: str | Path) -> GgufModel:
     UserError: where the file is not a GGUF, or naming the metadata key or the
       tensor that asks for something unsupported.
   """
-  if not Path(path).is_file():
+  path = path_of(path)
+  if not path.is_file():
     raise UserError(f'{path}: cannot be read as GGUF: there is no such file')
   try:
-    reader = gguf.GGUFReader(path)
+    reader = gguf.GGUFReader(local_file(path))
   # What a truncated or foreign file raises depends on where gguf-py stumbles.
   except (OSError, ValueError, IndexError, KeyError) as error:
     raise UserError(

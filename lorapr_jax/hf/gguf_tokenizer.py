@@ -54,7 +54,8 @@ def write_tokenizer_files(
     UserError: naming the metadata key, where it is not a byte-level BPE whose
       way of splitting text is known.
   """
-  _read_tokenizer(metadata).save(str(folder / 'tokenizer.json'))
+  text = _read_tokenizer(metadata).to_str(pretty=True)
+  (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
   write_json(
     folder / 'tokenizer_config.json',
     {

@@ -17,6 +17,7 @@ from lorapr_jax.files import read_json
 from lorapr_jax.hf.gguf_tokenizer import LLAMA3, PRE_TOKENIZERS
 from lorapr_jax.hf.sentencepiece import merge_scores, read_pieces
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.paths import tokenizer_folder
 
 _Kind = gguf.TokenType
 _SPACE = '▁'
@@ -60,6 +61,7 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
     ids['eos'] = ids['eos'][0]
   if base is None:
     return {'tokenizer.ggml.model': 'none', **_id_keys(ids, config)}
+  base = tokenizer_folder(base)
   file = base / 'tokenizer.json'
   if not file.is_file():
     raise UserError(

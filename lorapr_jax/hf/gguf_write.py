@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import jax
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import new_path
 from lorapr_jax.hf.export import hf_tensors
 from lorapr_jax.hf.gguf_format import (
   EOS_IDS,
@@ -25,8 +23,9 @@ from lorapr_jax.hf.gguf_format import (
   rope_factors,
 )
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
-from lorapr_jax.hf.mapping import hf_name, hf_shape, letters_of, locate
+from lorapr_jax.hf.mapping import hf_shapes
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.paths import new_path, path_of, written_locally
 
 _Type = gguf.GGMLQuantizationType
 _TYPES = {
@@ -65,7 +64,7 @@ def write_gguf(
     UserError: if the file exists, the dtype is unknown, or the tokenizer is
       none that llama.cpp has (gguf_vocabulary.py); before anything is written.
   """
-  path = Path(path)
+  path = path_of(path)
   if dtype not in _TYPES:
     raise UserError(
       f'export.gguf_dtype is {dtype!r}: choose from {", ".join(DTYPES)}'
@@ -77,11 +76,11 @@ def write_gguf(
     'general.file_type': int(file_type),
     'general.quantization_version': gguf.GGML_QUANT_VERSION,
     **_sizes(config),
-    **vocabulary(base and Path(base), config),
+    **vocabulary(base and path_of(base), config),
   }
-  with new_path(path) as partial:
+  with new_path(path) as partial, written_locally(partial) as local:
     arch = UNIFORM if config.is_uniform else PER_LAYER
-    writer = gguf.GGUFWriter(partial, arch)
+    writer = gguf.GGUFWriter(local, arch)
     with contextlib.closing(writer):
       for key, value in metadata.items():
         _add(writer, key, value)
@@ -145,7 +144,7 @@ def _write_tensors(
   types = {}
   if config.rope_scaling:
     _declare(writer, ROPE_FACTORS, (config.head_dim // 2,), _Type.F32)
-  for theirs, shape in _hf_shapes(params, config):
+  for theirs, shape in hf_shapes(params, config).items():
     types[theirs] = _storage(shape, matrix_type)
     _declare(writer, names[theirs], shape, types[theirs])
   writer.write_header_to_file()
@@ -157,17 +156,6 @@ def _write_tensors(
     if is_rotated(names[theirs]):
       weight = halves_to_interleaved(weight, config.head_dim)
     writer.write_tensor_data(gguf.quants.quantize(weight, types[theirs]))
-
-
-def _hf_shapes(params: Any, config: LlamaConfig):
-  """Names and shapes in the order of `hf_tensors`."""
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path, layers = locate(key_path, config.stacks)
-    if layers is None:
-      yield hf_name(path), leaf.shape
-      continue
-    for layer in layers:
-      yield hf_name(path, layer), hf_shape(leaf.shape[1:], letters_of(path))
 
 
 def _storage(shape: tuple[int, ...], matrix_type: _Type) -> _Type:

@@ -11,24 +11,22 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
 from lorapr_jax.hf.mapping import (
   IGNORED,
   hf_name,
-  hf_shape,
+  hf_shapes,
   letters_of,
   locate,
   read_slices,
 )
+from lorapr_jax.hf.shards import DTYPES, Shards
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import param_shapes
 from lorapr_jax.models.quantization import is_quantized, quantized
-
-# As safetensors names them.
-_DTYPES = ('F16', 'BF16', 'F32', 'F64')
+from lorapr_jax.paths import files_in, path_of, version_of
 
 
 def load_config(folder: str | Path) -> LlamaConfig:
@@ -37,7 +35,7 @@ def load_config(folder: str | Path) -> LlamaConfig:
   Raises:
     UserError: if there is no folder or its model is not supported.
   """
-  folder = Path(folder)
+  folder = path_of(folder)
   if not folder.is_dir():
     raise UserError(
       f'{folder} is not a folder; a Hugging Face folder with '
@@ -50,53 +48,6 @@ def load_config(folder: str | Path) -> LlamaConfig:
     raise UserError(f'{folder}: {error}') from None
 
 
-class Shards:
-  """The tensors of one or many safetensors files, read by slices."""
-
-  def __init__(self, folder: str | Path):
-    """Opens the folder's files without reading any tensor.
-
-    Raises:
-      UserError: if there is no safetensors file, or one is damaged.
-    """
-    folder = Path(folder)
-    index = folder / 'model.safetensors.index.json'
-    if index.exists():
-      weight_map = read_json(index).get('weight_map')
-      if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f'{index} has no weight_map of tensors to files')
-      names = sorted(set(map(str, weight_map.values())))
-    else:
-      names = sorted(path.name for path in folder.glob('*.safetensors'))
-    if not names:
-      raise UserError(
-        f'{folder} holds no *.safetensors file (other formats are not read: '
-        'save the model with transformers and safe_serialization=True)'
-      )
-    self.folder = folder
-    self._files = {}
-    for name in names:
-      try:
-        file = safe_open(folder / name, framework='np')
-      except (SafetensorError, OSError) as error:
-        raise UserError(f'{folder / name} cannot be read: {error}') from None
-      self._files.update(dict.fromkeys(file.keys(), file))
-
-  @property
-  def names(self) -> set[str]:
-    """The tensors' names."""
-    return set(self._files)
-
-  @property
-  def dtype(self) -> np.dtype:
-    """The dtype of the embeddings, which stands for all."""
-    return self.slice_of('model.embed_tokens.weight')[:1].dtype
-
-  def slice_of(self, name: str) -> Any:
-    """A tensor that is read when it is indexed; see `get_shape()`."""
-    return self._files[name].get_slice(name)
-
-
 def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
   """Compares the names and shapes of the files with what config.json says.
 
@@ -106,15 +57,7 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
   Raises:
     UserError: naming the tensors that are missing, unknown or of wrong size.
   """
-  expected = {}
-  shapes = param_shapes(config, np.float32)
-  for key_path, leaf in jax.tree_util.tree_leaves_with_path(shapes):
-    path, layers = locate(key_path, config.stacks)
-    if layers is None:
-      expected[hf_name(path)] = leaf.shape
-    else:
-      shape = hf_shape(leaf.shape[1:], letters_of(path))
-      expected |= {hf_name(path, layer): shape for layer in layers}
+  expected = hf_shapes(param_shapes(config, np.float32), config)
   missing = sorted(expected.keys() - shards.names)
   # A tied model's file may repeat the embeddings as lm_head.
   unknown = sorted(
@@ -131,10 +74,10 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
       )
   for name, shape in expected.items():
     tensor = shards.slice_of(name)
-    if tensor.get_dtype() not in _DTYPES:
+    if tensor.get_dtype() not in DTYPES:
       raise UserError(
         f'{shards.folder}: {name} is of type {tensor.get_dtype()}; only '
-        f'{", ".join(_DTYPES)} are supported: start from weights that are not '
+        f'{", ".join(DTYPES)} are supported: start from weights that are not '
         'quantised'
       )
     found = tuple(tensor.get_shape())
@@ -261,21 +204,14 @@ def content_hash(folder: Path) -> str:
 
   A process reads files that have not changed once.
   """
-  folder = folder.resolve()
-  paths = [folder / 'config.json', *sorted(folder.glob('*.safetensors'))]
-  stats = [path.stat() for path in paths]
-  return _hashed(
-    tuple(
-      (path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
-      for path, stat in zip(paths, stats, strict=True)
-    )
-  )
+  paths = [folder / 'config.json', *files_in(folder, '*.safetensors')]
+  return _hashed(tuple((path.absolute(), version_of(path)) for path in paths))
 
 
 @functools.cache
-def _hashed(versions: tuple[tuple[Path, int, int, int], ...]) -> str:
+def _hashed(versions: tuple[tuple[Path, str], ...]) -> str:
   digest = hashlib.sha256()
-  for path, *_ in versions:
-    with open(path, 'rb') as file:
+  for path, _ in versions:
+    with path.open('rb') as file:
       digest.update(hashlib.file_digest(file, 'sha256').digest())
   return digest.hexdigest()

@@ -10,10 +10,11 @@ import math
 import re
 from typing import Any
 
+import jax
 import numpy as np
 
 from lorapr_jax.models.axes import PROJECTIONS, ProjectionLetters
-from lorapr_jax.models.config import Stack
+from lorapr_jax.models.config import LlamaConfig, Stack
 
 # Tensors of old checkpoints that are computed, not learned.
 IGNORED = re.compile(r'.*\.rotary_emb\.inv_freq')
@@ -70,6 +71,24 @@ def hf_shape(
     return shape
   split = len(letters.inputs)
   return math.prod(shape[split:]), math.prod(shape[:split])
+
+
+def hf_shapes(params: Any, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor by its name, in the order of the tree.
+
+  Args:
+    params: a tree of arrays or shapes.
+    config: the model's sizes.
+  """
+  shapes = {}
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path, layers = locate(key_path, config.stacks)
+    if layers is None:
+      shapes[hf_name(path)] = leaf.shape
+    else:
+      shape = hf_shape(leaf.shape[1:], letters_of(path))
+      shapes |= {hf_name(path, layer): shape for layer in layers}
+  return shapes
 
 
 def read_slices(

@@ -13,7 +13,8 @@ from typing import Any, Protocol
 from lorapr_jax import processes
 from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json, write_json
+from lorapr_jax.files import read_json, write_json, write_text
+from lorapr_jax.paths import is_local
 from lorapr_jax.sections import LogSettings
 from lorapr_jax.settings import RunSettings
 from lorapr_jax.steps import TrainState
@@ -46,7 +47,8 @@ class Log:
     self._last, self._next_step = time.perf_counter(), first_step
     self._writers: list[_Writer] = []
     if processes.is_first():
-      self._writers.append(_JsonLines(workdir / METRICS_FILE))
+      lines = _JsonLines if is_local(workdir) else _FarJsonLines
+      self._writers.append(lines(workdir / METRICS_FILE))
       if settings.log.tensorboard:
         self._writers.append(_TensorBoard(workdir, first_step))
       if settings.log.wandb:
@@ -110,6 +112,21 @@ class _JsonLines:
     self._file.close()
 
 
+class _FarJsonLines:
+  """The same where nothing can be added to a file: it is written again."""
+
+  def __init__(self, path: Path):
+    self._path = path
+    self._text = path.read_text(encoding='utf-8') if path.exists() else ''
+
+  def write(self, record: dict[str, float]) -> None:
+    self._text += json.dumps(record) + '\n'
+    write_text(self._path, self._text)
+
+  def close(self, failed: bool) -> None:
+    pass
+
+
 class _TensorBoard:
   """Event files in workdir/tensorboard, without TensorFlow."""
 
@@ -151,7 +168,7 @@ class _Wandb:
         id=read_json(path)['id'],
         name=workdir.resolve().name,
         resume='allow',
-        dir=workdir,
+        dir=workdir if is_local(workdir) else None,
         config=read_json(workdir / RUN_FILE),
         # Our standard error is the panel's.
         settings=wandb.Settings(console='off'),
@@ -181,12 +198,18 @@ def median_speed(workdir: Path) -> float:
   return statistics.median(json.loads(x)['tokens_per_second'] for x in lines)
 
 
-def check_writers(log: LogSettings) -> None:
+def check_writers(log: LogSettings, workdir: Path) -> None:
   """Refuses, before any work, what could not be logged to later.
 
   Raises:
-    UserError: if a package is missing, or W&B knows no user or project.
+    UserError: if a package is missing, TensorBoard's files could not be
+      written there, or W&B knows no user or project.
   """
+  if log.tensorboard and not is_local(workdir):
+    raise UserError(
+      f'log.tensorboard writes to a disk, not to {workdir}: turn it off, or '
+      'use log.wandb'
+    )
   for key, asked, package in (
     ('tensorboard', log.tensorboard, 'tensorboardX'),
     ('wandb', log.wandb, 'wandb'),

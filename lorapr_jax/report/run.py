@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
 
 from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
+from lorapr_jax.paths import path_of
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 
 IMPORTANCE_FILE = 'importance.safetensors'
@@ -61,7 +62,7 @@ def read_run(workdir: str | Path) -> Run:
   Raises:
     UserError: if there is no run, or it is not finished, or a file is damaged.
   """
-  workdir = Path(workdir)
+  workdir = path_of(workdir)
   if not workdir.is_dir():
     raise UserError(f'{workdir} does not exist, or is no folder')
   metrics = _read_metrics(workdir / METRICS_FILE)
@@ -151,7 +152,7 @@ def _read_scores(path: Path) -> dict[str, dict[int, Scores]]:
   if not path.exists():
     return {}
   try:
-    tensors = load_file(path)
+    tensors = load(path.read_bytes())
   except SafetensorError as error:
     raise UserError(f'{path} cannot be read: {error}') from None
   scores: dict[str, dict[int, Scores]] = {}

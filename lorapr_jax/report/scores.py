@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from lorapr_jax.files import write_bytes
 from lorapr_jax.models.config import LlamaConfig
 
 
@@ -37,7 +38,4 @@ def write_scores(
         for layer, values in enumerate(np.asarray(stacked), stack.start):
           if layer in wanted:
             tensors[f'layers.{layer}.{group}.{name}'] = values.copy()
-  partial = path.with_name(f'.{path.name}')
-  save_file(tensors, partial)
-  partial.chmod(0o644)
-  partial.replace(path)
+  write_bytes(path, save(tensors))

@@ -87,6 +87,14 @@ CASES = [
     with_argv(*train_tiny(), '--workdir=/proc/RUN'),
   ),
   Case(
+    '`--workdir=memory://RUN`, where no checkpoint can be written',
+    with_argv(*train_tiny(), '--workdir=memory://RUN'),
+  ),
+  Case(
+    '`--workdir=hub://RUN`, a file system that nothing knows',
+    with_argv(*train_tiny(), '--workdir=hub://RUN'),
+  ),
+  Case(
     'The disk is full when data is packed',
     _packing,
     late=True,

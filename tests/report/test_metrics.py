@@ -120,7 +120,7 @@ def test_a_wandb_run_is_the_same_one_when_resumed(
   pytest.importorskip('wandb')
   monkeypatch.setenv('WANDB_MODE', 'offline')
   monkeypatch.setenv('WANDB_SILENT', 'true')
-  check_writers(LogSettings(tensorboard=False, wandb='pruning'))
+  check_writers(LogSettings(tensorboard=False, wandb='pruning'), tmp_path)
   for first_step in (0, 1):
     with open_log(first_step, '--config.log.wandb=pruning') as log:
       log.write(first_step, **RECORD)
@@ -134,11 +134,11 @@ def test_a_wandb_run_is_the_same_one_when_resumed(
     assert b'prune/heads_sparsity' in written and b'learning_rate' in written
 
 
-def test_an_impossible_wandb_project_is_refused(monkeypatch):
+def test_an_impossible_wandb_project_is_refused(monkeypatch, tmp_path):
   pytest.importorskip('wandb')
   monkeypatch.setenv('WANDB_MODE', 'offline')
   with pytest.raises(UserError, match='log.wandb=a/b: Invalid project name'):
-    check_writers(LogSettings(tensorboard=False, wandb='a/b'))
+    check_writers(LogSettings(tensorboard=False, wandb='a/b'), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +151,7 @@ def test_a_package_that_is_missing_is_named(
   monkeypatch.delitem(sys.modules, package, raising=False)
   log = LogSettings(**{'tensorboard': False, 'wandb': '', key: 'x'})
   with pytest.raises(UserError) as error:
-    check_writers(log)
+    check_writers(log, tmp_path)
   assert str(error.value) == (
     f'log.{key} needs the package {package}: pip install {package}'
   )
@@ -159,7 +159,7 @@ def test_a_package_that_is_missing_is_named(
 
 def test_nothing_is_needed_where_nothing_was_asked(monkeypatch, tmp_path):
   monkeypatch.setattr(sys, 'path', [str(tmp_path)])
-  check_writers(LogSettings(tensorboard=False, wandb=''))
+  check_writers(LogSettings(tensorboard=False, wandb=''), tmp_path)
 
 
 def test_skipped_steps_are_told_and_too_many_stop_the_run():

@@ -1,0 +1,226 @@
+"""safetensors files: read by slices, written a tensor at a time."""
+
+from collections.abc import Iterable, Iterator, Mapping
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.files import read_json, write_json
+from lorapr_jax.paths import files_in, is_local, path_of
+
+MAX_SHARD_BYTES = 5_000_000_000
+INDEX_FILE = 'model.safetensors.index.json'
+# As safetensors names them.
+DTYPES = {
+  'F16': np.dtype(np.float16),
+  'BF16': np.dtype(jnp.bfloat16),
+  'F32': np.dtype(np.float32),
+  'F64': np.dtype(np.float64),
+}
+# Written at a time: some file systems hold all that they are given at once.
+_PIECE = 2**25
+
+
+class Shards:
+  """The tensors of one or many safetensors files, read by slices."""
+
+  def __init__(self, folder: str | Path):
+    """Opens the folder's files without reading any tensor.
+
+    Raises:
+      UserError: if there is no safetensors file, or one is damaged.
+    """
+    folder = path_of(folder)
+    index = folder / INDEX_FILE
+    if index.exists():
+      weight_map = read_json(index).get('weight_map')
+      if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f'{index} has no weight_map of tensors to files')
+      names = sorted(set(map(str, weight_map.values())))
+    else:
+      names = [path.name for path in files_in(folder, '*.safetensors')]
+    if not names:
+      raise UserError(
+        f'{folder} holds no *.safetensors file (other formats are not read: '
+        'save the model with transformers and safe_serialization=True)'
+      )
+    self.folder = folder
+    self._files = {}
+    for name in names:
+      file = open_file(folder / name)
+      self._files.update(dict.fromkeys(file.keys(), file))
+
+  @property
+  def names(self) -> set[str]:
+    """The tensors' names."""
+    return set(self._files)
+
+  @property
+  def dtype(self) -> np.dtype:
+    """The dtype of the embeddings, which stands for all."""
+    return self.slice_of('model.embed_tokens.weight')[:1].dtype
+
+  def slice_of(self, name: str) -> Any:
+    """A tensor that is read when it is indexed; see `get_shape()`."""
+    return self._files[name].get_slice(name)
+
+
+def open_file(path: Path) -> Any:
+  """One file: `keys()` and `get_slice(name)`, as `safetensors.safe_open` has.
+
+  Raises:
+    UserError: if it cannot be read.
+  """
+  try:
+    if is_local(path):
+      return safe_open(path, framework='np')
+    return _FarFile(path)
+  except (SafetensorError, OSError, ValueError, KeyError) as error:
+    raise UserError(f'{path} cannot be read: {error}') from None
+
+
+class _FarFile:
+  """A file that cannot be mapped into memory: parts of it are asked for."""
+
+  def __init__(self, path: Path):
+    size = int.from_bytes(_read(path, 0, 8), 'little')
+    header = json.loads(_read(path, 8, 8 + size))
+    header.pop('__metadata__', None)
+    self._tensors = {
+      name: _FarTensor(
+        path,
+        stored['dtype'],
+        tuple(stored['shape']),
+        8 + size + stored['data_offsets'][0],
+      )
+      for name, stored in header.items()
+    }
+
+  def keys(self) -> Iterable[str]:
+    return self._tensors.keys()
+
+  def get_slice(self, name: str) -> '_FarTensor':
+    return self._tensors[name]
+
+
+class _FarTensor(NamedTuple):
+  """A tensor of a `_FarFile`, with the methods of safetensors' own.
+
+  Rows are read in one request, whole; of the other axes what is not asked for
+  is thrown away.
+  """
+
+  path: Path
+  dtype: str
+  shape: tuple[int, ...]
+  begin: int
+
+  def get_dtype(self) -> str:
+    return self.dtype
+
+  def get_shape(self) -> tuple[int, ...]:
+    return self.shape
+
+  def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+    rows, *others = index if isinstance(index, tuple) else (index,)
+    dtype, (length, *row) = DTYPES[self.dtype], self.shape
+    first, last, _ = rows.indices(length)
+    size = dtype.itemsize * math.prod(row)
+    read = _read(self.path, self.begin + first * size, self.begin + last * size)
+    read = np.frombuffer(read, dtype).reshape(last - first, *row)
+    return read[:, *others]
+
+
+def _read(path: Path, begin: int, end: int) -> bytes:
+  found = path.fs.cat_file(path.path, start=begin, end=end)
+  if len(found) != end - begin:
+    raise ValueError(f'it ends before byte {end}')
+  return found
+
+
+def write_safetensors(
+  folder: Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: np.dtype,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes shards of at most `max_shard_bytes`, and an index if several.
+
+  One tensor is held at a time.
+
+  Args:
+    folder: where to.
+    shapes: of all tensors, in their order.
+    dtype: of all.
+    tensors: name and values of each.
+    max_shard_bytes: of a file, unless one tensor is larger.
+  """
+  shards: list[dict[str, tuple[int, ...]]] = [{}]
+  held = total = 0
+  for name, shape in shapes.items():
+    size = dtype.itemsize * math.prod(shape)
+    if shards[-1] and held + size > max_shard_bytes:
+      shards.append({})
+      held = 0
+    shards[-1][name] = shape
+    held, total = held + size, total + size
+  if len(shards) == 1:
+    write_file(folder / 'model.safetensors', shapes, dtype, tensors)
+    return
+  weight_map = {}
+  for i, shard in enumerate(shards, 1):
+    file = f'model-{i:05d}-of-{len(shards):05d}.safetensors'
+    some = itertools.islice(tensors, len(shard))
+    write_file(folder / file, shard, dtype, some)
+    weight_map |= dict.fromkeys(shard, file)
+  write_json(
+    folder / INDEX_FILE,
+    {'metadata': {'total_size': total}, 'weight_map': weight_map},
+  )
+
+
+def write_file(
+  path: Path,
+  shapes: Mapping[str, tuple[int, ...]],
+  dtype: np.dtype,
+  tensors: Iterable[tuple[str, np.ndarray]],
+) -> None:
+  """Writes one file, as https://github.com/huggingface/safetensors has it.
+
+  safetensors itself writes a file once it has all of its tensors.
+
+  Args:
+    path: where to.
+    shapes: of its tensors, in their order.
+    dtype: of all.
+    tensors: name and values of each.
+  """
+  stored = {kind: name for name, kind in DTYPES.items()}[dtype]
+  # transformers asks for the format.
+  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
+  end = 0
+  for name, shape in shapes.items():
+    begin, end = end, end + dtype.itemsize * math.prod(shape)
+    header[name] = {
+      'dtype': stored,
+      'shape': shape,
+      'data_offsets': (begin, end),
+    }
+  text = json.dumps(header, separators=(',', ':')).encode()
+  text += b' ' * (-len(text) % 8)
+  with path.open('wb') as file:
+    file.write(len(text).to_bytes(8, 'little') + text)
+    for (name, shape), (given, x) in zip(shapes.items(), tensors, strict=True):
+      if (given, x.shape, x.dtype) != (name, shape, dtype):
+        raise ValueError(f'{given} {x.shape} {x.dtype} in place of {name}')
+      values = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+      for begin in range(0, len(values), _PIECE):
+        file.write(values[begin : begin + _PIECE])
