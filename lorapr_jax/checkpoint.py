@@ -28,6 +28,7 @@ METRICS_FILE = 'metrics.jsonl'
 _FREE = {
   'config.mesh.data',
   'config.mesh.fsdp',
+  'config.mesh.sequence',
   'config.mesh.tensor',
   'config.model.attention',
   'config.model.remat',
