@@ -17,7 +17,7 @@ AXES = ('data', 'fsdp', 'sequence', 'tensor')
 RULES: dict[str, str | tuple[str, ...] | None] = {
   'accumulation': None,
   'batch': ('data', 'fsdp'),
-  'embed': 'fsdp',
+  'embed': ('fsdp', 'sequence'),
   'head_dim': None,
   'kv_heads': 'tensor',
   'layers': None,
@@ -122,11 +122,12 @@ def sharding(
   """
   spec = P(*(RULES[name] for name in axes))
   for name, places, size in zip(axes, spec, shape or (), strict=False):
-    count = math.prod(mesh.shape[place] for place in _places(places))
+    cut = [place for place in _places(places) if mesh.shape[place] > 1]
+    count = math.prod(mesh.shape[place] for place in cut)
     if size % count:
       raise MeshError(
-        f'{name} has size {size}, which mesh.{"*".join(_places(places))}='
-        f'{count} does not divide: {divisors(size, mesh.size)} would do'
+        f'{name} has size {size}, which mesh.{"*".join(cut)}={count} does not '
+        f'divide: {divisors(size, mesh.size)} would do'
       )
   return NamedSharding(mesh, spec)
 

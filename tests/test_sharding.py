@@ -38,6 +38,7 @@ GQA = LlamaConfig(
   tie_embeddings=True,
 )
 STEPS, LENGTH = 3, 20
+WIDTH = ('fsdp', 'sequence')
 
 
 def _mesh(*sizes):
@@ -97,14 +98,14 @@ def test_a_tensor_lies_where_the_rules_say():
     mesh, axes['params'], llama.param_shapes(GQA, jnp.float32)
   )
   block = places['stacks'][0]
-  assert places['embed_tokens']['weight'].spec == P('tensor', 'fsdp')
+  assert places['embed_tokens']['weight'].spec == P('tensor', WIDTH)
   assert block['self_attn']['q_proj']['weight'].spec == P(
-    None, 'fsdp', 'tensor', None, None
+    None, WIDTH, 'tensor', None, None
   )
   assert block['self_attn']['o_proj']['weight'].spec == P(
-    None, 'tensor', None, None, 'fsdp'
+    None, 'tensor', None, None, WIDTH
   )
-  assert block['mlp']['down_proj']['weight'].spec == P(None, 'tensor', 'fsdp')
+  assert block['mlp']['down_proj']['weight'].spec == P(None, 'tensor', WIDTH)
   batch = sharding.sharding(mesh, ('batch', 'length'), (4, 9))
   assert batch.spec == P(('data', 'fsdp'), 'sequence')
 
