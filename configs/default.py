@@ -97,7 +97,7 @@ def get_config() -> config_dict.ConfigDict:
   # Of LoRA's initialisation, dropout and the order of the data.
   config.train.seed = 0
   # Tokens whose logits exist at the same time; 0: 128 (512 on GPU and TPU) for
-  # each device of the axes data and fsdp.
+  # each device of the axes data, fsdp and sequence.
   config.train.loss_chunk = 0
   # Of XLA, for the training step: NAME=VALUE,... beside its own defaults
   # (docs/scaling.md has what some change).
@@ -178,6 +178,9 @@ def get_config() -> config_dict.ConfigDict:
   config.mesh.data = 1
   # Devices that share the base's weights and a batch.
   config.mesh.fsdp = -1
+  # Devices that share the tokens of every sequence, for long ones
+  # (docs/scaling.md); each gathers the keys and values of all.
+  config.mesh.sequence = 1
   # Devices that share heads and channels.
   config.mesh.tensor = 1
 

@@ -33,6 +33,7 @@ _STORES = ('gs', 'gcs')
 _FREE = {
   'config.mesh.data',
   'config.mesh.fsdp',
+  'config.mesh.sequence',
   'config.mesh.tensor',
   'config.model.attention',
   'config.model.remat',

@@ -170,10 +170,11 @@ class Program:
   def _flops_of(self, computation: str, instruction: Instruction) -> float:
     if instruction.opcode not in ('dot', 'convolution', 'custom-call'):
       return 0.0
-    shapes = [
-      _dimensions(self.computations[computation][operand].shape)
+    operands = [
+      self.computations[computation][operand].shape
       for operand in instruction.operands
     ]
+    shapes = list(map(_dimensions, operands))
     out = _dimensions(instruction.shape)
     if instruction.opcode == 'dot':
       contracted = re.search(
@@ -185,9 +186,12 @@ class Program:
       return _convolution_flops(instruction.text, *shapes[:2], out)
     for name, products in _KERNEL_PRODUCTS.items():
       if instruction.name.startswith(name):
-        # (heads, T, H), or with a batch in front: the queries are the largest.
-        queries = max((x for x in shapes if len(x) > 2), key=math.prod)
-        return products * math.prod(queries) * (queries[-2] + 1.0)
+        # (heads, T, H), or with a batch in front. Before them come integers
+        # that say what the mask lets through.
+        queries, keys, *_ = (
+          _dimensions(x) for x in operands if not x.startswith('s')
+        )
+        return products * math.prod(queries) * (keys[-2] + 1.0)
     return 0.0
 
   def collectives(self) -> dict[str, dict[str, int]]:

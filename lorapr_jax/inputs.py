@@ -160,15 +160,16 @@ def device_batches(
     rows: B, the rows of a micro-batch.
     steps: whose batches come, in order.
   """
-  devices = place.addressable_devices_indices_map((1, rows, 1)).values()
-  bounds = [index[1].indices(rows)[:2] for index in devices]
+  row_place = NamedSharding(place.mesh, P(place.spec[1]))
+  devices = row_place.addressable_devices_indices_map((rows,)).values()
+  bounds = [index[0].indices(rows)[:2] for index in devices]
   first, last = min(b for b, _ in bounds), max(e for _, e in bounds)
 
   def put(step: int) -> dict[str, jax.Array]:
     def array(read: np.ndarray) -> jax.Array:
       def of_device(index: tuple[slice, ...]) -> np.ndarray:
         begin, end, _ = index[1].indices(rows)
-        return read[:, begin - first : end - first]
+        return read[:, begin - first : end - first, index[2]]
 
       shape = (read.shape[0], rows, read.shape[2])
       return jax.make_array_from_callback(shape, place, of_device)

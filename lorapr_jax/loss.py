@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorapr_jax.sharding import parts
+
 
 @jax.named_scope('loss')
 def chunked_cross_entropy(
@@ -31,7 +33,7 @@ def chunked_cross_entropy(
 
   On a mesh the vocabulary is cut over the axes tensor and fsdp, once, and each
   device multiplies its own rows alone: no chunk gathers the matrix. A chunk's
-  tokens are cut over data.
+  tokens are cut over data and sequence.
 
   Args:
     hidden: (N, D).
@@ -52,7 +54,11 @@ def chunked_cross_entropy(
   def chunked(x: Array) -> Array:
     # Strided: a chunk has tokens from everywhere, hence from every device.
     x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
-    return x.reshape(chunk_size, -1, *x.shape[1:]).swapaxes(0, 1)
+    x = x.reshape(chunk_size, -1, *x.shape[1:]).swapaxes(0, 1)
+    if parts(mesh, 'length') == 1:
+      return x
+    # Else all that fsdp cuts would be gathered, in front of the loop.
+    return places(x, None, places.rows)
 
   places = _Places.of(mesh, chunk_size, weight.shape[0])
   chunks = [chunked(x) for x in (hidden, targets, token_weights)]
@@ -65,6 +71,24 @@ def chunked_cross_entropy(
 
   losses = jax.lax.scan(body, None, tuple(chunks))[1]
   return losses.T.reshape(-1)[:N]
+
+
+def in_rows(x: Array, mesh: Mesh | None) -> Array:
+  """(B, T, ...) as (N, ...), of which each device has a run of its own."""
+  B, T, *rest = x.shape
+  rows, lengths = parts(mesh, 'batch'), parts(mesh, 'length')
+  if lengths > 1:
+    x = x.reshape(rows, B // rows, lengths, T // lengths, *rest).swapaxes(1, 2)
+  return x.reshape(B * T, *rest)
+
+
+def out_of_rows(x: Array, shape: tuple[int, int], mesh: Mesh | None) -> Array:
+  """(N,) from `in_rows` as (B, T)."""
+  B, T = shape
+  rows, lengths = parts(mesh, 'batch'), parts(mesh, 'length')
+  if lengths > 1:
+    x = x.reshape(rows, lengths, B // rows, T // lengths).swapaxes(1, 2)
+  return x.reshape(B, T)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +109,7 @@ class _Places:
 
   @classmethod
   def of(cls, mesh: Mesh | None, chunk_size: int, vocab_size: int) -> '_Places':
-    """Tokens over data, the vocabulary over the rest, where they divide it.
+    """Tokens over data and sequence, vocabulary over the rest, where they fit.
 
     Where fsdp does not divide the vocabulary, it shares the tokens too.
     """
@@ -99,7 +123,7 @@ class _Places:
           taken = (*taken, axis)
       return taken
 
-    rows = divisors(chunk_size, ('data', 'fsdp'))
+    rows = divisors(chunk_size, ('data', 'fsdp', 'sequence'))
     vocab = divisors(vocab_size, ('tensor', 'fsdp'))
     tokens = tuple(axis for axis in rows if axis not in vocab)
     return cls(mesh, rows, tokens, vocab)

@@ -27,7 +27,7 @@ from lorapr_jax.pruning.compensation import (
   ridge_update,
 )
 from lorapr_jax.pruning.masks import apply_masks
-from lorapr_jax.sharding import mesh_of
+from lorapr_jax.sharding import mesh_of, parts
 from lorapr_jax.steps import StepSettings, compiler_options
 
 
@@ -98,7 +98,8 @@ def make_compensate(
     rotation = llama.rope_rotation(
       settings.config, positions.astype(jnp.float32)
     )
-    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    if parts(mesh, 'length') == 1:  # Else B and T stay apart.
+      x = x.reshape(x.shape[0], -1, x.shape[-1])
     stacks, failed = [], jnp.int32(0)
     for i, stack in enumerate(settings.config.stacks):
       layer = functools.partial(
@@ -148,7 +149,8 @@ def _reader(
 ) -> Callable[..., Array]:
   """(part, a layer's variables, x (M, N, D)) -> what REPAIRED[part] reads.
 
-  One of the M micro-batches at a time; all in the result, (M, N, ...).
+  One of the M micro-batches at a time; all in the result, (M, N, ...). As in
+  all of this file B and T are two axes in the place of N on a mesh that cuts T.
   """
 
   def read(part: str, variables: Any, x: Array) -> Array:
@@ -197,7 +199,7 @@ def _repair_layer(settings, damping, read, carry, layer):
     seen = read(part, old, x)
     inputs = Axes.of(ProjectionLetters.of(spec).inputs)
     there, stays = (
-      apply_masks(jnp.ones(seen.shape[2:]), masks, inputs).reshape(-1)
+      apply_masks(jnp.ones(seen.shape[-len(inputs) :]), masks, inputs).ravel()
       for masks in (before, after)
     )
     adapter = trees['lora'].get(part, {}).get(name)
@@ -232,12 +234,13 @@ def _repair(settings, damping, weight, adapter, inputs, gone, stays):
       product = lora_product(adapter['a'], adapter['b'])
       effective += settings.lora.scale * product.reshape(matrix.shape)
     # Micro-batches stay apart: their tokens lie on all devices.
-    x = inputs.reshape(*inputs.shape[:2], rows)
+    axes = tuple(range(1 + inputs.ndim - weight.ndim))
+    x = inputs.reshape(*inputs.shape[: len(axes)], rows)
     x = x.astype(settings.matmul_dtype or x.dtype)
     gram = jax.lax.dot_general(
       x,
       x,
-      (((0, 1), (0, 1)), ((), ())),
+      ((axes, axes), ((), ())),
       precision=jax.lax.Precision.HIGHEST,
       preferred_element_type=jnp.float32,
     )

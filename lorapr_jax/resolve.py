@@ -78,12 +78,13 @@ def resolve_loss_chunk(
 ) -> int:
   """Tokens: by default as many as keep the matrix units busy, on each device.
 
-  A chunk's tokens are cut over data, its vocabulary over fsdp and tensor.
+  A chunk's tokens are cut over data and sequence, its vocabulary over fsdp and
+  tensor.
   """
   if train.loss_chunk:
     return train.loss_chunk
   each = 128 if platform == 'cpu' else 512
-  return each * mesh['data'] * mesh['fsdp']
+  return each * mesh['data'] * mesh['fsdp'] * mesh['sequence']
 
 
 def resolve_compiler_options(

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from ml_collections import config_dict
 
+from lorapr_jax import sharding
 from lorapr_jax.errors import MeshError
 from lorapr_jax.inputs import weight_shapes
 from lorapr_jax.plan import Needs, bytes_of, plan_run
@@ -53,7 +54,7 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
     for tensor in (1, 2, 4, 8):
       if count % tensor:
         break
-      mesh = {'data': 1, 'fsdp': count // tensor, 'tensor': tensor}
+      mesh = sharding.mesh_sizes(1, -1, tensor, devices=count)
       config.mesh.update(mesh)
       tried = _try(config, topology, mesh)
       yield tried

@@ -71,7 +71,7 @@ class RunSettings:
     calibration_steps: of the other orders.
     shrink: of joint pruning: from `parse_shrink`.
     compensation: of every pruning step; None for none.
-    mesh: sizes of data, fsdp, tensor.
+    mesh: sizes of data, fsdp, sequence, tensor.
     devices: that the mesh is made of, all of one kind.
   """
 
@@ -150,8 +150,19 @@ def split_config(
         'positions (max_position_embeddings)'
       )
     if key == 'train.seq_len' or data.eval:
+      if length % mesh['sequence']:
+        raise MeshError(
+          f'mesh.sequence={mesh["sequence"]} does not divide the {length} '
+          f'tokens of {key}: {divisors(length, len(devices))} would do'
+        )
       check_attention(
-        model.attention, key, length, sizes.head_dim, dtype, devices[0]
+        model.attention,
+        key,
+        length,
+        sizes.head_dim,
+        dtype,
+        devices[0],
+        mesh['sequence'],
       )
   criterion = Criterion(
     name=prune.criterion,

@@ -11,16 +11,17 @@ from jax.sharding import PartitionSpec as P
 
 from lorapr_jax.errors import MeshError, UserError
 
+AXES = ('data', 'fsdp', 'sequence', 'tensor')
 # Where each axis of a tensor lies on the mesh. A name that is not here is an
 # error, so that a new tensor cannot be replicated by accident.
 RULES: dict[str, str | tuple[str, ...] | None] = {
   'accumulation': None,
   'batch': ('data', 'fsdp'),
-  'embed': 'fsdp',
+  'embed': ('fsdp', 'sequence'),
   'head_dim': None,
   'kv_heads': 'tensor',
   'layers': None,
-  'length': None,
+  'length': 'sequence',
   'mlp': 'tensor',
   'queries_per_kv': None,
   'rank': None,
@@ -30,20 +31,26 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 
 
 def mesh_sizes(
-  data: int, fsdp: int, tensor: int, devices: int | None = None
+  data: int,
+  fsdp: int,
+  tensor: int,
+  sequence: int = 1,
+  devices: int | None = None,
 ) -> dict[str, int]:
   """The size of each mesh axis; one may be -1, the devices that are left.
 
   Args:
     data: of this axis, as are
     fsdp: and
-    tensor: too.
+    tensor: and
+    sequence: too.
     devices: how many there are; None: all of this machine or pod.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices.
   """
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
+  sizes = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
+  asked = ', '.join(f'mesh.{axis}={size}' for axis, size in sizes.items())
   devices = devices or jax.device_count()
   given = math.prod(size for size in sizes.values() if size != -1)
   free = [axis for axis, size in sizes.items() if size == -1]
@@ -51,9 +58,8 @@ def mesh_sizes(
     sizes[free[0]] = devices // given
   if min(sizes.values()) < 1 or math.prod(sizes.values()) != devices:
     raise UserError(
-      f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor} do not '
-      f'multiply to the {devices} devices that there are: set one of them to '
-      '-1 for the rest, the others to divisors'
+      f'{asked} do not multiply to the {devices} devices that there are: set '
+      'one of them to -1 for the rest, the others to divisors'
     )
   return sizes
 
@@ -67,7 +73,11 @@ def divisors(size: int, most: int) -> str:
 def make_mesh(
   sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh of these devices, or of all, with the sizes from `mesh_sizes`."""
+  """A mesh of these devices, or of all, with the sizes from `mesh_sizes`.
+
+  An axis that is left out has size 1.
+  """
+  sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   return jax.make_mesh(
     tuple(sizes.values()),
     tuple(sizes),
@@ -112,14 +122,18 @@ def sharding(
   """
   spec = P(*(RULES[name] for name in axes))
   for name, places, size in zip(axes, spec, shape or (), strict=False):
-    names = (places,) if isinstance(places, str) else places or ()
-    parts = math.prod(mesh.shape[place] for place in names)
-    if size % parts:
+    cut = [place for place in _places(places) if mesh.shape[place] > 1]
+    count = math.prod(mesh.shape[place] for place in cut)
+    if size % count:
       raise MeshError(
-        f'{name} has size {size}, which mesh.{"*".join(names)}={parts} does '
-        f'not divide: {divisors(size, mesh.size)} would do'
+        f'{name} has size {size}, which mesh.{"*".join(cut)}={count} does not '
+        f'divide: {divisors(size, mesh.size)} would do'
       )
   return NamedSharding(mesh, spec)
+
+
+def _places(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
+  return (rule,) if isinstance(rule, str) else rule or ()
 
 
 def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
@@ -143,9 +157,13 @@ def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
   return place if mesh is None else sharding(mesh, axes)
 
 
-def batch_parts(params: Any) -> int:
-  """Into how many parts a batch is cut beside these weights."""
-  mesh = mesh_of(params['norm']['weight'].sharding)
+def parts(mesh: Mesh | None, name: str) -> int:
+  """Into how many parts an axis of this name is cut."""
   if mesh is None:
     return 1
-  return math.prod(mesh.shape[axis] for axis in RULES['batch'])
+  return math.prod(mesh.shape[place] for place in _places(RULES[name]))
+
+
+def batch_parts(params: Any) -> int:
+  """Into how many parts a batch is cut beside these weights."""
+  return parts(mesh_of(params['norm']['weight'].sharding), 'batch')

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, Sharding
 import numpy as np
 import optax
 
-from lorapr_jax.loss import chunked_cross_entropy
+from lorapr_jax.loss import chunked_cross_entropy, in_rows, out_of_rows
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.axes import PROJECTIONS
@@ -28,7 +28,7 @@ from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.block_sums import block_sums, runs_on
 from lorapr_jax.pruning.masks import initial_masks, select_masks
-from lorapr_jax.sharding import mesh_of, platform
+from lorapr_jax.sharding import mesh_of, parts, platform
 
 # Of rank 8, XLA for TPU estimates outer products at 0.7 of the cycles of dots,
 # and their operations grow with the rank. Nothing was timed on a TPU, and on a
@@ -191,6 +191,7 @@ def token_losses(
     attend=attend,
     lora_config=settings.lora,
     remat=settings.remat,
+    flat=parts(mesh, 'length') == 1,
     dtype=settings.dtype,
     matmul_dtype=matmul_dtype,
     **model,
@@ -198,15 +199,15 @@ def token_losses(
   targets = jnp.roll(tokens, -1, axis=1)
   weights = jnp.roll(token_weights, -1, axis=1).at[:, -1].set(0.0)
   losses = chunked_cross_entropy(
-    hidden.reshape(-1, hidden.shape[-1]),
+    in_rows(hidden, mesh),
     llama.output_weight(params),
-    targets.reshape(-1),
-    weights.reshape(-1),
+    in_rows(targets, mesh),
+    in_rows(weights, mesh),
     settings.loss_chunk,
     dtype=matmul_dtype,
     mesh=mesh,
   )
-  return losses.reshape(tokens.shape), observed
+  return out_of_rows(losses, tokens.shape, mesh), observed
 
 
 def projections(stacks: Any) -> Any:

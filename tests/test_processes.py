@@ -131,7 +131,8 @@ def alone(tmp_path_factory):
 
 
 def test_two_processes_end_as_one(alone, tmp_path):
-  run = Run(tmp_path / 'run', 2, 4, fsdp=4, tensor=2)
+  # Each has all rows, and half of their tokens.
+  run = Run(tmp_path / 'run', 2, 4, sequence=4, tensor=2)
   first, second = run.end(0, 0)
   # Collectives on CPUs print lines of their own.
   assert 'parameters' in first and 'parameters' not in second
@@ -160,7 +161,7 @@ def test_what_is_killed_or_moved_to_fewer_devices_ends_as_undisturbed(
   assert 8 < stopped < STEPS
   assert (workdir / 'checkpoints' / str(stopped)).is_dir()
   # One process with half of the devices goes on, then one device.
-  run = Run(workdir, 1, 4, fsdp=2, tensor=2)
+  run = Run(workdir, 1, 4, sequence=2, tensor=2)
   run.until(stopped + 1)
   run.processes[0].terminate()
   run.end(128 + signal.SIGTERM)

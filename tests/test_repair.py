@@ -117,7 +117,7 @@ def compensate(
   params = jax.device_put(jax.tree.map(jnp.copy, params), base)
   lora, before, after = jax.device_put((lora, before, after), state)
   if mesh is not None:
-    rows = NamedSharding(mesh, P(None, ('data', 'fsdp')))
+    rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
     tokens = jax.device_put(tokens, rows)
   event = make_compensate(
     settings, Compensation(damping, len(tokens)), base, state
@@ -273,14 +273,17 @@ def test_what_masked_groups_hold_is_of_no_account(group):
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)])
+@pytest.mark.parametrize(
+  'sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]
+)
 @pytest.mark.parametrize('group', DOUBLES)
 def test_eight_devices_repair_as_one_does(group, sizes):
   params, lora = model_with_doubles(group)
   before, after = masks_of(group)
   mesh = sharding.make_mesh(sharding.mesh_sizes(*sizes))
+  tokens = batches(2, packed=mesh.shape['sequence'] > 1)
   (one, _), (eight, _) = (
-    compensate(params, lora, before, after, batches(2), damping=0.1, mesh=m)
+    compensate(params, lora, before, after, tokens, damping=0.1, mesh=m)
     for m in (None, mesh)
   )
   for ours, theirs in zip(

@@ -3,6 +3,8 @@
 conftest.py simulates the eight devices.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
@@ -35,27 +37,31 @@ GQA = LlamaConfig(
   layers=(LayerShape(2, 3, 24),) * 2,
   tie_embeddings=True,
 )
-STEPS = 3
+STEPS, LENGTH = 3, 20
+WIDTH = ('fsdp', 'sequence')
 
 
-def _mesh(data, fsdp, tensor):
-  return sharding.make_mesh(sharding.mesh_sizes(data, fsdp, tensor))
+def _mesh(*sizes):
+  return sharding.make_mesh(sharding.mesh_sizes(*sizes))
 
 
 @pytest.mark.parametrize(
   'asked, sizes',
   [
-    ((-1, 1, 1), (8, 1, 1)),
-    ((1, -1, 1), (1, 8, 1)),
-    ((2, -1, 2), (2, 2, 2)),
-    ((1, 4, -1), (1, 4, 2)),
-    ((-1, 8, 1), (1, 8, 1)),
-    ((2, 2, 2), (2, 2, 2)),
+    ((-1, 1, 1), (8, 1, 1, 1)),
+    ((1, -1, 1), (1, 8, 1, 1)),
+    ((2, -1, 2), (2, 2, 2, 1)),
+    ((1, 4, -1), (1, 4, 2, 1)),
+    ((-1, 8, 1), (1, 8, 1, 1)),
+    ((2, 2, 2), (2, 2, 2, 1)),
+    ((1, -1, 1, 4), (1, 2, 1, 4)),
+    ((1, 1, 2, -1), (1, 1, 2, 4)),
   ],
 )
 def test_the_free_mesh_axis_takes_what_is_left(asked, sizes):
   found = sharding.mesh_sizes(*asked)
-  assert found == dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True))
+  axes = ('data', 'fsdp', 'tensor', 'sequence')
+  assert found == dict(zip(axes, sizes, strict=True))
   assert sharding.make_mesh(found).shape == found
 
 
@@ -71,13 +77,16 @@ def test_the_free_mesh_axis_takes_what_is_left(asked, sizes):
     (0, 8, 1),
     (-2, -4, 1),
     (-8, 1, 1),
+    (1, -1, 1, 3),
+    (1, 4, 2, 2),
   ],
 )
 def test_sizes_that_do_not_multiply_to_the_devices_are_refused(asked):
   with pytest.raises(UserError) as error:
     sharding.mesh_sizes(*asked)
-  data, fsdp, tensor = asked
-  given = f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.tensor={tensor}'
+  data, fsdp, tensor, sequence = (*asked, 1)[:4]
+  given = f'mesh.data={data}, mesh.fsdp={fsdp}, mesh.sequence={sequence}, '
+  given += f'mesh.tensor={tensor} do not multiply'
   assert given in str(error.value)
   assert '8 devices' in str(error.value)
 
@@ -89,16 +98,16 @@ def test_a_tensor_lies_where_the_rules_say():
     mesh, axes['params'], llama.param_shapes(GQA, jnp.float32)
   )
   block = places['stacks'][0]
-  assert places['embed_tokens']['weight'].spec == P('tensor', 'fsdp')
+  assert places['embed_tokens']['weight'].spec == P('tensor', WIDTH)
   assert block['self_attn']['q_proj']['weight'].spec == P(
-    None, 'fsdp', 'tensor', None, None
+    None, WIDTH, 'tensor', None, None
   )
   assert block['self_attn']['o_proj']['weight'].spec == P(
-    None, 'tensor', None, None, 'fsdp'
+    None, 'tensor', None, None, WIDTH
   )
-  assert block['mlp']['down_proj']['weight'].spec == P(None, 'tensor', 'fsdp')
+  assert block['mlp']['down_proj']['weight'].spec == P(None, 'tensor', WIDTH)
   batch = sharding.sharding(mesh, ('batch', 'length'), (4, 9))
-  assert batch.spec == P(('data', 'fsdp'), None)
+  assert batch.spec == P(('data', 'fsdp'), 'sequence')
 
 
 @pytest.mark.parametrize(
@@ -127,8 +136,8 @@ def test_a_name_without_a_rule_is_an_error():
 
 
 def _one_device():
-  devices = np.asarray(jax.devices()[:1]).reshape(1, 1, 1)
-  return Mesh(devices, ('data', 'fsdp', 'tensor'))
+  devices = np.asarray(jax.devices()[:1]).reshape(1, 1, 1, 1)
+  return Mesh(devices, sharding.AXES)
 
 
 def _smallest_gap(importance, masks, keep):
@@ -145,12 +154,23 @@ def _smallest_gap(importance, masks, keep):
   return min(gaps, default=1.0)
 
 
-def _prune(config, mesh, params, names):
+def _segments(packed):
+  """Of (2, 8, LENGTH): two documents and padding, of a length of their own."""
+  if not packed:
+    return {}
+  index, row = np.arange(LENGTH), np.arange(16).reshape(2, 8, 1)
+  segments = 1 + (index >= 3 + row % 5).astype(np.int32)
+  return {'segments': np.where(index < LENGTH - row % 3, segments, 0)}
+
+
+def _prune(config, mesh, params, names, packed):
   """Three steps of lorapr_jax/loop.py's loop, each of which prunes.
 
-  The projections with these names are quantised.
+  The projections with these names are quantised. `packed`: documents share
+  windows, and there is dropout.
   """
-  settings = steps.StepSettings(config, LORA, loss_chunk=20, quantized=names)
+  lora = dataclasses.replace(LORA, dropout=0.1) if packed else LORA
+  settings = steps.StepSettings(config, lora, loss_chunk=20, quantized=names)
   everywhere = NamedSharding(mesh, P())
   optimizer = make_optimizer(optax.constant_schedule(1e-2))
   lora_gradients = steps.make_lora_gradients(settings, everywhere)
@@ -167,14 +187,15 @@ def _prune(config, mesh, params, names):
   )
   heads = config.layers[0].num_kv_heads
   batch_axes = ('accumulation', 'batch', 'length')
-  places = sharding.sharding(mesh, batch_axes, (2, 8, 10))
+  places = sharding.sharding(mesh, batch_axes, (2, 8, LENGTH))
   losses, gaps = [], []
   for step in range(STEPS):
     rng = np.random.default_rng(step)
     batch = {
-      'tokens': rng.integers(0, 48, (2, 8, 10), dtype=np.int32),
-      'weights': rng.integers(0, 2, (2, 8, 10)).astype(np.float32),
+      'tokens': rng.integers(0, 48, (2, 8, LENGTH), dtype=np.int32),
+      'weights': rng.integers(0, 2, (2, 8, LENGTH)).astype(np.float32),
     }
+    batch |= _segments(packed)
     batch = jax.device_put(batch, places)
     metrics, grads, more = lora_gradients(
       params, state.lora, state.masks, batch, jax.random.key(step)
@@ -206,16 +227,21 @@ def _prune(config, mesh, params, names):
   return losses, min(gaps), jax.device_get(state)
 
 
-# Sizes, and what is quantised.
-CONFIGS = {'mha': (MHA, ()), 'gqa': (GQA, ()), 'int8': (GQA, LORA_TARGETS)}
+# Sizes, what is quantised, and whether documents are packed.
+CONFIGS = {
+  'mha': (MHA, (), False),
+  'gqa': (GQA, (), False),
+  'int8': (GQA, LORA_TARGETS, False),
+  'packed': (GQA, (), True),
+}
 
 
 @pytest.fixture(scope='module')
 def one_device(random_params):
   """Name -> the result on one device."""
   return {
-    name: _prune(config, _one_device(), random_params(config), names)
-    for name, (config, names) in CONFIGS.items()
+    name: _prune(config, _one_device(), random_params(config), *rest)
+    for name, (config, *rest) in CONFIGS.items()
   }
 
 
@@ -231,10 +257,17 @@ def _case(name, *sizes, marks=()):
     _case('gqa', 1, 8, 1),
     _case('gqa', 1, 4, 2),
     _case('int8', 2, 2, 2),
+    _case('gqa', 1, 2, 2, 2),
+    _case('gqa', 2, 1, 1, 4, marks=pytest.mark.slow),
+    _case('int8', 1, 2, 2, 2, marks=pytest.mark.slow),
+    _case('packed', 2, 2, 2, marks=pytest.mark.slow),
+    _case('packed', 1, 2, 1, 4),
+    _case('packed', 2, 1, 2, 2, marks=pytest.mark.slow),
     _case('mha', 2, 2, 2),
     _case('mha', 8, 1, 1, marks=pytest.mark.slow),
     _case('mha', 1, 8, 1, marks=pytest.mark.slow),
     _case('mha', 1, 4, 2, marks=pytest.mark.slow),
+    _case('mha', 2, 2, 1, 2),
   ],
 )
 def test_a_mesh_computes_what_one_device_computes(
@@ -243,8 +276,8 @@ def test_a_mesh_computes_what_one_device_computes(
   want_losses, gap, want = one_device[name]
   # Else the order of a sum could decide which of two groups is masked.
   assert gap > 1e-3
-  config, names = CONFIGS[name]
-  losses, _, state = _prune(config, _mesh(*sizes), random_params(config), names)
+  config, *rest = CONFIGS[name]
+  losses, _, state = _prune(config, _mesh(*sizes), random_params(config), *rest)
   np.testing.assert_allclose(losses, want_losses, rtol=0, atol=1e-5)
   jax.tree.map(np.testing.assert_array_equal, state.masks, want.masks)
   assert alive_counts(state.masks)['mlp'] == (12, 12)

@@ -102,7 +102,7 @@ def score_continuations(
   """
   parts = sharding.batch_parts(params)
   batch_size = -(-batch_size // parts) * parts
-  place = sharding.beside(params, ('batch', 'length'))
+  place = sharding.beside(params, ('batch',))
   score = _make_score(config, jnp.dtype(dtype), sharding.beside(params, ()))
   rows = sorted(_rows(pairs, config), key=lambda row: -row.length)
   for start in range(0, len(rows), batch_size):

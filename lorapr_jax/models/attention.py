@@ -16,8 +16,9 @@ def causal_attention(
   q: Array,
   k: Array,
   v: Array,
-  start: Array | None = None,
   segments: Array | None = None,
+  *,
+  start: Array | None = None,
 ) -> Array:
   """Each position attends to itself and to those before it.
 
@@ -25,8 +26,8 @@ def causal_attention(
     q: (B, T, K, G, H). Query head g of KV head k reads that KV head alone.
     k: (B, S, K, H).
     v: (B, S, K, H).
+    segments: (B, S): positions attend within their own segment alone.
     start: the key position of the first query; None where S = T.
-    segments: (B, T), S = T: positions attend within their own segment alone.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
@@ -35,7 +36,7 @@ def causal_attention(
   queries = jnp.arange(T) + (0 if start is None else start)
   mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None]
   if segments is not None:
-    mask &= same_segment(segments)
+    mask &= same_segment(segments, start, T)
   # The queries of a KV head as one matrix: no head is repeated.
   rows = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   out = _attention(rows, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
@@ -99,9 +100,21 @@ def _attention_backward(residuals, grad):
 _attention.defvjp(_attention_forward, _attention_backward)
 
 
-def same_segment(segments: Array) -> Array:
-  """(B, T, T): whether two positions are in one segment, of (B, T)."""
-  return segments[:, :, None] == segments[:, None, :]
+def same_segment(
+  segments: Array, start: Array | None = None, T: int | None = None
+) -> Array:
+  """(B, T, S): whether a query and a key are in one segment, of (B, S).
+
+  The queries are those of the T keys from `start` on; None: of all.
+  """
+  return queries_of(segments, start, T)[:, :, None] == segments[:, None, :]
+
+
+def queries_of(x: Array, start: Array | None, T: int | None) -> Array:
+  """Of (B, S), the (B, T) from `start` on; None: all."""
+  if start is None:
+    return x
+  return jax.lax.dynamic_slice_in_dim(x, start, T, axis=1)
 
 
 def segment_positions(segments: Array) -> Array:

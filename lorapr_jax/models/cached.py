@@ -95,7 +95,7 @@ def _layer(
         for old, x in zip(kv, new, strict=True)
       )
       k, v = (x[i] for x in kv)
-      return causal_attention(q, k, v, start)
+      return causal_attention(q, k, v, start=start)
 
     block = llama.Block(config, shape, attend=attend)
     x = block.apply({'params': dequantized(weights, x.dtype)}, x, rotation)

@@ -2,7 +2,8 @@
 
 The kernels are cuDNN's flash attention on GPU, and JAX's splash attention on
 TPU. Where documents share a row, cuDNN reads a (B, T, S) mask, splash segment
-numbers. Letters: axes.py.
+numbers. Where the mesh cuts sequences, each device has its own queries and the
+keys of all: splash and XLA's can do that. Letters: axes.py.
 """
 
 from collections.abc import Callable
@@ -19,9 +20,10 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.models.attention import (
   ACTIVATION,
   causal_attention,
+  queries_of,
   same_segment,
 )
-from lorapr_jax.sharding import RULES, compute_capability
+from lorapr_jax.sharding import RULES, compute_capability, parts
 
 AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
 # The splash kernel's tiles are as wide as a TPU's vector registers, or wider.
@@ -29,7 +31,12 @@ _LANES, _LARGEST_TILE = 128, 512
 
 
 def unfit(
-  name: str, seq_len: int, head_dim: int, dtype: Any, device: Any
+  name: str,
+  seq_len: int,
+  head_dim: int,
+  dtype: Any,
+  device: Any,
+  shares: int = 1,
 ) -> str | None:
   """Why a kernel cannot run; None where it can.
 
@@ -39,6 +46,7 @@ def unfit(
     head_dim: H.
     dtype: of the activations.
     device: a `jax.Device`.
+    shares: into how many the mesh cuts a sequence.
   """
   backend = device.platform
   if name == CUDNN:
@@ -54,18 +62,26 @@ def unfit(
       return f'it computes in bfloat16, not in {jnp.dtype(dtype).name}'
     if head_dim % 8 or head_dim > 128:
       return f'a head has {head_dim} dimensions: it takes 8, 16, ..., 128'
+    if shares > 1:
+      return f'it takes whole sequences, which mesh.sequence={shares} cuts'
     if seq_len % 2:
       return f'{seq_len} tokens are odd: it takes an even number'
   if name == SPLASH:
     if backend != 'tpu':
       return f'it runs on TPU, and the backend is {backend}'
-    if seq_len % _LANES:
-      return f'{seq_len} tokens are no multiple of {_LANES}'
+    if seq_len % (shares * _LANES):
+      return f'{seq_len} tokens are no multiple of {shares * _LANES}'
   return None
 
 
 def check_attention(
-  name: str, key: str, seq_len: int, head_dim: int, dtype: Any, device: Any
+  name: str,
+  key: str,
+  seq_len: int,
+  head_dim: int,
+  dtype: Any,
+  device: Any,
+  shares: int = 1,
 ) -> None:
   """Refuses a kernel that cannot run.
 
@@ -76,6 +92,7 @@ def check_attention(
     head_dim: H.
     dtype: of the activations.
     device: a `jax.Device` of those that the run is for.
+    shares: into how many the mesh cuts a sequence.
 
   Raises:
     UserError: naming the reason.
@@ -84,7 +101,7 @@ def check_attention(
     raise UserError(
       f'model.attention is {name!r}: choose from {", ".join(ATTENTION)}'
     )
-  reason = unfit(name, seq_len, head_dim, dtype, device)
+  reason = unfit(name, seq_len, head_dim, dtype, device, shares)
   if reason:
     raise UserError(
       f'model.attention is {name!r} and {key} is {seq_len}, but {reason}: use '
@@ -104,14 +121,19 @@ def choose_attention(
     dtype: of the activations.
     mesh: that the arrays lie on; None: the default device.
   """
+  shares = parts(mesh, 'length')
   if name == AUTO:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     own = {'gpu': CUDNN, 'tpu': SPLASH}.get(device.platform, XLA)
-    fits = unfit(own, seq_len, head_dim, dtype, device) is None
+    fits = unfit(own, seq_len, head_dim, dtype, device, shares) is None
     name = own if fits else XLA
-  if name == XLA:
+  if name == XLA and shares == 1:
     return causal_attention
-  kernel = {CUDNN: cudnn_attention, SPLASH: splash_attention}[name]
+  kernel = {
+    XLA: causal_attention,
+    CUDNN: cudnn_attention,
+    SPLASH: splash_attention,
+  }[name]
   return functools.partial(on_each_device, kernel, mesh=mesh)
 
 
@@ -124,19 +146,29 @@ def on_each_device(
   *,
   mesh: Mesh | None,
 ) -> Array:
-  """`kernel(q, k, v, segments)` of each device's own sequences and heads."""
+  """`kernel(q, k, v, segments)` of each device's own queries and heads."""
   arrays = (q, k, v) if segments is None else (q, k, v, segments)
   if mesh is None:
     return kernel(*arrays)
-  rows, heads = RULES['batch'], RULES['kv_heads']
-  places = P(rows, None, heads)
+  if parts(mesh, 'length') > 1:
+    kernel = functools.partial(_with_all_keys, kernel)
+  rows, length, heads = (RULES[x] for x in ('batch', 'length', 'kv_heads'))
+  places = P(rows, length, heads)
   return jax.shard_map(
     kernel,
     mesh=mesh,
-    in_specs=(places, places, places, P(rows))[: len(arrays)],
+    in_specs=(places, places, places, P(rows, length))[: len(arrays)],
     out_specs=places,
     check_vma=False,  # The kernels do not say what varies.
   )(*arrays)
+
+
+def _with_all_keys(kernel: Callable[..., Array], q: Array, *keys: Array):
+  """`kernel(q, k, v, segments)` of a part of the queries, and of all keys."""
+  axis = RULES['length']
+  start = jax.lax.axis_index(axis) * q.shape[1]
+  keys = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in keys)
+  return kernel(q, *keys, start=start)
 
 
 def cudnn_attention(
@@ -161,15 +193,18 @@ def splash_attention(
   v: Array,
   segments: Array | None = None,
   *,
+  start: Array | None = None,
   interpret: bool = False,
 ) -> Array:
   """`causal_attention` by JAX's TPU kernel, on one device.
 
   Args:
     q: (B, T, K, G, H).
-    k: (B, T, K, H).
-    v: (B, T, K, H).
-    segments: (B, T): positions attend within their own segment alone.
+    k: (B, S, K, H).
+    v: (B, S, K, H).
+    segments: (B, S): positions attend within their own segment alone.
+    start: the key position of the first query, a multiple of T; None where
+      S = T.
     interpret: whether the kernel is interpreted, which any backend can.
   """
   # Imported where it is used: it needs Pallas's TPU part.
@@ -181,6 +216,7 @@ def splash_attention(
   )
 
   B, T, K, G, H = q.shape
+  S = k.shape[1]
   tile = next(n for n in (_LARGEST_TILE, 256, _LANES) if T % n == 0)
   tiles = kernel_lib.BlockSizes(
     **dict.fromkeys(('block_q', 'block_kv'), tile),
@@ -188,19 +224,27 @@ def splash_attention(
     **dict.fromkeys(('block_q_dq', 'block_kv_dq'), tile),
   )
   kernel = kernel_lib.make_splash_mha(
-    mask_lib.MultiHeadMask([mask_lib.CausalMask((T, T))] * (K * G)),
+    mask_lib.MultiHeadMask([mask_lib.CausalMask((S, S))] * (K * G)),
     block_sizes=tiles,
     head_shards=1,
-    q_seq_shards=1,
+    q_seq_shards=S // T,
     residual_checkpoint_name=ACTIVATION,
     interpret=interpret,
   )
 
-  def row(q, k, v, segments):
-    if segments is not None:
-      segments = kernel_lib.SegmentIds(segments, segments)
-    return kernel(q, k, v, segments)
+  if start is not None:
+    # What it knows of the mask: (heads, tiles of queries, of keys), or (S,).
+    def own(x: Array) -> Array:
+      axis = x.ndim // 2
+      size = x.shape[axis]
+      return jax.lax.dynamic_slice_in_dim(
+        x, start * size // S, size * T // S, axis
+      )
 
+    kernel = jax.tree.map(own, kernel)
+  if segments is not None:
+    segments = kernel_lib.SegmentIds(queries_of(segments, start, T), segments)
   queries = (q * H**-0.5).astype(q.dtype).reshape(B, T, K * G, H)
-  out = jax.vmap(row)(*(x.swapaxes(1, 2) for x in (queries, k, v)), segments)
+  arrays = (x.swapaxes(1, 2) for x in (queries, k, v))
+  out = jax.vmap(kernel)(*arrays, segments)
   return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)

@@ -108,11 +108,11 @@ def matmul(x: Array, weight: Array, dtype: Any) -> Array:
   processor's own instructions only where it may leave the sums as they are.
 
   Args:
-    x: (N, I).
+    x: (..., I).
     weight: (I, O), of any dtype, in which its gradient comes back.
     dtype: of the operands.
   """
-  return _product(x, weight, (1, 0), x.dtype, dtype)
+  return _product(x, weight, ((x.ndim - 1,), (0,)), x.dtype, dtype)
 
 
 def _matmul_forward(x, weight, dtype):
@@ -121,9 +121,10 @@ def _matmul_forward(x, weight, dtype):
 
 def _matmul_backward(dtype, operands, grad):
   x, weight = operands
+  tokens = tuple(range(x.ndim - 1))
   return (
-    _product(grad, weight, (1, 1), x.dtype, dtype),
-    _product(x, grad, (0, 0), weight.dtype, dtype),
+    _product(grad, weight, ((len(tokens),), (1,)), x.dtype, dtype),
+    _product(x, grad, (tokens, tokens), weight.dtype, dtype),
   )
 
 
@@ -131,10 +132,14 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 def _product(
-  left: Array, right: Array, contracted: tuple[int, int], out: Any, dtype: Any
+  left: Array,
+  right: Array,
+  contracted: tuple[tuple[int, ...], tuple[int, ...]],
+  out: Any,
+  dtype: Any,
 ) -> Array:
-  """Of two matrices, over an axis of each."""
-  dimensions = (((contracted[0],), (contracted[1],)), ((), ()))
+  """Over these axes of each."""
+  dimensions = (contracted, ((), ()))
 
   def product(left, right, result):
     return jax.lax.dot_general(
@@ -152,6 +157,7 @@ def _product(
 class LoRAEinsum(nn.Module):
   """y = x W + s (x A) B for the tokens of a projection.
 
+  Tokens are x's first axes: N, or B and T (`llama.observed_hidden_states`).
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
   the rank, B the rank to W's other axes. W is in the collection `params`, A
   and B in `lora`, in float32 whatever W's dtype. Where the collection
@@ -175,10 +181,11 @@ class LoRAEinsum(nn.Module):
     """`lora_x` is the adapter's input: x, or x with dropout."""
     split = len(ProjectionLetters.of(self.spec).inputs)
     inputs, outputs = self.shape[:split], self.shape[split:]
-    fan_in = math.prod(inputs)
+    fan_in, tokens = math.prod(inputs), x.shape[:-split]
     weight = self.param('weight', nn.initializers.normal(0.02), self.shape)
     if self.is_mutable_collection(STATISTICS):
-      squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=0)
+      axes = tuple(range(len(tokens)))
+      squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes)
       self.put_variable(STATISTICS, 'squares', squares)
     if self.is_mutable_collection(INPUTS):
       self.put_variable(INPUTS, 'inputs', x)
@@ -187,7 +194,7 @@ class LoRAEinsum(nn.Module):
     # faster than it contracts several axes.
     def project(x: Array, matrix: Array, rows: int) -> Array:
       dtype = self.dtype or x.dtype
-      return matmul(x.reshape(-1, rows), matrix.reshape(rows, -1), dtype)
+      return matmul(x.reshape(*tokens, rows), matrix.reshape(rows, -1), dtype)
 
     y = project(x, weight, fan_in)
     if self.lora is not None:
@@ -195,7 +202,7 @@ class LoRAEinsum(nn.Module):
       b = self._adapter('b', (self.lora.rank, *outputs), None)
       low = checkpoint_name(project(lora_x, a, fan_in), PROJECTION)
       y = y + project(low * self.lora.scale, b, self.lora.rank)
-    return checkpoint_name(y, PROJECTION).reshape(-1, *outputs)
+    return checkpoint_name(y, PROJECTION).reshape(*tokens, *outputs)
 
   def _adapter(
     self, name: str, shape: tuple[int, ...], fan_in: int | None

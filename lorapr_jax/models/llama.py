@@ -92,7 +92,10 @@ def _activation(x: Array) -> Array:
 
 
 class Attention(nn.Module):
-  """Grouped-query self-attention over tokens (N, D) of sequences of T."""
+  """Grouped-query self-attention over tokens (N, D) of sequences of T.
+
+  Or over (B, T, D), as all of a block.
+  """
 
   config: LlamaConfig
   shape: LayerShape
@@ -107,7 +110,8 @@ class Attention(nn.Module):
     lora_x = _lora_input(self, x, self.lora)
 
     def sequences(tokens: Array) -> Array:
-      return tokens.reshape(-1, rotation.cos.shape[-2], *tokens.shape[1:])
+      each = tokens.shape[x.ndim - 1 :]
+      return tokens.reshape(-1, rotation.cos.shape[-2], *each)
 
     q, k, v = (
       sequences(project[name](x, lora_x))
@@ -116,7 +120,7 @@ class Attention(nn.Module):
     q, k = (_activation(apply_rope(x, rotation)) for x in (q, k))
     with jax.named_scope('attention'):
       out = _activation(self.attend(q, k, v))
-    out = out.reshape(-1, *out.shape[2:])
+    out = out.reshape(*x.shape[:-1], *out.shape[2:])
     return project['o_proj'](out, _lora_input(self, out, self.lora))
 
 
@@ -281,6 +285,7 @@ def observed_hidden_states(
   dropout_key: Array | None = None,
   remat: str = 'blocks',
   scan_layers: bool = True,
+  flat: bool = True,
   dtype: Any = jnp.float32,
   matmul_dtype: Any = None,
   observe: bool = False,
@@ -302,6 +307,8 @@ def observed_hidden_states(
     remat: a key of REMAT_POLICIES.
     scan_layers: whether a stack is a loop over its layers; else each layer is
       compiled apart.
+    flat: whether the layers see (N, D), not (B, T, D): a mesh that cuts B and
+      T can cut no axis of both. XLA's CPU backend is faster with N.
     dtype: of the activations.
     matmul_dtype: of the operands of the projections; None: as `dtype`.
     observe: whether the projections' inputs are observed.
@@ -319,9 +326,11 @@ def observed_hidden_states(
   axes = block_axes(lora_config)
   if masks is None:
     masks = tuple({} for _ in config.stacks)
-  x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
+  if flat:
+    tokens = tokens.reshape(B * T)
+  x = params['embed_tokens']['weight'][tokens].astype(dtype)
   if valid is not None:
-    x = jnp.where(valid.reshape(B * T, 1), x, 0)
+    x = jnp.where(valid.reshape(*tokens.shape, 1), x, 0)
   observed = []
   for i, stack in enumerate(config.stacks):
     layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}

@@ -45,12 +45,10 @@ TOKENS = 8192
 def _mesh(data: int, fsdp: int, tensor: int) -> Mesh:
   """Of the eight chips of a v5e slice that is not there."""
   topology = topologies.get_topology_desc('v5e:2x4', platform='tpu')
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
-  devices = np.array(topology.devices[: math.prod(sizes.values())])
+  sizes = (data, fsdp, 1, tensor)
+  devices = np.array(topology.devices[: math.prod(sizes)])
   return Mesh(
-    devices.reshape(tuple(sizes.values())),
-    tuple(sizes),
-    axis_types=(AxisType.Auto,) * 3,
+    devices.reshape(sizes), sharding.AXES, axis_types=(AxisType.Auto,) * 4
   )
 
 
@@ -389,7 +387,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
   assert small.topology.name == 'v5e:1x1' and not small.fits
   assert small.needs[0].refused > small.topology.chip.hbm
   assert large.topology.name == 'v5e:2x2' and large.fits
-  assert large.mesh == {'data': 1, 'fsdp': 4, 'tensor': 1}
+  assert large.mesh == {'data': 1, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
   assert [x.name for x in large.needs] == ['step', 'importance', 'optimiser']
 
 

@@ -39,7 +39,8 @@ def by_phase(report):
 def test_every_phase_of_both_criteria_is_compiled(capsys):
   report = plan(capsys, '--criteria=lora,gradient', '--mesh=data=2,fsdp=4')
   assert report['devices'] == 8 and report['fits'] is None
-  assert report['mesh'] == {'data': 2, 'fsdp': 4, 'tensor': 1}
+  mesh = {'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
+  assert report['mesh'] == mesh
   found = by_phase(report)
   phases = ('step', 'importance', 'optimiser', 'evaluation')
   assert set(found) == {(c, p) for c in ('lora', 'gradient') for p in phases}
@@ -93,7 +94,7 @@ def test_a_table_says_what_its_columns_are(capsys):
   assert main(['plan', *TINY]) == 0
   out = capsys.readouterr().out
   # What of the mesh is left to the devices is resolved.
-  assert out.startswith('cpu:8: 8 devices; data=1,fsdp=8,tensor=1\n')
+  assert out.startswith('cpu:8: 8 devices; data=1,fsdp=8,sequence=1,tensor=1\n')
   for said in ('importance', '/ ideal', 'beside:', 'overlap:'):
     assert said in out
 

@@ -96,5 +96,9 @@ CASES = [
   tiny_override('mesh.data=-1', 'with mesh.fsdp=-1'),
   tiny_override('mesh.tensor=0'),
   tiny_override('mesh.tensor=8', 'of a model with 4 KV heads'),
+  Case(
+    '`--config.mesh.sequence=4 --config.train.seq_len=30`',
+    with_argv(*train_tiny('mesh.sequence=4', 'train.seq_len=30')),
+  ),
   tiny_override('train.micro_batch_size=4', 'on 8 devices'),
 ]

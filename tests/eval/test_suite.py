@@ -192,11 +192,12 @@ def test_a_batch_is_shared_by_the_devices(text_model, texts):
   assert model.params['norm']['weight'].sharding.mesh.shape == {
     'data': 1,
     'fsdp': 8,
+    'sequence': 1,
     'tensor': 1,
   }
   place = sharding.beside(model.params, ('batch', 'length'))
   assert isinstance(place, NamedSharding)
-  assert place.spec == P(('data', 'fsdp'), None)
+  assert place.spec == P(('data', 'fsdp'), 'sequence')
   assert sharding.batch_parts(model.params) == 8
   windows = windows_of(text_model, texts['ptb'], 128)[:11]
   found = evaluate_perplexity(

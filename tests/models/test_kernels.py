@@ -1,6 +1,7 @@
 """Every kernel is causal_attention; each is taken where it can run."""
 
 import functools
+import math
 import types
 
 import jax
@@ -71,19 +72,50 @@ def test_splash_is_causal_attention_in_bfloat16():
   np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0, atol=1e-2)
 
 
-def test_splash_on_a_mesh_is_splash_on_one_device():
-  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
-  q, k, v = _inputs(2, 3, jnp.float32, batch=4)
-  axes = ('batch', 'length', 'kv_heads', 'queries_per_kv', 'head_dim')
-  heads = sharding.sharding(mesh, ('batch', 'length', 'kv_heads', 'head_dim'))
-  placed = jax.device_put(
-    (q, k, v), (sharding.sharding(mesh, axes), heads, heads)
+@pytest.mark.parametrize(
+  ('kernel', 'sizes', 'length'),
+  [
+    (_interpreted, {'data': 2, 'fsdp': 2, 'tensor': 2}, T),
+    # At least 128 queries on each device.
+    (_interpreted, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
+    (_interpreted, {'tensor': 2, 'sequence': 4}, 2 * T),
+    (causal_attention, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
+    (causal_attention, {'sequence': 8}, T),
+  ],
+)
+@pytest.mark.parametrize('packed', [False, True])
+def test_attention_on_a_mesh_is_that_of_one_device(
+  kernel, sizes, length, packed
+):
+  devices = jax.devices()[: math.prod(sizes.values())]
+  mesh = sharding.make_mesh(sizes, devices)
+  rows = ('batch', 'length')
+  axes = (*rows, 'kv_heads', 'queries_per_kv', 'head_dim')
+  heads = sharding.sharding(mesh, (*rows, 'kv_heads', 'head_dim'))
+  # Twice as long: as half as many rows.
+  arrays, segments = _inputs(2, 3, jnp.float32, batch=4), _segments(4)
+  *arrays, segments = (
+    x.reshape(-1, length, *x.shape[2:]) for x in (*arrays, segments)
   )
-  segments = _segments(4)
-  on_mesh = jax.jit(functools.partial(on_each_device, _interpreted, mesh=mesh))
-  want = _interpreted(q, k, v, segments)
-  got = on_mesh(*placed, segments)
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+  cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
+
+  def gradient(attend):
+    if packed:
+      attend = functools.partial(attend, segments=segments)
+
+    def loss(*arrays):
+      out = attend(*arrays)
+      return jnp.sum(out * cotangent), out
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
+
+  on_mesh = functools.partial(on_each_device, kernel, mesh=mesh)
+  placed = jax.device_put(arrays, [sharding.sharding(mesh, axes), heads, heads])
+  grads, out = gradient(on_mesh)(*placed)
+  want, want_out = gradient(causal_attention)(*arrays)
+  np.testing.assert_allclose(out, want_out, rtol=0, atol=1e-5)
+  for mine, other in zip(grads, want, strict=True):
+    np.testing.assert_allclose(mine, other, rtol=0, atol=2e-5)
 
 
 def _device(platform, capability=None):
@@ -114,6 +146,14 @@ GPU, OLD_GPU, ROCM = (_device('gpu', x) for x in ('9.0', '7.5', 'gfx942'))
 def test_what_a_kernel_cannot_do_is_said(name, sizes, device, reason):
   found = unfit(name, *sizes, device)
   assert found == reason if reason is None else reason in found
+
+
+def test_what_a_kernel_cannot_do_with_a_part_of_a_sequence_is_said():
+  sizes = (256, 64, jnp.bfloat16)
+  assert unfit(XLA, *sizes, GPU, 4) is None
+  assert unfit(SPLASH, *sizes, TPU, 2) is None
+  assert 'no multiple of 512' in unfit(SPLASH, *sizes, TPU, 4)
+  assert 'which mesh.sequence=2 cuts' in unfit(CUDNN, *sizes, GPU, 2)
 
 
 @pytest.mark.parametrize(

@@ -108,9 +108,13 @@ def test_scales_lie_with_their_values():
     llama.param_shapes(CONFIG, jnp.float32, LORA_TARGETS),
   )
   mlp = places['stacks'][0]['mlp']
-  assert mlp['up_proj']['weight'].qvalue.spec == P(None, 'fsdp', 'tensor')
+  assert mlp['up_proj']['weight'].qvalue.spec == P(
+    None, ('fsdp', 'sequence'), 'tensor'
+  )
   assert mlp['up_proj']['weight'].scale.spec == P(None, None, 'tensor')
-  assert mlp['down_proj']['weight'].scale.spec == P(None, None, 'fsdp')
+  assert mlp['down_proj']['weight'].scale.spec == P(
+    None, None, ('fsdp', 'sequence')
+  )
 
 
 def test_every_forward_pass_is_that_of_the_weights_dequantised(
