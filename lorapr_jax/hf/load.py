@@ -132,7 +132,7 @@ def place_params(
     path, layers = locate(key_path, config.stacks)
 
     def read_one(index):
-      return tensor_of(hf_name(path))[index].astype(dtype)
+      return tensor_of(hf_name(path))[index].astype(dtype, copy=False)
 
     if layers is None:
       return jax.make_array_from_callback(leaf.shape, sharding, read_one)
@@ -142,7 +142,7 @@ def place_params(
     def read_layer(layer, index):
       tensor, letters = tensor_of(hf_name(path, layer)), letters_of(path)
       layer = read_slices(tensor, leaf.shape[1:], index, letters)
-      return layer.astype(as_dtype)
+      return layer.astype(as_dtype, copy=False)
 
     if is_quantized(sharding):
       as_read = sharding.qvalue
