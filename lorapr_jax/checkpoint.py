@@ -20,14 +20,12 @@ import orbax.checkpoint as ocp
 from lorapr_jax import processes
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json, write_json, write_text
-from lorapr_jax.paths import forget_listings, is_local, make_folder, move
+from lorapr_jax.paths import is_folder, is_local, make_folder, move
 from lorapr_jax.steps import TrainState
 
 RUN_FILE = 'run.json'
 SUMMARY_FILE = 'summary.json'
 METRICS_FILE = 'metrics.jsonl'
-# Beside disks, where orbax can write: the protocol of a UPath.
-_STORES = ('gs', 'gcs')
 # Settings with which a run may go on otherwise than it began: how its work is
 # laid out over devices and memory.
 _FREE = {
@@ -55,7 +53,8 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     UserError: if the folder holds a finished run, another run, or files of
       something else.
   """
-  if not is_local(workdir) and workdir.protocol not in _STORES:
+  # Where orbax can write.
+  if not is_local(workdir) and workdir.protocol != 'gs':
     raise UserError(
       f'{workdir}: checkpoints lie on a disk or in gs://; choose another '
       '--workdir'
@@ -140,14 +139,22 @@ def trim_metrics(workdir: Path, step: int) -> None:
 
 def saved_steps(folder: Path) -> list[int]:
   """The steps of the complete checkpoints in a folder, if it is there."""
-  if not folder.is_dir():
+  if not is_folder(folder):
     return []
   return ocp.utils.checkpoint_steps(_for_orbax(folder))
 
 
 def _for_orbax(folder: Path) -> epath.Path:
   """Its paths are of etils, which know gs:// too."""
+  _forget_listings(folder)
   return epath.Path(str(folder.absolute()))
+
+
+def _forget_listings(folder: Path) -> None:
+  """Has orbax see there what other processes, or tensorstore, have written."""
+  if not is_local(folder):  # Etils has an instance of its own.
+    for file_system in list(type(folder.fs)._cache.values()):
+      file_system.invalidate_cache()
 
 
 def read_state(workdir: Path, folder: str) -> dict[str, Any]:
@@ -334,7 +341,7 @@ class Checkpoints:
       make_folder(aside.parent)
       move(folder / str(step), aside)
     processes.wait_for_others(f'set step {step} aside')
-    forget_listings(folder)
+    _forget_listings(folder)
     self._manager.reload()
     return (
       f'{folder / str(step)} cannot be read, because it is damaged: it is now '

@@ -27,7 +27,7 @@ from lorapr_jax.hf.shards import Shards
 from lorapr_jax.inputs import load_base
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import block_axes, logical_axes, param_shapes
-from lorapr_jax.paths import path_of
+from lorapr_jax.paths import is_folder, path_of
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.repair import repaired_of, repaired_part, with_repaired
@@ -141,7 +141,7 @@ def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
       )
     return ''
   path = path_of(recorded if given is None else given)
-  if not path.is_dir():
+  if not is_folder(path):
     raise UserError(
       f'{path}, the base of {workdir}, is not a folder: say where it is now '
       'with --base FOLDER'

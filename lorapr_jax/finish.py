@@ -198,4 +198,4 @@ def check_counts(plan: PruningPlan | None, config: LlamaConfig) -> None:
 
 def model_name(base: Path | None) -> str:
   """The base's folder's name."""
-  return base.resolve().name if base else 'random weights'
+  return base.resolve().name or 'model' if base else 'random weights'

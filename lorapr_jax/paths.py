@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import contextlib
 import fnmatch
 import functools
+import logging
 import os
 from pathlib import Path
 import shutil
@@ -21,37 +22,43 @@ from lorapr_jax.errors import UserError, first_line
 _TOKENIZERS = ('*.json', '*.jinja', '*.txt', 'tokenizer.model*', 'tekken*')
 
 
-def path_of(name: str | Path) -> Path:
+def path_of(name: str | os.PathLike[str]) -> Path:
   """The path of a name that a user gave; nothing is looked up.
 
-  file:// is local. What another file system needs to be reached, such as
-  credentials, is taken from where fsspec's package for it looks.
+  file:// is local, and gcs:// is gs://. What another file system needs to be
+  reached, such as credentials, is taken from where fsspec's package looks.
 
   Raises:
     UserError: if there is no such file system, or its package is missing.
   """
-  if is_path(name):
+  if isinstance(name, Path):
     return name
+  name = str(name)
   if '://' not in name:
     return Path(name)
   # Here, since most paths are local.
   import fsspec
   import upath
 
-  scheme = name.partition('://')[0]
+  scheme, _, rest = name.partition('://')
+  if scheme == 'gcs':
+    scheme, name = 'gs', f'gs://{rest}'
   try:
     fsspec.get_filesystem_class(scheme)
   except (ImportError, ValueError) as error:
     raise UserError(
       f'{name}: the file system {scheme}:// cannot be used: {first_line(error)}'
     ) from None
-  path = upath.UPath(name)
+  # It logs each request that fails, before it raises an error that says so.
+  logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
+  # Others write there too, so that no listing is remembered.
+  path = upath.UPath(name, use_listings_cache=False)
   return Path(path.path) if scheme in ('file', 'local') else path
 
 
 def is_path(value: Any) -> bool:
-  """Whether it is a local path or a UPath."""
-  return isinstance(value, Path) or hasattr(value, 'fs')
+  """Whether it is a path of any kind, and no text."""
+  return isinstance(value, os.PathLike) or hasattr(value, 'fs')
 
 
 def is_local(path: Path) -> bool:
@@ -59,16 +66,28 @@ def is_local(path: Path) -> bool:
   return isinstance(path, Path)
 
 
+def is_folder(path: Path) -> bool:
+  """Whether it is one; what keeps that from being known is an error."""
+  if is_local(path):
+    return path.is_dir()
+  try:
+    return path.fs.info(path.path)['type'] == 'directory'
+  except FileNotFoundError:
+    return False
+
+
 def version_of(path: Path) -> str:
-  """Changes when the file does; of a local one by its time and size."""
+  """Changes when the file does: its size and time, or what a store says."""
   if not is_local(path):
-    return path.fs.ukey(path.path)
+    return str(path.fs.info(path.path))
   stat = path.stat()
   return f'{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}'
 
 
 def files_in(folder: Path, *patterns: str) -> list[Path]:
   """The files of a folder whose names match one of these, by name."""
+  if not is_folder(folder):
+    return []
   return sorted(
     path
     for path in folder.iterdir()
@@ -131,23 +150,14 @@ def move(source: Path, target: Path) -> None:
   _remove(source)
 
 
-def forget_listings(path: Path) -> None:
-  """Has the next look at a path see what others have made or moved."""
-  if is_local(path):
-    return
-  # Orbax reaches the same files through an instance of its own.
-  for file_system in list(type(path.fs)._cache.values()):
-    file_system.invalidate_cache()
-
-
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[Path]:
   """A path to write to, a file's or a folder's, that must be free.
 
   A local one is temporary, and gets its name once what is there is complete.
   What is not local cannot be renamed as cheaply: it is written where it will
-  lie, and removed if that fails. There a file is visible once it is complete,
-  and of a folder those should come last without which it is of no use.
+  lie, and removed if that fails. Those files of a folder should come last
+  without which it is of no use.
 
   Raises:
     UserError: if `path` exists or cannot be written.
@@ -179,7 +189,6 @@ def new_path(path: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-  forget_listings(path)
   if path.exists():
     path.fs.rm(path.path, recursive=True)
 

@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.paths import forget_listings
 
 # After so many seconds without a word from one process the others end: it was
 # killed, or its machine is gone.
@@ -144,7 +143,6 @@ def check_shared(path: Path) -> None:
     return
   # A network's file system may remember for a while that it was not there.
   end = time.monotonic() + VISIBLE_SECONDS
-  forget_listings(path)
   while not path.exists():
     if time.monotonic() > end:
       raise UserError(
@@ -152,7 +150,6 @@ def check_shared(path: Path) -> None:
         'need the same --workdir on a file system that they share'
       )
     time.sleep(0.5)
-    forget_listings(path)
 
 
 def check_same(value: Any, what: str) -> None:

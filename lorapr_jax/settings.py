@@ -5,6 +5,7 @@ Nothing here reads weights or text: a mistake stops a run before any work.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,10 @@ def split_config(
       )
     if key == 'train.seq_len' or data.eval:
       if length % mesh['sequence']:
+        both = math.gcd(length, len(devices))
         raise MeshError(
           f'mesh.sequence={mesh["sequence"]} does not divide the {length} '
-          f'tokens of {key}: {divisors(length, len(devices))} would do'
+          f'tokens of {key}: {divisors(both, both)} would do'
         )
       check_attention(
         model.attention,

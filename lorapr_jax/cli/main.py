@@ -22,6 +22,9 @@ COMMANDS = {
   'inspect': 'what is pruned together, and what a target would leave',
 }
 
+# Packages behind gs:// and the like, whose errors are not all OSErrors.
+_STORES = ('aiohttp', 'botocore', 'gcsfs', 'google')
+
 
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns its exit status.
@@ -58,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
     sys.stdout.flush()
     # Not sys.exit, in which JAX waits for all that it was given to compute.
     os._exit(128 + signal.SIGINT)
+  except Exception as error:
+    if type(error).__module__.partition('.')[0] not in _STORES:
+      raise
+    print(f'error: {type(error).__name__}: {error}', file=sys.stderr)
+    return _failed()
   return 0
 
 

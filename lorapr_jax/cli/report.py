@@ -12,7 +12,7 @@ from rich.text import Text
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import write_text
-from lorapr_jax.paths import path_of
+from lorapr_jax.paths import is_local, path_of
 from lorapr_jax.report import comparison, units
 from lorapr_jax.report.page import (
   REPORT_FILE,
@@ -65,7 +65,7 @@ def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
     return path_of(workdirs[0]) / REPORT_FILE if len(workdirs) == 1 else None
   if out.exists():
     raise UserError(f'{out} exists: choose another --out')
-  if not out.absolute().parent.is_dir():
+  if is_local(out) and not out.absolute().parent.is_dir():
     raise UserError(f'{out} cannot be written: its folder does not exist')
   return out
 

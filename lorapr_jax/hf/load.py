@@ -27,7 +27,7 @@ from lorapr_jax.hf.shards import DTYPES, Shards
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import param_shapes
 from lorapr_jax.models.quantization import is_quantized, quantized
-from lorapr_jax.paths import files_in, path_of, version_of
+from lorapr_jax.paths import files_in, is_folder, path_of, version_of
 
 
 def load_config(folder: str | Path) -> LlamaConfig:
@@ -37,7 +37,7 @@ def load_config(folder: str | Path) -> LlamaConfig:
     UserError: if there is no folder or its model is not supported.
   """
   folder = path_of(folder)
-  if not folder.is_dir():
+  if not is_folder(folder):
     raise UserError(
       f'{folder} is not a folder; a Hugging Face folder with '
       'config.json and *.safetensors is expected'
@@ -216,7 +216,8 @@ def _hashed(versions: tuple[tuple[Path, str], ...]) -> str:
       return hashlib.file_digest(file, 'sha256').digest()
 
   digest = hashlib.sha256()
-  with ThreadPoolExecutor() as pool:  # A bucket gives each file at its own pace.
+  # A bucket gives each file at a pace of its own.
+  with ThreadPoolExecutor() as pool:
     for each in pool.map(sha256, [path for path, _ in versions]):
       digest.update(each)
   return digest.hexdigest()

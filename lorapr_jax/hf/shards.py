@@ -1,6 +1,7 @@
 """safetensors files: read by slices, written a tensor at a time."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+import functools
 import itertools
 import json
 import math
@@ -24,6 +25,8 @@ DTYPES = {
   'F32': np.dtype(np.float32),
   'F64': np.dtype(np.float64),
 }
+# As safetensors has it.
+_LARGEST_HEADER = 100_000_000
 # Written at a time: some file systems hold all that they are given at once.
 _PIECE = 2**25
 
@@ -82,7 +85,7 @@ def open_file(path: Path) -> Any:
     if is_local(path):
       return safe_open(path, framework='np')
     return _FarFile(path)
-  except (SafetensorError, OSError, ValueError, KeyError) as error:
+  except (SafetensorError, OSError, ValueError) as error:
     raise UserError(f'{path} cannot be read: {error}') from None
 
 
@@ -90,18 +93,30 @@ class _FarFile:
   """A file that cannot be mapped into memory: parts of it are asked for."""
 
   def __init__(self, path: Path):
-    size = int.from_bytes(_read(path, 0, 8), 'little')
-    header = json.loads(_read(path, 8, 8 + size))
-    header.pop('__metadata__', None)
-    self._tensors = {
-      name: _FarTensor(
-        path,
-        stored['dtype'],
-        tuple(stored['shape']),
-        8 + size + stored['data_offsets'][0],
-      )
-      for name, stored in header.items()
-    }
+    self._path, end = path, path.stat().st_size
+    begin = 8 + int.from_bytes(self.read(0, min(8, end)), 'little')
+    if begin > min(end, _LARGEST_HEADER):
+      raise ValueError('it is no safetensors file, or only a part of one')
+    header = json.loads(self.read(8, begin))
+    try:
+      header.pop('__metadata__', None)
+      self._tensors = {
+        name: _FarTensor(
+          self,
+          stored['dtype'],
+          tuple(stored['shape']),
+          begin + stored['data_offsets'][0],
+        )
+        for name, stored in header.items()
+      }
+      last = max(stored['data_offsets'][1] for stored in header.values())
+    except (AttributeError, KeyError, TypeError):
+      raise ValueError('its header names no tensors') from None
+    if begin + last != end:
+      raise ValueError(f'it has {end} bytes where {begin + last} should be')
+
+  def read(self, begin: int, end: int) -> bytes:
+    return self._path.fs.cat_file(self._path.path, start=begin, end=end)
 
   def keys(self) -> Iterable[str]:
     return self._tensors.keys()
@@ -114,10 +129,11 @@ class _FarTensor(NamedTuple):
   """A tensor of a `_FarFile`, with the methods of safetensors' own.
 
   Rows are read in one request, whole; of the other axes what is not asked for
-  is thrown away.
+  is thrown away. What is read of a tensor is held until another one is read,
+  for all devices that have parts of it.
   """
 
-  path: Path
+  file: _FarFile
   dtype: str
   shape: tuple[int, ...]
   begin: int
@@ -133,16 +149,14 @@ class _FarTensor(NamedTuple):
     dtype, (length, *row) = DTYPES[self.dtype], self.shape
     first, last, _ = rows.indices(length)
     size = dtype.itemsize * math.prod(row)
-    read = _read(self.path, self.begin + first * size, self.begin + last * size)
+    read = _reader(self)(self.begin + first * size, self.begin + last * size)
     read = np.frombuffer(read, dtype).reshape(last - first, *row)
     return read[:, *others]
 
 
-def _read(path: Path, begin: int, end: int) -> bytes:
-  found = path.fs.cat_file(path.path, start=begin, end=end)
-  if len(found) != end - begin:
-    raise ValueError(f'it ends before byte {end}')
-  return found
+@functools.lru_cache(maxsize=1)
+def _reader(tensor: _FarTensor) -> Callable[[int, int], bytes]:
+  return functools.cache(tensor.file.read)
 
 
 def write_safetensors(

@@ -11,7 +11,7 @@ from safetensors.numpy import load
 from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 from lorapr_jax.errors import UserError
 from lorapr_jax.files import read_json
-from lorapr_jax.paths import path_of
+from lorapr_jax.paths import is_folder, path_of
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 
 IMPORTANCE_FILE = 'importance.safetensors'
@@ -63,7 +63,7 @@ def read_run(workdir: str | Path) -> Run:
     UserError: if there is no run, or it is not finished, or a file is damaged.
   """
   workdir = path_of(workdir)
-  if not workdir.is_dir():
+  if not is_folder(workdir):
     raise UserError(f'{workdir} does not exist, or is no folder')
   metrics = _read_metrics(workdir / METRICS_FILE)
   summary = _read_summary(workdir, metrics)
