@@ -3,11 +3,12 @@
   JAX_PLATFORMS=cpu PYTHONPATH=. python benchmarks/fits.py --results fits.jsonl
 
 Prints the table of docs/scaling.md: for each model the most that a phase of
-`plan` takes of a chip, with a base in bfloat16 and in int8 and, in bfloat16,
-the criterion of the base's gradient. 128 sequences of 512 tokens a step, one
-on each chip at a time; no dropout, whose random bits take the compiler as long
-as the rest. It needs no TPU, but its compiler: pip install "jax[tpu]". What
---results holds already is not compiled again; all takes an hour on two cores.
+training takes of a chip, as `plan` counts it, with a base in bfloat16 and in
+int8 and, in bfloat16, with the gradient criterion. 128 sequences of 512 tokens
+a step, one on each chip at a time; no dropout, whose random bits take the
+compiler as long as the rest. It needs no TPU, but its compiler: pip install
+"jax[tpu]". What --results holds is not compiled again; all takes an hour and a
+half on two cores.
 """
 
 import argparse
