@@ -22,6 +22,7 @@ SETTINGS = {
   'train.log_every': 1,
   'train.checkpoint_every': 5,
   'prune.every': 3,
+  'prune.compensate': 'ridge',
   'data.eval': '',
 }
 # As a user's, but that what was killed is missed sooner.
