@@ -146,15 +146,7 @@ def saved_steps(folder: Path) -> list[int]:
 
 def _for_orbax(folder: Path) -> epath.Path:
   """Its paths are of etils, which know gs:// too."""
-  _forget_listings(folder)
   return epath.Path(str(folder.absolute()))
-
-
-def _forget_listings(folder: Path) -> None:
-  """Has orbax see there what other processes, or tensorstore, have written."""
-  if not is_local(folder):  # Etils has an instance of its own.
-    for file_system in list(type(folder.fs)._cache.values()):
-      file_system.invalidate_cache()
 
 
 def read_state(workdir: Path, folder: str) -> dict[str, Any]:
@@ -341,7 +333,6 @@ class Checkpoints:
       make_folder(aside.parent)
       move(folder / str(step), aside)
     processes.wait_for_others(f'set step {step} aside')
-    _forget_listings(folder)
     self._manager.reload()
     return (
       f'{folder / str(step)} cannot be read, because it is damaged: it is now '

@@ -51,8 +51,10 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     ) from None
   # It logs each request that fails, before it raises an error that says so.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-  # Others write there too, so that no listing is remembered.
-  path = upath.UPath(name, use_listings_cache=False)
+  # Others write there too: no listing is remembered, here or by orbax.
+  options = fsspec.config.conf.setdefault(scheme, {})
+  options.setdefault('use_listings_cache', False)
+  path = upath.UPath(name)
   return Path(path.path) if scheme in ('file', 'local') else path
 
 
