@@ -26,12 +26,13 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   """The path of a name that a user gave; nothing is looked up.
 
   file:// is local, and gcs:// is gs://. What another file system needs to be
-  reached, such as credentials, is taken from where fsspec's package looks.
+  reached, such as credentials, is taken from where fsspec's package looks, or
+  from a UPath that has it.
 
   Raises:
     UserError: if there is no such file system, or its package is missing.
   """
-  if isinstance(name, Path):
+  if isinstance(name, Path) or getattr(name, 'protocol', 'file') != 'file':
     return name
   name = str(name)
   if '://' not in name:
@@ -115,8 +116,7 @@ def local_file(path: Path) -> Path:
 
 @functools.cache
 def _copies(versions: tuple[tuple[Path, str], ...]) -> Path:
-  folder = Path(_temporary().name) / str(_copies.cache_info().misses)
-  folder.mkdir()
+  folder = Path(tempfile.mkdtemp(dir=_temporary().name))
   for path, _ in versions:
     copy_file(path, folder / path.name)
   return folder

@@ -71,34 +71,31 @@ def test_weights_are_read_from_afar_as_from_the_disk(save_hf, memory, dtype):
   jax.tree.map(np.testing.assert_array_equal, of[near], of[far])
 
 
-def test_only_the_rows_that_are_asked_for_are_read(
-  save_hf, memory, monkeypatch
-):
-  far, near = copied(save_hf('gqa'), memory), Shards(save_hf('gqa'))
-  shards, asked = Shards(far), []
-  read = far.fs.cat_file
+@pytest.fixture
+def asked(memory, monkeypatch):
+  """The bytes of every read from memory:// so far."""
+  sizes, read = [], memory.fs.cat_file
 
   def cat_file(path, start, end):
-    asked.append(end - start)
+    sizes.append(end - start)
     return read(path, start=start, end=end)
 
-  monkeypatch.setattr(far.fs, 'cat_file', cat_file)
+  monkeypatch.setattr(memory.fs, 'cat_file', cat_file)
+  return sizes
+
+
+def test_only_the_rows_that_are_asked_for_are_read(save_hf, memory, asked):
+  near, far = Shards(save_hf('gqa')), Shards(copied(save_hf('gqa'), memory))
   name = 'model.layers.1.mlp.up_proj.weight'
   index = slice(8, 12), slice(16, 32)
-  found = shards.slice_of(name)[index]
+  asked.clear()
+  found = far.slice_of(name)[index]
   np.testing.assert_array_equal(found, near.slice_of(name)[index])
   assert asked == [4 * 32 * 4]
 
 
-def test_what_all_devices_need_is_read_once(save_hf, memory, monkeypatch):
+def test_what_all_devices_need_is_read_once(save_hf, memory, asked):
   far = copied(save_hf('gqa'), memory)
-  asked, read = [], far.fs.cat_file
-
-  def cat_file(path, start, end):
-    asked.append(end - start)
-    return read(path, start=start, end=end)
-
-  monkeypatch.setattr(far.fs, 'cat_file', cat_file)
   config = load_config(far)
   shapes = llama.param_shapes(config, np.dtype('float32'))
   mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
@@ -187,6 +184,11 @@ def test_file_urls_are_of_the_disk(tmp_path):
   assert path_of(upath.UPath(f'file://{tmp_path}')) == tmp_path
   assert path_of(epath.Path(tmp_path)) == tmp_path
   assert str(path_of('gcs://bucket/a')) == 'gs://bucket/a'
+
+
+def test_a_upath_keeps_its_options():
+  path = upath.UPath('memory://a', token='mine')
+  assert path_of(path) is path and path.storage_options == {'token': 'mine'}
 
 
 def test_what_others_write_is_seen(memory):

@@ -61,13 +61,13 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
     ids['eos'] = ids['eos'][0]
   if base is None:
     return {'tokenizer.ggml.model': 'none', **_id_keys(ids, config)}
-  base = tokenizer_folder(base)
-  file = base / 'tokenizer.json'
-  if not file.is_file():
+  if not (base / 'tokenizer.json').is_file():
     raise UserError(
-      f'{file} is absent; write it with transformers: '
+      f'{base}/tokenizer.json is absent; write it with transformers: '
       'AutoTokenizer.from_pretrained(folder).save_pretrained(folder)'
     )
+  base = tokenizer_folder(base)
+  file = base / 'tokenizer.json'
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
   # The only type that tokenizers raises.
