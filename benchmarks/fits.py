@@ -7,22 +7,20 @@ training takes of a chip, as `plan` counts it, with a base in bfloat16 and in
 int8 and, in bfloat16, with the gradient criterion. 128 sequences of 512 tokens
 a step, one on each chip at a time; no dropout, whose random bits take the
 compiler as long as the rest. It needs no TPU, but its compiler: pip install
-"jax[tpu]". What --results holds is not compiled again; all takes an hour and a
-half on two cores.
+"jax[tpu]". It takes more than an hour; what --results holds already is not
+compiled again.
 """
 
 import argparse
 import json
 from pathlib import Path
 import sys
-from typing import Any
 
 import jax
 
 from configs import llama
-from lorapr_jax.inputs import weight_shapes
-from lorapr_jax.plan import bytes_of, plan_run
-from lorapr_jax.settings import split_config
+from lorapr_jax.search import Tried, try_mesh
+from lorapr_jax.sharding import mesh_sizes
 from lorapr_jax.topology import Topology
 
 TOPOLOGIES = ('v5e:2x4', 'v5e:8x8', 'v5p:2x2x1')
@@ -30,67 +28,47 @@ TOPOLOGIES = ('v5e:2x4', 'v5e:8x8', 'v5p:2x2x1')
 WAYS = (('bfloat16', 'lora'), ('int8', 'lora'), ('bfloat16', 'gradient'))
 
 
-def most(size: str, dtype: str, criterion: str, topology: Topology) -> Any:
-  """{'bytes', 'fits'} of the phase that takes most, or of the base alone."""
-  config = llama.get_config(size)
-  chips = len(topology.devices)
-  # As many sequences as there are rows of chips: 128 at most.
-  tensor = max(1, chips // 128)
-  config.mesh.update(data=1, fsdp=chips // tensor, tensor=tensor)
-  config.train.micro_batch_size = chips // tensor
+def tried(size: str, dtype: str, criterion: str, topology: Topology) -> Tried:
+  """A model on a slice."""
+  config, chips = llama.get_config(size), len(topology.devices)
+  config.train.micro_batch_size = chips
   config.model.base_dtype = dtype
   config.prune.criterion = criterion
   config.lora.dropout = 0.0
   config.data.eval = ''  # Its evaluation takes less than a step.
-  settings = split_config(config, topology.devices)
-  base = bytes_of(weight_shapes(settings, settings.step.config))
-  if base > topology.chip.hbm:
-    return {'bytes': base, 'fits': False}
-  largest, fits = 0, True
-  for needs in plan_run(config, topology, elsewhere=False):
-    largest = max(largest, needs.refused or needs.total)
-    fits = fits and needs.fits
-    if not fits:
-      break
-  return {'bytes': largest, 'fits': fits}
+  return try_mesh(config, topology, mesh_sizes(1, -1, 1, devices=chips))
 
 
 def main() -> None:
   """Compiles what is not known yet, and prints the table."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--results', type=Path, required=True)
-  parser.add_argument('--models', default=','.join(llama.SIZES))
-  parser.add_argument('--topologies', default=','.join(TOPOLOGIES))
-  args = parser.parse_args()
+  results = parser.parse_args().results
   # What is compiled for devices that are not there cannot be read back.
   jax.config.update('jax_enable_compilation_cache', False)
-  known = {}
-  if args.results.exists():
-    for line in args.results.read_text(encoding='utf-8').splitlines():
-      *key, found = json.loads(line)
-      known[tuple(key)] = found
-  names, models = args.topologies.split(','), args.models.split(',')
-  topologies = {name: Topology.of(name) for name in names}
-  for name, topology in topologies.items():
-    for size in models:
+  cells = {}
+  if results.exists():
+    for line in results.read_text(encoding='utf-8').splitlines():
+      *key, cell = json.loads(line)
+      cells[tuple(key)] = cell
+  for name in TOPOLOGIES:
+    topology = Topology.of(name)
+    for size in llama.SIZES:
       for way in WAYS:
         key = (size, *way, name)
-        if key in known:
+        if key in cells:
           continue
-        known[key] = most(size, *way, topology)
-        with args.results.open('a', encoding='utf-8') as file:
-          file.write(json.dumps([*key, known[key]]) + '\n')
-        print(*key, known[key], file=sys.stderr, flush=True)
-  print('| model | base | criterion | ' + ' | '.join(names) + ' |')
-  print('|---' * (3 + len(names)) + '|')
-  for size in models:
+        found = tried(size, *way, topology)
+        cells[key] = f'{found.bytes / 1e9:.1f}' + ': no' * (not found.fits)
+        with results.open('a', encoding='utf-8') as file:
+          file.write(json.dumps([*key, cells[key]]) + '\n')
+        print(*key, cells[key], file=sys.stderr, flush=True)
+  print('| model | base | criterion | ' + ' | '.join(TOPOLOGIES) + ' |')
+  print('|---' * (3 + len(TOPOLOGIES)) + '|')
+  for size in llama.SIZES:
     for way in WAYS:
-      found = [known[size, *way, name] for name in names]
-      cells = [
-        f'{each["bytes"] / 1e9:.1f}' + ('' if each['fits'] else ': no')
-        for each in found
-      ]
-      print(f'| {size} | ' + ' | '.join((*way, *cells)) + ' |')
+      row = (size, *way, *(cells[size, *way, name] for name in TOPOLOGIES))
+      print(f'| {" | ".join(row)} |')
 
 
 if __name__ == '__main__':

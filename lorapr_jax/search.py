@@ -14,11 +14,12 @@ from lorapr_jax.topology import SLICES, Topology
 
 
 class Tried(NamedTuple):
-  """A slice and a mesh that `search` has looked at.
+  """A slice and a mesh that were looked at.
 
   Attributes:
     topology: the slice.
     mesh: the sizes of its axes.
+    base: bytes of the base on each chip; 0 where the mesh cannot cut it.
     needs: of the phases that were compiled: all, or up to one that does not
       fit; empty where none was.
     reason: why none was.
@@ -26,6 +27,7 @@ class Tried(NamedTuple):
 
   topology: Topology
   mesh: dict[str, int]
+  base: int = 0
   needs: tuple[Needs, ...] = ()
   reason: str = ''
 
@@ -33,6 +35,11 @@ class Tried(NamedTuple):
   def fits(self) -> bool:
     """Whether every phase does."""
     return bool(self.needs) and all(needs.fits for needs in self.needs)
+
+  @property
+  def bytes(self) -> int:
+    """Of a chip: what the phase that takes most does, or the base alone."""
+    return max((n.refused or n.total for n in self.needs), default=self.base)
 
 
 def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
@@ -55,28 +62,37 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
       if count % tensor:
         break
       mesh = sharding.mesh_sizes(1, -1, tensor, devices=count)
-      config.mesh.update(mesh)
-      tried = _try(config, topology, mesh)
+      tried = try_mesh(config, topology, mesh)
       yield tried
       if tried.fits:
         return
 
 
-def _try(
+def try_mesh(
   config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
 ) -> Tried:
+  """One slice and mesh. What cannot fit for the base alone is not compiled.
+
+  Args:
+    config: of the run; its section mesh is written.
+    topology: the slice.
+    mesh: the sizes of its axes.
+
+  Raises:
+    UserError: for a mistake in the config that no mesh makes good.
+  """
+  config.mesh.update(mesh)
   try:
     settings = split_config(config, topology.devices)
     base = bytes_of(weight_shapes(settings, settings.step.config))
   except MeshError as error:
     return Tried(topology, mesh, reason=str(error))
   if base > topology.chip.hbm:
-    return Tried(
-      topology, mesh, reason=f'the base alone takes {base / 1e9:.1f} GB'
-    )
+    reason = f'the base alone takes {base / 1e9:.1f} GB'
+    return Tried(topology, mesh, base, reason=reason)
   found: tuple[Needs, ...] = ()
   for needs in plan_run(config, topology, elsewhere=False):
     found += (needs,)
     if not needs.fits:
       break
-  return Tried(topology, mesh, found)
+  return Tried(topology, mesh, base, found)
