@@ -105,12 +105,14 @@ condition=%cond, body=%body
 """
 
 
-def test_a_turn_may_be_more_than_one_step():
-  program = Program.parse(WINDOWED)
+@pytest.mark.parametrize('keys', (8, 32))
+def test_a_turn_may_be_more_than_one_step(keys):
+  text = WINDOWED.replace('bf16[2,32,16]', f'bf16[2,{keys},16]')
+  program = Program.parse(text)
   product, turns = 2 * 8 * 4 * 4, 2
-  # Two products of 8 queries of 32 with their own keys and those before, of 2
-  # heads: on average, for which those are depends on the device.
-  attention = 2 * 2 * 2 * (8 * 33 / 2) * 16
+  # Two products of 8 queries with their own keys and those before, of 2 heads;
+  # of 8 out of 32 on average, for which those are depends on the device.
+  attention = 2 * 2 * 2 * (8 * (keys + 1) / 2) * 16
   assert program.flops() == turns * product + attention
   assert program.collectives() == {
     'collective-permute': {'count': turns, 'bytes': turns * 8 * 4 * 2}

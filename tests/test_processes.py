@@ -131,9 +131,10 @@ def alone(tmp_path_factory):
   return workdir
 
 
-def test_two_processes_end_as_one(alone, tmp_path):
-  # Each has all rows, and half of their tokens.
-  run = Run(tmp_path / 'run', 2, 4, sequence=4, tensor=2)
+# Each has half of the rows; or all, and half of their tokens.
+@pytest.mark.parametrize('axis', ('fsdp', 'sequence'))
+def test_two_processes_end_as_one(alone, tmp_path, axis):
+  run = Run(tmp_path / 'run', 2, 4, **{'fsdp': 1, axis: 4}, tensor=2)
   first, second = run.end(0, 0)
   # Collectives on CPUs print lines of their own.
   assert 'parameters' in first and 'parameters' not in second
@@ -162,7 +163,7 @@ def test_what_is_killed_or_moved_to_fewer_devices_ends_as_undisturbed(
   assert 8 < stopped < STEPS
   assert (workdir / 'checkpoints' / str(stopped)).is_dir()
   # One process with half of the devices goes on, then one device.
-  run = Run(workdir, 1, 4, sequence=2, tensor=2)
+  run = Run(workdir, 1, 4, fsdp=2, tensor=2)
   run.until(stopped + 1)
   run.processes[0].terminate()
   run.end(128 + signal.SIGTERM)
@@ -233,5 +234,5 @@ def test_a_run_goes_on_with_another_mesh_but_not_with_other_counts(
   (workdir / 'run.json').write_text(json.dumps(run))
   flags = [f'--config.{key}={value}' for key, value in SETTINGS.items()]
   argv = ['train', '--config=tiny', f'--workdir={workdir}', *flags]
-  assert main(argv) == 1
+  assert main([*argv, '--config.mesh.sequence=2']) == 1
   assert 'a run with another resolved.keep.mlp' in capsys.readouterr().err

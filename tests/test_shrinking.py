@@ -30,7 +30,7 @@ EVERY_STATE = [
 ]
 CASES = {
   # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
-  'kv_heads': ['--config.mesh.sequence=2', '--config.mesh.tensor=2'],
+  'kv_heads': ['--config.mesh.data=2', '--config.mesh.tensor=2'],
   'mha': [
     *('--config.model.sizes.num_key_value_heads=8', '--config.mesh.data=-1'),
     *('--config.mesh.fsdp=1', '--config.prune.protect=none'),
@@ -43,6 +43,7 @@ CASES = {
   ],
   'queries': [
     *('--config.prune.heads=queries', '--config.mesh.data=2'),
+    '--config.mesh.sequence=2',
     *('--config.prune.protect=none', '--config.prune.criterion=gradient'),
   ],
 }

@@ -112,6 +112,8 @@ def test_attention_on_a_mesh_is_that_of_one_device(
   on_mesh = functools.partial(on_each_device, kernel, mesh=mesh)
   placed = jax.device_put(arrays, [sharding.sharding(mesh, axes), heads, heads])
   grads, out = gradient(on_mesh)(*placed)
+  _, alone = gradient(kernel)(*arrays)
+  np.testing.assert_allclose(out, alone, rtol=0, atol=1e-6)
   want, want_out = gradient(causal_attention)(*arrays)
   np.testing.assert_allclose(out, want_out, rtol=0, atol=1e-5)
   for mine, other in zip(grads, want, strict=True):
