@@ -49,7 +49,7 @@ class Places(NamedTuple):
     """
     mesh = sharding.make_mesh(settings.mesh, settings.devices)
     train, quantized = settings.train, settings.step.quantized
-    parts = settings.mesh['data'] * settings.mesh['fsdp']
+    parts = sharding.parts(mesh, 'batch')
     if train.micro_batch_size % parts:
       raise MeshError(
         f'train.micro_batch_size {train.micro_batch_size} is not a multiple '
