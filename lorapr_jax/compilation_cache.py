@@ -1,11 +1,12 @@
 """What XLA has compiled, kept on the disk: a second start compiles nothing."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import hashlib
 import os
 from pathlib import Path
 import platform
+from typing import Any
 
 from lorapr_jax.files import cache_dir
 
@@ -37,6 +38,22 @@ def keep_compiled() -> None:
   # What was not used for longest makes room.
   os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(_LARGEST))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+
+def keep_no_collectives(devices: Sequence[Any]) -> None:
+  """Has JAX neither keep nor read programs if these are several CPU devices.
+
+  Read from the cache, a program of XLA's CPU backend has lost the order of its
+  collectives: one device begins with one, another with another, and they wait
+  for each other until XLA aborts (seen with jaxlib 0.10.2).
+  """
+  if len(devices) > 1 and devices[0].platform == 'cpu':
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    jax.config.update('jax_enable_compilation_cache', False)
+    # JAX remembers that it is used once it was.
+    compilation_cache.reset_cache()
 
 
 class SavedSeconds:

@@ -75,9 +75,6 @@ def _initialize(*given: Any, **how: Any) -> None:
     heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     shutdown_timeout_seconds=HEARTBEAT_SECONDS,
   )
-  if jax.default_backend() == 'cpu':
-    # Read from the cache, a program's exchanges come in any order.
-    jax.config.update('jax_enable_compilation_cache', False)
   wait_for_others('connect')
   if not is_first():
     place = f'process {jax.process_index()} of {count()}: process 0 has the log'

@@ -9,6 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
+from lorapr_jax.compilation_cache import keep_no_collectives
 from lorapr_jax.errors import MeshError, UserError
 
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
@@ -75,8 +76,10 @@ def make_mesh(
 ) -> Mesh:
   """A mesh of these devices, or of all, with the sizes from `mesh_sizes`.
 
-  An axis that is left out has size 1.
+  An axis that is left out has size 1. On CPUs, no program is kept from now on:
+  see `keep_no_collectives`.
   """
+  keep_no_collectives(jax.devices() if devices is None else devices)
   sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   return jax.make_mesh(
     tuple(sizes.values()),

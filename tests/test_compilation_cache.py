@@ -106,3 +106,27 @@ def test_it_is_counted_where_jax_reads_its_cache(tmp_path):
   compiled, read = map(float, out.split())
   # Of what compiles in less than a second JAX knows 0, less what reading took.
   assert compiled == 0.0 and read != 0.0
+
+
+ON_A_MESH = """
+import jax
+from lorapr_jax.sharding import make_mesh
+
+x = jax.numpy.arange(8.0)
+x = jax.device_put(x, jax.NamedSharding(make_mesh({'fsdp': %d}), jax.P('fsdp')))
+assert jax.jit(jax.numpy.sum)(x) == 28
+"""
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_no_program_of_many_cpu_devices_is_kept(devices, tmp_path):
+  simulated = f'--xla_force_host_platform_device_count={devices}'
+  cache = {FOLDER: str(tmp_path), OTHERS[1]: '0', 'XLA_FLAGS': simulated}
+  cache['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  subprocess.run(
+    [sys.executable, '-c', ON_A_MESH % devices],
+    env=os.environ | cache,
+    check=True,
+  )
+  kept = [path.name for path in tmp_path.iterdir()]
+  assert any('sum' in name for name in kept) == (devices == 1)

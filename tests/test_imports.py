@@ -18,10 +18,10 @@ LEVELS = (
   ('errors', 'hlo', 'models.axes'),
   ('models.quantization', 'paths'),
   ('files', 'processes'),
+  ('compilation_cache',),
   (
     'cli.arguments',
     'data.ahead',
-    'compilation_cache',
     'config_files',
     'data.demo',
     'data.hub',

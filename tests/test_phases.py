@@ -3,10 +3,6 @@
 import json
 import shutil
 
-import jax
-from jax.experimental.compilation_cache import (
-  compilation_cache as compilation_cache_lib,
-)
 import numpy as np
 import pytest
 from safetensors.numpy import load, load_file
@@ -14,16 +10,7 @@ from safetensors.numpy import load, load_file
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.config import LayerShape
-from tests.runs import CACHE, assert_same_run, finish, metrics, start
-
-
-@pytest.fixture(autouse=True, scope='module')
-def compilation_cache():
-  """For the runs in this process."""
-  jax.config.update('jax_compilation_cache_dir', CACHE.name)
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-  compilation_cache_lib.reset_cache()
+from tests.runs import assert_same_run, finish, metrics, start
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,10 @@
 """Groups cut out on the way: the same masks and model as cut at the end."""
 
+import functools
 import json
 import shutil
 
 import jax
-from jax.experimental.compilation_cache import (
-  compilation_cache as compilation_cache_lib,
-)
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -17,7 +15,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.model import load
 from lorapr_jax.models.llama import hidden_states, logits
 from lorapr_jax.pruning.milestones import Milestones
-from tests.runs import CACHE, assert_same_run, finish, metrics, start
+from tests.runs import assert_same_run, finish, metrics, start
 
 STEPS = 18
 RUN = [
@@ -47,15 +45,6 @@ CASES = {
     *('--config.prune.protect=none', '--config.prune.criterion=gradient'),
   ],
 }
-
-
-@pytest.fixture(autouse=True, scope='module')
-def compilation_cache():
-  """For the runs in this process."""
-  jax.config.update('jax_compilation_cache_dir', CACHE.name)
-  yield
-  jax.config.update('jax_compilation_cache_dir', None)
-  compilation_cache_lib.reset_cache()
 
 
 def train(workdir, *settings):
@@ -145,13 +134,18 @@ def flags_of(compensate):
 
 
 @pytest.fixture(scope='module')
-def shrunk(tmp_path_factory, request):
-  """A run of its own process that was cut twice on the way."""
-  workdir = tmp_path_factory.mktemp('shrunk') / 'run'
-  _, err = finish(start(workdir, flags_of(request.param)))
-  assert err.count('compile\n') == COMPILED[request.param]
-  assert err.count('cut\n') == 3
-  return workdir
+def shrunk(tmp_path_factory):
+  """Runs of a process of their own that were cut twice on the way."""
+
+  @functools.cache
+  def run(compensate):
+    workdir = tmp_path_factory.mktemp('shrunk') / 'run'
+    _, err = finish(start(workdir, flags_of(compensate)))
+    assert err.count('compile\n') == COMPILED[compensate]
+    assert err.count('cut\n') == 3
+    return workdir
+
+  return run
 
 
 def cut_short(workdir, copy, last):
@@ -167,30 +161,29 @@ def cut_short(workdir, copy, last):
 
 
 @pytest.mark.parametrize(
-  'shrunk, cut, after',
+  'compensate, cut, after',
   [('none', 0, 2), ('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)],
-  indirect=['shrunk'],
 )
 def test_a_run_cut_short_goes_on_bit_for_bit(
-  shrunk, request, tmp_path, cut, after
+  shrunk, tmp_path, compensate, cut, after
 ):
-  last = cuts_of(shrunk)[cut] + after
-  workdir = cut_short(shrunk, tmp_path / 'run', last)
-  flags = flags_of(request.node.callspec.params['shrunk'])
-  _, err = finish(start(workdir, flags))
+  whole = shrunk(compensate)
+  last = cuts_of(whole)[cut] + after
+  workdir = cut_short(whole, tmp_path / 'run', last)
+  _, err = finish(start(workdir, flags_of(compensate)))
   assert f'resuming at step {last} of {STEPS}' in err
-  assert_same_run(workdir, shrunk, 'checkpoints', STEPS)
-  assert cuts_of(workdir) == cuts_of(shrunk)
+  assert_same_run(workdir, whole, 'checkpoints', STEPS)
+  assert cuts_of(workdir) == cuts_of(whole)
   for name in ('importance.safetensors', 'export/model.safetensors'):
-    assert (workdir / name).read_bytes() == (shrunk / name).read_bytes()
+    assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
 
-@pytest.mark.parametrize('shrunk', ['ridge'], indirect=True)
 def test_an_unfinished_run_is_exported_in_the_base_models_numbering(
   shrunk, tmp_path, capsys
 ):
-  last = cuts_of(shrunk)[0] + 2
-  workdir, out = cut_short(shrunk, tmp_path / 'run', last), tmp_path / 'out'
+  whole = shrunk('ridge')
+  last = cuts_of(whole)[0] + 2
+  workdir, out = cut_short(whole, tmp_path / 'run', last), tmp_path / 'out'
   assert main(['export', str(workdir), str(out)]) == 0, capsys.readouterr().err
   state = read_state(workdir, 'checkpoints')
   alive = [
@@ -199,7 +192,7 @@ def test_an_unfinished_run_is_exported_in_the_base_models_numbering(
   assert [layer.mlp_dim for layer in load_config(out).layers] == alive
   final, now = (
     json.loads((folder / 'pruning.json').read_text())['kept']
-    for folder in (shrunk / 'export', out)
+    for folder in (whole / 'export', out)
   )
   # What is left at the end was there on the way.
   for ours, theirs in zip(now, final, strict=True):
