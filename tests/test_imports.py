@@ -34,6 +34,7 @@ LEVELS = (
     'optimizer',
     'pruning.compensation',
     'pruning.masks',
+    'pruning.profile',
     'pruning.schedule',
     'report.units',
     'sharding',

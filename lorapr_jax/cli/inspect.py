@@ -105,9 +105,9 @@ def describe_plan(
 ) -> dict[str, Any]:
   """What a target would leave, asked and reached."""
   plan = plan_pruning(config, targets)
-  layer = plan.prunable_layers[0]
   return {
-    'kept_per_layer': {g: kept[layer] for g, kept in plan.keep.items()},
+    'kept_per_layer': plan.keep,
+    'kept_by_depth': plan.kept_by_depth,
     'parameters': plan.pruned_config.num_parameters,
     'bytes': bytes_each * plan.pruned_config.num_parameters,
     'target': plan.targets_by_kind(),
@@ -145,8 +145,12 @@ def show(report: dict[str, Any]) -> None:
     console.print(
       f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
     )
-    for group, kept in plan['kept_per_layer'].items():
-      console.print(f'{group}: {kept} kept in each layer not protected')
+    for group, kept in plan['kept_by_depth'].items():
+      counts = ', '.join(map(str, kept))
+      where = 'each layer not protected'
+      if len(kept) > 1:
+        where += ', by depth'
+      console.print(f'{group}: {counts} kept in {where}')
     for name, achieved in plan['achieved'].items():
       target = plan['target'][name]
       asked = '' if target is None else f' (target {target:.2%})'

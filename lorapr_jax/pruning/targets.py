@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 from fractions import Fraction
+import itertools
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ from lorapr_jax.pruning.groups import (
   protected_layers,
   with_kept,
 )
+from lorapr_jax.pruning.profile import Profile, parse_profile, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Targets:
   heads: str = 'kv_groups'
   channels: bool = True
   protect: str = 'reference'
+  layer_profile: str = '1'
   heads_multiple_of: int = 1
   channels_multiple_of: int = 1
   tensor_parallel: int = 1
@@ -56,6 +59,7 @@ class Targets:
         raise UserError(
           f'prune.{key} is {getattr(self, key)}: it must be at least 1'
         )
+    parse_profile(self.layer_profile)
     if self.heads == 'none' and not self.channels:
       raise UserError(
         'prune.heads is none and prune.channels is false: there is nothing '
@@ -74,6 +78,11 @@ class Targets:
     """The share of this group's members to remove, under unit=groups."""
     own = getattr(self, f'{kind(group)}_target')
     return self.target if own is None else own
+
+  @property
+  def profile(self) -> Profile:
+    """Relative shares of what is removed, by depth."""
+    return parse_profile(self.layer_profile)
 
   @property
   def groups(self) -> tuple[str, ...]:
@@ -117,6 +126,15 @@ class PruningPlan:
     layers = range(len(self.config.layers))
     protected = protected_layers(len(layers), self.targets.protect)
     return [i for i in layers if i not in protected]
+
+  @property
+  def kept_by_depth(self) -> dict[str, list[int]]:
+    """Of each group the counts of the layers not protected, a run one entry."""
+    layers = self.prunable_layers
+    return {
+      group: [n for n, _ in itertools.groupby(kept[i] for i in layers)]
+      for group, kept in self.keep.items()
+    }
 
   def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
     """Counts when a share `progress` of the ramp is done; exact at 1.
@@ -186,9 +204,9 @@ class _Choice(NamedTuple):
     return min(self.multiple, self.size)
 
   @property
-  def counts(self) -> set[int]:
-    steps = range(self.multiple, self.size + self.multiple, self.multiple)
-    return {min(count, self.size) for count in steps}
+  def counts(self) -> list[int]:
+    below = range(self.multiple, self.size, self.multiple)
+    return [*below, self.size]
 
 
 def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
@@ -199,12 +217,13 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   prunes fewer, at least one is kept. unit=params: heads get the share at which
   heads and channels, pruned alike, would meet the target; channels, which are
   finer, then make up the difference. Where they cannot, the counts of heads
-  that come nearest.
+  that come nearest. A profile moves counts between layers; of each group as
+  many go in all.
 
   Raises:
     UserError: if a target that is not zero prunes nothing, or a share of the
-      parameters is beyond what can be pruned, or the model's layers are not
-      all of the same size.
+      parameters or of a layer is beyond what can be pruned, or the model's
+      layers are not all of the same size.
   """
   if not config.is_uniform:
     raise UserError(
@@ -225,21 +244,31 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
     kept = {c.group: _round_share(c, targets.of(c.group)) for c in choices}
   else:
     kept = _solve_parameters(plan, choices)
-  return dataclasses.replace(plan, keep=_by_layer(plan, kept))
+  keep = {c.group: _by_layer(plan, c, kept[c.group]) for c in choices}
+  return dataclasses.replace(
+    plan, keep={group: counts for group, counts in keep.items() if counts}
+  )
 
 
 def _by_layer(
-  plan: PruningPlan, kept: Mapping[str, int]
-) -> dict[str, tuple[int, ...]]:
-  keep = {}
-  prunable = set(plan.prunable_layers)
-  for group, count in kept.items():
-    sizes = [group_size(plan.config, s, group) for s in plan.config.layers]
-    if any(count < size for size in sizes):
-      keep[group] = tuple(
-        count if i in prunable else size for i, size in enumerate(sizes)
-      )
-  return keep
+  plan: PruningPlan, choice: _Choice, kept: int
+) -> tuple[int, ...] | None:
+  """Counts by layer, by the profile; None where nothing is pruned."""
+  if kept == choice.size:
+    return None
+  layers, targets = plan.prunable_layers, plan.targets
+  counts = spread(choice.counts, kept, len(layers), targets.profile)
+  if counts is None:
+    raise UserError(
+      f'prune.layer_profile={targets.layer_profile} takes more of the '
+      f'{kind(choice.group)} of a layer than it can lose: of {choice.size}, '
+      f'{choice.size - kept} go on average and at least {choice.fewest} stay; '
+      'choose shares that differ less, or a lower target'
+    )
+  of_layer = dict(zip(layers, counts, strict=True))
+  return tuple(
+    of_layer.get(i, choice.size) for i in range(len(plan.config.layers))
+  )
 
 
 def _round_share(choice: _Choice, target: float) -> int:
@@ -295,7 +324,7 @@ def _solve_parameters(
     return abs(removed(kept) - target)
 
   def complete(coarse: Mapping[str, int]) -> dict[str, int]:
-    counts = sorted(finest.counts, reverse=True)
+    counts = reversed(finest.counts)
     options = [{**coarse, finest.group: count} for count in counts]
     return min(options, key=distance)
 
@@ -311,11 +340,11 @@ def _solve_parameters(
       complete({**kept, c.group: count})
       for c in choices
       if c is not finest
-      for count in sorted(c.counts, reverse=True)
+      for count in reversed(c.counts)
     ]
     kept = min([kept, *others], key=distance)
   if target and all(kept[c.group] == c.size for c in choices):
-    below = max(finest.counts - {finest.size}, default=finest.fewest)
+    below = finest.counts[-2] if len(finest.counts) > 1 else finest.fewest
     least = removed(kept | {finest.group: below})
     raise UserError(
       f'prune.target={target} of the parameters rounds to nothing pruned; the '

@@ -141,11 +141,12 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   if plan is None:
     show('nothing is pruned (prune.target=0)')
     return
-  layer = plan.prunable_layers[0]
   protected = len(config.layers) - len(plan.prunable_layers)
-  for group, kept in plan.keep.items():
-    size = group_size(config, config.layers[layer], group)
-    show(f'{group}: {kept[layer]} of {size} kept in each layer')
+  for group, kept in plan.kept_by_depth.items():
+    size = group_size(config, config.layers[0], group)
+    counts = ', '.join(f'{count:,}' for count in kept)
+    where = 'in each layer' if len(kept) == 1 else 'in a layer, by depth'
+    show(f'{group}: {counts} of {size:,} kept {where}')
   show(
     f'{protected} layers protected; '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
