@@ -23,6 +23,7 @@ from tests.runs import assert_same_run, finish, metrics, start
     '--config.prune.criterion=activation',
     '--config.prune.protect=none',
     '--config.prune.criterion=magnitude',
+    '--config.prune.layer_profile=0.5,1,1.5',
   ],
 )
 def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
@@ -36,11 +37,14 @@ def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
   costs = 'holds a gradient of the base' in capsys.readouterr().err
   assert costs == override.endswith('=gradient')
   config = load_config(tmp_path / 'run' / 'export')
-  layer = {
-    '--config.prune.heads=queries': LayerShape(4, 1, 64),
-    '--config.prune.target=0': LayerShape(4, 2, 128),
-  }.get(override, LayerShape(2, 2, 64))
-  assert config.layers[0] == layer
+  layers = {
+    '--config.prune.heads=queries': [LayerShape(4, 1, 64)] * 3,
+    '--config.prune.target=0': [LayerShape(4, 2, 128)] * 3,
+    '--config.prune.layer_profile=0.5,1,1.5': [
+      *(LayerShape(3, 2, 96), LayerShape(2, 2, 64), LayerShape(1, 2, 32)),
+    ],
+  }.get(override, [LayerShape(2, 2, 64)] * 3)
+  assert list(config.layers[:3]) == layers
 
 
 PHASES = [

@@ -33,7 +33,7 @@ CASES = {
     *('--config.model.sizes.num_key_value_heads=8', '--config.mesh.data=-1'),
     *('--config.mesh.fsdp=1', '--config.prune.protect=none'),
     *('--config.recover.steps=2', '--config.prune.compensate=ridge'),
-    '--config.model.base_dtype=int8',
+    *('--config.model.base_dtype=int8', '--config.prune.layer_profile=2,3'),
   ],
   'int8': [
     *('--config.model.base_dtype=int8', '--config.mesh.data=2'),

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import dataclasses
 from fractions import Fraction
-import itertools
 import math
 from typing import NamedTuple
 
@@ -20,7 +19,7 @@ from lorapr_jax.pruning.groups import (
   protected_layers,
   with_kept,
 )
-from lorapr_jax.pruning.profile import Profile, parse_profile, spread
+from lorapr_jax.pruning.profile import Profile, parse_profile, runs, spread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,12 +128,11 @@ class PruningPlan:
 
   @property
   def kept_by_depth(self) -> dict[str, list[int]]:
-    """Of each group the counts of the layers not protected, a run one entry."""
+    """Of each group the count in a layer of each run of the profile."""
     layers = self.prunable_layers
-    return {
-      group: [n for n, _ in itertools.groupby(kept[i] for i in layers)]
-      for group, kept in self.keep.items()
-    }
+    lengths = runs(len(layers), self.targets.profile)
+    firsts = [layers[sum(lengths[:i])] for i in range(len(lengths))]
+    return {g: [kept[i] for i in firsts] for g, kept in self.keep.items()}
 
   def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
     """Counts when a share `progress` of the ramp is done; exact at 1.
