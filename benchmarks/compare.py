@@ -6,8 +6,8 @@
 
 Prunes SmolLM2-135M-Instruct with its KV heads repeated (benchmarks/make_mha.py;
 as many KV heads as heads, so that 20% and 50% of them can go) by every
-criterion and order of the list below, 100 steps of 8 x 128 tokens of news in
-file order: the setting in which the reference implementation was run
+criterion, order and addition of the list below, 100 steps of 8 x 128 tokens of
+news in file order: the setting in which the reference implementation was run
 (docs/method.md). After each run docs/results.md, its figure and results.json
 have what is known so far. What --out holds already is not run again, nor what
 --known does, and a run that was cut short goes on.
@@ -61,6 +61,12 @@ ROWS = (
     for criterion in ('lora', 'gradient')
   ),
   *(Row(20, 'joint', c) for c in ('lora', 'gradient', 'magnitude')),
+  *(
+    Row(50, 'joint', 'lora', (0, 1, 2), added)
+    for added in (('compensation',), ('compensation', 'recovery'))
+  ),
+  Row(50, 'joint', 'lora', added=('recovery',)),
+  Row(20, 'joint', 'lora', added=('compensation', 'recovery')),
 )
 FULL = tuple(
   Row(percent, order, criterion, (0, 1, 2))
@@ -104,6 +110,7 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
     'prune.heads_target': heads,
     'prune.channels_target': channels,
     'report.prompts': '()',
+    **row.settings,
   }
   return [
     '--config=configs/smollm2_135m.py',

@@ -18,6 +18,17 @@ COLORS = dict(
   )
 )
 MARKERS = dict(zip(ORDERS, 'osx', strict=True))
+# What may be added to a row, and the settings that are its own.
+ADDITIONS: dict[str, dict[str, Any]] = {
+  'compensation': {'prune.compensate': 'ridge'},
+  'recovery': {'train.steps': 60, 'recover.steps': 40},
+}
+FILLS = {
+  (): 'full',
+  ('compensation',): 'bottom',
+  ('recovery',): 'top',
+  ('compensation', 'recovery'): 'none',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,16 +40,35 @@ class Row:
     order: prune.order.
     criterion: prune.criterion.
     seeds: train.seed of each run.
+    added: keys of ADDITIONS.
   """
 
   percent: int
   order: str
   criterion: str
   seeds: tuple[int, ...] = (0,)
+  added: tuple[str, ...] = ()
+
+  @property
+  def settings(self) -> dict[str, Any]:
+    """Of what is added."""
+    found = (ADDITIONS[name] for name in self.added)
+    return {key: value for more in found for key, value in more.items()}
+
+  @property
+  def method(self) -> str:
+    """The criterion, and what is added."""
+    return ' + '.join((self.criterion, *self.added))
+
+  @property
+  def is_plain(self) -> bool:
+    """Whether it is what the others are compared with: LoRAPrune."""
+    return (self.order, self.method) == ('joint', 'lora')
 
   def name(self, seed: int) -> str:
     """Of a run's workdir."""
-    return f'{self.order}-{self.criterion}-{self.percent}-seed{seed}'
+    method = '+'.join((self.criterion, *self.added))
+    return f'{self.order}-{method}-{self.percent}-seed{seed}'
 
 
 Results = dict[Row, list[dict[str, Any]]]
@@ -93,7 +123,7 @@ def table(
       (
         f'{row.percent}%',
         row.order,
-        row.criterion,
+        row.method,
         str(len(runs)),
         f'{runs[0]["kept"]:.1%}',
         *figures,
@@ -106,16 +136,10 @@ def table(
 
 def findings(results: Results, texts: Iterable[str]) -> str:
   """LoRAPrune against each alternative, in words: also where it loses."""
-  ours = {
-    row.percent: runs
-    for row, runs in results.items()
-    if (row.order, row.criterion) == ('joint', 'lora')
-  }
+  ours = {row.percent: runs for row, runs in results.items() if row.is_plain}
   texts, lines = list(texts), []
   for row, runs in results.items():
-    if (row.order, row.criterion) == ('joint', 'lora'):
-      continue
-    if row.percent not in ours:
+    if row.is_plain or row.percent not in ours:
       continue
     parts = []
     for text in texts:
@@ -127,7 +151,7 @@ def findings(results: Results, texts: Iterable[str]) -> str:
       note = ', within the range of its seeds' if inside else ''
       parts.append(f'{abs(change):.0%} {word} on {text}{note}')
     lines.append(
-      f'- {row.percent}%, {row.order}, {row.criterion}: ' + '; '.join(parts)
+      f'- {row.percent}%, {row.order}, {row.method}: ' + '; '.join(parts)
     )
   return '\n'.join(lines)
 
@@ -148,7 +172,7 @@ def leaders(results: Results, texts: Iterable[str]) -> str:
       text: min(rows, key=rows.__getitem__) for text, rows in means.items()
     }
     parts = (
-      f'{row.order} {row.criterion} on {text} ({means[text][row]:.1f})'
+      f'{row.order} {row.method} on {text} ({means[text][row]:.1f})'
       for text, row in best.items()
     )
     lines.append(f'- The lowest at {percent}%: ' + ', '.join(parts))
@@ -170,8 +194,9 @@ def draw(dense: dict[str, float], results: Results) -> Figure:
       yerr=errors if len(values) > 1 else None,
       fmt=MARKERS[row.order],
       color=COLORS[row.criterion],
+      fillstyle=FILLS[row.added],
       capsize=3,
-      label=f'{row.criterion}, {row.order}',
+      label=f'{row.method}, {row.order}',
     )
   handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
   axes.legend(
@@ -227,7 +252,9 @@ the layers and the last one are left whole. Of the others, "50%" removes 4 of 9
 heads and 768 of 1,536 channels, "20%" removes 1 and 284: the counts of the
 reference implementation. `joint` prunes while LoRA trains, `prune_then_tune`
 prunes after 10 steps that only measure and trains LoRA for the other 90, `none`
-prunes after those 10. Perplexity at {SEQ_LEN} tokens, the first {WINDOWS}
+prunes after those 10. `compensation` is `prune.compensate=ridge` as it is by
+default; `recovery` prunes in the first 60 steps and gives the other 40 to what
+is left. Perplexity at {SEQ_LEN} tokens, the first {WINDOWS}
 windows: {specs}.
 A range in brackets is that of the seeds; a row without one is a single run.
 

@@ -66,12 +66,13 @@ def compare():
 
 def test_the_comparison_has_the_runs_that_it_should(compare):
   runs = [(row, seed) for row in compare.ROWS for seed in row.seeds]
-  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 14
+  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 22
   assert sum(len(row.seeds) for row in compare.FULL) == 90
   for row, seed in runs:
     flags = compare.arguments(row, seed, 'MODEL', 'TRAIN')
     config, _ = parse_flags([*flags, '--workdir=DIR'])
-    assert config.train.steps * config.train.batch_size == 800
+    steps = config.train.steps + config.recover.steps
+    assert steps * config.train.batch_size == 800
     assert config.train.seq_len == 128 and config.train.seed == seed
     assert config.prune.criterion in CRITERIA
     assert config.prune.order in ORDERS
@@ -99,6 +100,7 @@ RECORD = {
   'joint-lora-50-seed1': a_run(110.0),
   'joint-gradient-50-seed0': a_run(80.0),
   'joint-random-50-seed0': a_run(300.0),
+  'joint-lora+compensation-50-seed0': a_run(70.0),
   'none-lora-50-seed0': a_run(105.0),
   # Nothing to compare it with, since joint lora at 20% is not run.
   'joint-magnitude-20-seed0': a_run(60.0),
@@ -110,13 +112,14 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
   page = compare.page(dense, results, TEXTS, missing, 'python compare.py')
   assert '- 50%, joint, gradient: 20% lower on held-out news\n' in page
   assert '- 50%, joint, random: 200% higher on held-out news\n' in page
+  assert '- 50%, joint, lora + compensation: 30% lower' in page
   inside = '5% higher on held-out news, within the range of its seeds'
   assert f'- 50%, none, lora: {inside}\n' in page
   assert '| 50% | joint | lora | 2 | 60.0% | 100.0 (90.0-110.0) |' in page
   assert '| 20% | joint | magnitude | 1 | 60.0% | 60.0 |' in page
   assert '- 20%' not in page
   assert (
-    '- The lowest at 50%: joint gradient on held-out news (80.0)\n'
+    '- The lowest at 50%: joint lora + compensation on held-out news (70.0)\n'
     '- The lowest at 20%: joint magnitude on held-out news (60.0)\n'
   ) in page
   assert 'held-out news is `file:heldout.txt`' in page
@@ -125,12 +128,12 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
   assert '2026-11-26; jax 0.10.2.' in page
   # One legend entry and one mark for each row, and the dense model's.
   axes = compare.draw(dense, results).axes[0]
-  assert len(axes.get_legend_handles_labels()[1]) == 6
+  assert len(axes.get_legend_handles_labels()[1]) == 7
 
 
 def test_the_comparison_says_what_it_has_not_run(compare):
   dense, results, missing = compare.collect(RECORD, compare.ROWS)
-  assert len(missing) == 14 - 6
+  assert len(missing) == 22 - 7
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
@@ -139,7 +142,7 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   # A run that is not measured on every text is missing too.
   record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
   more = compare.collect(record, compare.ROWS)
-  assert not more[1] and len(more[2]) == 14
+  assert not more[1] and len(more[2]) == 22
 
 
 def test_another_text_needs_another_name(compare, tmp_path):
