@@ -247,15 +247,15 @@ PYTHONPATH=. {command}
 ```
 
 SmolLM2-135M-Instruct with its three KV heads repeated to nine, 100 steps of
-8 x 128 tokens of news, learning rate 1e-3 down to 0, rank 8; the first tenth of
-the layers and the last one are left whole. Of the others, "50%" removes 4 of 9
-heads and 768 of 1,536 channels, "20%" removes 1 and 284: the counts of the
-reference implementation. `joint` prunes while LoRA trains, `prune_then_tune`
-prunes after 10 steps that only measure and trains LoRA for the other 90, `none`
-prunes after those 10. `compensation` is `prune.compensate=ridge` as it is by
-default; `recovery` prunes in the first 60 steps and gives the other 40 to what
-is left. Perplexity at {SEQ_LEN} tokens, the first {WINDOWS}
-windows: {specs}.
+8 x 128 tokens of news, learning rate 1e-3 down to 0 in each phase, rank 8; the
+first tenth of the layers and the last one are left whole. Of the others, "50%"
+removes 4 of 9 heads and 768 of 1,536 channels, "20%" removes 1 and 284: the
+counts of the reference implementation. `joint` prunes while LoRA trains,
+`prune_then_tune` prunes after 10 steps that only measure and trains LoRA for
+the other 90, `none` prunes after those 10. `compensation` is
+`prune.compensate=ridge` with the damping and the batches that are its defaults;
+`recovery` prunes in the first 60 steps and gives the other 40 to what is left.
+Perplexity at {SEQ_LEN} tokens, the first {WINDOWS} windows: {specs}.
 A range in brackets is that of the seeds; a row without one is a single run.
 
 {table(dense, results, texts)}

@@ -152,8 +152,8 @@ def get_config() -> config_dict.ConfigDict:
   # reference (the first tenth of the layers and the last one) or none.
   config.prune.protect = 'reference'
   # How what is removed is shared out over depth: relative shares, of the first
-  # layers to the last, such as 0.5,1,1.5, each for a run of the layers that are
-  # not protected. Of each group as many go in all (docs/targets.md).
+  # layers to the last, such as 0.5,1,1.5, each for a block of the layers that
+  # are not protected. Of each group as many go in all (docs/targets.md).
   config.prune.layer_profile = '1'
   # The heads kept are a multiple of this (query heads a layer under queries).
   config.prune.heads_multiple_of = 1

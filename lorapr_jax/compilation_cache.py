@@ -1,4 +1,4 @@
-"""What XLA has compiled, kept on the disk: a second start compiles nothing."""
+"""What XLA has compiled, kept on the disk for the next start."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -40,8 +40,8 @@ def keep_compiled() -> None:
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 
 
-def keep_no_collectives(devices: Sequence[Any]) -> None:
-  """Has JAX neither keep nor read programs if these are several CPU devices.
+def disable_on_cpu_meshes(devices: Sequence[Any]) -> None:
+  """Turns JAX's cache off if these are several CPU devices.
 
   Read from the cache, a program of XLA's CPU backend has lost the order of its
   collectives: one device begins with one, another with another, and they wait

@@ -75,8 +75,9 @@ def _of_run(
   run = _read(workdir / RUN_FILE, ('config', 'resolved'))
   config = config_dict.ConfigDict(run['config'])
   config.model.path = _base_path(workdir, config.model.path, base)
-  # The masks say what is left: the mesh had its part in that while training.
-  sizes, lora_config, plan = split_model(config, tensor_parallel=1)
+  # Of another mesh, other counts might have been the nearest.
+  keep = run['resolved']['keep']
+  sizes, lora_config, plan = split_model(config, tensor_parallel=1, keep=keep)
   if sizes.to_hf() != run['resolved']['model']:
     raise UserError(
       f'{config.model.path} is not the base of {workdir}: its config.json has '

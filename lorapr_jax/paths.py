@@ -26,13 +26,14 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   """The path of a name that a user gave; nothing is looked up.
 
   file:// is local, and gcs:// is gs://. What another file system needs to be
-  reached, such as credentials, is taken from where fsspec's package looks, or
-  from a UPath that has it.
+  reached, such as credentials, is taken from where fsspec's package looks. A
+  UPath of it that is given stays as it is, with its own options; of a workdir
+  orbax knows the name alone.
 
   Raises:
     UserError: if there is no such file system, or its package is missing.
   """
-  if isinstance(name, Path) or getattr(name, 'protocol', 'file') != 'file':
+  if getattr(name, 'protocol', 'file') not in ('file', 'local', 'gcs', ''):
     return name
   name = str(name)
   if '://' not in name:

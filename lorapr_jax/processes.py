@@ -14,6 +14,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from lorapr_jax import compilation_cache
 from lorapr_jax.errors import UserError
 
 # After so many seconds without a word from one process the others end: it was
@@ -75,6 +76,7 @@ def _initialize(*given: Any, **how: Any) -> None:
     heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
     shutdown_timeout_seconds=HEARTBEAT_SECONDS,
   )
+  compilation_cache.disable_on_cpu_meshes(jax.devices())
   wait_for_others('connect')
   if not is_first():
     place = f'process {jax.process_index()} of {count()}: process 0 has the log'

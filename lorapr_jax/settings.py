@@ -3,7 +3,7 @@
 Nothing here reads weights or text: a mistake stops a run before any work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 from pathlib import Path
@@ -218,13 +218,16 @@ def split_config(
 
 
 def split_model(
-  config: config_dict.ConfigDict, tensor_parallel: int
+  config: config_dict.ConfigDict,
+  tensor_parallel: int,
+  keep: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[LlamaConfig, LoraConfig, PruningPlan | None]:
   """The sizes, the adapters and the plan: what a checkpoint's shapes follow.
 
   Args:
     config: its sections model, lora and prune are read.
     tensor_parallel: the size of the mesh axis that splits heads.
+    keep: that of a run's plan; None: it is planned.
   """
   sizes = _model_sizes(config.model)
   for shape in sizes.layers:
@@ -240,7 +243,13 @@ def split_model(
     dropout=config.lora.dropout,
     targets=_lora_targets(config.lora.targets),
   )
-  return sizes, lora, _plan(sizes, config.prune, tensor_parallel, lora)
+  if keep is None:
+    plan = _plan(sizes, config.prune, tensor_parallel, lora)
+  else:
+    counts = {group: tuple(n) for group, n in keep.items()}
+    targets = _targets(config.prune, tensor_parallel)
+    plan = PruningPlan(sizes, targets, counts) if counts else None
+  return sizes, lora, plan
 
 
 def _export_settings(
@@ -359,22 +368,21 @@ def _lora_targets(names: str) -> tuple[str, ...]:
   return tuple(name.strip() for name in names.split(',') if name.strip())
 
 
+def _targets(prune: config_dict.ConfigDict, tensor_parallel: int) -> Targets:
+  names = {field.name for field in dataclasses.fields(Targets)}
+  # A run that is older than a key has none of it.
+  asked = {name: prune[name] for name in names & set(prune)}
+  return Targets(tensor_parallel=tensor_parallel, **asked)
+
+
 def _plan(
   sizes: LlamaConfig,
   prune: config_dict.ConfigDict,
   tensor_parallel: int,
   lora: LoraConfig,
 ) -> PruningPlan | None:
-  targets = Targets(
-    tensor_parallel=tensor_parallel,
-    **{
-      field.name: prune[field.name]
-      for field in dataclasses.fields(Targets)
-      if field.name != 'tensor_parallel'
-    },
-  )
   choose('prune.order', prune.order, ORDERS)
-  plan = plan_pruning(sizes, targets)
+  plan = plan_pruning(sizes, _targets(prune, tensor_parallel))
   if not plan.keep:
     if prune.order != 'joint':
       raise UserError(

@@ -9,7 +9,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 
-from lorapr_jax.compilation_cache import keep_no_collectives
+from lorapr_jax import compilation_cache
 from lorapr_jax.errors import MeshError, UserError
 
 AXES = ('data', 'fsdp', 'sequence', 'tensor')
@@ -76,10 +76,12 @@ def make_mesh(
 ) -> Mesh:
   """A mesh of these devices, or of all, with the sizes from `mesh_sizes`.
 
-  An axis that is left out has size 1. On CPUs, no program is kept from now on:
-  see `keep_no_collectives`.
+  An axis that is left out has size 1. If these are several CPU devices, JAX's
+  compilation cache is off from now on.
   """
-  keep_no_collectives(jax.devices() if devices is None else devices)
+  compilation_cache.disable_on_cpu_meshes(
+    jax.devices() if devices is None else devices
+  )
   sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   return jax.make_mesh(
     tuple(sizes.values()),

@@ -17,8 +17,9 @@ PACKAGE = Path(lorapr_jax.__path__[0])
 LEVELS = (
   ('errors', 'hlo', 'models.axes'),
   ('models.quantization', 'paths'),
-  ('files', 'processes'),
+  ('files',),
   ('compilation_cache',),
+  ('processes',),
   (
     'cli.arguments',
     'data.ahead',

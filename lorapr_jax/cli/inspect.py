@@ -146,11 +146,12 @@ def show(report: dict[str, Any]) -> None:
       f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
     )
     for group, kept in plan['kept_by_depth'].items():
-      counts = ', '.join(map(str, kept))
-      where = 'each layer not protected'
-      if len(kept) > 1:
-        where += ', by depth'
-      console.print(f'{group}: {counts} kept in {where}')
+      if len(kept) == 1:
+        text = f'{kept[0][0]} kept in each layer not protected'
+      else:
+        counts = ', '.join(f'{count} in {layers}' for count, layers in kept)
+        text = f'kept by depth in those not protected: {counts} layers'
+      console.print(f'{group}: {text}')
     for name, achieved in plan['achieved'].items():
       target = plan['target'][name]
       asked = '' if target is None else f' (target {target:.2%})'

@@ -1,11 +1,11 @@
-"""Layer profiles: how what is removed of a group is shared out over depth."""
+"""Layer profiles (non-uniform sparsity): what each layer loses, over depth."""
 
 from collections.abc import Sequence
-import math
+from fractions import Fraction
 
 from lorapr_jax.errors import UserError
 
-Profile = tuple[float, ...]
+Profile = tuple[Fraction, ...]
 
 
 def parse_profile(text: str) -> Profile:
@@ -15,12 +15,10 @@ def parse_profile(text: str) -> Profile:
     UserError: if they are no such numbers.
   """
   try:
-    shares = tuple(float(share) for share in text.split(','))
-  except ValueError:
+    shares = tuple(Fraction(share) for share in text.split(','))
+  except (ValueError, ZeroDivisionError):
     shares = ()
-  if not shares or not all(0 <= share < math.inf for share in shares):
-    shares = ()
-  if not sum(shares):
+  if not sum(shares) or min(shares) < 0:
     raise UserError(
       f'prune.layer_profile is {text!r}: shares of what is removed, from the '
       'first layers to the last, none below 0, such as 0.5,1,1.5'
@@ -28,8 +26,8 @@ def parse_profile(text: str) -> Profile:
   return shares
 
 
-def runs(num_layers: int, profile: Profile) -> list[int]:
-  """The layers of each share: runs that differ by one layer at most.
+def block_lengths(num_layers: int, profile: Profile) -> list[int]:
+  """How many layers have each share: they differ by one at most.
 
   Raises:
     UserError: if there are more shares than layers.
@@ -49,42 +47,45 @@ def spread(
 ) -> tuple[int, ...] | None:
   """What each layer keeps, where all together keep what `kept` each would.
 
-  Layer i of share w_i loses as near to (size - kept) w_i / mean(w) as leaves
-  the total alone: the sum of squared differences is the least that whole counts
-  can have. Where no counts have that total, those with the nearest.
+  A layer of share w_i is to lose (size - kept) w_i / mean(w). Each block takes
+  the nearest count. What the total is off by then is made up for by blocks
+  whose rounding it was, the worst first: their layers take the count on the
+  other side. One block at most is so divided; every layer is less than one
+  count from its share; a larger share never keeps more.
 
   Args:
-    counts: that a layer may keep, ascending; the last is its size.
+    counts: that a layer may keep, ascending; the last is its size. The total is
+      exact if it is a multiple of the step between them.
     kept: by every layer, were they to lose alike.
     num_layers: of those that are pruned.
-    profile: the shares, each of a run of layers.
+    profile: the shares, each of a block of layers.
 
   Returns:
     The counts by layer; None where a layer would lose more than it can.
   """
-  lengths = runs(num_layers, profile)
-  size, total = counts[-1], num_layers * kept
-  mean = math.fsum(n * share for n, share in zip(lengths, profile, strict=True))
-  ideals = [
-    size - (size - kept) * num_layers * share / mean for share in profile
-  ]
+  lengths = block_lengths(num_layers, profile)
+  size = counts[-1]
+  weight = sum(n * w for n, w in zip(lengths, profile, strict=True))
+  ideals = [size - (size - kept) * num_layers * w / weight for w in profile]
   if min(ideals) < counts[0]:
     return None
-  # What is kept by the runs so far -> the best way to it. Rounding is made up
-  # for within a run's length of the nearest counts.
-  best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
-  for n, ideal in zip(lengths, ideals, strict=True):
-    near = sorted(counts, key=lambda c: abs(c - ideal))[: 2 * max(lengths) + 2]
-    found: dict[int, tuple[float, tuple[int, ...]]] = {}
-    for so_far, (cost, before) in best.items():
-      for count in near:
-        way = (cost + n * (count - ideal) ** 2, (*before, count))
-        key = so_far + n * count
-        found[key] = min(way, found.get(key, way))
-    best = found
-  reached = min(best, key=lambda n: (abs(n - total), best[n]))
-  return tuple(
-    count
-    for n, count in zip(lengths, best[reached][1], strict=True)
-    for _ in range(n)
-  )
+  nearest = [
+    min(range(len(counts)), key=lambda i: (abs(counts[i] - ideal), -i))
+    for ideal in ideals
+  ]
+  layers = [[counts[i]] * n for i, n in zip(nearest, lengths, strict=True)]
+  excess = sum(map(sum, layers)) - num_layers * kept
+  sign = 1 if excess > 0 else -1
+  rounding = [
+    sign * (counts[i] - ideal) for i, ideal in zip(nearest, ideals, strict=True)
+  ]
+  for block in sorted(range(len(profile)), key=lambda b: -rounding[b]):
+    if rounding[block] <= 0:
+      break
+    other = counts[nearest[block] - sign]
+    step = abs(other - counts[nearest[block]])
+    moved = min(lengths[block], round(abs(excess) / step))
+    layers[block][:moved] = [other] * moved
+    excess -= sign * moved * step
+  rising = profile[0] <= profile[-1]
+  return tuple(n for block in layers for n in sorted(block, reverse=rising))

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 from fractions import Fraction
+import itertools
 import math
 from typing import NamedTuple
 
@@ -19,7 +20,12 @@ from lorapr_jax.pruning.groups import (
   protected_layers,
   with_kept,
 )
-from lorapr_jax.pruning.profile import Profile, parse_profile, runs, spread
+from lorapr_jax.pruning.profile import (
+  Profile,
+  block_lengths,
+  parse_profile,
+  spread,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,12 +133,13 @@ class PruningPlan:
     return [i for i in layers if i not in protected]
 
   @property
-  def kept_by_depth(self) -> dict[str, list[int]]:
-    """Of each group the count in a layer of each run of the profile."""
-    layers = self.prunable_layers
-    lengths = runs(len(layers), self.targets.profile)
-    firsts = [layers[sum(lengths[:i])] for i in range(len(lengths))]
-    return {g: [kept[i] for i in firsts] for g, kept in self.keep.items()}
+  def kept_by_depth(self) -> dict[str, list[tuple[int, int]]]:
+    """(count, layers that keep it) in order, of the layers not protected."""
+    found = {}
+    for group, kept in self.keep.items():
+      counts = itertools.groupby(kept[i] for i in self.prunable_layers)
+      found[group] = [(count, len(list(run))) for count, run in counts]
+    return found
 
   def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
     """Counts when a share `progress` of the ramp is done; exact at 1.
@@ -238,6 +245,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
     raise UserError(
       f'all {len(config.layers)} layers are protected: use prune.protect=none'
     )
+  block_lengths(len(plan.prunable_layers), targets.profile)
   if targets.unit == 'groups':
     kept = {c.group: _round_share(c, targets.of(c.group)) for c in choices}
   else:

@@ -144,9 +144,11 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   protected = len(config.layers) - len(plan.prunable_layers)
   for group, kept in plan.kept_by_depth.items():
     size = group_size(config, config.layers[0], group)
-    counts = ', '.join(f'{count:,}' for count in kept)
-    where = 'in each layer' if len(kept) == 1 else 'in a layer, by depth'
-    show(f'{group}: {counts} of {size:,} kept {where}')
+    if len(kept) == 1:
+      show(f'{group}: {kept[0][0]:,} of {size:,} kept in each layer')
+    else:
+      counts = ', '.join(f'{count:,} in {layers}' for count, layers in kept)
+      show(f'{group}: of {size:,} kept, by depth: {counts} layers')
   show(
     f'{protected} layers protected; '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'

@@ -48,12 +48,12 @@ def write_base(folder, seed=0, **sizes):
   return folder
 
 
-def make_run(folder, **settings):
+def make_run(folder, sizes=None, **settings):
   """A finished run with these settings, by their dotted names."""
   config = tiny.get_config()
   with config.unlocked():
     config.model.sizes = {}
-  config.model.path = str(write_base(folder / 'base'))
+  config.model.path = str(write_base(folder / 'base', **sizes or {}))
   (folder / 'corpus.txt').write_text('The mill wheel turned. ' * 50)
   config.data.train = f'file:{folder}/corpus.txt'
   config.data.eval = ''
@@ -199,6 +199,26 @@ def test_a_run_on_an_int8_base_is_exported_again_as_it_was(capsys, tmp_path):
   assert ours.keys() == theirs.keys()
   for name, x in ours.items():
     np.testing.assert_array_equal(x, theirs[name], err_msg=name)
+
+
+def test_a_profile_is_exported_as_it_was_planned(capsys, tmp_path):
+  settings = {
+    **{'mesh.data': -1, 'mesh.fsdp': 1, 'mesh.tensor': 2},
+    **{'prune.target': 0.6, 'prune.protect': 'none'},
+    'prune.layer_profile': '0.5,1.5',
+    'export.format': 'hf,gguf,peft',
+  }
+  workdir, summary = make_run(
+    tmp_path / 'run', {'num_key_value_heads': 8}, **settings
+  )
+  shapes = load_config(workdir / 'export').layers
+  assert [shape.num_kv_heads for shape in shapes] == [6, 6, 2, 2]
+  assert [shape.mlp_dim for shape in shapes] == [90, 90, 14, 14]
+  # On one device three heads each would be nearer, of which the last layers
+  # cannot lose that much.
+  found = export(capsys, workdir, tmp_path / 'again')
+  assert found['parameters'] == summary['params_pruned']
+  assert_same(tmp_path / 'again', workdir / 'export', atol=1e-6)
 
 
 def test_an_unfinished_run_is_cut_as_its_masks_stand(

@@ -125,7 +125,9 @@ def test_json_has_what_a_target_would_leave(
   found = inspect(capsys, folder, *args)['plan']
   plan = plan_pruning(CONFIG, targets)
   if kept is not None:
-    assert found['kept_by_depth'] == {g: [n] for g, n in kept.items()}
+    layers = len(plan.prunable_layers)
+    alike = {g: [[n, layers]] for g, n in kept.items()}
+    assert found['kept_by_depth'] == alike
   per_layer = {g: list(counts) for g, counts in plan.keep.items()}
   assert found['kept_per_layer'] == per_layer
   assert found['parameters'] == plan.pruned_config.num_parameters

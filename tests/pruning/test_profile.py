@@ -1,5 +1,6 @@
-"""Profiles over depth: the same total, as near as whole counts come."""
+"""Profiles over depth: the same total, each layer within one of its share."""
 
+from fractions import Fraction
 import itertools
 
 import pytest
@@ -7,7 +8,7 @@ import pytest
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.profile import parse_profile, runs, spread
+from lorapr_jax.pruning.profile import block_lengths, parse_profile, spread
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 CONFIG = LlamaConfig(
@@ -16,78 +17,61 @@ CONFIG = LlamaConfig(
   head_dim=4,
   layers=(LayerShape(9, 4, 1536),) * 30,
 )
+SMALL = LlamaConfig(
+  vocab_size=64, embed_dim=32, head_dim=4, layers=(LayerShape(8, 1, 64),) * 4
+)
 
 
 def of(text, **targets):
   return plan_pruning(CONFIG, Targets(layer_profile=text, **targets))
 
 
-def test_runs_differ_by_one_layer_at_most():
+def test_blocks_differ_by_one_layer_at_most():
   for layers, parts in itertools.product(range(1, 81), range(1, 33)):
+    profile = (Fraction(1),) * parts
     if parts > layers:
       with pytest.raises(UserError, match=f'{parts} shares for the {layers}'):
-        runs(layers, (1.0,) * parts)
+        block_lengths(layers, profile)
       continue
-    lengths = runs(layers, (1.0,) * parts)
+    lengths = block_lengths(layers, profile)
     assert len(lengths) == parts and sum(lengths) == layers
     assert max(lengths) - min(lengths) <= 1
 
 
-@pytest.mark.parametrize('layers', [2, 7, 26, 78])
+@pytest.mark.parametrize('layers', [2, 7, 26, 28, 78])
 @pytest.mark.parametrize(
-  'profile', [(1,), (1, 3), (3, 2, 1), (0, 1, 1.5), (0.2, 1, 0.7, 1.4, 1.1)]
+  'text', ['1', '0.1,0.1,0.1', '1,3', '3,2,1', '0,1,1', '0.2,1,0.7,1.4,1.1']
 )
-@pytest.mark.parametrize('size, multiple', [(9, 1), (64, 8), (1536, 1)])
-def test_the_total_is_exact_and_shares_are_followed(
-  layers, profile, size, multiple
-):
-  counts = list(range(multiple, size + 1, multiple))
-  for kept in counts[len(counts) // 2 :: -(-len(counts) // 12)]:
-    if len(profile) > layers:
-      continue
+@pytest.mark.parametrize(
+  'size, multiple', [(9, 1), (8, 2), (64, 8), (1536, 1), (1536, 7)]
+)
+def test_shares_are_followed_and_the_total_stays(layers, text, size, multiple):
+  profile = parse_profile(text)
+  if len(profile) > layers:
+    pytest.skip('more shares than layers')
+  counts = [*range(multiple, size, multiple), size]
+  lengths = block_lengths(layers, profile)
+  shares = [w for n, w in zip(lengths, profile, strict=True) for _ in range(n)]
+  for kept in counts[:: -(-len(counts) // 20)]:
+    lost = [(size - kept) * layers * w / sum(shares) for w in shares]
     found = spread(counts, kept, layers, profile)
-    lengths = runs(layers, profile)
-    weighted = sum(n * w for n, w in zip(lengths, profile, strict=True))
-    ideals = [
-      size - (size - kept) * layers * w / weighted
-      for n, w in zip(lengths, profile, strict=True)
-      for _ in range(n)
-    ]
-    if min(ideals) < multiple:
+    if max(lost) > size - multiple:
       assert found is None
       continue
-    assert sum(found) == layers * kept and set(found) <= set(counts)
-    apart = max(abs(a - b) for a, b in zip(found, ideals, strict=True))
-    assert apart <= multiple * (1 + max(lengths))
-
-
-def test_no_other_counts_with_that_total_are_nearer():
-  counts, profile = list(range(1, 8)), (0.5, 1.0, 1.3)
-  lengths = runs(8, profile)
-  for kept in range(4, 8):
-    found = spread(counts, kept, 8, profile)
-    weighted = sum(n * w for n, w in zip(lengths, profile, strict=True))
-    ideals = [7 - (7 - kept) * 8 * w / weighted for w in profile]
-
-    def distance(of_runs, ideals=ideals):
-      return sum(
-        n * (c - ideal) ** 2
-        for n, c, ideal in zip(lengths, of_runs, ideals, strict=True)
-      )
-
-    least = min(
-      distance(c)
-      for c in itertools.product(counts, repeat=3)
-      if sum(n * x for n, x in zip(lengths, c, strict=True)) == 8 * kept
-    )
-    ends = [sum(lengths[: i + 1]) - 1 for i in range(3)]
-    assert distance([found[i] for i in ends]) == pytest.approx(least)
-
-
-def test_a_size_that_is_no_multiple_is_made_up_for():
-  # Of 5 in multiples of 2 a layer keeps 2, 4 or 5.
-  assert spread([2, 4, 5], 4, 6, (0, 2)) == (4,) * 6
-  assert spread([3, 6, 9, 10], 6, 6, (1, 3)) == (9,) * 3 + (3,) * 3
+    assert set(found) <= set(counts)
+    off = abs(sum(found) - layers * kept)
+    assert off == 0 if size % multiple == 0 else off < multiple
+    for left, ideal, share in zip(found, lost, shares, strict=True):
+      assert abs(size - left - ideal) < multiple
+      assert share or left == size
+    # Who has the larger share never keeps more.
+    by_share = sorted(zip(shares, found, strict=True))
+    for (low, more), (high, less) in itertools.pairwise(by_share):
+      assert low == high or more >= less
+    if len(set(shares)) == 1:
+      assert set(found) == {kept}
+    # One block at most is divided.
+    assert len(list(itertools.groupby(found))) <= len(profile) + 1
 
 
 def test_a_profile_moves_counts_and_leaves_the_size_alone():
@@ -100,22 +84,30 @@ def test_a_profile_moves_counts_and_leaves_the_size_alone():
     # Protected layers keep all.
     for i in (0, 1, 2, 29):
       assert steep.keep[group][i] == flat.keep[group][i]
-  # A stack for each run, one before and one after.
-  assert len(steep.pruned_config.stacks) == 6
+  # A stack for each block, one where each group divides a block, and two of
+  # protected layers.
+  assert len(steep.pruned_config.stacks) <= 4 + 2 + 2
   assert of('2,2,2').keep == flat.keep
+  assert steep.kept_by_depth[KV_HEADS] == [
+    *((8, 1), (7, 5), (6, 7), (4, 6), (3, 7)),
+  ]
+
+
+def test_a_falling_profile_keeps_ever_more():
+  plan = of('1.6,1.2,0.8,0.4')
+  for kept in plan.keep.values():
+    counts = [kept[i] for i in plan.prunable_layers]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
 
 
 def test_a_profile_goes_with_every_unit_kind_and_multiple():
   params = of('0.5,1.5', target=0.4, unit='params')
   assert params.sparsity(params.keep)['params'] == pytest.approx(0.4, abs=1e-3)
-  rounded = of(
-    '0.5,1.5', heads='queries', channels_multiple_of=64, tensor_parallel=3
-  )
+  options = dict(heads='queries', channels_multiple_of=64, tensor_parallel=3)
+  rounded, flat = of('0.5,1.5', **options), of('1', **options)
   assert set(rounded.keep[QUERIES]) == {4, 3, 1}
   assert all(n % 192 == 0 for n in rounded.keep[CHANNELS])
-  assert sum(rounded.keep[CHANNELS]) == sum(
-    of('1', channels_multiple_of=192).keep[CHANNELS]
-  )
+  assert sum(rounded.keep[CHANNELS]) == sum(flat.keep[CHANNELS])
 
 
 def test_counts_on_the_way_follow_the_profile():
@@ -127,7 +119,7 @@ def test_counts_on_the_way_follow_the_profile():
   assert plan.keep_at(1.0) == plan.keep
 
 
-@pytest.mark.parametrize('text', ['', 'a', '1,', '-1,2', '0,0', 'inf', 'nan'])
+@pytest.mark.parametrize('text', ['', 'a', '1,', '-1,2', '0,0', 'inf', '1/0'])
 def test_what_is_no_profile_is_refused(text):
   with pytest.raises(UserError, match='shares of what is removed'):
     parse_profile(text)
@@ -136,3 +128,15 @@ def test_what_is_no_profile_is_refused(text):
 def test_what_a_layer_cannot_lose_is_refused():
   with pytest.raises(UserError, match='of 9, 5 go on average and at least 1'):
     of('0,2', heads_target=0.6)
+  # Decimals are exact: three times 0.7 is 2.1.
+  targets = Targets(
+    heads_target=0.75, channels=False, layer_profile='0.1,0.1', protect='none'
+  )
+  assert plan_pruning(SMALL, targets).keep[KV_HEADS] == (2,) * 4
+
+
+def test_a_profile_with_more_shares_than_layers_is_refused_where_all_stay():
+  with pytest.raises(UserError, match='5 shares for the 4'):
+    plan_pruning(
+      SMALL, Targets(target=0.0, layer_profile='1,1,1,1,1', protect='none')
+    )
