@@ -70,7 +70,10 @@ HF_CONFIGS = {
 
 
 # First, so that at the end no worker has long to go alone.
-_LONGEST = ('test_shrinking', 'test_docs', 'test_phases', 'test_steps')
+_LONGEST = (
+  *('test_shrinking', 'test_docs', 'test_processes', 'test_phases'),
+  'test_steps',
+)
 
 
 def pytest_collection_modifyitems(items):
