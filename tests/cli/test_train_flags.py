@@ -300,7 +300,10 @@ def refusal(capsys, workdir, *argv):
       'has no projection of the channels: prune.criterion=lora cannot rank',
     ),
     # Export.
-    ('export.layout=uniform', 'prune with prune.protect=none and prune.layer_profile=1'),
+    (
+      'export.layout=uniform',
+      'prune with prune.protect=none and prune.layer_profile=1',
+    ),
     ('export.layout=zip', "export.layout is 'zip': choose from auto"),
     ('export.dtype=int8', "export.dtype is 'int8'"),
     ('export.dtype=q8_0', "export.dtype is 'q8_0'"),
