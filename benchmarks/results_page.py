@@ -273,5 +273,5 @@ Against joint lora at the same share of groups:
 A difference smaller than the range of joint lora's seeds says nothing; where
 there is one seed alone, that range is the only measure of chance. Peak memory
 is the process's: `gradient` pays for a gradient of every weight. Tokens per
-second are of one machine, on which other work ran beside each run.
+second say little: other work ran beside each run, and not all on one machine.
 """
