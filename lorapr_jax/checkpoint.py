@@ -254,10 +254,12 @@ class Saved(NamedTuple):
     step: the next step.
     cuts: of this phase, the steps before which masked groups are cut out, past
       and future ones; None if that is not decided yet.
+    keep: as `PruningPlan.keep`; None if that is not decided yet.
   """
 
   step: int
   cuts: tuple[int, ...] | None
+  keep: dict[str, tuple[int, ...]] | None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -291,8 +293,13 @@ class Checkpoints:
     if step is None:
       return None
     with _reading(self._folder / str(step)):
-      cuts = self._manager.metadata(step).custom_metadata['cuts']
-      return Saved(step, None if cuts is None else tuple(cuts))
+      known = self._manager.metadata(step).custom_metadata
+      cuts, keep = known['cuts'], known.get('keep')
+      return Saved(
+        step,
+        None if cuts is None else tuple(cuts),
+        keep and {group: tuple(counts) for group, counts in keep.items()},
+      )
 
   def restore(
     self, saved: Saved, shapes: TrainState, place: Sharding
@@ -339,24 +346,21 @@ class Checkpoints:
       f'{aside}, and the run goes on from step {before[-1]}'
     )
 
-  def save(
-    self, state: TrainState, step: int, cuts: tuple[int, ...] | None
-  ) -> None:
+  def save(self, saved: Saved, state: TrainState) -> None:
     """Saves in the background; `state` may be donated once this returns.
 
     Args:
+      saved: what `newest` will say of it.
       state: of a phase.
-      step: the next one.
-      cuts: as in `Saved`.
     """
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = jax.tree.map(jnp.copy, state)
     with _writing(self._folder):
       self._manager.save(
-        step,
+        saved.step,
         args=ocp.args.StandardSave(state),
-        custom_metadata={'cuts': None if cuts is None else list(cuts)},
+        custom_metadata={'cuts': saved.cuts, 'keep': saved.keep},
       )
 
   def __enter__(self) -> 'Checkpoints':

@@ -16,6 +16,7 @@ from lorapr_jax.models.axes import Axes
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.pruning.masks import group_axes
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
+from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.shrink import (
   Kept,
   kept_groups,
@@ -23,6 +24,7 @@ from lorapr_jax.pruning.shrink import (
   shrink,
   shrunk_config,
 )
+from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report.display import Display
 from lorapr_jax.settings import RunSettings
 
@@ -211,12 +213,22 @@ def cut_on_the_way(
 
 
 def first_cuts(
-  milestones: Milestones | None, shrink: str | tuple[float, ...]
+  plan: PruningPlan | None,
+  schedule: PruneSchedule | None,
+  shrink: str | tuple[float, ...],
+  display: Display,
 ) -> tuple[int, ...] | None:
-  """The steps before which is cut; None where `fastest_cuts` is to say."""
-  if milestones is None or shrink == END:
+  """The steps before which is cut, and says so; None where it is too early.
+
+  What `fastest_cuts` is to find, or a plan that is not decided.
+  """
+  if schedule is None or shrink == END:
     return ()
-  return None if shrink == AUTO else milestones.at(shrink)
+  if shrink == AUTO or not plan.decided:
+    return None
+  cuts = Milestones(plan, schedule).at(shrink)
+  print_cuts(cuts, display)
+  return cuts
 
 
 def fastest_cuts(

@@ -26,8 +26,10 @@ from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.inputs import device_batches, weight_shapes
 from lorapr_jax.phases import Phase, total_steps
+from lorapr_jax.pruning.budgets import decided
 from lorapr_jax.pruning.masks import alive_counts
-from lorapr_jax.pruning.milestones import AUTO, END, Milestones
+from lorapr_jax.pruning.milestones import Milestones
+from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.repair import make_compensate, repaired_of, with_repaired
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
@@ -77,11 +79,13 @@ class Trained(NamedTuple):
   Attributes:
     state: the last one.
     base: the weights, in the size of the state.
+    plan: settings.plan, decided.
     cuts: the steps before which masked groups were cut out on the way.
   """
 
   state: steps.TrainState
   base: Base
+  plan: PruningPlan | None
   cuts: tuple[int, ...]
 
 
@@ -119,7 +123,6 @@ def train_phase(
   )
   adamw = optimizer.make_optimizer(learning_rate)
   init_key, step_key = jax.random.split(jax.random.key(train.seed))
-  milestones = Milestones(plan, schedule) if schedule else None
 
   def new_state(size: steps.StepSettings) -> steps.TrainState:
     groups = tuple(plan.keep) if schedule else ()
@@ -131,19 +134,18 @@ def train_phase(
   )
   resumed = resume(checkpoints, base, phase, new_state, settings, display)
   if resumed:
-    cuts, state, base = resumed
+    plan, cuts, state, base = resumed
   else:
-    cuts = first_cuts(milestones, settings.shrink)
-    if milestones and settings.shrink not in (END, AUTO):
-      print_cuts(cuts, display)
+    cuts = first_cuts(plan, schedule, settings.shrink, display)
     state = new_state(base.step)
     if lora is not None:
       state = state.replace(lora=lora)
     state = jax.device_put(state, base.places.state)
+  milestones = Milestones(plan, schedule) if schedule else None
   first_step, total = int(state.step), total_steps(settings)
   if first_step == phase.steps:
     checkpoints.close()
-    return Trained(state, base, cuts or ())
+    return Trained(state, base, plan, cuts or ())
   first_of_run = phase.first_step + first_step
   if processes.is_first():
     checkpoint.trim_metrics(workdir, first_of_run)
@@ -158,10 +160,10 @@ def train_phase(
   functions = Functions.of(settings, phase, base, adamw)
   first_repair = True
   previous_loss = state.step
-  # Of the newest batches no more than there are at the first repair.
-  repairs = milestones.maskings() if functions.compensate else ()
-  kept = min(settings.compensation.batches, repairs[0] + 1) if repairs else 0
-  newest = collections.deque(maxlen=kept)
+  # Of the newest batches no more than there are when masking begins.
+  most = settings.compensation.batches if functions.compensate else 0
+  begin = schedule.first_masking if schedule else 0
+  newest = collections.deque(maxlen=min(most, begin + 1))
   # What a run that was not cut short would have kept at this step.
   seen = min(first_step, newest.maxlen)
   batches = device_batches(
@@ -177,7 +179,10 @@ def train_phase(
     for step, batch in zip(range(first_step, phase.steps), stream, strict=True):
       newest.append(batch)
       cutting = step in (cuts or ())
-      repairing = step in repairs
+      deciding = bool(plan) and not plan.decided and step == begin
+      repairing = functions.compensate and (
+        deciding or step in milestones.maskings
+      )
       compiling = cutting or step == first_step or (repairing and first_repair)
       if compiling:
         interrupt.wait_for(state.step)
@@ -210,6 +215,11 @@ def train_phase(
           results['grad_norm'],
         )
         del more  # A gradient of the base would stay through the next step.
+        if deciding:
+          plan = decided(plan, importance)
+          milestones = Milestones(plan, schedule)
+          cuts = first_cuts(plan, schedule, settings.shrink, display)
+          summary.print_kept(plan, display.print)
         masks = state.masks
         if schedule and schedule.is_pruning_step(step):
           keep = plan.keep_at(schedule.progress(step))
@@ -257,7 +267,8 @@ def train_phase(
         metrics.check_finite(done - 1, state, display.print)
         # Much of the first step is over once it is compiled: a record with
         # that step in it says too little of what one takes.
-        if cuts is None and step >= first_step + train.log_every:
+        timed = step >= first_step + train.log_every
+        if cuts is None and plan.decided and timed:
           compiled = display.seconds['compile'] + saved_by_cache.total
           cuts = fastest_cuts(
             milestones, step, record['seconds'], compiled, settings
@@ -267,7 +278,11 @@ def train_phase(
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
         repaired = repaired_of(base.params) if functions.compensate else ()
-        checkpoints.save(state.replace(repaired=repaired), step + 1, cuts)
+        keep = plan.keep if plan and plan.decided else None
+        checkpoints.save(
+          checkpoint.Saved(step + 1, cuts, keep),
+          state.replace(repaired=repaired),
+        )
       if stopping:
         break
   if signals.signum is not None:
@@ -275,7 +290,7 @@ def train_phase(
       f'stopped at step {phase.first_step + int(state.step)} of {total}',
       signals.signum,
     )
-  return Trained(state, base, cuts or ())
+  return Trained(state, base, plan, cuts or ())
 
 
 def resume(
@@ -285,7 +300,10 @@ def resume(
   new_state: Callable[[steps.StepSettings], steps.TrainState],
   settings: RunSettings,
   display: Display,
-) -> tuple[tuple[int, ...] | None, steps.TrainState, Base] | None:
+) -> (
+  tuple[PruningPlan | None, tuple[int, ...] | None, steps.TrainState, Base]
+  | None
+):
   """What a phase goes on from: its newest checkpoint that can be read.
 
   Damaged ones after it are set aside.
@@ -299,8 +317,8 @@ def resume(
     display: of the run.
 
   Returns:
-    The cuts of `checkpoint.Saved`, the state, and the base as it was: cut, and
-    repaired. None if there is no checkpoint.
+    The plan and the cuts of `checkpoint.Saved`, the state, and the base as it
+    was: cut, and repaired. None if there is no checkpoint.
 
   Raises:
     checkpoint.Damaged: if there is but one, and it cannot be read.
@@ -310,9 +328,11 @@ def resume(
     try:
       if not (saved := checkpoints.newest()):
         return None
-      size = base.step
+      size, plan = base.step, settings.plan
+      if saved.keep:
+        plan = dataclasses.replace(plan, keep=saved.keep, decided=True)
       if saved.cuts:
-        milestones = Milestones(settings.plan, phase.schedule)
+        milestones = Milestones(plan, phase.schedule)
         config = milestones.size_at(saved.step, saved.cuts)
         size = dataclasses.replace(size, config=config)
       shapes, uncut = (
@@ -336,4 +356,4 @@ def resume(
     for array in jax.tree.leaves(repaired_of(base.params)):
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
-  return saved.cuts, state.replace(repaired=()), base
+  return plan, saved.cuts, state.replace(repaired=()), base

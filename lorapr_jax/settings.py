@@ -257,7 +257,7 @@ def _export_settings(
 ) -> ExportSettings:
   export = ExportSettings(**config.export)
   padded = export.layout == 'padded'
-  final = plan.pruned_config if plan and not padded else sizes
+  final = plan.possible_config if plan and not padded else sizes
   resolve_layout(final, export.layout)
   resolve_model_type(final, export.model_type)
   return export

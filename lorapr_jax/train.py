@@ -1,5 +1,6 @@
 """LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
 
+import dataclasses
 import functools
 from pathlib import Path
 import shlex
@@ -132,13 +133,13 @@ def run_phases(
   # cut out on the way, what comes back is smaller than what went in.
   run_phase = functools.partial(
     train_phase,
-    settings=settings,
     streams=streams,
     perplexity=perplexity,
     workdir=workdir,
     display=display,
   )
-  state, base, cuts = run_phase(first, base)
+  state, base, plan, cuts = run_phase(first, base, settings=settings)
+  settings = dataclasses.replace(settings, plan=plan)
   skipped = int(state.skipped)
   if unrepaired := int(state.unrepaired):
     display.warn(
@@ -170,7 +171,7 @@ def run_phases(
     display.start('evaluate')
     measured['cut'] = perplexity(base.params, base.step, lora=lora)
   for phase in later:
-    state, base, _ = run_phase(phase, base, lora=lora)
+    state, base, *_ = run_phase(phase, base, settings=settings, lora=lora)
     lora, skipped = state.lora, skipped + int(state.skipped)
   interrupt.let_sigterm_end()
   if skipped:

@@ -73,6 +73,7 @@ LEVELS = (
     'hf.load',
     'models.branches',
     'models.cached',
+    'pruning.budgets',
     'pruning.milestones',
     'sections',
     'steps',

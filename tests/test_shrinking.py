@@ -39,6 +39,14 @@ CASES = {
     *('--config.model.base_dtype=int8', '--config.mesh.data=2'),
     *('--config.mesh.fsdp=2', '--config.mesh.tensor=2'),
   ],
+  'global': [
+    *(
+      '--config.prune.scope=global',
+      '--config.model.sizes.num_key_value_heads=8',
+    ),
+    *('--config.mesh.data=2', '--config.mesh.tensor=2'),
+    *('--config.prune.compensate=ridge', '--config.recover.steps=2'),
+  ],
   'queries': [
     *('--config.prune.heads=queries', '--config.mesh.data=2'),
     '--config.mesh.sequence=2',
@@ -126,11 +134,13 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
 SHRINK = [*RUN, *EVERY_STATE, '--config.prune.shrink=0.3,0.7']
 # What is compiled: the step for each of three sizes, and the repair for the two
 # in which something is masked.
-COMPILED = {'none': 3, 'ridge': 5}
+COMPILED = {'none': 3, 'ridge': 5, 'global': 5}
 
 
-def flags_of(compensate):
-  return [*SHRINK, f'--config.prune.compensate={compensate}']
+def flags_of(kind):
+  if kind == 'global':
+    return [*flags_of('ridge'), '--config.prune.scope=global']
+  return [*SHRINK, f'--config.prune.compensate={kind}']
 
 
 @pytest.fixture(scope='module')
@@ -138,10 +148,10 @@ def shrunk(tmp_path_factory):
   """Runs of a process of their own that were cut twice on the way."""
 
   @functools.cache
-  def run(compensate):
+  def run(kind):
     workdir = tmp_path_factory.mktemp('shrunk') / 'run'
-    _, err = finish(start(workdir, flags_of(compensate)))
-    assert err.count('compile\n') == COMPILED[compensate]
+    _, err = finish(start(workdir, flags_of(kind)))
+    assert err.count('compile\n') == COMPILED[kind]
     assert err.count('cut\n') == 3
     return workdir
 
@@ -161,16 +171,20 @@ def cut_short(workdir, copy, last):
 
 
 @pytest.mark.parametrize(
-  'compensate, cut, after',
-  [('none', 0, 2), ('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)],
+  'kind, cut, after',
+  [
+    *(('none', 0, 2), ('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)),
+    # Before what each layer keeps is decided, and after.
+    *(('global', 0, -6), ('global', 1, 1)),
+  ],
 )
 def test_a_run_cut_short_goes_on_bit_for_bit(
-  shrunk, tmp_path, compensate, cut, after
+  shrunk, tmp_path, kind, cut, after
 ):
-  whole = shrunk(compensate)
+  whole = shrunk(kind)
   last = cuts_of(whole)[cut] + after
   workdir = cut_short(whole, tmp_path / 'run', last)
-  _, err = finish(start(workdir, flags_of(compensate)))
+  _, err = finish(start(workdir, flags_of(kind)))
   assert f'resuming at step {last} of {STEPS}' in err
   assert_same_run(workdir, whole, 'checkpoints', STEPS)
   assert cuts_of(workdir) == cuts_of(whole)

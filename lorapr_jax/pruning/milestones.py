@@ -5,6 +5,7 @@ steps are taken by a smaller model, or none: then the cut is at the end.
 """
 
 import dataclasses
+import functools
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig
@@ -73,6 +74,7 @@ class Milestones:
     size = group_size(self.plan.config, shape, group)
     return min(size, -(-count // multiple) * multiple)
 
+  @functools.cached_property
   def maskings(self) -> tuple[int, ...]:
     """The steps at which there are fewer alive than before."""
     found, before = [], self.plan.keep_at(0.0)

@@ -43,6 +43,7 @@ class Targets:
   heads: str = 'kv_groups'
   channels: bool = True
   protect: str = 'reference'
+  scope: str = 'layer'
   layer_profile: str = '1'
   heads_multiple_of: int = 1
   channels_multiple_of: int = 1
@@ -65,6 +66,11 @@ class Targets:
           f'prune.{key} is {getattr(self, key)}: it must be at least 1'
         )
     parse_profile(self.layer_profile)
+    if self.scope == 'global' and len(set(self.profile)) > 1:
+      raise UserError(
+        f'prune.layer_profile={self.layer_profile} says what each layer loses, '
+        'and prune.scope=global lets the scores say it: set one of them'
+      )
     if self.heads == 'none' and not self.channels:
       raise UserError(
         'prune.heads is none and prune.channels is false: there is nothing '
@@ -114,16 +120,30 @@ class PruningPlan:
     targets: what was asked for.
     keep: {group: the number kept in each layer}. For query heads it counts
       those under one KV head. Groups that lose nothing are absent.
+    decided: False under scope=global until there are scores: `keep` then
+      removes as much, from all layers alike.
   """
 
   config: LlamaConfig
   targets: Targets
   keep: dict[str, tuple[int, ...]]
+  decided: bool = True
 
   @property
   def pruned_config(self) -> LlamaConfig:
     """The sizes at the end."""
     return with_kept(self.config, self.keep)
+
+  @property
+  def possible_config(self) -> LlamaConfig:
+    """Sizes that the end may have: of layers that differ, if it is open."""
+    if self.decided:
+      return self.pruned_config
+    first, *_ = self.prunable_layers
+    whole = self.config.layers[first]
+    layers = self.pruned_config.layers
+    layers = (*layers[:first], whole, *layers[first + 1 :])
+    return dataclasses.replace(self.config, layers=layers)
 
   @property
   def prunable_layers(self) -> list[int]:
@@ -179,6 +199,10 @@ class PruningPlan:
     """What was asked for, in the units of `sparsity`; None if not asked."""
     if self.targets.unit == 'params':
       return {'heads': None, 'channels': None, 'params': self.targets.target}
+    if self.targets.scope == 'global':
+      alike = plan_pruning(self.config, self.targets)
+      share = alike.sparsity(alike.keep)['params']
+      return {'heads': None, 'channels': None, 'params': share}
     asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
@@ -197,7 +221,7 @@ def multiple_of(config: LlamaConfig, targets: Targets, group: str) -> int:
   )
 
 
-class _Choice(NamedTuple):
+class Choice(NamedTuple):
   """The counts that one group may have in a prunable layer."""
 
   group: str
@@ -214,6 +238,19 @@ class _Choice(NamedTuple):
     return [*below, self.size]
 
 
+def group_choices(plan: PruningPlan) -> list[Choice]:
+  """Of every group that is to be pruned."""
+  config, targets = plan.config, plan.targets
+  return [
+    Choice(
+      group,
+      group_size(config, config.layers[0], group),
+      multiple_of(config, targets, group),
+    )
+    for group in targets.groups
+  ]
+
+
 def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   """Turns targets into counts (design of the rule: docs/method.md).
 
@@ -223,7 +260,8 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   heads and channels, pruned alike, would meet the target; channels, which are
   finer, then make up the difference. Where they cannot, the counts of heads
   that come nearest. A profile moves counts between layers; of each group as
-  many go in all.
+  many go in all. Under scope=global the plan is not decided: `budgets.decided`
+  moves what it removes between layers and kinds.
 
   Raises:
     UserError: if a target that is not zero prunes nothing, or a share of the
@@ -235,12 +273,8 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
       'this model has layers of different sizes (it is pruned already): '
       'pruning starts from a model whose layers are equal'
     )
-  shape = config.layers[0]
-  choices = [
-    _Choice(g, group_size(config, shape, g), multiple_of(config, targets, g))
-    for g in targets.groups
-  ]
-  plan = PruningPlan(config, targets, {})
+  plan = PruningPlan(config, targets, {}, decided=targets.scope == 'layer')
+  choices = group_choices(plan)
   if not plan.prunable_layers:
     raise UserError(
       f'all {len(config.layers)} layers are protected: use prune.protect=none'
@@ -257,7 +291,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
 
 
 def _by_layer(
-  plan: PruningPlan, choice: _Choice, kept: int
+  plan: PruningPlan, choice: Choice, kept: int
 ) -> tuple[int, ...] | None:
   """Counts by layer, by the profile; None where nothing is pruned."""
   if kept == choice.size:
@@ -277,7 +311,7 @@ def _by_layer(
   )
 
 
-def _round_share(choice: _Choice, target: float) -> int:
+def _round_share(choice: Choice, target: float) -> int:
   # A Fraction of the decimal that was written: 0.35 of 10 is 3.5, a tie.
   exact = choice.size * (1 - Fraction(repr(target)))
   kept = nearest_kept(choice.size, choice.multiple, exact)
@@ -299,7 +333,7 @@ def _round_share(choice: _Choice, target: float) -> int:
 
 
 def _solve_parameters(
-  plan: PruningPlan, choices: list[_Choice]
+  plan: PruningPlan, choices: list[Choice]
 ) -> dict[str, int]:
   target = plan.targets.target
   dense = plan.config.num_parameters

@@ -302,7 +302,7 @@ def refusal(capsys, workdir, *argv):
     # Export.
     (
       'export.layout=uniform',
-      'prune with prune.protect=none and prune.layer_profile=1',
+      'prune with prune.protect=none, prune.layer_profile=1 and prune.scope',
     ),
     ('export.layout=zip', "export.layout is 'zip': choose from auto"),
     ('export.dtype=int8', "export.dtype is 'int8'"),

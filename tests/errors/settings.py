@@ -68,6 +68,11 @@ CASES = [
   tiny_override('prune.layer_profile=1,-1'),
   tiny_override('prune.layer_profile=1,1,1,1', 'of a model with 4 layers'),
   tiny_override('prune.layer_profile=0,1,3', 'with prune.target=0.5'),
+  tiny_override('prune.scope=model'),
+  Case(
+    '`--config.prune.scope=global --config.prune.layer_profile=1,2`',
+    with_argv(*train_tiny('prune.scope=global', 'prune.layer_profile=1,2')),
+  ),
   tiny_override('prune.compensate=wish'),
   tiny_override('prune.compensate_damping=0'),
   tiny_override('prune.compensate_batches=0'),

@@ -61,9 +61,9 @@ def test_a_share_of_the_ramp_is_the_next_step_after_a_masking():
 def test_a_masking_is_a_step_at_which_something_goes():
   # At step 4 the ramp begins, and from 28 on all is gone that will go.
   found = milestones()
-  assert found.maskings() == tuple(x - 1 for x in found.candidates(1))
+  assert found.maskings == tuple(x - 1 for x in found.candidates(1))
   once = milestones(PruneSchedule.once(3))
-  assert once.maskings() == (2,)
+  assert once.maskings == (2,)
 
 
 def test_arrays_hold_what_is_alive_then():

@@ -1,0 +1,171 @@
+"""Global budgets: the same total, from where standardised scores are lowest."""
+
+import numpy as np
+import pytest
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.pruning.budgets import decided, standardised
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.pruning.targets import Targets, plan_pruning
+
+LAYERS = 12
+
+
+def config_of(shape):
+  return LlamaConfig(
+    vocab_size=64, embed_dim=32, head_dim=4, layers=(shape,) * LAYERS
+  )
+
+
+CONFIG = config_of(LayerShape(8, 3, 96))
+
+
+def planned(config=CONFIG, **targets):
+  return plan_pruning(config, Targets(scope='global', **targets))
+
+
+def scores(plan, rng, spread=1.0):
+  """Of every layer, whose distributions differ; in two stacks."""
+  shape = plan.config.layers[0]
+  sizes = {
+    KV_HEADS: (shape.num_kv_heads,),
+    QUERIES: (shape.num_kv_heads, shape.queries_per_kv),
+    CHANNELS: (shape.mlp_dim,),
+  }
+
+  def stack(layers):
+    return {
+      group: np.stack(
+        [
+          rng.gamma(rng.uniform(0.2, 0.2 + 4 * spread), size=sizes[group])
+          for _ in range(layers)
+        ]
+      )
+      for group in plan.keep
+    }
+
+  return stack(5), stack(LAYERS - 5)
+
+
+@pytest.mark.parametrize(
+  'targets',
+  [
+    {},
+    {'target': 0.2},
+    {'heads': 'queries'},
+    {'heads': 'none', 'channels_multiple_of': 8},
+    {'channels': False},
+    {'channels': False, 'heads': 'queries', 'target': 0.3},
+    {'protect': 'none', 'tensor_parallel': 2, 'channels_multiple_of': 6},
+    {'heads_target': 0.5, 'channels_target': 0.25},
+    {'unit': 'params', 'target': 0.4},
+  ],
+)
+def test_the_total_is_kept_and_every_count_can_be(targets):
+  plan, rng = planned(**targets), np.random.default_rng(0)
+  assert not plan.decided
+  changed = 0
+  for spread in (0.0, 0.3, 1.0, 3.0):
+    found = decided(plan, scores(plan, rng, spread))
+    assert found.decided and found.keep.keys() == plan.keep.keys()
+    total = found.pruned_config.num_parameters
+    asked = plan.pruned_config.num_parameters
+    # A channel has 96 parameters, a query head 768 under all 8 KV heads.
+    finest = 96 * max(
+      targets.get('channels_multiple_of', 1), targets.get('tensor_parallel', 1)
+    )
+    if not targets.get('channels', True):
+      assert total == asked
+    assert abs(total - asked) <= finest / 2
+    for group, counts in found.keep.items():
+      multiple = {CHANNELS: finest // 96}.get(
+        group, targets.get('tensor_parallel', 1)
+      )
+      whole = plan.keep[group][-1] if targets.get('protect') != 'none' else None
+      for layer, count in enumerate(counts):
+        if layer in plan.prunable_layers:
+          assert count >= 1 and count % multiple == 0
+        else:
+          assert count == whole
+    changed += found.keep != plan.keep
+  assert changed
+
+
+def test_by_hand():
+  # Standardised: three at -0.58 and one at 1.73; -1.34, -0.45, 0.45, 1.34.
+  config = LlamaConfig(
+    vocab_size=8,
+    embed_dim=4,
+    head_dim=2,
+    layers=(LayerShape(2, 1, 4),) * 2,
+  )
+  plan = planned(config, heads='none', protect='none')
+  rows = np.array([[0.0, 10.0, 0.0, 0.0], [2.0, 1.0, 4.0, 3.0]])
+  assert decided(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
+  # What all scores of a layer share says nothing.
+  rows[0] = 1000 + 7 * rows[0]
+  assert decided(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
+  # A layer keeps one, however low its scores are: here -0.58 against -1.34.
+  plan = planned(config, heads='none', protect='none', target=0.75)
+  assert decided(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 1)}
+
+
+def test_heads_and_channels_share_one_budget():
+  # Six heads of each layer stand below the channels, which are all alike.
+  plan = planned(target=0.25)
+  heads = np.tile([9.0, 9.0, 0, 0, 0, 0, 0, 0], (LAYERS, 1))
+  found = decided(plan, ({KV_HEADS: heads, CHANNELS: np.ones((LAYERS, 96))},))
+  # 2 heads of 1,024 parameters and 24 channels of 96 in each of ten layers are
+  # 42.5 heads: the half is made up of 5.3 channels.
+  sizes = {KV_HEADS: 8, CHANNELS: 96}
+  gone = {g: sum(sizes[g] - n for n in found.keep[g]) for g in sizes}
+  assert gone == {KV_HEADS: 42, CHANNELS: 5}
+
+
+@pytest.mark.parametrize('heads', ['kv_groups', 'queries'])
+def test_scores_that_say_nothing_take_from_all_alike(heads):
+  plan = planned(heads=heads)
+  nothing = {
+    group: np.zeros((LAYERS, *((8, 3) if group == QUERIES else (size,))))
+    for group, size in ((g, 8 if g == KV_HEADS else 96) for g in plan.keep)
+  }
+  for group, counts in decided(plan, (nothing,)).keep.items():
+    counts = [counts[i] for i in plan.prunable_layers]
+    assert max(counts) - min(counts) <= 1, group
+
+
+def test_of_query_heads_it_does_not_matter_which_stand_together():
+  config = config_of(LayerShape(4, 6, 96))
+  plan, rng = planned(config, heads='queries'), np.random.default_rng(0)
+  first = scores(plan, rng, 3.0)
+  mixed = tuple(
+    {**stack, QUERIES: rng.permuted(stack[QUERIES], axis=-1)} for stack in first
+  )
+  found = decided(plan, first).keep
+  assert found != plan.keep
+  assert decided(plan, mixed).keep == found
+
+
+def test_standardised_has_mean_0_and_deviation_1():
+  found = standardised(np.random.default_rng(0).gamma(0.3, size=(4, 7)))
+  assert found.mean() == pytest.approx(0) and found.std() == pytest.approx(1)
+  assert not standardised(np.full(5, 3.0)).any()
+
+
+def test_a_profile_and_scores_do_not_both_decide():
+  with pytest.raises(UserError, match='set one of them'):
+    Targets(scope='global', layer_profile='1,2')
+  Targets(scope='global', layer_profile='2,2')
+
+
+def test_what_may_be_left_is_uneven_until_it_is_decided():
+  plan = planned(protect='none')
+  assert plan.pruned_config.is_uniform and not plan.possible_config.is_uniform
+  known = decided(plan, scores(plan, np.random.default_rng(0)))
+  assert known.possible_config == known.pruned_config
+  assert known.targets_by_kind() == {
+    'heads': None,
+    'channels': None,
+    'params': plan.sparsity(plan.keep)['params'],
+  }
