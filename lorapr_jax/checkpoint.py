@@ -294,7 +294,7 @@ class Checkpoints:
       return None
     with _reading(self._folder / str(step)):
       known = self._manager.metadata(step).custom_metadata
-      cuts, keep = known['cuts'], known.get('keep')
+      cuts, keep = known['cuts'], known['keep']
       return Saved(
         step,
         None if cuts is None else tuple(cuts),

@@ -14,6 +14,7 @@ from lorapr_jax.inputs import Places
 from lorapr_jax.models import llama
 from lorapr_jax.models.axes import Axes
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.pruning.budgets import decide
 from lorapr_jax.pruning.masks import group_axes
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.schedule import PruneSchedule
@@ -212,23 +213,35 @@ def cut_on_the_way(
   return state, base.cut(kept, settings)
 
 
+def decide_budgets(plan: PruningPlan, importance: Any) -> PruningPlan:
+  """`budgets.decide`, by the first process for all.
+
+  Args:
+    plan: that is not decided.
+    importance: of a state of which nothing has been cut.
+  """
+  plan = decide(plan, jax.tree.map(np.asarray, importance))
+  keep = {group: np.array(counts) for group, counts in plan.keep.items()}
+  # One bit of a sum may differ between processors, and all must compile alike.
+  keep = multihost_utils.broadcast_one_to_all(keep)
+  counts = {group: tuple(kept.tolist()) for group, kept in keep.items()}
+  return dataclasses.replace(plan, keep=counts)
+
+
 def first_cuts(
   plan: PruningPlan | None,
   schedule: PruneSchedule | None,
   shrink: str | tuple[float, ...],
-  display: Display,
 ) -> tuple[int, ...] | None:
-  """The steps before which is cut, and says so; None where it is too early.
+  """The steps before which is cut; None while that is not known.
 
-  What `fastest_cuts` is to find, or a plan that is not decided.
+  `fastest_cuts` is to find them, or the plan is not decided.
   """
   if schedule is None or shrink == END:
     return ()
   if shrink == AUTO or not plan.decided:
     return None
-  cuts = Milestones(plan, schedule).at(shrink)
-  print_cuts(cuts, display)
-  return cuts
+  return Milestones(plan, schedule).at(shrink)
 
 
 def fastest_cuts(

@@ -17,6 +17,7 @@ from lorapr_jax.compilation_cache import SavedSeconds
 from lorapr_jax.cut import (
   Base,
   cut_on_the_way,
+  decide_budgets,
   fastest_cuts,
   first_cuts,
   kept_of,
@@ -26,9 +27,8 @@ from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.inputs import device_batches, weight_shapes
 from lorapr_jax.phases import Phase, total_steps
-from lorapr_jax.pruning.budgets import decided
 from lorapr_jax.pruning.masks import alive_counts
-from lorapr_jax.pruning.milestones import Milestones
+from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.repair import make_compensate, repaired_of, with_repaired
 from lorapr_jax.report import metrics, summary
@@ -135,8 +135,12 @@ def train_phase(
   resumed = resume(checkpoints, base, phase, new_state, settings, display)
   if resumed:
     plan, cuts, state, base = resumed
+    if plan != settings.plan:
+      summary.print_kept(plan, display.print)
   else:
-    cuts = first_cuts(plan, schedule, settings.shrink, display)
+    cuts = first_cuts(plan, schedule, settings.shrink)
+    if cuts:
+      print_cuts(cuts, display)
     state = new_state(base.step)
     if lora is not None:
       state = state.replace(lora=lora)
@@ -162,7 +166,10 @@ def train_phase(
   previous_loss = state.step
   # Of the newest batches no more than there are when masking begins.
   most = settings.compensation.batches if functions.compensate else 0
-  begin = schedule.first_masking if schedule else 0
+  begin = 0
+  if milestones:
+    by_scores = plan.targets.scope == 'global'
+    begin = schedule.first_masking if by_scores else milestones.maskings[0]
   newest = collections.deque(maxlen=min(most, begin + 1))
   # What a run that was not cut short would have kept at this step.
   seen = min(first_step, newest.maxlen)
@@ -184,11 +191,12 @@ def train_phase(
         deciding or step in milestones.maskings
       )
       compiling = cutting or step == first_step or (repairing and first_repair)
-      if compiling:
+      apart_from_steps = compiling or deciding
+      if apart_from_steps:
         interrupt.wait_for(state.step)
       # Compiling holds the calls up; after that they only queue.
       with contextlib.ExitStack() as apart:
-        if compiling:
+        if apart_from_steps:
           apart.enter_context(log.paused())
           apart.enter_context(saved_by_cache.counted())
         if cutting:
@@ -216,10 +224,13 @@ def train_phase(
         )
         del more  # A gradient of the base would stay through the next step.
         if deciding:
-          plan = decided(plan, importance)
+          interrupt.wait_for(ok)
+          plan = decide_budgets(plan, importance)
           milestones = Milestones(plan, schedule)
-          cuts = first_cuts(plan, schedule, settings.shrink, display)
           summary.print_kept(plan, display.print)
+          cuts = first_cuts(plan, schedule, settings.shrink)
+          if settings.shrink not in (END, AUTO):
+            print_cuts(cuts, display)
         masks = state.masks
         if schedule and schedule.is_pruning_step(step):
           keep = plan.keep_at(schedule.progress(step))
@@ -268,7 +279,7 @@ def train_phase(
         # Much of the first step is over once it is compiled: a record with
         # that step in it says too little of what one takes.
         timed = step >= first_step + train.log_every
-        if cuts is None and plan.decided and timed:
+        if cuts is None and milestones.plan.decided and timed:
           compiled = display.seconds['compile'] + saved_by_cache.total
           cuts = fastest_cuts(
             milestones, step, record['seconds'], compiled, settings

@@ -249,6 +249,8 @@ def split_model(
     counts = {group: tuple(n) for group, n in keep.items()}
     targets = _targets(config.prune, tensor_parallel)
     plan = PruningPlan(sizes, targets, counts) if counts else None
+    if plan and targets.scope == 'global':
+      plan = plan.undecided()
   return sizes, lora, plan
 
 
@@ -257,8 +259,13 @@ def _export_settings(
 ) -> ExportSettings:
   export = ExportSettings(**config.export)
   padded = export.layout == 'padded'
-  final = plan.possible_config if plan and not padded else sizes
+  final = plan.pruned_config if plan and not padded else sizes
   resolve_layout(final, export.layout)
+  if plan and not plan.decided and export.layout == 'uniform':
+    raise UserError(
+      'export.layout=uniform needs layers of one size, and prune.scope=global '
+      'decides them later: use prune.scope=layer, or export with layout auto'
+    )
   resolve_model_type(final, export.model_type)
   return export
 

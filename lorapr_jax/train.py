@@ -30,6 +30,7 @@ from lorapr_jax.inputs import Places, load_base, load_data
 from lorapr_jax.loop import train_phase
 from lorapr_jax.paths import path_of
 from lorapr_jax.phases import phases, total_steps
+from lorapr_jax.pruning.milestones import END
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.report.page import REPORT_FILE, render_report
@@ -231,11 +232,15 @@ def run_phases(
 
 def resolved(settings: RunSettings) -> dict[str, Any]:
   """What the config leaves open, and a resumed run must find unchanged."""
+  plan = settings.plan
+  # Sizes on the way and counts that scores decide follow from these.
+  later = plan and (settings.shrink != END or not plan.decided)
   return {
     'base_dtype': settings.base_dtype.name,
     'compute_dtype': settings.step.dtype.name,
     'matmul_dtype': settings.step.matmul_dtype.name,
     'model': settings.step.config.to_hf(),
     # With another mesh.tensor other counts may be the nearest.
-    'keep': settings.plan.keep if settings.plan else {},
+    'keep': plan.keep if plan else {},
+    'multiples': plan.multiples if later else {},
   }

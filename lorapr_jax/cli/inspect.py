@@ -156,6 +156,8 @@ def show(report: dict[str, Any]) -> None:
         text = f'kept by depth in those not protected: {counts} layers'
       console.print(f'{group}: {text}')
     for name, achieved in plan['achieved'].items():
+      if not plan['decided'] and name != 'params':
+        continue
       target = plan['target'][name]
       asked = '' if target is None else f' (target {target:.2%})'
       console.print(f'{name} removed: {achieved:.2%}{asked}')

@@ -122,12 +122,14 @@ class PruningPlan:
       those under one KV head. Groups that lose nothing are absent.
     decided: False under scope=global until there are scores: `keep` then
       removes as much, from all layers alike.
+    asked: under scope=global, the share of the model's parameters to remove.
   """
 
   config: LlamaConfig
   targets: Targets
   keep: dict[str, tuple[int, ...]]
   decided: bool = True
+  asked: float | None = None
 
   @property
   def pruned_config(self) -> LlamaConfig:
@@ -135,15 +137,14 @@ class PruningPlan:
     return with_kept(self.config, self.keep)
 
   @property
-  def possible_config(self) -> LlamaConfig:
-    """Sizes that the end may have: of layers that differ, if it is open."""
-    if self.decided:
-      return self.pruned_config
-    first, *_ = self.prunable_layers
-    whole = self.config.layers[first]
-    layers = self.pruned_config.layers
-    layers = (*layers[:first], whole, *layers[first + 1 :])
-    return dataclasses.replace(self.config, layers=layers)
+  def multiples(self) -> dict[str, int]:
+    """What the counts of each group divide by."""
+    return {g: multiple_of(self.config, self.targets, g) for g in self.keep}
+
+  def undecided(self) -> 'PruningPlan':
+    """The plan whose counts only say how much is to go."""
+    share = self.sparsity(self.keep)['params']
+    return dataclasses.replace(self, decided=False, asked=share)
 
   @property
   def prunable_layers(self) -> list[int]:
@@ -199,10 +200,8 @@ class PruningPlan:
     """What was asked for, in the units of `sparsity`; None if not asked."""
     if self.targets.unit == 'params':
       return {'heads': None, 'channels': None, 'params': self.targets.target}
-    if self.targets.scope == 'global':
-      alike = plan_pruning(self.config, self.targets)
-      share = alike.sparsity(alike.keep)['params']
-      return {'heads': None, 'channels': None, 'params': share}
+    if self.asked is not None:
+      return {'heads': None, 'channels': None, 'params': self.asked}
     asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
@@ -260,7 +259,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   heads and channels, pruned alike, would meet the target; channels, which are
   finer, then make up the difference. Where they cannot, the counts of heads
   that come nearest. A profile moves counts between layers; of each group as
-  many go in all. Under scope=global the plan is not decided: `budgets.decided`
+  many go in all. Under scope=global the plan is not decided: `budgets.decide`
   moves what it removes between layers and kinds.
 
   Raises:
@@ -273,7 +272,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
       'this model has layers of different sizes (it is pruned already): '
       'pruning starts from a model whose layers are equal'
     )
-  plan = PruningPlan(config, targets, {}, decided=targets.scope == 'layer')
+  plan = PruningPlan(config, targets, {})
   choices = group_choices(plan)
   if not plan.prunable_layers:
     raise UserError(
@@ -285,9 +284,10 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   else:
     kept = _solve_parameters(plan, choices)
   keep = {c.group: _by_layer(plan, c, kept[c.group]) for c in choices}
-  return dataclasses.replace(
+  plan = dataclasses.replace(
     plan, keep={group: counts for group, counts in keep.items() if counts}
   )
+  return plan if targets.scope == 'layer' else plan.undecided()
 
 
 def _by_layer(

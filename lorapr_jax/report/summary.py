@@ -148,6 +148,8 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
+    if not plan.decided and kind != 'params':
+      continue
     show(f'{kind} to remove: {_share(share)}')
   if settings.criterion.needs == 'base_grads':
     bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)

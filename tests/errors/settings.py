@@ -73,6 +73,15 @@ CASES = [
     '`--config.prune.scope=global --config.prune.layer_profile=1,2`',
     with_argv(*train_tiny('prune.scope=global', 'prune.layer_profile=1,2')),
   ),
+  Case(
+    '`--config.prune.scope=global --config.prune.protect=none '
+    '--config.export.layout=uniform`',
+    with_argv(
+      *train_tiny(
+        'prune.scope=global', 'prune.protect=none', 'export.layout=uniform'
+      )
+    ),
+  ),
   tiny_override('prune.compensate=wish'),
   tiny_override('prune.compensate_damping=0'),
   tiny_override('prune.compensate_batches=0'),

@@ -5,7 +5,7 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.pruning.budgets import decided, standardised
+from lorapr_jax.pruning.budgets import decide, standardised
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
@@ -67,7 +67,7 @@ def test_the_total_is_kept_and_every_count_can_be(targets):
   assert not plan.decided
   changed = 0
   for spread in (0.0, 0.3, 1.0, 3.0):
-    found = decided(plan, scores(plan, rng, spread))
+    found = decide(plan, scores(plan, rng, spread))
     assert found.decided and found.keep.keys() == plan.keep.keys()
     total = found.pruned_config.num_parameters
     asked = plan.pruned_config.num_parameters
@@ -102,20 +102,20 @@ def test_by_hand():
   )
   plan = planned(config, heads='none', protect='none')
   rows = np.array([[0.0, 10.0, 0.0, 0.0], [2.0, 1.0, 4.0, 3.0]])
-  assert decided(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
   # What all scores of a layer share says nothing.
   rows[0] = 1000 + 7 * rows[0]
-  assert decided(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
   # A layer keeps one, however low its scores are: here -0.58 against -1.34.
   plan = planned(config, heads='none', protect='none', target=0.75)
-  assert decided(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 1)}
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 1)}
 
 
 def test_heads_and_channels_share_one_budget():
   # Six heads of each layer stand below the channels, which are all alike.
   plan = planned(target=0.25)
   heads = np.tile([9.0, 9.0, 0, 0, 0, 0, 0, 0], (LAYERS, 1))
-  found = decided(plan, ({KV_HEADS: heads, CHANNELS: np.ones((LAYERS, 96))},))
+  found = decide(plan, ({KV_HEADS: heads, CHANNELS: np.ones((LAYERS, 96))},))
   # 2 heads of 1,024 parameters and 24 channels of 96 in each of ten layers are
   # 42.5 heads: the half is made up of 5.3 channels.
   sizes = {KV_HEADS: 8, CHANNELS: 96}
@@ -130,9 +130,9 @@ def test_scores_that_say_nothing_take_from_all_alike(heads):
     group: np.zeros((LAYERS, *((8, 3) if group == QUERIES else (size,))))
     for group, size in ((g, 8 if g == KV_HEADS else 96) for g in plan.keep)
   }
-  for group, counts in decided(plan, (nothing,)).keep.items():
-    counts = [counts[i] for i in plan.prunable_layers]
-    assert max(counts) - min(counts) <= 1, group
+  for group, counts in decide(plan, (nothing,)).keep.items():
+    for i in plan.prunable_layers:
+      assert abs(counts[i] - plan.keep[group][i]) <= 1, group
 
 
 def test_of_query_heads_it_does_not_matter_which_stand_together():
@@ -142,9 +142,35 @@ def test_of_query_heads_it_does_not_matter_which_stand_together():
   mixed = tuple(
     {**stack, QUERIES: rng.permuted(stack[QUERIES], axis=-1)} for stack in first
   )
-  found = decided(plan, first).keep
+  found = decide(plan, first).keep
   assert found != plan.keep
-  assert decided(plan, mixed).keep == found
+  assert decide(plan, mixed).keep == found
+
+
+def test_ties_and_multiples_that_divide_no_size_keep_the_order():
+  config, rng = config_of(LayerShape(7, 1, 28)), np.random.default_rng(0)
+  plan = planned(config, channels_multiple_of=6, heads_multiple_of=2)
+  for _ in range(40):
+    tied = {
+      KV_HEADS: rng.random((LAYERS, 7)) * (rng.random((LAYERS, 7)) > 0.8),
+      CHANNELS: rng.random((LAYERS, 28)) * (rng.random((LAYERS, 28)) > 0.8),
+    }
+    found = decide(plan, (tied,))
+    assert {found.keep[CHANNELS][i] for i in plan.prunable_layers} <= {
+      *(6, 12, 18, 24, 28)
+    }
+    total = found.pruned_config.num_parameters
+    # Two heads of 512 parameters go together, or six channels of 96, but the
+    # first time, when it is one head or four channels.
+    assert abs(total - plan.pruned_config.num_parameters) <= 6 * 96 / 2
+
+
+def test_where_channels_run_out_heads_come_nearest():
+  plan = planned(target=0.9)
+  for seed in range(20):
+    found = decide(plan, scores(plan, np.random.default_rng(seed)))
+    total = found.pruned_config.num_parameters
+    assert abs(total - plan.pruned_config.num_parameters) <= 1024 / 2
 
 
 def test_standardised_has_mean_0_and_deviation_1():
@@ -159,11 +185,9 @@ def test_a_profile_and_scores_do_not_both_decide():
   Targets(scope='global', layer_profile='2,2')
 
 
-def test_what_may_be_left_is_uneven_until_it_is_decided():
+def test_of_what_is_asked_the_share_of_parameters_stays():
   plan = planned(protect='none')
-  assert plan.pruned_config.is_uniform and not plan.possible_config.is_uniform
-  known = decided(plan, scores(plan, np.random.default_rng(0)))
-  assert known.possible_config == known.pruned_config
+  known = decide(plan, scores(plan, np.random.default_rng(0)))
   assert known.targets_by_kind() == {
     'heads': None,
     'channels': None,
