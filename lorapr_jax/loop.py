@@ -98,6 +98,7 @@ def train_phase(
   perplexity: Callable[..., Perplexity | None],
   workdir: Path,
   display: Display,
+  teacher: Callable[..., Any] | None,
   lora: Any = None,
 ) -> Trained:
   """Trains LoRA on the base and, if there is a schedule, masks groups.
@@ -111,6 +112,7 @@ def train_phase(
     perplexity: of weights and adapters; None where there is no held-out text.
     workdir: of the run.
     display: of the run.
+    teacher: from `remember_teacher`; None where none is remembered.
     lora: the adapters to go on from; None: new ones.
 
   Raises:
@@ -185,6 +187,8 @@ def train_phase(
     newest.extend(itertools.islice(stream, seen))
     for step, batch in zip(range(first_step, phase.steps), stream, strict=True):
       newest.append(batch)
+      if teacher:
+        batch = {**batch, 'teacher': teacher(phase, step)}
       cutting = step in (cuts or ())
       deciding = bool(plan) and not plan.decided and step == begin
       repairing = functions.compensate and (

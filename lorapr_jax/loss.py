@@ -1,5 +1,6 @@
-"""Cross-entropy over chunks of tokens: the (N, V) logits never exist."""
+"""The loss over chunks of tokens: the (N, V) logits never exist."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import math
@@ -24,8 +25,15 @@ def chunked_cross_entropy(
   *,
   dtype: Any = None,
   mesh: Mesh | None = None,
+  teacher: Mapping[str, Array] | None = None,
+  distill: float = 0.0,
 ) -> Array:
   """The negative log-likelihood in nats of each token, times its weight.
+
+  With a teacher it is (1 - d) of that and d KL(teacher || model), the forward
+  Kullback-Leibler divergence of the two distributions over the vocabulary
+  (Hinton et al., arXiv 1503.02531, at temperature 1), times the weight. Of a
+  teacher's top K alone all other tokens count as one.
 
   The output matrix is part of the frozen base: no gradient flows into it, so
   the gradient with respect to `hidden` is known as soon as a chunk's logits
@@ -43,34 +51,83 @@ def chunked_cross_entropy(
     chunk_size: tokens whose logits exist at the same time.
     dtype: of the products' operands; None: hidden's. Logits are in float32.
     mesh: that the arrays lie on; None: one device.
+    teacher: {'hidden': (N, D)}, which the same matrix turns into logits, or
+      {'ids': (N, K), 'log_probs': (N, K)}. No gradient flows into it.
+    distill: d.
 
   Returns:
     (N,), in float32.
   """
-  N = hidden.shape[0]
-  chunk_size = min(chunk_size, N)
+  chunk_size = min(chunk_size, hidden.shape[0])
+  places = _Places.of(mesh, chunk_size, weight.shape[0])
+  weight = _output_matrix(places, weight, dtype or hidden.dtype)
+
+  def loss(hidden, *rest):
+    return _chunk_loss(places, distill, hidden, weight, *rest)
+
+  inputs = (hidden, targets, token_weights, teacher or {})
+  return _by_chunk(places, loss, chunk_size, inputs)
+
+
+def chunked_top_k(
+  hidden: Array,
+  weight: Array,
+  k: int,
+  chunk_size: int,
+  *,
+  dtype: Any = None,
+  mesh: Mesh | None = None,
+) -> dict[str, Array]:
+  """{'ids', 'log_probs'}, (N, K) each, of the K most probable next tokens.
+
+  Args:
+    hidden: (N, D).
+    weight: (V, D).
+    k: K.
+    chunk_size: tokens whose logits exist at the same time.
+    dtype: as of `chunked_cross_entropy`.
+    mesh: as of `chunked_cross_entropy`.
+  """
+  chunk_size = min(chunk_size, hidden.shape[0])
+  places = _Places.of(mesh, chunk_size, weight.shape[0])
+  weight = _output_matrix(places, weight, dtype or hidden.dtype)
+
+  def top(hidden):
+    logits = _logits(places, hidden, weight)
+    log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), k)
+    return {'ids': ids, 'log_probs': log_probs}
+
+  return _by_chunk(places, top, chunk_size, (hidden,))
+
+
+def _output_matrix(places, weight, dtype):
+  weight = jax.lax.stop_gradient(weight.astype(dtype))
+  return places(weight, places.vocab, None)
+
+
+def _by_chunk(places, function, chunk_size, inputs):
+  """function(*chunk) of every chunk of tokens, all of (N, ...), as (N, ...)."""
+  N = inputs[0].shape[0]
   padding = -N % chunk_size
 
   def chunked(x: Array) -> Array:
     # Strided: a chunk has tokens from everywhere, hence from every device.
     x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
     x = x.reshape(chunk_size, -1, *x.shape[1:]).swapaxes(0, 1)
-    if parts(mesh, 'length') == 1:
+    if parts(places.mesh, 'length') == 1:
       return x
     # Else all that fsdp cuts would be gathered, in front of the loop.
     return places(x, None, places.rows)
 
-  places = _Places.of(mesh, chunk_size, weight.shape[0])
-  chunks = [chunked(x) for x in (hidden, targets, token_weights)]
-  weight = jax.lax.stop_gradient(weight.astype(dtype or hidden.dtype))
-  weight = places(weight, places.vocab, None)
+  def together(x: Array) -> Array:
+    x = x.swapaxes(0, 1)
+    return x.reshape(-1, *x.shape[2:])[:N]
 
   def body(_, chunk):
-    hidden, targets, token_weights = chunk
-    return None, _chunk_loss(places, hidden, weight, targets, token_weights)
+    return None, function(*chunk)
 
-  losses = jax.lax.scan(body, None, tuple(chunks))[1]
-  return losses.T.reshape(-1)[:N]
+  chunks = jax.tree.map(chunked, inputs)
+  return jax.tree.map(together, jax.lax.scan(body, None, chunks)[1])
 
 
 def in_rows(x: Array, mesh: Mesh | None) -> Array:
@@ -83,12 +140,12 @@ def in_rows(x: Array, mesh: Mesh | None) -> Array:
 
 
 def out_of_rows(x: Array, shape: tuple[int, int], mesh: Mesh | None) -> Array:
-  """(N,) from `in_rows` as (B, T)."""
-  B, T = shape
+  """(N, ...) from `in_rows` as (B, T, ...)."""
+  (B, T), rest = shape, x.shape[1:]
   rows, lengths = parts(mesh, 'batch'), parts(mesh, 'length')
   if lengths > 1:
-    x = x.reshape(rows, lengths, B // rows, T // lengths).swapaxes(1, 2)
-  return x.reshape(B, T)
+    x = x.reshape(rows, lengths, B // rows, T // lengths, *rest).swapaxes(1, 2)
+  return x.reshape(B, T, *rest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,24 +193,71 @@ class _Places:
     return jax.lax.with_sharding_constraint(x, place)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunk_loss(places, hidden, weight, targets, token_weights):
-  return _loss_and_error(places, hidden, weight, targets, token_weights)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunk_loss(
+  places, distill, hidden, weight, targets, token_weights, taught
+):
+  return _loss_and_error(
+    places, distill, hidden, weight, targets, token_weights, taught
+  )[0]
 
 
-def _loss_and_error(places, hidden, weight, targets, token_weights):
-  hidden = places(hidden, places.tokens, None)
-  logits = _product('ND,VD->NV', hidden, weight)
-  logits = places(logits, places.tokens, places.vocab)
+def _loss_and_error(
+  places, distill, hidden, weight, targets, token_weights, taught
+):
+  logits = _logits(places, hidden, weight)
   top = jnp.max(logits, axis=-1, keepdims=True)
   total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
   target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
   log_total = jnp.log(total) + top
-  loss = (log_total - target)[:, 0] * token_weights
+  loss = (log_total - target)[:, 0]
   softmax = jnp.exp(logits - log_total)
   # By a comparison: a scatter would copy the logits.
   one_hot = targets[:, None] == jnp.arange(weight.shape[0])
-  return loss, (softmax - one_hot) * token_weights[:, None]
+  error = softmax - one_hot
+  if taught:
+    if 'hidden' in taught:
+      teacher = _logits(places, taught['hidden'], weight)
+      distance, pull = _divergence(teacher, logits - log_total, softmax)
+    else:
+      distance, pull = _divergence_of_top(
+        taught['ids'], taught['log_probs'], logits - log_total, softmax
+      )
+    loss = (1 - distill) * loss + distill * distance
+    error = (1 - distill) * error + distill * pull
+  return loss * token_weights, error * token_weights[:, None]
+
+
+def _divergence(teacher, log_softmax, softmax):
+  """KL(p || q), and its gradient with respect to q's logits: q - p."""
+  log_p = jax.nn.log_softmax(teacher)
+  p = jnp.exp(log_p)
+  return jnp.sum(p * (log_p - log_softmax), axis=-1), softmax - p
+
+
+def _divergence_of_top(ids, log_p, log_softmax, softmax):
+  """The same, where all tokens outside the top K are one, of probability r.
+
+  The gradient is q - p in the top K and (1 - r_p / r_q) q outside.
+  """
+  p, log_q = jnp.exp(log_p), jnp.take_along_axis(log_softmax, ids, axis=-1)
+  q = jnp.exp(log_q)
+  # What rounding leaves of a rest that is nothing.
+  rest_p, rest_q = (
+    jnp.maximum(1 - jnp.sum(x, axis=-1, keepdims=True), 1e-6) for x in (p, q)
+  )
+  distance = jnp.sum(p * (log_p - log_q), axis=-1, keepdims=True)
+  distance += rest_p * (jnp.log(rest_p) - jnp.log(rest_q))
+  ratio = rest_p / rest_q
+  rows = jnp.arange(len(ids))[:, None]
+  pull = ((1 - ratio) * softmax).at[rows, ids].add(ratio * q - p)
+  return distance[:, 0], pull
+
+
+def _logits(places, hidden, weight):
+  hidden = places(hidden, places.tokens, None)
+  logits = _product('ND,VD->NV', hidden, weight)
+  return places(logits, places.tokens, places.vocab)
 
 
 def _product(spec: str, x: Array, weight: Array) -> Array:
@@ -162,15 +266,16 @@ def _product(spec: str, x: Array, weight: Array) -> Array:
   )
 
 
-def _chunk_forward(places, hidden, weight, targets, token_weights):
-  loss, error = _loss_and_error(places, hidden, weight, targets, token_weights)
+def _chunk_forward(places, distill, hidden, *rest):
+  weight, *_ = rest
+  loss, error = _loss_and_error(places, distill, hidden, *rest)
   grad = _product('NV,VD->ND', error, weight).astype(hidden.dtype)
   return loss, places(grad, places.rows, None)
 
 
-def _chunk_backward(places, grad_hidden, grad_loss):
+def _chunk_backward(places, distill, grad_hidden, grad_loss):
   grad = grad_hidden * grad_loss[:, None].astype(grad_hidden.dtype)
-  return grad, None, None, None
+  return grad, None, None, None, None
 
 
 _chunk_loss.defvjp(_chunk_forward, _chunk_backward)

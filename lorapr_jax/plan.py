@@ -214,7 +214,8 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
       shapes.beside(state.importance, state.lora, state.masks),
     )
   if functions.compensate:
-    batches = (batch,) * settings.compensation.batches
+    texts = {name: x for name, x in batch.items() if name != 'teacher'}
+    batches = (texts,) * settings.compensation.batches
     yield Phase(
       'compensation',
       functions.compensate.lower(
@@ -245,6 +246,8 @@ def _ideal_step_flops(settings: RunSettings, needs: str | None) -> float:
   if needs == 'base_grads':  # Of the layers alone.
     layers = forward_flops_per_token(config, seq_len, with_logits=0.0)
     flops += layers - attention
+  if settings.step.distill and not settings.train.distill_top_k:
+    flops += forward + attention
   return settings.train.batch_size * seq_len * flops
 
 
@@ -290,10 +293,18 @@ def batch_shapes(settings: RunSettings, places: Places) -> Any:
   names = {'tokens': jnp.int32, 'weights': jnp.float32}
   if settings.data.packing == 'documents':
     names['segments'] = jnp.int32
-  return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=places.batch)
-    for name, dtype in names.items()
-  }
+
+  def of(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=places.batch)
+
+  batch = {name: of(shape, dtype) for name, dtype in names.items()}
+  if train.distill_top_k:
+    top = (*shape, train.distill_top_k)
+    batch['teacher'] = {
+      'ids': of(top, jnp.int32),
+      'log_probs': of(top, jnp.float32),
+    }
+  return batch
 
 
 def bytes_of(tree: Any) -> int:

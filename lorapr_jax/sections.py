@@ -52,6 +52,8 @@ class TrainSettings:
   clip_norm: float
   seed: int
   loss_chunk: int
+  distill: float
+  distill_top_k: int
   compiler_options: str
   log_every: int
   checkpoint_every: int
@@ -59,6 +61,7 @@ class TrainSettings:
 
   def __post_init__(self):
     free = ('seed', 'lr_schedule', 'loss_chunk', 'compiler_options')
+    free += ('distill', 'distill_top_k')
     for field in dataclasses.fields(self):
       value = getattr(self, field.name)
       if field.name not in free and not value > 0:
@@ -66,6 +69,15 @@ class TrainSettings:
     if self.loss_chunk < 0:
       raise UserError(
         f'train.loss_chunk is {self.loss_chunk}: 0, or a number of tokens'
+      )
+    if not 0 <= self.distill <= 1:
+      raise UserError(
+        f'train.distill is {self.distill}: a share of the loss, from 0 to 1'
+      )
+    if self.distill_top_k < 0 or (self.distill_top_k and not self.distill):
+      raise UserError(
+        f'train.distill_top_k is {self.distill_top_k}: 0, or a number of '
+        'tokens, with train.distill'
       )
     if not math.isfinite(self.learning_rate):
       raise UserError('train.learning_rate is inf: it must be finite')

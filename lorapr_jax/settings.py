@@ -166,6 +166,7 @@ def split_config(
         devices[0],
         mesh['sequence'],
       )
+  _check_teacher(config, plan, sizes)
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,
@@ -190,6 +191,7 @@ def split_config(
     scan_layers=model.scan_layers,
     loss_chunk=resolve_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
+    distill=train.distill,
     quantized=quantized,
     compiler_options=resolve_compiler_options(train.compiler_options, devices),
   )
@@ -367,6 +369,33 @@ def _compensation(
     prune.compensate_damping, prune.compensate_batches
   )
   return compensation if plan and prune.compensate == RIDGE else None
+
+
+def _check_teacher(
+  config: config_dict.ConfigDict, plan: PruningPlan | None, sizes: LlamaConfig
+) -> None:
+  """The dense model must be there when it is asked."""
+  train, prune = config.train, config.prune
+  if train.distill_top_k >= sizes.vocab_size:
+    raise UserError(
+      f'train.distill_top_k is {train.distill_top_k}, and the model has '
+      f'{sizes.vocab_size} tokens: choose fewer, such as 64'
+    )
+  if not train.distill or train.distill_top_k:
+    return
+  changes = {
+    'prune.compensate=ridge': _compensation(prune, plan),
+    f'prune.shrink={prune.shrink}': _shrink(prune, plan) != END,
+    f'prune.order={prune.order}': prune.order == 'prune_then_tune',
+    f'recover.steps={config.recover.steps}': config.recover.steps,
+  }
+  for setting, is_so in changes.items():
+    if is_so:
+      raise UserError(
+        f'train.distill={train.distill} asks the dense model in every step, '
+        f'and {setting} changes its weights: remember what it says with '
+        'train.distill_top_k=64'
+      )
 
 
 def _lora_targets(names: str) -> tuple[str, ...]:

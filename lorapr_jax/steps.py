@@ -83,6 +83,7 @@ class StepSettings:
     scan_layers: whether the step that trains is a loop over the layers.
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
+    distill: the share of the loss that is the divergence from a teacher.
     quantized: the projections of the base that are (models/quantization.py).
     compiler_options: more of XLA's, of the step that trains.
   """
@@ -96,6 +97,7 @@ class StepSettings:
   scan_layers: bool = True
   loss_chunk: int = 128
   clip_norm: float = 1.0
+  distill: float = 0.0
   quantized: tuple[str, ...] = ()
   compiler_options: tuple[tuple[str, str | bool], ...] = ()
 
@@ -142,10 +144,9 @@ def init_state(
   )
 
 
-def token_losses(
+def run_model(
   params: Any,
   tokens: Array,
-  token_weights: Array,
   settings: StepSettings,
   *,
   mesh: Mesh | None = None,
@@ -153,25 +154,17 @@ def token_losses(
   matmul_dtype: Any = None,
   **model: Any,
 ) -> tuple[Array, Any]:
-  """The weighted negative log-likelihood of each predicted token, (B, T).
-
-  Position t predicts token t + 1; the last position has no target and loses
-  nothing.
+  """`llama.observed_hidden_states` of a batch of a run.
 
   Args:
     params: the base.
     tokens: (B, T).
-    token_weights: (B, T), the weight of each token as a target.
     settings: of the run.
     mesh: that the arrays lie on; None: one device.
     segments: (B, T): numbers of the documents that share a window, in runs.
       Attention and positions stay within one; None: a window is one text.
     matmul_dtype: of the products' operands; None: as settings.dtype.
-    **model: lora, masks, dropout_key, observe, scan_layers of
-      `llama.observed_hidden_states`.
-
-  Returns:
-    The losses, and what was observed.
+    **model: lora, masks, dropout_key, observe, scan_layers.
   """
   attend = choose_attention(
     settings.attention,
@@ -184,7 +177,7 @@ def token_losses(
     model['valid'] = segments > 0
     model['positions'] = segment_positions(segments)
     attend = functools.partial(attend, segments=segments)
-  hidden, observed = llama.observed_hidden_states(
+  return llama.observed_hidden_states(
     params,
     tokens,
     settings.config,
@@ -196,6 +189,40 @@ def token_losses(
     matmul_dtype=matmul_dtype,
     **model,
   )
+
+
+def token_losses(
+  params: Any,
+  tokens: Array,
+  token_weights: Array,
+  settings: StepSettings,
+  *,
+  mesh: Mesh | None = None,
+  matmul_dtype: Any = None,
+  teacher: Mapping[str, Array] | None = None,
+  **model: Any,
+) -> tuple[Array, Any]:
+  """The weighted negative log-likelihood of each predicted token, (B, T).
+
+  Position t predicts token t + 1; the last position has no target and loses
+  nothing. With a teacher, settings.distill of it is the divergence from that.
+
+  Args:
+    params: the base.
+    tokens: (B, T).
+    token_weights: (B, T), the weight of each token as a target.
+    settings: of the run.
+    mesh: as of `run_model`.
+    matmul_dtype: as of `run_model`.
+    teacher: as of `chunked_cross_entropy`, (B, T, ...).
+    **model: what else `run_model` takes.
+
+  Returns:
+    The losses, and what was observed.
+  """
+  hidden, observed = run_model(
+    params, tokens, settings, mesh=mesh, matmul_dtype=matmul_dtype, **model
+  )
   targets = jnp.roll(tokens, -1, axis=1)
   weights = jnp.roll(token_weights, -1, axis=1).at[:, -1].set(0.0)
   losses = chunked_cross_entropy(
@@ -206,6 +233,8 @@ def token_losses(
     settings.loss_chunk,
     dtype=matmul_dtype,
     mesh=mesh,
+    teacher=jax.tree.map(lambda x: in_rows(x, mesh), teacher),
+    distill=settings.distill,
   )
   return out_of_rows(losses, tokens.shape, mesh), observed
 
@@ -225,10 +254,12 @@ def make_lora_gradients(
   """The jitted step: params, lora, masks, batch, key -> metrics, grads, more.
 
   `batch` is {'tokens', 'weights'}, with 'segments' where documents share a
-  window, each (M, B, T): M micro-batches whose gradients are summed inside,
-  so that one micro-batch's activations exist at a time. The loss is the mean
-  over all the batch's target tokens. `grads` has the structure of `lora`,
-  clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
+  window, each (M, B, T): M micro-batches whose gradients are summed inside, so
+  that one micro-batch's activations exist at a time. The loss is the mean over
+  all the batch's target tokens. Under settings.distill the batch's 'teacher',
+  (M, B, T, ...), is that of `token_losses`, and without one the base alone is:
+  no adapters, no masks. `grads` has the structure of `lora`, clipped to
+  `clip_norm`; `metrics` has `loss` and `grad_norm` (before
   clipping). `more` is {} or, if `needs` is
 
     'base_grads'  {'base_grads': the gradients of `projections(params)`, in
@@ -255,14 +286,22 @@ def make_lora_gradients(
       stacks = tuple(
         stack | new for stack, new in zip(params['stacks'], base, strict=True)
       )
+      run = {
+        'mesh': mesh_of(out_sharding),
+        'segments': micro.get('segments'),
+        'matmul_dtype': settings.matmul_dtype,
+      }
+      teacher = micro.get('teacher')
+      if settings.distill and teacher is None:
+        whole = run_model(params, micro['tokens'], settings, **run)
+        teacher = {'hidden': jax.lax.stop_gradient(whole[0])}
       losses, observed = token_losses(
         {**params, 'stacks': stacks},
         micro['tokens'],
         micro['weights'],
         settings,
-        mesh=mesh_of(out_sharding),
-        segments=micro.get('segments'),
-        matmul_dtype=settings.matmul_dtype,
+        **run,
+        teacher=teacher,
         lora=trained['lora'],
         masks=masks,
         dropout_key=key if use_dropout else None,

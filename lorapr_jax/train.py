@@ -37,6 +37,7 @@ from lorapr_jax.report.page import REPORT_FILE, render_report
 from lorapr_jax.report.run import IMPORTANCE_FILE
 from lorapr_jax.report.scores import write_scores
 from lorapr_jax.settings import RunSettings, split_config
+from lorapr_jax.teacher import remember_teacher
 
 
 def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -130,6 +131,13 @@ def run_phases(
     )
   }
 
+  teacher = None
+  if settings.train.distill_top_k:
+    display.start('teacher')
+    teacher = remember_teacher(
+      base, (first, *later), settings=settings, streams=streams, workdir=workdir
+    )
+
   # --- Prune: groups are masked while LoRA trains, or at once. Where some are
   # cut out on the way, what comes back is smaller than what went in.
   run_phase = functools.partial(
@@ -138,6 +146,7 @@ def run_phases(
     perplexity=perplexity,
     workdir=workdir,
     display=display,
+    teacher=teacher,
   )
   state, base, plan, cuts = run_phase(first, base, settings=settings)
   settings = dataclasses.replace(settings, plan=plan)

@@ -100,7 +100,7 @@ LEVELS = (
     'report.plots',
     'routes',
   ),
-  ('eval.zero_shot', 'finish', 'loop', 'report.page'),
+  ('eval.zero_shot', 'finish', 'loop', 'report.page', 'teacher'),
   ('plan', 'train'),
   ('exports', 'search'),
   ('api',),

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from lorapr_jax.loss import chunked_cross_entropy
+from lorapr_jax.loss import chunked_cross_entropy, chunked_top_k
 from lorapr_jax.sharding import make_mesh, sharding
 
 N, D, V = 12, 8, 17
@@ -55,6 +55,100 @@ def test_gradient_is_that_of_the_plain_loss(chunk_size):
   want = jax.grad(lambda h: jnp.sum(_plain(h, *rest) * factors))(hidden)
   assert jnp.abs(want).max() > 0.1
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+
+
+def _teacher(n=N, d=D):
+  return jnp.asarray(np.random.default_rng(1).normal(size=(n, d)), jnp.float32)
+
+
+def _mixed(hidden, teacher, distill, tops=None):
+  """The plain loss; a teacher's tokens outside its tops are one."""
+  weight, targets, token_weights = _inputs()[1:]
+  log_p, log_q = (jax.nn.log_softmax(x @ weight.T) for x in (teacher, hidden))
+  if tops is not None:
+    order = jnp.argsort(-log_p, axis=-1)
+
+    def lumped(x):
+      x = jnp.take_along_axis(x, order, axis=-1)
+      rest = jax.nn.logsumexp(x[:, tops:], axis=-1, keepdims=True)
+      return jnp.concatenate([x[:, :tops], rest], axis=-1)
+
+    log_p, log_q = lumped(log_p), lumped(log_q)
+  divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  plain = _plain(hidden, weight, targets, token_weights)
+  return (1 - distill) * plain + distill * divergence * token_weights
+
+
+def _taught(teacher, tops):
+  if tops is None:
+    return {'hidden': teacher}
+  return chunked_top_k(teacher, _inputs()[1], tops, 5)
+
+
+@pytest.mark.parametrize('tops', [None, 1, 3, V - 1])
+@pytest.mark.parametrize('distill', [0.3, 1.0])
+def test_a_teachers_divergence_is_the_plain_one_and_so_is_its_gradient(
+  tops, distill, chunk_size
+):
+  hidden, *rest = _inputs()
+  factors = jnp.linspace(-1.0, 2.0, N)
+  teacher = _teacher()
+
+  def chunked(h):
+    losses = chunked_cross_entropy(
+      h, *rest, chunk_size, teacher=_taught(teacher, tops), distill=distill
+    )
+    return jnp.sum(losses * factors), losses
+
+  def plain(h):
+    losses = _mixed(h, teacher, distill, tops)
+    return jnp.sum(losses * factors), losses
+
+  (got, losses), (want, expected) = (
+    jax.grad(f, has_aux=True)(hidden) for f in (chunked, plain)
+  )
+  np.testing.assert_allclose(losses, expected, rtol=0, atol=2e-6)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+  assert jnp.abs(want).max() > 0.1
+
+
+@pytest.mark.parametrize('tops', [None, 4])
+def test_from_itself_nothing_diverges(tops):
+  hidden, *rest = _inputs()
+
+  def loss(h):
+    return jnp.sum(
+      chunked_cross_entropy(
+        h, *rest, 5, teacher=_taught(hidden, tops), distill=1.0
+      )
+    )
+
+  value, grad = jax.value_and_grad(loss)(hidden)
+  assert abs(value) < 1e-5 and jnp.abs(grad).max() < 1e-5
+
+
+def test_a_teacher_that_knows_all_but_nothing_is_finite():
+  # Of a rest that has no probability left nothing is infinite.
+  hidden, weight, *rest = _inputs()
+  sure = chunked_top_k(1000 * _teacher(), weight, 3, 5)
+  value, grad = jax.value_and_grad(
+    lambda h: jnp.sum(
+      chunked_cross_entropy(h, weight, *rest, 5, teacher=sure, distill=1.0)
+    )
+  )(1000 * hidden)
+  assert jnp.isfinite(value) and jnp.all(jnp.isfinite(grad))
+
+
+def test_the_top_tokens_are_those_of_the_whole(chunk_size):
+  hidden, weight, *_ = _inputs()
+  found = chunked_top_k(hidden, weight, 3, chunk_size)
+  log_probs = jax.nn.log_softmax(hidden @ weight.T)
+  np.testing.assert_array_equal(
+    found['ids'], jnp.argsort(-log_probs, axis=-1)[:, :3]
+  )
+  np.testing.assert_allclose(
+    found['log_probs'], -jnp.sort(-log_probs, axis=-1)[:, :3], atol=1e-6
+  )
 
 
 def test_tokens_of_weight_zero_lose_nothing_and_pull_at_nothing():
@@ -137,35 +231,50 @@ def test_the_logits_of_all_tokens_never_exist():
   assert held[chunked] < 0.05 * held[plain]
 
 
-def test_on_a_mesh_the_loss_is_the_plain_loss_and_gathers_no_vocabulary():
+@pytest.mark.parametrize('tops', [0, None, 8])
+def test_on_a_mesh_the_loss_is_the_plain_loss_and_gathers_no_vocabulary(tops):
   mesh = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
   n, d, v, chunk_size = 64, 16, 4096, 16
 
-  def loss(hidden, *rest):
-    losses = chunked_cross_entropy(hidden, *rest, chunk_size, mesh=mesh)
+  def loss(hidden, weight, targets, token_weights, teacher, *, mesh=mesh):
+    losses = chunked_cross_entropy(
+      hidden,
+      weight,
+      targets,
+      token_weights,
+      chunk_size,
+      mesh=mesh,
+      teacher=teacher,
+      distill=0.5,
+    )
     return jnp.sum(losses), losses
 
   step = jax.jit(jax.value_and_grad(loss, has_aux=True))
-  axes = (('batch', 'head_dim'), ('vocab', 'embed'), ('batch',), ('batch',))
-  places = [sharding(mesh, names) for names in axes]
-  text = step.lower(*_shapes(n, d, v, places)).compile().as_text()
+  rng = np.random.default_rng(0)
+  hidden, taught = rng.normal(size=(2, n, d)).astype(np.float32)
+  weight = rng.normal(size=(v, d)).astype(np.float32)
+  targets = rng.integers(0, v, n).astype(np.int32)
+  teacher = {} if tops == 0 else {'hidden': taught}
+  if tops:
+    teacher = chunked_top_k(taught, weight, tops, chunk_size)
+  inputs = (hidden, weight, targets, np.ones(n, np.float32), teacher)
+  rows, vocabulary = (
+    sharding(mesh, ('batch',)),
+    sharding(mesh, ('vocab', 'embed')),
+  )
+  places = (rows, vocabulary, rows, rows, rows)
+  inputs = tuple(map(jax.device_put, inputs, places))
+  text = step.lower(*inputs).compile().as_text()
   gathered = re.findall(r'= \w+\[([\d,]*)\]\S* all-gather', text)
   assert gathered
   for shape in gathered:
     # At most a chunk's hidden states.
     assert np.prod([int(x) for x in shape.split(',')]) <= chunk_size * d
 
-  rng = np.random.default_rng(0)
-  inputs = (
-    rng.normal(size=(n, d)).astype(np.float32),
-    rng.normal(size=(v, d)).astype(np.float32),
-    rng.integers(0, v, n).astype(np.int32),
-    np.ones(n, np.float32),
-  )
-  (_, losses), grad = step(*jax.device_put(inputs, tuple(places)))
-  one = functools.partial(chunked_cross_entropy, chunk_size=chunk_size)
-  np.testing.assert_allclose(losses, one(*inputs), rtol=1e-5)
-  want = jax.grad(lambda h: jnp.sum(one(h, *inputs[1:])))(inputs[0])
+  (_, losses), grad = step(*inputs)
+  one = jax.value_and_grad(functools.partial(loss, mesh=None), has_aux=True)
+  (_, expected), want = one(*jax.device_get(inputs))
+  np.testing.assert_allclose(losses, expected, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(grad, want, rtol=0, atol=1e-5)
 
 

@@ -76,12 +76,47 @@ def test_scores_decide_what_each_layer_keeps_when_all_go_at_once(
   assert abs(left) <= 2 * 3 * 64
 
 
+def losses_of(workdir, *settings):
+  arguments = [
+    *('--config=configs/tiny.py', f'--workdir={workdir}'),
+    *('--config.train.steps=8', '--config.prune.every=3'),
+    *('--config.train.log_every=1', '--config.lora.dropout=0.0'),
+    *('--config.mesh.data=2', '--config.mesh.fsdp=2', '--config.mesh.tensor=2'),
+    *(f'--config.{setting}' for setting in settings),
+  ]
+  assert main(['train', *arguments]) == 0
+  return np.array([record['loss'] for record in metrics(workdir)])
+
+
+def test_the_dense_self_teaches_in_the_step_or_from_memory(tmp_path):
+  plain = losses_of(tmp_path / 'plain')
+  whole = losses_of(tmp_path / 'whole', 'train.distill=0.25')
+  # Untrained and unmasked, the model is its teacher.
+  assert whole[0] == pytest.approx(0.75 * plain[0], abs=1e-5)
+  # Of 256 tokens 255, and one that is the rest.
+  flags = ('train.distill=0.25', 'train.distill_top_k=255')
+  top = losses_of(tmp_path / 'top', *flags)
+  np.testing.assert_allclose(top, whole, atol=2e-5)
+  assert np.abs(whole - 0.75 * plain)[-1] > 1e-4
+
+
+def test_the_teacher_is_the_dense_model_however_the_base_changes(tmp_path):
+  flags = ('train.distill=1', 'train.distill_top_k=32', 'recover.steps=3')
+  changes = ('prune.compensate=ridge', 'prune.shrink=0.3', 'prune.scope=global')
+  found = losses_of(tmp_path / 'run', *flags, *changes)
+  assert abs(found[0]) < 1e-5
+  assert len(found) == 11 and np.all(found[-4:] > 1e-4)
+  report = json.loads((tmp_path / 'run' / 'summary.json').read_text())
+  assert report['seconds'].keys() >= {'teacher', 'prune', 'recover'}
+
+
 PHASES = [
   *('--config.train.steps=9', '--config.train.log_every=1'),
   '--config.train.checkpoint_every=2',
   *('--config.prune.order=prune_then_tune', '--config.recover.steps=4'),
   *('--config.prune.calibration_steps=3', '--config.recover.data=synthetic:9'),
   '--config.prune.compensate=ridge',
+  *('--config.train.distill=0.5', '--config.train.distill_top_k=16'),
   *('--config.export.format=hf,peft', '--config.recover.learning_rate=0.003'),
 ]
 

@@ -68,6 +68,18 @@ CASES = [
   tiny_override('prune.layer_profile=1,-1'),
   tiny_override('prune.layer_profile=1,1,1,1', 'of a model with 4 layers'),
   tiny_override('prune.layer_profile=0,1,3', 'with prune.target=0.5'),
+  tiny_override('train.distill=2'),
+  tiny_override('train.distill_top_k=8', 'without train.distill'),
+  *(
+    Case(
+      f'`--config.train.distill=0.5 --config.{more}`',
+      with_argv(*train_tiny('train.distill=0.5', more)),
+    )
+    for more in (
+      *('train.distill_top_k=256', 'prune.compensate=ridge'),
+      *('prune.shrink=auto', 'prune.order=prune_then_tune', 'recover.steps=5'),
+    )
+  ),
   tiny_override('prune.scope=model'),
   Case(
     '`--config.prune.scope=global --config.prune.layer_profile=1,2`',
