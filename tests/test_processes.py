@@ -23,7 +23,6 @@ SETTINGS = {
   'train.checkpoint_every': 5,
   'prune.every': 3,
   'prune.compensate': 'ridge',
-  'prune.scope': 'global',
   'train.distill': 0.5,
   'train.distill_top_k': 8,
   'data.eval': '',
