@@ -241,16 +241,14 @@ def _divergence_of_top(ids, log_p, log_softmax, softmax):
   The gradient is q - p in the top K and (1 - r_p / r_q) q outside.
   """
   p, log_q = jnp.exp(log_p), jnp.take_along_axis(log_softmax, ids, axis=-1)
-  q = jnp.exp(log_q)
+  q, rows = jnp.exp(log_q), jnp.arange(len(ids))[:, None]
+  outside = softmax.at[rows, ids].set(0)
+  rest_q = jnp.maximum(jnp.sum(outside, axis=-1, keepdims=True), 1e-30)
   # What rounding leaves of a rest that is nothing.
-  rest_p, rest_q = (
-    jnp.maximum(1 - jnp.sum(x, axis=-1, keepdims=True), 1e-6) for x in (p, q)
-  )
+  rest_p = jnp.maximum(1 - jnp.sum(p, axis=-1, keepdims=True), 1e-6)
   distance = jnp.sum(p * (log_p - log_q), axis=-1, keepdims=True)
   distance += rest_p * (jnp.log(rest_p) - jnp.log(rest_q))
-  ratio = rest_p / rest_q
-  rows = jnp.arange(len(ids))[:, None]
-  pull = ((1 - ratio) * softmax).at[rows, ids].add(ratio * q - p)
+  pull = ((1 - rest_p / rest_q) * outside).at[rows, ids].add(q - p)
   return distance[:, 0], pull
 
 

@@ -221,7 +221,7 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
       functions.compensate.lower(
         params, state.lora, state.masks, state.masks, batches
       ),
-      shapes.beside(state.lora, state.masks, batch),
+      shapes.beside(state.lora, state.masks, texts),
     )
   ok = replicated(jax.ShapeDtypeStruct((), jnp.bool_), places)
   yield Phase(

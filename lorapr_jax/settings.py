@@ -381,6 +381,12 @@ def _check_teacher(
       f'train.distill_top_k is {train.distill_top_k}, and the model has '
       f'{sizes.vocab_size} tokens: choose fewer, such as 64'
     )
+  if train.distill == 1 and prune.order != 'joint':
+    raise UserError(
+      f'train.distill=1 with prune.order={prune.order}: while importance is '
+      'measured the model is its own teacher, and gradients are zero: use a '
+      'smaller share'
+    )
   if not train.distill or train.distill_top_k:
     return
   changes = {

@@ -6,7 +6,6 @@ come waits in the host's memory: 8 K bytes a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-import itertools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +45,10 @@ def remember_teacher(
 
   Returns:
     (phase, step) -> a batch's 'teacher': {'ids', 'log_probs'}, (M, B, T, K).
+    Each is given once.
   """
   top, known = make_top_tokens(base, settings), {}
-  for phase, following in itertools.zip_longest(phases, phases[1:]):
-    if following and saved_steps(workdir / following.checkpoints):
-      continue
+  for phase in phases:
     # The newest checkpoint may be damaged, and the one before it is used.
     first = min(saved_steps(workdir / phase.checkpoints), default=0)
     batches = device_batches(
@@ -68,7 +66,7 @@ def remember_teacher(
   def teacher(phase: Phase, step: int) -> Any:
     return jax.tree.map(
       lambda parts: parts.on(place),
-      known[phase.name, step],
+      known.pop((phase.name, step)),
       is_leaf=lambda x: isinstance(x, _Parts),
     )
 

@@ -139,6 +139,32 @@ def test_a_teacher_that_knows_all_but_nothing_is_finite():
   assert jnp.isfinite(value) and jnp.all(jnp.isfinite(grad))
 
 
+def test_a_student_that_is_sure_of_the_top_is_pulled_back():
+  # All but 1e-7 of its probability is on the teacher's top, which has 0.7.
+  logits = np.full((1, 1000), -np.log(1e10))
+  logits[0, 0] = 0.0
+  teacher = {
+    'ids': jnp.zeros((1, 1), jnp.int32),
+    'log_probs': jnp.log(jnp.full((1, 1), 0.7)),
+  }
+  inputs = (jnp.eye(1), jnp.zeros(1, jnp.int32), jnp.ones(1))
+  hidden, targets, weights = inputs
+
+  def loss(hidden, matrix):
+    losses = chunked_cross_entropy(
+      hidden, matrix, targets, weights, 1, teacher=teacher, distill=1.0
+    )
+    return losses[0]
+
+  matrix = jnp.asarray(logits.T, jnp.float32)
+  rest = 999e-10
+  value, grad = jax.value_and_grad(loss)(hidden, matrix)
+  want = 0.7 * np.log(0.7) + 0.3 * (np.log(0.3) - np.log(rest))
+  assert value == pytest.approx(want, rel=1e-4)
+  # 0.3 is pulled from the top to all others alike.
+  assert grad[0, 0] == pytest.approx(0.3 * np.log(1e10), rel=1e-4)
+
+
 def test_the_top_tokens_are_those_of_the_whole(chunk_size):
   hidden, weight, *_ = _inputs()
   found = chunked_top_k(hidden, weight, 3, chunk_size)

@@ -70,6 +70,10 @@ CASES = [
   tiny_override('prune.layer_profile=0,1,3', 'with prune.target=0.5'),
   tiny_override('train.distill=2'),
   tiny_override('train.distill_top_k=8', 'without train.distill'),
+  Case(
+    '`--config.train.distill=1 --config.prune.order=none`',
+    with_argv(*train_tiny('train.distill=1', 'prune.order=none')),
+  ),
   *(
     Case(
       f'`--config.train.distill=0.5 --config.{more}`',
