@@ -68,17 +68,16 @@ def decide(
   }
   keep = {g: [size] * len(plan.config.layers) for g, size in sizes.items()}
   left = plan.config.num_parameters - plan.pruned_config.num_parameters
-  full: set[tuple[str, int]] = set()
-  later: dict[tuple[str, int], _Removal] = {}
+  # By place, the first that no longer fits.
+  beyond: dict[tuple[str, int], _Removal] = {}
   for removal in removals:
-    if removal.place in full or removal.parameters > left:
-      full.add(removal.place)
-      later.setdefault(removal.place, removal)
+    if removal.place in beyond or removal.parameters > left:
+      beyond.setdefault(removal.place, removal)
       continue
     keep[removal.group][removal.layer] = removal.kept
     left -= removal.parameters
-  # What would go next in each place, and the one that comes nearest.
-  last = min(later.values(), key=lambda r: (r.parameters, r), default=None)
+  # The smallest of these comes nearest.
+  last = min(beyond.values(), key=lambda r: (r.parameters, r), default=None)
   if last and last.parameters < 2 * left:
     keep[last.group][last.layer] = last.kept
   return dataclasses.replace(
@@ -104,9 +103,8 @@ def _removals(
       ascending = np.sort(standardised(rows[layer]), axis=-1)
       scores = ascending.reshape(-1, choice.size).mean(axis=0)
       scores = scores[: choice.size - choice.fewest]
-      sums = np.add.reduceat(scores, starts) if len(starts) else starts
       # Rounding must not undo their order.
-      means = np.maximum.accumulate(sums / gone)
+      means = np.maximum.accumulate(np.add.reduceat(scores, starts) / gone)
       for i, (mean, members) in enumerate(zip(means, gone, strict=True)):
         yield _Removal(
           score=float(mean),
