@@ -17,7 +17,6 @@ from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.pruning.budgets import decide
 from lorapr_jax.pruning.masks import group_axes
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
-from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.shrink import (
   Kept,
   kept_groups,
@@ -229,19 +228,17 @@ def decide_budgets(plan: PruningPlan, importance: Any) -> PruningPlan:
 
 
 def first_cuts(
-  plan: PruningPlan | None,
-  schedule: PruneSchedule | None,
-  shrink: str | tuple[float, ...],
+  milestones: Milestones | None, shrink: str | tuple[float, ...]
 ) -> tuple[int, ...] | None:
   """The steps before which is cut; None while that is not known.
 
   `fastest_cuts` is to find them, or the plan is not decided.
   """
-  if schedule is None or shrink == END:
+  if milestones is None or shrink == END:
     return ()
-  if shrink == AUTO or not plan.decided:
+  if shrink == AUTO or not milestones.plan.decided:
     return None
-  return Milestones(plan, schedule).at(shrink)
+  return milestones.at(shrink)
 
 
 def fastest_cuts(

@@ -74,19 +74,20 @@ class Functions(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What a phase comes to.
+  """What a phase comes to, or had when it was cut short.
 
   Attributes:
     state: the last one.
     base: the weights, in the size of the state.
-    plan: settings.plan, decided.
-    cuts: the steps before which masked groups were cut out on the way.
+    plan: settings.plan, decided once groups have been masked.
+    cuts: the steps before which masked groups are cut out on the way; None
+      while that is not known.
   """
 
   state: steps.TrainState
   base: Base
   plan: PruningPlan | None
-  cuts: tuple[int, ...]
+  cuts: tuple[int, ...] | None
 
 
 def train_phase(
@@ -136,18 +137,19 @@ def train_phase(
   )
   resumed = resume(checkpoints, base, phase, new_state, settings, display)
   if resumed:
-    plan, cuts, state, base = resumed
+    state, base, plan, cuts = resumed
     if plan != settings.plan:
       summary.print_kept(plan, display.print)
-  else:
-    cuts = first_cuts(plan, schedule, settings.shrink)
-    if cuts:
+  milestones = Milestones(plan, schedule) if schedule else None
+  given = milestones and settings.shrink not in (END, AUTO)
+  if not resumed:
+    cuts = first_cuts(milestones, settings.shrink)
+    if given and plan.decided:
       print_cuts(cuts, display)
     state = new_state(base.step)
     if lora is not None:
       state = state.replace(lora=lora)
     state = jax.device_put(state, base.places.state)
-  milestones = Milestones(plan, schedule) if schedule else None
   first_step, total = int(state.step), total_steps(settings)
   if first_step == phase.steps:
     checkpoints.close()
@@ -232,8 +234,8 @@ def train_phase(
           plan = decide_budgets(plan, importance)
           milestones = Milestones(plan, schedule)
           summary.print_kept(plan, display.print)
-          cuts = first_cuts(plan, schedule, settings.shrink)
-          if settings.shrink not in (END, AUTO):
+          cuts = first_cuts(milestones, settings.shrink)
+          if given:
             print_cuts(cuts, display)
         masks = state.masks
         if schedule and schedule.is_pruning_step(step):
@@ -315,10 +317,7 @@ def resume(
   new_state: Callable[[steps.StepSettings], steps.TrainState],
   settings: RunSettings,
   display: Display,
-) -> (
-  tuple[PruningPlan | None, tuple[int, ...] | None, steps.TrainState, Base]
-  | None
-):
+) -> Trained | None:
   """What a phase goes on from: its newest checkpoint that can be read.
 
   Damaged ones after it are set aside.
@@ -332,8 +331,8 @@ def resume(
     display: of the run.
 
   Returns:
-    The plan and the cuts of `checkpoint.Saved`, the state, and the base as it
-    was: cut, and repaired. None if there is no checkpoint.
+    What it had come to: the base cut and repaired, the plan and the cuts as far
+    as they were decided. None if there is no checkpoint.
 
   Raises:
     checkpoint.Damaged: if there is but one, and it cannot be read.
@@ -371,4 +370,4 @@ def resume(
     for array in jax.tree.leaves(repaired_of(base.params)):
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
-  return plan, saved.cuts, state.replace(repaired=()), base
+  return Trained(state.replace(repaired=()), base, plan, saved.cuts)
