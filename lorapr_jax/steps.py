@@ -259,8 +259,8 @@ def make_lora_gradients(
   all the batch's target tokens. Under settings.distill the batch's 'teacher',
   (M, B, T, ...), is that of `token_losses`, and without one the base alone is:
   no adapters, no masks. `grads` has the structure of `lora`, clipped to
-  `clip_norm`; `metrics` has `loss` and `grad_norm` (before
-  clipping). `more` is {} or, if `needs` is
+  `clip_norm`; `metrics` has `loss` and `grad_norm` (before clipping). `more` is
+  {} or, if `needs` is
 
     'base_grads'  {'base_grads': the gradients of `projections(params)`, in
                   float32, scaled as `grads` were by the clipping}
@@ -293,8 +293,8 @@ def make_lora_gradients(
       }
       teacher = micro.get('teacher')
       if settings.distill and teacher is None:
-        whole = run_model(params, micro['tokens'], settings, **run)
-        teacher = {'hidden': jax.lax.stop_gradient(whole[0])}
+        hidden, _ = run_model(params, micro['tokens'], settings, **run)
+        teacher = {'hidden': hidden}
       losses, observed = token_losses(
         {**params, 'stacks': stacks},
         micro['tokens'],

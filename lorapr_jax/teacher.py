@@ -6,8 +6,9 @@ come waits in the host's memory: 8 K bytes a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import Array
@@ -23,7 +24,8 @@ from lorapr_jax.settings import RunSettings
 from lorapr_jax.sharding import mesh_of
 from lorapr_jax.steps import compiler_options, run_model
 
-Teacher = Callable[[Phase, int], Any]
+# (phase, step) -> what its batch is taught.
+Teacher = Callable[[Phase, int], dict[str, Array]]
 
 
 def remember_teacher(
@@ -63,11 +65,9 @@ def remember_teacher(
         known[phase.name, step] = jax.tree.map(_Parts.of, found)
   place = base.places.batch
 
-  def teacher(phase: Phase, step: int) -> Any:
+  def teacher(phase: Phase, step: int) -> dict[str, Array]:
     return jax.tree.map(
-      lambda parts: parts.on(place),
-      known.pop((phase.name, step)),
-      is_leaf=lambda x: isinstance(x, _Parts),
+      lambda parts: parts.on(place), known.pop((phase.name, step))
     )
 
   return teacher
@@ -106,7 +106,8 @@ def make_top_tokens(
   )
 
 
-class _Parts(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Parts:
   """An array on the hosts: each process has what its devices had.
 
   Attributes:

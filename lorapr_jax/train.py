@@ -131,6 +131,7 @@ def run_phases(
     )
   }
 
+  # --- Teacher: the dense model is asked while it is there.
   teacher = None
   if settings.train.distill_top_k:
     display.start('teacher')
@@ -242,8 +243,8 @@ def run_phases(
 def resolved(settings: RunSettings) -> dict[str, Any]:
   """What the config leaves open, and a resumed run must find unchanged."""
   plan = settings.plan
-  # Sizes on the way and counts that scores decide follow from these.
-  later = plan and (settings.shrink != END or not plan.decided)
+  # Sizes on the way follow from the multiples, and counts that scores decide.
+  open_sizes = plan and (settings.shrink != END or not plan.decided)
   return {
     'base_dtype': settings.base_dtype.name,
     'compute_dtype': settings.step.dtype.name,
@@ -251,5 +252,5 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
     'model': settings.step.config.to_hf(),
     # With another mesh.tensor other counts may be the nearest.
     'keep': plan.keep if plan else {},
-    'multiples': plan.multiples if later else {},
+    'multiples': plan.multiples if open_sizes else {},
   }

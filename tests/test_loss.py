@@ -57,8 +57,8 @@ def test_gradient_is_that_of_the_plain_loss(chunk_size):
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
 
 
-def _teacher(n=N, d=D):
-  return jnp.asarray(np.random.default_rng(1).normal(size=(n, d)), jnp.float32)
+def _teacher():
+  return jnp.asarray(np.random.default_rng(1).normal(size=(N, D)), jnp.float32)
 
 
 def _mixed(hidden, teacher, distill, tops=None):
@@ -147,8 +147,7 @@ def test_a_student_that_is_sure_of_the_top_is_pulled_back():
     'ids': jnp.zeros((1, 1), jnp.int32),
     'log_probs': jnp.log(jnp.full((1, 1), 0.7)),
   }
-  inputs = (jnp.eye(1), jnp.zeros(1, jnp.int32), jnp.ones(1))
-  hidden, targets, weights = inputs
+  hidden, targets, weights = jnp.eye(1), jnp.zeros(1, jnp.int32), jnp.ones(1)
 
   def loss(hidden, matrix):
     losses = chunked_cross_entropy(
@@ -225,13 +224,13 @@ def test_bf16_hidden_states_give_a_float32_loss_and_bf16_gradients():
   )
 
 
-def _shapes(n, d, v, places=(None,) * 4):
+def _shapes(n, d, v):
   """Abstract inputs: hidden, weight, targets, token_weights."""
   shapes = ((n, d), (v, d), (n,), (n,))
   dtypes = (jnp.float32, jnp.float32, jnp.int32, jnp.float32)
   return [
-    jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-    for shape, dtype, place in zip(shapes, dtypes, places, strict=True)
+    jax.ShapeDtypeStruct(shape, dtype)
+    for shape, dtype in zip(shapes, dtypes, strict=True)
   ]
 
 
