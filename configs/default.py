@@ -26,7 +26,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.compute_dtype = 'auto'
   # Of the operands of the training step's products with weights, whose sums are
   # float32: float32, bfloat16, or auto: compute_dtype, but bfloat16 on a CPU
-  # with matrix instructions for it (AMX). Evaluation has compute_dtype.
+  # with instructions for it (AVX512-BF16, AMX). Evaluation has compute_dtype.
   config.model.matmul_dtype = 'auto'
   # How attention is computed: xla, cudnn (GPU), splash (TPU), or auto: the
   # kernel that fits device, dtype and sizes, else xla.
