@@ -27,6 +27,8 @@ import sys
 from typing import Any
 
 from benchmarks.results_page import (
+  ADDITIONS,
+  EVERYTHING,
   NEWS,
   SEQ_LEN,
   WINDOWS,
@@ -60,13 +62,13 @@ ROWS = (
     for order in ORDERS[1:]
     for criterion in ('lora', 'gradient')
   ),
-  *(Row(20, 'joint', c) for c in ('lora', 'gradient', 'magnitude')),
+  Row(20, 'joint', 'lora', (0, 1, 2)),
+  *(Row(20, 'joint', criterion) for criterion in ('gradient', 'magnitude')),
+  *(Row(p, 'joint', 'lora', (0, 1, 2), EVERYTHING) for p in TARGETS),
   *(
-    Row(50, 'joint', 'lora', (0, 1, 2), added)
-    for added in (('compensation',), ('compensation', 'recovery'))
+    Row(percent, 'joint', 'lora', (0, 1), added)
+    for percent, added in itertools.product(TARGETS, ADDITIONS)
   ),
-  Row(50, 'joint', 'lora', added=('recovery',)),
-  Row(20, 'joint', 'lora', added=('compensation', 'recovery')),
 )
 FULL = tuple(
   Row(percent, order, criterion, (0, 1, 2))
@@ -110,10 +112,14 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
     'prune.heads_target': heads,
     'prune.channels_target': channels,
     'report.prompts': '()',
-    **row.settings,
   }
+  config = 'configs/smollm2_135m.py'
+  if row.added != EVERYTHING:
+    config = 'configs/paper.py:smollm2_135m'
+    # As often as the reference was run.
+    settings |= {'prune.every': 5, **ADDITIONS.get(row.added, {})}
   return [
-    '--config=configs/smollm2_135m.py',
+    f'--config={config}',
     *(f'--config.{key}={value}' for key, value in settings.items()),
   ]
 

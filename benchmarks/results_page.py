@@ -18,17 +18,16 @@ COLORS = dict(
   )
 )
 MARKERS = dict(zip(ORDERS, 'osx', strict=True))
-# What may be added to a row, and the settings that are its own.
+# What may be added to the paper's method, one at a time, and its settings.
 ADDITIONS: dict[str, dict[str, Any]] = {
   'compensation': {'prune.compensate': 'ridge'},
+  'global': {'prune.scope': 'global'},
+  'distillation': {'train.distill': 0.5, 'train.distill_top_k': 64},
   'recovery': {'train.steps': 60, 'recover.steps': 40},
 }
-FILLS = {
-  (): 'full',
-  ('compensation',): 'bottom',
-  ('recovery',): 'top',
-  ('compensation', 'recovery'): 'none',
-}
+# The demo's config as it is, which has what is best together.
+EVERYTHING = 'everything'
+ADDED = dict(zip((*ADDITIONS, EVERYTHING), '^v<>*', strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,25 +39,19 @@ class Row:
     order: prune.order.
     criterion: prune.criterion.
     seeds: train.seed of each run.
-    added: keys of ADDITIONS.
+    added: a key of ADDITIONS, or EVERYTHING; nothing is the paper's method.
   """
 
   percent: int
   order: str
   criterion: str
   seeds: tuple[int, ...] = (0,)
-  added: tuple[str, ...] = ()
-
-  @property
-  def settings(self) -> dict[str, Any]:
-    """Of what is added."""
-    found = (ADDITIONS[name] for name in self.added)
-    return {key: value for more in found for key, value in more.items()}
+  added: str = ''
 
   @property
   def method(self) -> str:
     """The criterion, and what is added."""
-    return ' + '.join((self.criterion, *self.added))
+    return ' + '.join(filter(None, (self.criterion, self.added)))
 
   @property
   def is_plain(self) -> bool:
@@ -67,7 +60,7 @@ class Row:
 
   def name(self, seed: int) -> str:
     """Of a run's workdir."""
-    method = '+'.join((self.criterion, *self.added))
+    method = self.method.replace(' ', '')
     return f'{self.order}-{method}-{self.percent}-seed{seed}'
 
 
@@ -192,9 +185,8 @@ def draw(dense: dict[str, float], results: Results) -> Figure:
       [kept],
       [mean],
       yerr=errors if len(values) > 1 else None,
-      fmt=MARKERS[row.order],
+      fmt=ADDED.get(row.added, MARKERS[row.order]),
       color=COLORS[row.criterion],
-      fillstyle=FILLS[row.added],
       capsize=3,
       label=f'{row.method}, {row.order}',
     )

@@ -7,7 +7,10 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The defaults are the paper's where it has one (docs/method.md)."""
+  """The paper's where it has one, but for lora_gradient and compensate.
+
+  configs/paper.py has those too (docs/method.md).
+  """
   config = config_dict.ConfigDict()
 
   config.model = config_dict.ConfigDict()
@@ -147,7 +150,7 @@ def get_config() -> config_dict.ConfigDict:
   # Whether, each time groups are masked, what survives in o_proj and down_proj
   # makes up for them: ridge (closed form, from the inputs of the newest
   # batches) or none (LoRAPrune).
-  config.prune.compensate = 'none'
+  config.prune.compensate = 'ridge'
   # The ridge, in units of the projection's mean squared input.
   config.prune.compensate_damping = 0.2
   # The newest batches whose tokens are the inputs.
@@ -174,8 +177,10 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.score = 'abs'
   # Whether each projection's group vector is divided by its L2 norm.
   config.prune.norm = True
-  # Whether the guided gradient subtracts gA gB.
-  config.prune.cross_term = True
+  # What criterion lora takes for a weight's gradient: full, the paper's A gB +
+  # gA B - gA gB; first_order, without gA gB; or own, A gB where the groups are
+  # outputs, gA B where they are inputs (docs/method.md).
+  config.prune.lora_gradient = 'own'
   # Of the moving average over steps.
   config.prune.decay = 0.9
 

@@ -10,7 +10,14 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from lorapr_jax.models.axes import PROJECTIONS, ProjectionLetters
 from lorapr_jax.models.quantization import dequantized
+
+# Which terms of A gB + gA B - gA gB are taken for the gradient of A B.
+OUTPUTS, INPUTS = 'outputs', 'inputs'  # A gB alone; gA B alone.
+FIRST_ORDER, FULL = 'first_order', 'full'  # Without the last; all.
+# By a projection: OUTPUTS where its groups are outputs, else INPUTS.
+OWN = 'own'
 
 
 def lora_product(a: Array, b: Array, *, fused: bool = False) -> Array:
@@ -28,13 +35,21 @@ def lora_product(a: Array, b: Array, *, fused: bool = False) -> Array:
   return sum(columns[..., i] * b[i] for i in range(b.shape[0]))
 
 
+def terms_of(lora_gradient: str, part: str, name: str) -> str:
+  """OWN as what it is for a projection; the others are themselves."""
+  if lora_gradient != OWN:
+    return lora_gradient
+  letters = ProjectionLetters.of(PROJECTIONS[part][name])
+  return OUTPUTS if letters.inputs == 'D' else INPUTS
+
+
 def lora_guided_gradient(
   a: Array,
   b: Array,
   grad_a: Array,
   grad_b: Array,
   *,
-  cross_term: bool = True,
+  terms: str = FULL,
   fused: bool = False,
 ) -> Array:
   """The gradient of A B, estimated from those of A and B.
@@ -42,15 +57,21 @@ def lora_guided_gradient(
   A gB + gA B - gA gB (arXiv 2305.18403, eqs. 8-10), that is the step that A B
   takes when A and B take a gradient step of size one:
   A B - (A - gA)(B - gB). As one product of rank 2r, so that no second dense
-  array is made.
+  array is made. Or only some of its terms: with the true gradient G, gB is
+  s A^T G and gA is s G B^T, so that A gB mixes the rows of G at random and
+  keeps its columns apart, and gA B mixes its columns and keeps its rows.
 
   Args:
     a, grad_a: (inputs..., r).
     b, grad_b: (r, outputs...).
-    cross_term: whether gA gB, of second order, is subtracted.
+    terms: OUTPUTS, INPUTS, FIRST_ORDER or FULL.
     fused: see `lora_product`.
   """
-  right = b - grad_b if cross_term else b
+  if terms == OUTPUTS:
+    return lora_product(a, grad_b, fused=fused)
+  if terms == INPUTS:
+    return lora_product(grad_a, b, fused=fused)
+  right = b - grad_b if terms == FULL else b
   return lora_product(
     jnp.concatenate([a, grad_a], axis=-1),
     jnp.concatenate([grad_b, right], axis=0),

@@ -170,7 +170,7 @@ def split_config(
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,
-    cross_term=prune.cross_term,
+    lora_gradient=prune.lora_gradient,
     norm=prune.norm,
     decay=prune.decay,
   )

@@ -407,7 +407,7 @@ def make_update_importance(
       axes,
       scale=settings.lora.scale,
       square=criterion.score == 'square',
-      cross_term=criterion.cross_term,
+      lora_gradient=criterion.lora_gradient,
       mesh=mesh_of(out_sharding),
     )
     return jax.vmap(average)((old, sums, masks))

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.lora import lora_guided_gradient, lora_product, merge_lora
+from lorapr_jax.lora import (
+  lora_guided_gradient,
+  lora_product,
+  merge_lora,
+  terms_of,
+)
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 
@@ -68,9 +73,26 @@ def test_without_the_cross_term_it_is_the_first_order(inputs, outputs, fused):
   want = _product(a, grad_b) + _product(grad_a, b)
   assert np.abs(_product(grad_a, grad_b)).max() > 0.1
   got = lora_guided_gradient(
-    *map(jnp.asarray, factors), cross_term=False, fused=fused
+    *map(jnp.asarray, factors), terms='first_order', fused=fused
   )
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
+
+
+@FUSED
+def test_own_terms_keep_what_is_a_groups_apart(fused):
+  """Of a gradient in one row (column), gA B (A gB) is zero elsewhere."""
+  rng = np.random.default_rng(0)
+  a, b = rng.normal(size=(6, 2)), rng.normal(size=(2, 5))
+  for axis, name in ((0, 'down_proj'), (1, 'up_proj')):
+    gradient = np.zeros((6, 5))
+    gradient[(3, slice(None)) if axis == 0 else (slice(None), 3)] = 1.0
+    got = lora_guided_gradient(
+      *map(jnp.asarray, (a, b, gradient @ b.T, a.T @ gradient)),
+      terms=terms_of('own', 'mlp', name),
+      fused=fused,
+    )
+    alone = np.flatnonzero(np.abs(got).sum(1 - axis) > 1e-6)
+    assert alone.tolist() == [3]
 
 
 @functools.partial(jax.jit, static_argnames='lora_config')

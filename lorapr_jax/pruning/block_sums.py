@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
+from lorapr_jax.lora import FULL, INPUTS, OUTPUTS, terms_of
 from lorapr_jax.sharding import compute_capability, sharding
 
 # Rows and columns of a tile.
@@ -45,7 +46,7 @@ def block_sums(
   *,
   scale: float,
   square: bool,
-  cross_term: bool,
+  lora_gradient: str,
   mesh: Mesh | None = None,
   interpret: bool = False,
 ) -> dict[str, dict[str, dict[str, Array]]]:
@@ -58,7 +59,7 @@ def block_sums(
     axes: the axis names of one layer's: {'params': ..., 'lora': ...}.
     scale: s = alpha / r.
     square: the terms' squares are summed; else their absolute values.
-    cross_term: whether the guided gradient subtracts gA gB (eq. 10).
+    lora_gradient: as of `importance.Criterion`.
     mesh: that the arrays lie on; None: one device.
     interpret: whether the kernel is interpreted, which any backend can.
 
@@ -75,7 +76,7 @@ def block_sums(
         over_inputs=names[0] == 'embed',
         scale=scale,
         square=square,
-        cross_term=cross_term,
+        terms=terms_of(lora_gradient, part, name),
         interpret=interpret,
       )
       if mesh is not None:
@@ -168,7 +169,7 @@ def _kernel(
   over_inputs: bool,
   scale: float,
   square: bool,
-  cross_term: bool,
+  terms: str,
 ) -> None:
   """The sums of one tile, of arrays in the GPU's memory.
 
@@ -195,9 +196,15 @@ def _kernel(
   product = gradient = jnp.zeros((TILE, TILE), jnp.float32)
   for k in range(a.shape[2]):
     own_a, own_b = column_of(a, k), row_of(b, k)
-    step_a, step_b = column_of(grad_a, k), row_of(grad_b, k)
     product += own_a * own_b
-    right = own_b - step_b if cross_term else own_b
+    if terms == OUTPUTS:
+      gradient += own_a * row_of(grad_b, k)
+      continue
+    if terms == INPUTS:
+      gradient += column_of(grad_a, k) * own_b
+      continue
+    step_a, step_b = column_of(grad_a, k), row_of(grad_b, k)
+    right = own_b - step_b if terms == FULL else own_b
     gradient += own_a * step_b + step_a * right
   place = weight.at[layer, rows, columns]
   frozen = triton.load(place, mask=in_rows & in_columns, other=0.0)

@@ -13,7 +13,14 @@ from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.lora import lora_guided_gradient, lora_product
+from lorapr_jax.lora import (
+  FIRST_ORDER,
+  FULL,
+  OWN,
+  lora_guided_gradient,
+  lora_product,
+  terms_of,
+)
 from lorapr_jax.pruning.masks import carries, group_axes
 
 
@@ -46,7 +53,8 @@ class Criterion:
   Attributes:
     name: a key of CRITERIA.
     score: 'abs' or 'square' of the first-order term (eq. 3 squares it).
-    cross_term: whether the guided gradient subtracts gA gB (eq. 10).
+    lora_gradient: the terms of the guided gradient: FULL (eq. 10),
+      FIRST_ORDER or OWN; see lora.py.
     norm: whether each projection's group vector is divided by its L2 norm
       before projections are added.
     decay: of the moving average over steps (eq. 11).
@@ -54,7 +62,7 @@ class Criterion:
 
   name: str = 'lora'
   score: str = 'abs'
-  cross_term: bool = True
+  lora_gradient: str = OWN
   norm: bool = True
   decay: float = 0.9
 
@@ -65,6 +73,12 @@ class Criterion:
       )
     if self.score not in ('abs', 'square'):
       raise UserError(f'prune.score is {self.score!r}: choose from abs, square')
+    choices = (OWN, FULL, FIRST_ORDER)
+    if self.lora_gradient not in choices:
+      raise UserError(
+        f'prune.lora_gradient is {self.lora_gradient!r}: choose from '
+        + ', '.join(choices)
+      )
     if not 0.0 <= self.decay < 1.0:
       raise UserError(f'prune.decay is {self.decay}: it must be in [0, 1)')
 
@@ -111,7 +125,7 @@ def _lora(signals, part, name, options):
     adapter['b'],
     grads['a'],
     grads['b'],
-    cross_term=options.criterion.cross_term,
+    terms=terms_of(options.criterion.lora_gradient, part, name),
     fused=options.fused,
   )
   return gradient * _effective_weight(signals, part, name, options)

@@ -8,18 +8,20 @@ belongs to KV head n // G. Nothing here knows of axis names.
 import numpy as np
 
 
-def guided_gradient(a, b, grad_a, grad_b, *, cross_term):
-  """Step 4: dL/d(AB) ~ A gB + gA B - gA gB."""
+def guided_gradient(a, b, grad_a, grad_b, *, lora_gradient, inputs):
+  """Step 4: dL/d(AB) ~ A gB + gA B - gA gB, or one of its terms."""
+  if lora_gradient == 'own':
+    return grad_a @ b if inputs else a @ grad_b
   estimate = a @ grad_b + grad_a @ b
-  return estimate - grad_a @ grad_b if cross_term else estimate
+  return estimate - grad_a @ grad_b if lora_gradient == 'full' else estimate
 
 
-def element_scores(w, a, b, grad_a, grad_b, *, s, score, cross_term):
+def element_scores(w, a, b, grad_a, grad_b, *, s, score, **gradient):
   """Step 3: [dL/d(BA)_ij ((BA)_ij + W_ij)]^2, or the absolute value.
 
   Section 3, row 3: s is in the weight's term, not in the gradient's.
   """
-  gradient = guided_gradient(a, b, grad_a, grad_b, cross_term=cross_term)
+  gradient = guided_gradient(a, b, grad_a, grad_b, **gradient)
   term = gradient * (w + s * (a @ b))
   return np.abs(term) if score == 'abs' else term**2
 

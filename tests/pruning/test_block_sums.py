@@ -59,7 +59,7 @@ def _sums(trees, criterion, **options):
     block_axes(LORA),
     scale=LORA.scale,
     square=criterion.score == 'square',
-    cross_term=criterion.cross_term,
+    lora_gradient=criterion.lora_gradient,
     interpret=True,
     **options,
   )
@@ -98,8 +98,12 @@ def _assert_sums(sums, trees, criterion):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize(
   'criterion',
-  [Criterion(), Criterion(score='square'), Criterion(cross_term=False)],
-  ids=['abs', 'square', 'first_order'],
+  [
+    Criterion(),
+    Criterion(score='square', lora_gradient='full'),
+    Criterion(lora_gradient='first_order'),
+  ],
+  ids=['own', 'full_square', 'first_order'],
 )
 def test_the_sums_are_those_of_the_scores(config, dtype, criterion):
   trees = _trees(config, dtype)

@@ -80,7 +80,8 @@ def reference_scores(params, lora, grads, criterion, lora_config):
         matrix(grad['b'], 1),
         s=lora_config.alpha / lora_config.rank,
         score=criterion.score,
-        cross_term=criterion.cross_term,
+        lora_gradient=criterion.lora_gradient,
+        inputs=name in ('o_proj', 'down_proj'),
       )
   return scores
 
@@ -117,9 +118,9 @@ def mask_one(mask, step):
 
 
 OPTIONS = [
-  Criterion(score=score, norm=norm, cross_term=cross_term)
-  for score, norm, cross_term in itertools.product(
-    ('abs', 'square'), (True, False), (True, False)
+  Criterion(score=score, norm=norm, lora_gradient=terms)
+  for score, norm, terms in itertools.product(
+    ('abs', 'square'), (True, False), ('own', 'full', 'first_order')
   )
 ]
 
@@ -375,6 +376,10 @@ def test_what_is_not_finite_keeps_the_old_average(bad):
   [
     ({'name': 'taylor'}, "prune.criterion is 'taylor'.*lora, gradient"),
     ({'score': 'cube'}, "prune.score is 'cube'.*abs, square"),
+    (
+      {'lora_gradient': 'half'},
+      "prune.lora_gradient is 'half'.*own, full, first_order",
+    ),
     ({'decay': 1.0}, 'prune.decay is 1.0'),
     ({'decay': -0.1}, 'prune.decay is -0.1'),
   ],
