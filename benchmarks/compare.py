@@ -35,6 +35,7 @@ from benchmarks.results_page import (
   Row,
   collect,
   draw,
+  draw_best,
   page,
 )
 import lorapr_jax as lp
@@ -48,7 +49,7 @@ from lorapr_jax.settings import ORDERS
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'results.md'
 RECORD = PAGE.with_suffix('.json')
-FIGURE = ROOT / 'docs' / 'figures' / 'compare.svg'
+FIGURES = ROOT / 'docs' / 'figures'
 MIN_CHARACTERS, HELD_OUT = 500, 60
 # What the reference prunes of 9 heads and 1536 channels at 20% and at 50%.
 TARGETS = {20: (1 / 9, 284 / 1536), 50: (4 / 9, 768 / 1536)}
@@ -201,13 +202,16 @@ def merged(known: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
 def publish(
   record: Mapping[str, Any], rows: Sequence[Row], command: str
 ) -> None:
-  """Writes the record, and the page and the figure of its runs."""
+  """Writes the record, and the page and the figures of its runs."""
   write_json(RECORD, record)
   dense, results, missing = collect(record, rows)
   write_text(PAGE, page(dense, results, record['texts'], missing, command))
-  draw(dense, results).savefig(
-    FIGURE, facecolor='white', metadata={'Date': None, 'Creator': None}
-  )
+  for name, make in (('compare', draw), ('best', draw_best)):
+    make(dense, results).savefig(
+      FIGURES / f'{name}.svg',
+      facecolor='white',
+      metadata={'Date': None, 'Creator': None},
+    )
 
 
 def command(args: argparse.Namespace, texts: Mapping[str, Any]) -> str:

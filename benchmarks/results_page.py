@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import operator
 import statistics
 from typing import Any
 
@@ -20,6 +21,7 @@ COLORS = dict(
 MARKERS = dict(zip(ORDERS, 'osx', strict=True))
 # What may be added to the paper's method, one at a time, and its settings.
 ADDITIONS: dict[str, dict[str, Any]] = {
+  'own': {'prune.lora_gradient': 'own'},
   'compensation': {'prune.compensate': 'ridge'},
   'global': {'prune.scope': 'global'},
   'distillation': {'train.distill': 0.5, 'train.distill_top_k': 64},
@@ -27,7 +29,7 @@ ADDITIONS: dict[str, dict[str, Any]] = {
 }
 # The demo's config as it is, which has what is best together.
 EVERYTHING = 'everything'
-ADDED = dict(zip((*ADDITIONS, EVERYTHING), '^v<>*', strict=True))
+ADDED = dict(zip((*ADDITIONS, EVERYTHING), 'pdv<>*', strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Row:
   def is_plain(self) -> bool:
     """Whether it is what the others are compared with: LoRAPrune."""
     return (self.order, self.method) == ('joint', 'lora')
+
+  @property
+  def is_best(self) -> bool:
+    """Whether it is the demo's config as it is."""
+    return self.added == EVERYTHING
 
   def name(self, seed: int) -> str:
     """Of a run's workdir."""
@@ -209,6 +216,44 @@ def draw(dense: dict[str, float], results: Results) -> Figure:
   return figure
 
 
+def draw_best(dense: dict[str, float], results: Results) -> Figure:
+  """The paper's method and everything: what the README shows.
+
+  Means over seeds, and their ranges, on held-out news against the parameters
+  kept; both lines go on to the dense model.
+  """
+  figure = Figure(figsize=(6, 3.2))
+  axes = figure.add_subplot()
+  for label, color, is_chosen in (
+    ('LoRAPrune', '#888', operator.attrgetter('is_plain')),
+    ('lorapr_jax', '#2a6fbb', operator.attrgetter('is_best')),
+  ):
+    points = [
+      (runs[0]['kept'], [run['perplexity'][NEWS] for run in runs])
+      for row, runs in results.items()
+      if is_chosen(row)
+    ]
+    points = sorted([*points, (1.0, [dense[NEWS]])])
+    means = [statistics.mean(values) for _, values in points]
+    below = [m - min(v) for m, (_, v) in zip(means, points, strict=True)]
+    above = [max(v) - m for m, (_, v) in zip(means, points, strict=True)]
+    axes.errorbar(
+      [kept for kept, _ in points],
+      means,
+      yerr=[below, above],
+      fmt='o-',
+      color=color,
+      capsize=3,
+      label=label,
+    )
+  axes.legend(frameon=False)
+  axes.set(xlabel='share of parameters kept', ylabel=f'perplexity, {NEWS}')
+  axes.xaxis.set_major_formatter('{x:.0%}')
+  axes.spines[['top', 'right']].set_visible(False)
+  figure.tight_layout()
+  return figure
+
+
 def page(
   dense: dict[str, float],
   results: Results,
@@ -244,9 +289,17 @@ first tenth of the layers and the last one are left whole. Of the others, "50%"
 removes 4 of 9 heads and 768 of 1,536 channels, "20%" removes 1 and 284: the
 counts of the reference implementation. `joint` prunes while LoRA trains,
 `prune_then_tune` prunes after 10 steps that only measure and trains LoRA for
-the other 90, `none` prunes after those 10. `compensation` is
-`prune.compensate=ridge` with the damping and the batches that are its defaults;
-`recovery` prunes in the first 60 steps and gives the other 40 to what is left.
+the other 90, `none` prunes after those 10. All that is the paper's method
+(`configs/paper.py:smollm2_135m`), and so is a row without a `+`. What one adds,
+with its own defaults:
+
+- `own`: `prune.lora_gradient=own`
+- `compensation`: `prune.compensate=ridge`
+- `global`: `prune.scope=global`
+- `distillation`: `train.distill=0.5`, from the dense model's 64 likeliest tokens
+- `recovery`: pruned in the first 60 steps, the other 40 go to what is left
+- `everything`: `configs/smollm2_135m.py`, the demo's config, as it is
+
 Perplexity at {SEQ_LEN} tokens, the first {WINDOWS} windows: {specs}.
 A range in brackets is that of the seeds; a row without one is a single run.
 

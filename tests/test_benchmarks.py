@@ -66,7 +66,7 @@ def compare():
 
 def test_the_comparison_has_the_runs_that_it_should(compare):
   runs = [(row, seed) for row in compare.ROWS for seed in row.seeds]
-  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 22
+  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 42
   assert sum(len(row.seeds) for row in compare.FULL) == 90
   for row, seed in runs:
     flags = compare.arguments(row, seed, 'MODEL', 'TRAIN')
@@ -75,6 +75,11 @@ def test_the_comparison_has_the_runs_that_it_should(compare):
     assert steps * config.train.batch_size == 800
     assert config.train.seq_len == 128 and config.train.seed == seed
     assert config.prune.criterion in CRITERIA
+    # The paper's own way, but in the rows that are what is best.
+    terms = 'own' if row.added in ('own', 'everything') else 'full'
+    assert config.prune.lora_gradient == terms
+    ridge = row.added in ('everything', 'compensation')
+    assert config.prune.compensate == ('ridge' if ridge else 'none')
     assert config.prune.order in ORDERS
     targets = config.prune.heads_target, config.prune.channels_target
     removed = {20: (1, 284), 50: (4, 768)}[row.percent]
@@ -126,6 +131,13 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
   assert '\nPYTHONPATH=. python compare.py\n' in page
   assert '| 0% | dense |  |  | 100% | 40.0 |' in page
   assert '2026-11-26; jax 0.10.2.' in page
+  # From the dense model to each share of groups that was run.
+  best = compare.draw_best(dense, results).axes[0]
+  shown = dict(zip(*best.get_legend_handles_labels()[::-1], strict=True))
+  assert list(shown) == ['LoRAPrune', 'lorapr_jax']
+  line = shown['LoRAPrune'].lines[0]
+  assert line.get_xdata().tolist() == [0.6, 1.0]
+  assert line.get_ydata().tolist() == [100.0, 40.0]
   # One legend entry and one mark for each row, and the dense model's.
   axes = compare.draw(dense, results).axes[0]
   assert len(axes.get_legend_handles_labels()[1]) == 7
@@ -133,7 +145,7 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
 
 def test_the_comparison_says_what_it_has_not_run(compare):
   dense, results, missing = compare.collect(RECORD, compare.ROWS)
-  assert len(missing) == 22 - 7
+  assert len(missing) == 42 - 7
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
@@ -142,7 +154,7 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   # A run that is not measured on every text is missing too.
   record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
   more = compare.collect(record, compare.ROWS)
-  assert not more[1] and len(more[2]) == 22
+  assert not more[1] and len(more[2]) == 42
 
 
 def test_another_text_needs_another_name(compare, tmp_path):

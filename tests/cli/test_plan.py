@@ -42,7 +42,7 @@ def test_every_phase_of_both_criteria_is_compiled(capsys):
   mesh = {'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
   assert report['mesh'] == mesh
   found = by_phase(report)
-  phases = ('step', 'importance', 'optimiser', 'evaluation')
+  phases = ('step', 'importance', 'compensation', 'optimiser', 'evaluation')
   assert set(found) == {(c, p) for c in ('lora', 'gradient') for p in phases}
   for phase in found.values():
     own = phase['compiled']
@@ -179,7 +179,8 @@ def test_the_compiler_that_is_missing_is_named(capsys):
 
 
 def test_compensation_is_a_phase_where_it_is_asked_for(capsys):
-  report = plan(capsys, '--config.prune.compensate=ridge')
-  found = by_phase(report)['lora', 'compensation']['compiled']
+  found = by_phase(plan(capsys))['lora', 'compensation']['compiled']
   # What is repaired takes the place of what was.
   assert found['outputs'] < 1000 < found['temporaries']
+  without = by_phase(plan(capsys, '--config.prune.compensate=none'))
+  assert ('lora', 'compensation') not in without
