@@ -296,7 +296,7 @@ with its own defaults:
 - `own`: `prune.lora_gradient=own`
 - `compensation`: `prune.compensate=ridge`
 - `global`: `prune.scope=global`
-- `distillation`: `train.distill=0.5`, from the dense model's 64 likeliest tokens
+- `distillation`: `train.distill=0.5`, of the dense model's 64 likeliest tokens
 - `recovery`: pruned in the first 60 steps, the other 40 go to what is left
 - `everything`: `configs/smollm2_135m.py`, the demo's config, as it is
 
