@@ -28,9 +28,9 @@ from typing import Any
 
 from benchmarks.results_page import (
   ADDITIONS,
-  EVERYTHING,
   NEWS,
   SEQ_LEN,
+  TOGETHER,
   WINDOWS,
   Row,
   collect,
@@ -65,7 +65,9 @@ ROWS = (
   ),
   Row(20, 'joint', 'lora', (0, 1, 2)),
   *(Row(20, 'joint', criterion) for criterion in ('gradient', 'magnitude')),
-  *(Row(p, 'joint', 'lora', (0, 1, 2), EVERYTHING) for p in TARGETS),
+  Row(50, 'joint', 'lora', (0, 1, 2), 'everything'),
+  Row(50, 'joint', 'lora', (0, 1, 2), 'everything, 12 batches'),
+  Row(20, 'joint', 'lora', (0, 1, 2), 'everything'),
   *(
     Row(percent, 'joint', 'lora', (0, 1), added)
     for percent, added in itertools.product(TARGETS, ADDITIONS)
@@ -115,10 +117,11 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
     'report.prompts': '()',
   }
   config = 'configs/smollm2_135m.py'
-  if row.added != EVERYTHING:
+  if row.added in TOGETHER:
+    settings |= TOGETHER[row.added]
+  else:
     config = 'configs/paper.py:smollm2_135m'
-    # As often as the reference was run.
-    settings |= {'prune.every': 5, **ADDITIONS.get(row.added, {})}
+    settings |= ADDITIONS.get(row.added, {})
   return [
     f'--config={config}',
     *(f'--config.{key}={value}' for key, value in settings.items()),

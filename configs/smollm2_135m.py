@@ -31,6 +31,8 @@ def get_config() -> config_dict.ConfigDict:
   config.train.micro_batch_size = 8
   config.train.seq_len = 128
   config.train.learning_rate = 1e-3
+  config.train.distill = 0.5
+  config.train.distill_top_k = 64
   config.train.log_every = 2
   config.train.checkpoint_every = 30
   # Whole KV heads are coarse here: there are three. Their query heads, three
@@ -39,4 +41,6 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.heads_target = 1 / 3
   config.prune.target = 0.5
   config.prune.every = 5
+  # Of this model's later layers less can go (docs/alternatives.md).
+  config.prune.layer_profile = '1.6,1.2,0.8,0.4'
   return config
