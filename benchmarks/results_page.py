@@ -307,8 +307,8 @@ with its own defaults:
 - `distillation`: `train.distill=0.5`, of the dense model's 64 likeliest tokens
 - `recovery`: pruned in the first 60 steps, the other 40 go to what is left
 - `everything`: `configs/smollm2_135m.py`, the demo's config, as it is
-- `everything, 12 batches`: with 12 batches and a damping of 0.3 every 10 steps, not
-  2 and 0.2 every 5; an event costs nine steps' time, not two
+- `everything, 12 batches`: with 12 batches and a damping of 0.3 every 10 steps,
+  not 2 and 0.2 every 5; an event costs nine steps' time, not two
 
 Perplexity at {SEQ_LEN} tokens, the first {WINDOWS} windows: {specs}.
 A range in brackets is that of the seeds; a row without one is a single run.
