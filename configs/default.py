@@ -19,7 +19,7 @@ def get_config() -> config_dict.ConfigDict:
   # Of the frozen weights: float32, bfloat16, or auto: bfloat16 on GPU and TPU,
   # float32 on CPU, whose bfloat16 products are slow. int8: the projections are
   # int8 values with a scale for each output, but for those that
-  # prune.compensate=ridge repairs; all else, and what is merged, is as with auto.
+  # prune.compensate=ridge repairs; all else, and what is merged, as with auto.
   config.model.base_dtype = 'auto'
   # Of activations: float32, bfloat16, or auto as above. LoRA's weights, the
   # optimiser and the scores are always float32.
@@ -144,10 +144,10 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.warmup = 0.1
   # The share of the steps after it.
   config.prune.cooldown = 0.1
-  # What, each time groups are masked, makes up for them in o_proj and down_proj:
+  # What makes up for groups each time they are masked, in o_proj and down_proj:
   # ridge (what survives, in closed form from the inputs of the newest batches),
-  # bias (the mean of what they gave becomes a bias, of an export as llama or as
-  # two_shape) or none (LoRAPrune).
+  # bias (one that is the mean of what they gave; exports as mistral have none)
+  # or none (LoRAPrune).
   config.prune.compensate = 'none'
   # Of ridge: the ridge, in units of the projection's mean squared input.
   config.prune.compensate_damping = 0.2

@@ -24,9 +24,7 @@ from lorapr_jax.hf.gguf_format import (
   rope_factors,
 )
 from lorapr_jax.hf.gguf_tokenizer import write_tokenizer_files
-from lorapr_jax.hf.mapping import hf_shapes
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
-from lorapr_jax.models.llama import param_shapes
 from lorapr_jax.paths import local_file, path_of
 
 
@@ -48,10 +46,10 @@ class GgufModel:
     Raises:
       UserError: naming a tensor whose type cannot be read.
     """
-    shapes = hf_shapes(param_shapes(self.config, np.float32), self.config)
     for name, hf_name in hf_names(self.config).items():
       if name not in self._tensors:
-        yield hf_name, np.zeros(shapes[hf_name], np.float32)
+        weight = self._tensors[name.removesuffix('bias') + 'weight']
+        yield hf_name, np.zeros(weight.shape[-1], np.float32)
         continue
       weight = _dequantised(self._metadata, self._tensors[name])
       if is_rotated(name):
