@@ -43,28 +43,16 @@ def repaired_part(block: Any, leaf: str) -> Any:
 
 
 def _with_part(block: Any, new: Any) -> Any:
-  return _with_parts(
-    block,
-    {
-      part: {name: block[part][name] | x for name, x in projections.items()}
-      for part, projections in new.items()
-    },
-  )
-
-
-def _with_parts(block: Any, new: Any) -> Any:
-  return block | {part: block[part] | x for part, x in new.items()}
+  if not isinstance(block, dict):
+    return new
+  return block | {key: _with_part(block[key], x) for key, x in new.items()}
 
 
 def _without_part(block: Any, leaf: str) -> Any:
-  without = {
-    part: {
-      name: {k: x for k, x in block[part][name].items() if k != leaf}
-      for name in projections
-    }
-    for part, projections in repaired_part(block, leaf).items()
-  }
-  return _with_parts(block, without)
+  for part, name in REPAIRED.items():
+    leaves = {k: x for k, x in block[part][name].items() if k != leaf}
+    block = block | {part: block[part] | {name: leaves}}
+  return block
 
 
 def repaired_of(params: Any, leaf: str) -> tuple[Any, ...]:

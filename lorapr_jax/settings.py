@@ -388,6 +388,8 @@ def resolve_compensation(
     prune: the config's section.
     plan: what will be left.
   """
+  if 'compensate' not in prune:  # The run is older than the key.
+    return None
   choose('prune.compensate', prune.compensate, (NONE, RIDGE, BIAS))
   compensation = Compensation(
     prune.compensate_damping, prune.compensate_batches, prune.compensate

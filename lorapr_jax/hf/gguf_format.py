@@ -93,7 +93,7 @@ def biased_parts(names: Collection[str]) -> list[str]:
 
 
 def is_bias(name: str) -> bool:
-  """Whether a tensor of this name, in GGUF or elsewhere, is a block's bias."""
+  """Whether GGUF's tensor of this name is a bias in a block."""
   return name.endswith('.bias') and name.count('.') > 2
 
 
