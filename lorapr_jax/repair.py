@@ -43,9 +43,9 @@ def repaired_part(block: Any, leaf: str) -> Any:
 
 
 def _with_part(block: Any, new: Any) -> Any:
-  if not isinstance(block, dict):
+  if not isinstance(block, dict):  # Here the leaf was.
     return new
-  return block | {key: _with_part(block[key], x) for key, x in new.items()}
+  return block | {key: _with_part(block.get(key), x) for key, x in new.items()}
 
 
 def _without_part(block: Any, leaf: str) -> Any:
