@@ -22,7 +22,7 @@ def get_config() -> config_dict.ConfigDict:
   # Of the frozen weights: float32, bfloat16, or auto: bfloat16 on GPU and TPU,
   # float32 on CPU, whose bfloat16 products are slow. int8: the projections are
   # int8 values with a scale for each output, but for those that
-  # prune.compensate repairs; all else, and what is merged, is as with auto.
+  # prune.compensate=ridge repairs; all else, and what is merged, as with auto.
   config.model.base_dtype = 'auto'
   # Of activations: float32, bfloat16, or auto as above. LoRA's weights, the
   # optimiser and the scores are always float32.
@@ -147,11 +147,12 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.warmup = 0.1
   # The share of the steps after it.
   config.prune.cooldown = 0.1
-  # Whether, each time groups are masked, what survives in o_proj and down_proj
-  # makes up for them: ridge (closed form, from the inputs of the newest
-  # batches) or none (LoRAPrune).
+  # What makes up for groups each time they are masked, in o_proj and down_proj:
+  # ridge (what survives, in closed form from the inputs of the newest batches),
+  # bias (one that is the mean of what they gave; exports as mistral have none)
+  # or none (LoRAPrune).
   config.prune.compensate = 'ridge'
-  # The ridge, in units of the projection's mean squared input.
+  # Of ridge: the ridge, in units of the projection's mean squared input.
   config.prune.compensate_damping = 0.2
   # The newest batches whose tokens are the inputs.
   config.prune.compensate_batches = 2
@@ -212,7 +213,8 @@ def get_config() -> config_dict.ConfigDict:
   # code; layers may differ), padded (llama or mistral at the size before the
   # cut, zeros where members were removed) or auto: uniform where it can be.
   config.export.layout = 'auto'
-  # llama, mistral, or auto: llama wherever transformers takes it.
+  # llama, mistral (which has no biases), or auto: llama wherever transformers
+  # takes it.
   config.export.model_type = 'auto'
   # float32, bfloat16, float16, or auto: as the base was loaded.
   config.export.dtype = 'auto'

@@ -90,7 +90,7 @@ def cut_params(
   if not kept:
     return params
   axes, structure = jax.tree.flatten(
-    llama.block_axes(quantized=quantized)['params']
+    llama.block_axes(quantized=quantized, biased=config.biased)['params']
   )
   # From a tree for each stack to a tuple of stacks for each tensor, and back.
   tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)

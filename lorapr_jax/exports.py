@@ -31,7 +31,11 @@ from lorapr_jax.paths import is_folder, path_of
 from lorapr_jax.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.repair import repaired_of, repaired_part, with_repaired
-from lorapr_jax.settings import resolve_base, split_model
+from lorapr_jax.settings import (
+  resolve_base,
+  resolve_compensation,
+  split_model,
+)
 from lorapr_jax.steps import TrainState
 
 
@@ -89,7 +93,7 @@ def _of_run(
   kept = kept_of(widened(state, sizes)['masks'])
   path = path_of(config.model.path) if config.model.path else None
   if path:
-    check_tensors(Shards(path), sizes)
+    check_tensors(Shards(path), plan.config if plan else sizes)
   model = pruned_model(
     path,
     sizes,
@@ -112,9 +116,11 @@ def _of_run(
   size = shrunk_config(sizes, kept_of(state.whole['masks']))
   left = kept_of(state.masks)
   if state.repaired:
-    axes = repaired_part(block_axes()['params'])
+    leaf = resolve_compensation(config.prune, plan).leaf
+    axes = block_axes(biased=size.biased)['params']
+    axes = repaired_part(axes, leaf)
     repaired = cut_stacks(state.repaired, axes, left, size)
-    places = jax.tree.map(lambda x: x.sharding, repaired_of(params))
+    places = jax.tree.map(lambda x: x.sharding, repaired_of(params, leaf))
     params = with_repaired(params, jax.device_put(repaired, places))
   for folder in reversed(CHECKPOINTS_AFTER_CUT):
     if saved_steps(workdir / folder):

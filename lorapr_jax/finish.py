@@ -57,10 +57,10 @@ def pruned_model(
 
   Args:
     base: the base's folder, or None for random weights.
-    config: the sizes before the cut.
+    config: the sizes before the cut, with the biases that compensation added.
     kept: what it left.
     dtype: of the weights, by name.
-    plan: what was asked for.
+    plan: what was asked for, of the base as it was.
     settings: the config's section prune.
   """
   name = model_name(base)
@@ -68,7 +68,7 @@ def pruned_model(
     'name': name,
     # Many processes would read all of it many times, and one writes it.
     'sha256': content_hash(base) if base and processes.is_first() else None,
-    'config': config.to_hf(),
+    'config': (plan.config if plan else config).to_hf(),
   }
   return routes.Model(
     name=name,
@@ -192,7 +192,7 @@ def check_counts(plan: PruningPlan | None, config: LlamaConfig) -> None:
   Raises:
     RuntimeError: if it did not.
   """
-  if plan and config != plan.pruned_config:
+  if plan and config.layers != plan.pruned_config.layers:
     raise RuntimeError(f'masks leave {config}, which was not planned')
 
 

@@ -294,7 +294,9 @@ def train_phase(
       stopping = signals.stops()
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
-        repaired = repaired_of(base.params) if functions.compensate else ()
+        repaired = ()
+        if functions.compensate:
+          repaired = repaired_of(base.params, settings.compensation.leaf)
         keep = plan.keep if plan and plan.decided else None
         checkpoints.save(
           checkpoint.Saved(step + 1, cuts, keep),
@@ -348,6 +350,7 @@ def resume(
       if saved.cuts:
         milestones = Milestones(plan, phase.schedule)
         config = milestones.size_at(saved.step, saved.cuts)
+        config = config.with_biases(size.config.biased)
         size = dataclasses.replace(size, config=config)
       shapes, uncut = (
         jax.eval_shape(functools.partial(new_state, x))
@@ -356,7 +359,9 @@ def resume(
       shapes = shapes.replace(whole=uncut.whole)
       if repaired:
         shapes = shapes.replace(
-          repaired=repaired_of(weight_shapes(settings, size.config))
+          repaired=repaired_of(
+            weight_shapes(settings, size.config), repaired.leaf
+          )
         )
       state = checkpoints.restore(saved, shapes, base.places.state)
       break
@@ -367,7 +372,7 @@ def resume(
   if size != base.step:
     base = base.cut(kept_of(state.whole['masks']), settings)
   if repaired:
-    for array in jax.tree.leaves(repaired_of(base.params)):
+    for array in jax.tree.leaves(repaired_of(base.params, repaired.leaf)):
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
   return Trained(state.replace(repaired=()), base, plan, saved.cuts)

@@ -82,7 +82,7 @@ def lora_guided_gradient(
 def merge_lora(
   stack: Any, lora: Any, scale: float, dtype: Any = jnp.float32
 ) -> Any:
-  """W + s A B for every projection of a stack that has an adapter.
+  """W + s A B for every projection of a stack that has an adapter; b stays.
 
   Summed in float32 and cast once to the weight's dtype, layer by layer.
 
@@ -102,7 +102,7 @@ def merge_lora(
         update = scale * lora_product(adapter['a'], adapter['b'])
         total = weight.astype(jnp.float32) + update
         as_before = merged[part][name]['weight'].dtype
-        merged[part][name] = {'weight': total.astype(as_before)}
+        merged[part][name]['weight'] = total.astype(as_before)
     return merged
 
   return jax.lax.map(merge_layer, (stack, lora))

@@ -1,7 +1,7 @@
 """Compensation of a whole model, layer by layer: the event of a pruning step.
 
-Two projections of a layer are repaired, those that read what is masked. They
-are weights of the base that change, so they are checkpointed.
+Two projections of a layer are repaired, those that read what is masked: their
+weights, or their biases alone. These change, so they are checkpointed.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,7 +23,9 @@ from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.pruning.compensation import (
   REPAIRED,
+  RIDGE,
   Compensation,
+  bias_update,
   ridge_update,
 )
 from lorapr_jax.pruning.masks import apply_masks
@@ -31,25 +33,36 @@ from lorapr_jax.sharding import mesh_of, parts
 from lorapr_jax.steps import StepSettings, compiler_options
 
 
-def repaired_part(block: Any) -> Any:
-  """Of a tree like a block's, what belongs to REPAIRED."""
-  return {part: {name: block[part][name]} for part, name in REPAIRED.items()}
-
-
-def _with_part(block: Any, new: Any) -> Any:
-  return block | {part: block[part] | new[part] for part in REPAIRED}
-
-
-def _without_part(block: Any) -> Any:
+def repaired_part(block: Any, leaf: str) -> Any:
+  """Of a tree like a block's, REPAIRED's weights or the biases that it has."""
   return {
-    part: {n: x for n, x in tree.items() if n != REPAIRED.get(part)}
-    for part, tree in block.items()
+    part: {name: {leaf: block[part][name][leaf]}}
+    for part, name in REPAIRED.items()
+    if leaf in block[part][name]
   }
 
 
-def repaired_of(params: Any) -> tuple[Any, ...]:
-  """Of a tree like the base's, what belongs to REPAIRED; by stack."""
-  return tuple(map(repaired_part, params['stacks']))
+def _with_part(block: Any, new: Any) -> Any:
+  if not isinstance(block, dict):  # Here the leaf was.
+    return new
+  return block | {key: _with_part(block.get(key), x) for key, x in new.items()}
+
+
+def _without_part(block: Any, leaf: str) -> Any:
+  for part, name in REPAIRED.items():
+    leaves = {k: x for k, x in block[part][name].items() if k != leaf}
+    block = block | {part: block[part] | {name: leaves}}
+  return block
+
+
+def repaired_of(params: Any, leaf: str) -> tuple[Any, ...]:
+  """Of a tree like the base's, what is repaired; by stack.
+
+  Args:
+    params: the tree.
+    leaf: of REPAIRED: `Compensation.leaf`.
+  """
+  return tuple(repaired_part(block, leaf) for block in params['stacks'])
 
 
 def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
@@ -68,12 +81,12 @@ def make_compensate(
 
   The batches' tokens go through the layers in order. Each part of a layer runs
   with the masks from before the event, up to the inputs X of its last
-  projection; `ridge_update` repairs that, where W + s A B is what the rows
-  that go contributed; and its output with the masks from after the event is
-  what the next part sees. So each repair knows of all before it, and one
-  layer's X^T X exists at a time.
+  projection; `ridge_update` repairs that, or `bias_update`, where W + s A B is
+  what the rows that go contributed; and its output with the masks from after
+  the event is what the next part sees. So each repair knows of all before it,
+  and one layer's X^T X exists at a time. Padding does not count in X.
 
-  The weights that are repaired are donated, the others come back as they are.
+  What is repaired is donated, the rest comes back as it is.
   `failed` counts the projections whose repair was not finite: they stay.
 
   Args:
@@ -82,7 +95,7 @@ def make_compensate(
     base_sharding: of the base.
     out_sharding: of `failed`.
   """
-  mesh = mesh_of(out_sharding)
+  mesh, leaf = mesh_of(out_sharding), compensation.leaf
 
   def compensate(repaired, rest, lora, before, after, batches):
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
@@ -100,12 +113,14 @@ def make_compensate(
     )
     if parts(mesh, 'length') == 1:  # Else B and T stay apart.
       x = x.reshape(x.shape[0], -1, x.shape[-1])
+    count = tokens.size if segments is None else jnp.sum(segments > 0)
     stacks, failed = [], jnp.int32(0)
     for i, stack in enumerate(settings.config.stacks):
       layer = functools.partial(
         _repair_layer,
         settings,
-        compensation.damping,
+        compensation,
+        count,
         _reader(settings, stack.shape, rotation, segments, mesh),
       )
       trees = {'params': rest['stacks'][i], 'lora': lora[i]}
@@ -120,13 +135,13 @@ def make_compensate(
   compiled = jax.jit(
     compensate,
     donate_argnums=0,
-    out_shardings=(repaired_of(base_sharding), out_sharding),
+    out_shardings=(repaired_of(base_sharding, leaf), out_sharding),
     compiler_options=compiler_options(out_sharding),
   )
 
   def split(params):
-    stacks = tuple(map(_without_part, params['stacks']))
-    return repaired_of(params), {**params, 'stacks': stacks}
+    stacks = tuple(_without_part(block, leaf) for block in params['stacks'])
+    return repaired_of(params, leaf), {**params, 'stacks': stacks}
 
   def event(params, *arguments):
     repaired, rest = split(params)
@@ -149,8 +164,9 @@ def _reader(
 ) -> Callable[..., Array]:
   """(part, a layer's variables, x (M, N, D)) -> what REPAIRED[part] reads.
 
-  One of the M micro-batches at a time; all in the result, (M, N, ...). As in
-  all of this file B and T are two axes in the place of N on a mesh that cuts T.
+  One of the M micro-batches at a time; all in the result, (M, N, ...), zero
+  where there is padding. As in all of this file B and T are two axes in the
+  place of N on a mesh that cuts T.
   """
 
   def read(part: str, variables: Any, x: Array) -> Array:
@@ -171,22 +187,28 @@ def _reader(
       _, seen = block.apply(
         variables, x, rotation, parts=(part,), mutable=[INPUTS]
       )
-      return seen[INPUTS][part][REPAIRED[part]]['inputs']
+      seen = seen[INPUTS][part][REPAIRED[part]]['inputs']
+      if segments is None:
+        return seen
+      # Of padding only biases make anything.
+      tokens = (*x.shape[:-1], *(1 for _ in seen.shape[x.ndim - 1 :]))
+      return jnp.where((segments > 0).reshape(tokens), seen, 0)
 
     return jax.lax.map(of_one, (x, rotation, segments))
 
   return read
 
 
-def _repair_layer(settings, damping, read, carry, layer):
+def _repair_layer(settings, compensation, count, read, carry, layer):
   """The body of the scan over a stack.
 
-  The carry is x (M, N, D), the stack's repaired weights, written in place, and
+  The carry is x (M, N, D), what is repaired of the stack, written in place, and
   how many repairs failed.
   """
   x, repaired, failed = carry
   i, trees, before, after = layer
-  axes = llama.block_axes(settings.lora)
+  leaf, biased = compensation.leaf, settings.config.biased
+  axes = llama.block_axes(settings.lora, biased=biased)
   weights = jax.tree.map(lambda stack: stack[i], repaired)
   params = dequantized(_with_part(trees['params'], weights), x.dtype)
   trees = {'params': params, 'lora': trees['lora']}
@@ -195,7 +217,7 @@ def _repair_layer(settings, damping, read, carry, layer):
     for masks in (before, after)
   )
   for part, name in REPAIRED.items():
-    spec, weight = PROJECTIONS[part][name], params[part][name]['weight']
+    spec, params_of = PROJECTIONS[part][name], params[part][name]
     seen = read(part, old, x)
     inputs = Axes.of(ProjectionLetters.of(spec).inputs)
     there, stays = (
@@ -203,18 +225,23 @@ def _repair_layer(settings, damping, read, carry, layer):
       for masks in (before, after)
     )
     adapter = trees['lora'].get(part, {}).get(name)
-    weight, bad = _repair(
-      settings, damping, weight, adapter, seen, there - stays, stays
-    )
-    failed += bad
-    stack = repaired[part][name]['weight'].at[i].set(weight)
-    repaired = {**repaired, part: {name: {'weight': stack}}}
+    if part in repaired:
+      mended, bad = _repair(
+        settings, compensation, count, params_of, adapter, seen, there, stays
+      )
+      failed += bad
+      stack = repaired[part][name][leaf].at[i].set(mended)
+      repaired = {**repaired, part: {name: {leaf: stack}}}
+      params_of = params_of | {leaf: mended}
     projection = LoRAEinsum(
-      spec, weight.shape, adapter and settings.lora, settings.matmul_dtype
+      spec,
+      params_of['weight'].shape,
+      adapter and settings.lora,
+      settings.matmul_dtype,
+      part in biased,
     )
-    masked = apply_masks(weight, after, axes['params'][part][name]['weight'])
     variables = {
-      'params': {'weight': masked},
+      'params': apply_masks(params_of, after, axes['params'][part][name]),
       'lora': new['lora'].get(part, {}).get(name, {}),
     }
     x += jax.lax.map(
@@ -223,9 +250,12 @@ def _repair_layer(settings, damping, read, carry, layer):
   return (x, repaired, failed), None
 
 
-def _repair(settings, damping, weight, adapter, inputs, gone, stays):
-  """The weight that makes up for the rows that go, and 1 if there is none."""
-  rows = stays.size
+def _repair(
+  settings, compensation, count, params, adapter, inputs, there, stays
+):
+  """The leaf that makes up for the rows that go, and 1 if there is none."""
+  rows, gone, weight = stays.size, there - stays, params['weight']
+  old = params[compensation.leaf]
 
   def repair():
     matrix = weight.reshape(rows, -1).astype(jnp.float32)
@@ -236,18 +266,24 @@ def _repair(settings, damping, weight, adapter, inputs, gone, stays):
     # Micro-batches stay apart: their tokens lie on all devices.
     axes = tuple(range(1 + inputs.ndim - weight.ndim))
     x = inputs.reshape(*inputs.shape[: len(axes)], rows)
-    x = x.astype(settings.matmul_dtype or x.dtype)
-    gram = jax.lax.dot_general(
-      x,
-      x,
-      ((axes, axes), ((), ())),
-      precision=jax.lax.Precision.HIGHEST,
-      preferred_element_type=jnp.float32,
-    )
-    update = ridge_update(effective, gram, gone, stays, damping)
+    if compensation.kind == RIDGE:
+      x = x.astype(settings.matmul_dtype or x.dtype)
+      gram = jax.lax.dot_general(
+        x,
+        x,
+        ((axes, axes), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+      )
+      update = ridge_update(effective, gram, gone, stays, compensation.damping)
+    else:
+      mean = jnp.sum(x.astype(jnp.float32), axis=axes) / count
+      update = bias_update(effective, mean, gone)
     good = jnp.all(jnp.isfinite(update))
-    matrix = jnp.where(good, matrix + update, matrix)
+    new = old.astype(jnp.float32) + jnp.where(
+      good, update.reshape(old.shape), 0
+    )
     bad = 1 - good.astype(jnp.int32)
-    return matrix.astype(weight.dtype).reshape(weight.shape), bad
+    return new.astype(old.dtype), bad
 
-  return jax.lax.cond(jnp.any(gone > 0), repair, lambda: (weight, jnp.int32(0)))
+  return jax.lax.cond(jnp.any(gone > 0), repair, lambda: (old, jnp.int32(0)))

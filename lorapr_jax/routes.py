@@ -22,7 +22,7 @@ from lorapr_jax.hf.export import (
 )
 from lorapr_jax.hf.gguf import open_gguf
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
-from lorapr_jax.hf.gguf_write import write_gguf
+from lorapr_jax.hf.gguf_write import write_gguf, zero_biases
 from lorapr_jax.hf.load import load_config, load_params, place_params
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.lora import merge_adapters
@@ -136,8 +136,10 @@ class Route:
         'layout padded needs to know what was cut: the source has no '
         'pruning.json that says it with the sizes before'
       )
-    resolve_layout(self.stored_config(model), self.layout)
-    resolve_model_type(self.stored_config(model), self.model_type)
+    config = self.stored_config(model)
+    resolve_layout(config, self.layout)
+    if self.kind != 'gguf':
+      resolve_model_type(config, self.layout, self.model_type)
     if self.kind == 'gguf':
       vocabulary(model.base, model.config)
 
@@ -178,6 +180,8 @@ def write(route: Route, model: Model, weights: Weights) -> dict[str, Any]:
   else:  # What is gathered for the first process is gathered from all.
     params = stored.base if route.kind == 'peft' else stored.merged
     as_written = np.float32 if route.kind == 'gguf' else jnp.dtype(dtype)
+    if route.kind == 'gguf':
+      zero_biases(params, config)
     for _ in hf_tensors(params, config, as_written):
       pass
   processes.wait_for_others(f'read {route.kind}')
@@ -277,7 +281,7 @@ def _padded(weights: Weights, model: Model) -> Weights:
   """The weights at the sizes before the cut, with zeros in what was cut."""
   if model.config == model.before:  # Nothing was cut, or it is padded.
     return weights
-  axes = llama.block_axes(weights.lora_config)
+  axes = llama.block_axes(weights.lora_config, biased=model.config.biased)
 
   def widen(stacks: Any, kind: str) -> Any:
     return jax.jit(

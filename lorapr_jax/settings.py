@@ -24,6 +24,7 @@ from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.models.llama import block_axes
 from lorapr_jax.paths import path_of
 from lorapr_jax.pruning.compensation import (
+  BIAS,
   NONE,
   REPAIRED,
   RIDGE,
@@ -65,9 +66,10 @@ class RunSettings:
   Attributes:
     model_path: the base's folder, or None for random weights.
     base_dtype: of the frozen weights that are not quantised.
-    step: what the compiled functions are specialised to.
+    step: what the compiled functions are specialised to: the base's sizes, with
+      the biases that compensation adds.
     order: one of ORDERS.
-    plan: what will be left; None if nothing is pruned.
+    plan: what will be left, of the base as it is; None if nothing is pruned.
     schedule: of joint pruning.
     calibration_steps: of the other orders.
     shrink: of joint pruning: from `parse_shrink`.
@@ -95,6 +97,11 @@ class RunSettings:
   log: LogSettings
   report: ReportSettings
 
+  @property
+  def dense(self) -> LlamaConfig:
+    """The sizes of the base as it is."""
+    return self.plan.config if self.plan else self.step.config
+
 
 def resolve_base(
   config: config_dict.ConfigDict,
@@ -103,7 +110,8 @@ def resolve_base(
 ) -> tuple[Any, tuple[str, ...]]:
   """The dtype of the base, and which of its projections are quantised.
 
-  What compensation repairs is not: a repair would be rounded to int8 each time.
+  The weights that compensation repairs are not: a repair would be rounded to
+  int8 each time.
 
   Args:
     config: its sections model and prune are read.
@@ -114,7 +122,8 @@ def resolve_base(
   choose('model.base_dtype', name, (*DTYPES, INT8))
   if name == INT8:
     name, quantized = 'auto', LORA_TARGETS
-    if _compensation(config.prune, plan):
+    compensation = resolve_compensation(config.prune, plan)
+    if compensation and compensation.leaf == 'weight':
       repaired = REPAIRED.values()
       quantized = tuple(x for x in quantized if x not in repaired)
   return resolve_dtype('model.base_dtype', name, platform), quantized
@@ -209,7 +218,7 @@ def split_config(
     ),
     calibration_steps=_calibration_steps(prune, train),
     shrink=_shrink(prune, plan),
-    compensation=_compensation(prune, plan),
+    compensation=resolve_compensation(prune, plan),
     criterion=criterion,
     mesh=mesh,
     devices=devices,
@@ -225,6 +234,9 @@ def split_model(
   keep: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[LlamaConfig, LoraConfig, PruningPlan | None]:
   """The sizes, the adapters and the plan: what a checkpoint's shapes follow.
+
+  The sizes are the base's, with the biases that compensation adds; those of the
+  plan are without.
 
   Args:
     config: its sections model, lora and prune are read.
@@ -253,6 +265,10 @@ def split_model(
     plan = PruningPlan(sizes, targets, counts) if counts else None
     if plan and targets.scope == 'global':
       plan = plan.undecided()
+  compensation = resolve_compensation(config.prune, plan)
+  if compensation and compensation.kind == BIAS:
+    parts = {'heads': 'self_attn', 'channels': 'mlp'}
+    sizes = sizes.with_biases(parts[kind(group)] for group in plan.keep)
   return sizes, lora, plan
 
 
@@ -261,14 +277,16 @@ def _export_settings(
 ) -> ExportSettings:
   export = ExportSettings(**config.export)
   padded = export.layout == 'padded'
-  final = plan.pruned_config if plan and not padded else sizes
+  final = sizes
+  if plan and not padded:
+    final = plan.pruned_config.with_biases(sizes.biased)
   resolve_layout(final, export.layout)
   if plan and not plan.decided and export.layout == 'uniform':
     raise UserError(
       'export.layout=uniform needs layers of one size, and prune.scope=global '
       'decides them later: use prune.scope=layer, or export with layout auto'
     )
-  resolve_model_type(final, export.model_type)
+  resolve_model_type(final, export.layout, export.model_type)
   return export
 
 
@@ -361,14 +379,22 @@ def _shrink(
   return END
 
 
-def _compensation(
+def resolve_compensation(
   prune: config_dict.ConfigDict, plan: PruningPlan | None
 ) -> Compensation | None:
-  choose('prune.compensate', prune.compensate, (NONE, RIDGE))
+  """How what is masked is made up for; None where nothing is.
+
+  Args:
+    prune: the config's section.
+    plan: what will be left.
+  """
+  if 'compensate' not in prune:  # The run is older than the key.
+    return None
+  choose('prune.compensate', prune.compensate, (NONE, RIDGE, BIAS))
   compensation = Compensation(
-    prune.compensate_damping, prune.compensate_batches
+    prune.compensate_damping, prune.compensate_batches, prune.compensate
   )
-  return compensation if plan and prune.compensate == RIDGE else None
+  return compensation if plan and prune.compensate != NONE else None
 
 
 def _check_teacher(
@@ -390,7 +416,7 @@ def _check_teacher(
   if not train.distill or train.distill_top_k:
     return
   changes = {
-    'prune.compensate=ridge': _compensation(prune, plan),
+    f'prune.compensate={prune.compensate}': resolve_compensation(prune, plan),
     f'prune.shrink={prune.shrink}': _shrink(prune, plan) != END,
     f'prune.order={prune.order}': prune.order == 'prune_then_tune',
     f'recover.steps={config.recover.steps}': config.recover.steps,

@@ -67,7 +67,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   if processes.is_first():
     checkpoint.check_workdir(workdir, identity)
   if settings.model_path:
-    check_tensors(Shards(settings.model_path), settings.step.config)
+    check_tensors(Shards(settings.model_path), settings.dense)
   metrics.check_writers(settings.log, workdir)
   if 'gguf' in settings.export.routes:
     vocabulary(settings.model_path, settings.step.config)
@@ -160,10 +160,11 @@ def run_phases(
 
   # --- Cut: what is left is smaller, and the larger base makes room.
   display.start('cut')
-  dense, groups = settings.step.config, widened(state, settings.step.config)
+  whole, dense = settings.step.config, settings.dense
+  groups = widened(state, whole)
   model = pruned_model(
     settings.model_path,
-    dense,
+    whole,
     kept_of(groups['masks']),
     dtype=settings.base_dtype.name,
     plan=settings.plan,

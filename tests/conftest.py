@@ -57,6 +57,7 @@ HF_CONFIGS = {
   'gqa': _LLAMA,
   'gqa_tied': _LLAMA | {'tie_word_embeddings': True},
   'wide_heads': _LLAMA | {'head_dim': 16},
+  'biases': _LLAMA | {'attention_bias': True, 'mlp_bias': True},
   'llama3': _LLAMA | {'rope_scaling': _LLAMA3, 'tie_word_embeddings': True},
   'mistral': _LLAMA
   | {
@@ -108,8 +109,8 @@ def save_hf(tmp_path_factory):
     )
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-      for weight in model.parameters():
-        mean = 1.0 if weight.ndim == 1 else 0.0
+      for name, weight in model.named_parameters():
+        mean = 1.0 if 'norm' in name else 0.0
         weight.normal_(mean, 0.3, generator=generator)
     model = model.to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=max_shard_size)

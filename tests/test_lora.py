@@ -132,15 +132,17 @@ def test_merged_logits_are_the_unmerged(
 
 def test_merging_leaves_what_has_no_adapter(random_params, random_lora):
   lora_config = LoraConfig(rank=2, targets=('q_proj',))
-  params = random_params(CONFIG)
-  merged = _merged(params, random_lora(CONFIG, lora_config), lora_config)
+  config = CONFIG.with_biases(('self_attn',))
+  params = random_params(config)
+  merged = _merged(params, random_lora(config, lora_config), lora_config)
   changed = jax.tree.map(
     lambda new, old: bool(jnp.any(new != old)),
     merged['stacks'],
     params['stacks'],
   )
   for path, different in jax.tree_util.tree_leaves_with_path(changed):
-    assert different == ('q_proj' in jax.tree_util.keystr(path)), path
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    assert different == name.endswith('q_proj.weight'), name
 
 
 def test_a_bf16_weight_is_rounded_once():

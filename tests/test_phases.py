@@ -76,6 +76,51 @@ def test_scores_decide_what_each_layer_keeps_when_all_go_at_once(
   assert abs(left) <= 2 * 3 * 64
 
 
+@pytest.mark.parametrize(
+  'parts, pruned',
+  [
+    (('self_attn', 'mlp'), ()),
+    (('mlp',), ('--config.prune.heads=none', '--config.model.base_dtype=int8')),
+  ],
+)
+def test_biases_that_make_up_for_what_went_are_exported(
+  tmp_path, capsys, parts, pruned
+):
+  workdir = tmp_path / 'run'
+  arguments = [
+    *('--config=configs/tiny.py', f'--workdir={workdir}'),
+    *('--config.train.steps=6', '--config.prune.every=2'),
+    *('--config.prune.compensate=bias', '--config.prune.protect=none'),
+    '--config.export.format=hf,gguf,peft',
+    *('--config.mesh.data=-1', '--config.mesh.fsdp=1', *pruned),
+  ]
+  assert main(['train', *arguments]) == 0, capsys.readouterr().err
+  config = load_config(workdir / 'export')
+  assert config.biased == parts
+  hf = json.loads((workdir / 'export' / 'config.json').read_text())
+  assert hf['model_type'] == 'llama'
+  assert hf['attention_bias'] == ('self_attn' in parts) and hf['mlp_bias']
+  stored = load_file(workdir / 'export' / 'model.safetensors')
+  biases = {name: x for name, x in stored.items() if name.endswith('.bias')}
+  for name, bias in biases.items():
+    assert bias.any() == ('o_proj' in name or 'down_proj' in name), name
+  report = json.loads((workdir / 'summary.json').read_text())
+  assert report['params_dense'] == 164_416
+  assert report['params_pruned'] == sum(x.size for x in stored.values())
+  # What is removed is counted without what was added.
+  gone = (
+    164_416 - report['params_pruned'] + sum(x.size for x in biases.values())
+  )
+  share = report['sparsity']['params']['achieved']
+  assert share == pytest.approx(gone / 164_416)
+  again = ['export', str(workdir), str(tmp_path / 'again')]
+  assert main(again) == 0, capsys.readouterr().err
+  found = load_file(tmp_path / 'again' / 'model.safetensors')
+  assert found.keys() == stored.keys()
+  for name, x in stored.items():
+    np.testing.assert_allclose(found[name], x, atol=1e-6, err_msg=name)
+
+
 def losses_of(workdir, *settings):
   arguments = [
     *('--config=configs/tiny.py', f'--workdir={workdir}'),

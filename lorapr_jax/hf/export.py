@@ -89,7 +89,8 @@ def resolve_layout(config: LlamaConfig, layout: str) -> str:
       f'export.layout is {layout!r}: choose from {", ".join(LAYOUTS)}'
     )
   if layout == 'auto':
-    return 'uniform' if config.is_uniform else 'two_shape'
+    stock = config.is_uniform and (_llama_holds(config) or not config.biased)
+    return 'uniform' if stock else 'two_shape'
   if layout in ('uniform', 'padded') and not config.is_uniform:
     raise UserError(
       f'export.layout={layout} needs layers of one size: prune with '
@@ -99,22 +100,54 @@ def resolve_layout(config: LlamaConfig, layout: str) -> str:
   return layout
 
 
-def resolve_model_type(config: LlamaConfig, model_type: str) -> str:
-  """'llama', or 'mistral' where transformers would refuse a llama.
+def _llama_holds(config: LlamaConfig) -> bool:
+  """Whether every transformers takes a `llama` of these equal layers.
 
-  transformers 5.4 to 5.23 refuse a `llama` whose hidden size is no multiple
-  of its number of heads, even with an explicit head_dim (issue 46082). A
-  `mistral` without a sliding window is the same function.
+  5.4 to 5.23 refuse one whose hidden size is no multiple of its number of
+  heads, even with an explicit head_dim (issue 46082).
+  """
+  return config.embed_dim % config.layers[0].num_heads == 0
+
+
+def resolve_model_type(
+  config: LlamaConfig, layout: str, model_type: str
+) -> str:
+  """'pruned_llama' under layout two_shape; else 'llama' or 'mistral'.
+
+  A `mistral` without a sliding window is the same function as a `llama`, but
+  that it has no biases.
+
+  Args:
+    config: the sizes of what is written.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES. auto: a mistral where transformers would
+      refuse a llama.
+
+  Raises:
+    UserError: if the layout or the type cannot hold this model.
   """
   if model_type not in MODEL_TYPES:
     raise UserError(
       f'export.model_type is {model_type!r}: choose from '
       + ', '.join(MODEL_TYPES)
     )
-  if model_type != 'auto':
-    return model_type
-  heads = config.layers[0].num_heads
-  return 'mistral' if config.embed_dim % heads else 'llama'
+  if resolve_layout(config, layout) == 'two_shape':
+    return 'pruned_llama'
+  if model_type == 'auto':
+    model_type = 'llama' if _llama_holds(config) else 'mistral'
+  if model_type == 'mistral' and config.biased:
+    why, instead = 'export.model_type=mistral', 'export.model_type=llama'
+    if not _llama_holds(config):
+      why = (
+        f'transformers refuses a llama of {config.layers[0].num_heads} heads '
+        f'with a hidden size of {config.embed_dim}, and a mistral'
+      )
+      instead = 'export.layout=two_shape'
+    raise UserError(
+      f'{why} has no biases, which the model has (prune.compensate=bias makes '
+      f'them): use {instead}'
+    )
+  return model_type
 
 
 def hf_config(
@@ -129,7 +162,8 @@ def hf_config(
     model_type: one of MODEL_TYPES; the uniform layout's.
   """
   hf = config.to_hf()
-  if resolve_layout(config, layout) == 'two_shape':
+  kind = resolve_model_type(config, layout, model_type)
+  if kind == 'pruned_llama':
     head = {
       'architectures': ['PrunedLlamaForCausalLM'],
       'model_type': 'pruned_llama',
@@ -140,7 +174,7 @@ def hf_config(
       },
     }
     hf.setdefault('per_layer_config', {})
-  elif resolve_model_type(config, model_type) == 'llama':
+  elif kind == 'llama':
     head = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama'}
     head |= {'attention_bias': False, 'mlp_bias': False}
   else:

@@ -16,8 +16,10 @@ from lorapr_jax.hf.gguf_format import (
   SCALING_KEYS,
   UNIFORM,
   Metadata,
+  biased_parts,
   hf_names,
   interleaved_to_halves,
+  is_bias,
   is_rotated,
   rope_factors,
 )
@@ -38,12 +40,17 @@ class GgufModel:
     """Every weight as (Hugging Face name, float32 array in its layout).
 
     One at a time, from the embeddings to the head, dequantised; projections
-    are (outputs, inputs). Tied embeddings come once.
+    are (outputs, inputs). Tied embeddings come once. Biases that the file does
+    not have are zero where it has others of that part of a block.
 
     Raises:
       UserError: naming a tensor whose type cannot be read.
     """
     for name, hf_name in hf_names(self.config).items():
+      if name not in self._tensors:
+        weight = self._tensors[name.removesuffix('bias') + 'weight']
+        yield hf_name, np.zeros(weight.shape[-1], np.float32)
+        continue
       weight = _dequantised(self._metadata, self._tensors[name])
       if is_rotated(name):
         weight = interleaved_to_halves(weight, self.config.head_dim)
@@ -100,6 +107,7 @@ def open_gguf(path: str | Path) -> GgufModel:
   config = _read_config(metadata, tied='output.weight' not in tensors)
   if ROPE_FACTORS in tensors:
     config = _with_scaling(config, metadata, tensors.pop(ROPE_FACTORS))
+  config = config.with_biases(biased_parts(tensors))
   _check_names(metadata, set(tensors), set(hf_names(config)))
   return GgufModel(config, metadata, tensors)
 
@@ -218,8 +226,9 @@ def _check_names(metadata: Metadata, found: set[str], known: set[str]) -> None:
     raise metadata.error(
       f'tensor {min(found - known)} is not part of the LLaMA models supported'
     )
-  if known - found:
+  needed = {name for name in known - found if not is_bias(name)}
+  if needed:
     raise metadata.error(
-      f'tensor {min(known - found)} is absent; join the files of a split '
+      f'tensor {min(needed)} is absent; join the files of a split '
       'model first (llama-gguf-split --merge)'
     )

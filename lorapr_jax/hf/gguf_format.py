@@ -4,6 +4,7 @@ GGUF is llama.cpp's file format: metadata, which take the place of config.json
 and of the tokenizer's files, and tensors, which are mostly quantised.
 """
 
+from collections.abc import Collection
 import dataclasses
 import math
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LlamaConfig, RopeScaling
+from lorapr_jax.models.config import BIAS_KEYS, LlamaConfig, RopeScaling
 
 # One size for all layers; and a list of sizes, one a layer.
 UNIFORM, PER_LAYER = 'llama', 'deci'
@@ -68,20 +69,37 @@ class Metadata(dict[str, Any]):
 
 
 def hf_names(config: LlamaConfig) -> dict[str, str]:
-  """GGUF's name of every weight -> Hugging Face's, in the model's order."""
-  names = {'token_embd': 'model.embed_tokens'}
+  """GGUF's name of every weight -> Hugging Face's, in the model's order.
+
+  Biases are among them; in a file those that are zero may be absent.
+  """
+  names = {'token_embd.weight': 'model.embed_tokens.weight'}
   for i in range(len(config.layers)):
     for name, hf_name in _LAYER_TENSORS.items():
-      names[f'blk.{i}.{name}'] = f'model.layers.{i}.{hf_name}'
-  names['output_norm'] = 'model.norm'
+      part = hf_name.split('.')[0]
+      for leaf in ('weight', 'bias') if part in config.biased else ('weight',):
+        names[f'blk.{i}.{name}.{leaf}'] = f'model.layers.{i}.{hf_name}.{leaf}'
+  names['output_norm.weight'] = 'model.norm.weight'
   if not config.tie_embeddings:
-    names['output'] = 'lm_head'
-  return {f'{k}.weight': f'{v}.weight' for k, v in names.items()}
+    names['output.weight'] = 'lm_head.weight'
+  return names
+
+
+def biased_parts(names: Collection[str]) -> list[str]:
+  """The parts of a block of which a GGUF with tensors of these names has b."""
+  found = {name.split('.')[2] for name in names if is_bias(name)}
+  parts = {_LAYER_TENSORS[x].split('.')[0] for x in found & set(_LAYER_TENSORS)}
+  return sorted(parts & set(BIAS_KEYS))
+
+
+def is_bias(name: str) -> bool:
+  """Whether GGUF's tensor of this name is a bias in a block."""
+  return name.endswith('.bias') and name.count('.') > 2
 
 
 def is_rotated(name: str) -> bool:
   """Whether GGUF's tensor of this name makes queries or keys."""
-  return name.endswith(('attn_q.weight', 'attn_k.weight'))
+  return name.rpartition('.')[0].endswith(('attn_q', 'attn_k'))
 
 
 def interleaved_to_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
@@ -91,16 +109,17 @@ def interleaved_to_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
   the first of all pairs, then the second of all.
 
   Args:
-    weight: (heads * head_dim, embed), of query or of KV heads.
+    weight: (heads * head_dim, embed), of query or of KV heads; or a bias,
+      (heads * head_dim,).
     head_dim: rows of a head.
   """
-  pairs = weight.reshape(-1, head_dim // 2, 2, weight.shape[1])
+  pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
   return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
 def halves_to_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
   """The inverse of `interleaved_to_halves`."""
-  halves = weight.reshape(-1, 2, head_dim // 2, weight.shape[1])
+  halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
   return halves.swapaxes(1, 2).reshape(weight.shape)
 
 

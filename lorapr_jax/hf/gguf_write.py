@@ -24,8 +24,10 @@ from lorapr_jax.hf.gguf_format import (
 )
 from lorapr_jax.hf.gguf_vocabulary import vocabulary
 from lorapr_jax.hf.mapping import hf_shapes
+from lorapr_jax.models.axes import PROJECTIONS
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.paths import new_path, path_of, written_locally
+from lorapr_jax.pruning.compensation import REPAIRED
 
 _Type = gguf.GGMLQuantizationType
 _TYPES = {
@@ -49,8 +51,9 @@ def write_gguf(
   """Writes weights, sizes and tokenizer as one file.
 
   The architecture is `llama`, or `deci` where layers differ in size. Norms
-  are float32. q8_0 stores blocks of 32 numbers of a row: a matrix whose rows
-  are no multiple of 32 long is written as f16. One tensor is held at a time.
+  and biases are float32, and of these the `zero_biases` are left out. q8_0
+  stores blocks of 32 numbers of a row: a matrix whose rows are no multiple of
+  32 long is written as f16. One tensor is held at a time.
 
   Args:
     path: to be made; it must not exist.
@@ -136,15 +139,44 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
       raise TypeError(f'{key}: {value!r}')
 
 
+def zero_biases(params: Any, config: LlamaConfig) -> set[str]:
+  """Hugging Face's names of the biases that a GGUF does without.
+
+  Those of q, k, v, gate and up that are zero: llama.cpp takes an absent one for
+  that, and older versions of it refuse a bias of queries that is not as long
+  as the embeddings. Those of o and down stay, to say that there are biases.
+
+  Of weights that lie on several processes all must ask.
+  """
+  biases = {
+    'stacks': tuple(
+      {
+        part: {
+          name: {'bias': stack[part][name]['bias']}
+          for name in PROJECTIONS[part]
+          if name not in REPAIRED.values()
+        }
+        for part in config.biased
+      }
+      for stack in params['stacks']
+    )
+  }
+  found = hf_tensors(biases, config, np.float32)
+  return {name for name, bias in found if not bias.any()}
+
+
 def _write_tensors(
   writer: gguf.GGUFWriter, params: Any, config: LlamaConfig, matrix_type: _Type
 ) -> None:
   """Writes the header with every tensor's shape, then tensor by tensor."""
   names = {theirs: name for name, theirs in hf_names(config).items()}
+  left_out = zero_biases(params, config)
   types = {}
   if config.rope_scaling:
     _declare(writer, ROPE_FACTORS, (config.head_dim // 2,), _Type.F32)
   for theirs, shape in hf_shapes(params, config).items():
+    if theirs in left_out:
+      continue
     types[theirs] = _storage(shape, matrix_type)
     _declare(writer, names[theirs], shape, types[theirs])
   writer.write_header_to_file()
@@ -153,6 +185,8 @@ def _write_tensors(
   if config.rope_scaling:
     writer.write_tensor_data(rope_factors(config))
   for theirs, weight in hf_tensors(params, config, np.float32):
+    if theirs in left_out:
+      continue
     if is_rotated(names[theirs]):
       weight = halves_to_interleaved(weight, config.head_dim)
     writer.write_tensor_data(gguf.quants.quantize(weight, types[theirs]))

@@ -100,16 +100,23 @@ def load_params(
 
   Args:
     folder: with config.json and safetensors.
-    config: `load_config(folder)`.
+    config: `load_config(folder)`, or that with biases which are then zero.
     shardings: a `NamedSharding` for every tensor.
     dtype: to convert to.
 
   Raises:
     UserError: if the files do not hold what config.json says.
   """
-  shards = Shards(folder)
-  check_tensors(shards, config)
-  return place_params(shards.slice_of, config, shardings, dtype)
+  shards, held = Shards(folder), load_config(folder)
+  there = set(check_tensors(shards, held))
+  shapes = hf_shapes(param_shapes(config, np.float32), config)
+
+  def tensor_of(name: str) -> Any:
+    if name in there:
+      return shards.slice_of(name)
+    return np.zeros(shapes[name], np.float32)
+
+  return place_params(tensor_of, config, shardings, dtype)
 
 
 def place_params(

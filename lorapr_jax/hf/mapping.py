@@ -2,8 +2,8 @@
 
 Our trees use Hugging Face's names, so that a path joined by dots is a name.
 Only the projections have another layout: ours is (inputs..., outputs...),
-theirs a matrix (outputs, inputs) with each side's axes merged. Letters:
-models/axes.py.
+theirs a matrix (outputs, inputs) with each side's axes merged, or of a bias,
+which has no inputs, a vector. Letters: models/axes.py.
 """
 
 import math
@@ -50,7 +50,12 @@ def hf_name(path: tuple[str, ...], layer: int | None = None) -> str:
 def letters_of(path: tuple[str, ...]) -> ProjectionLetters | None:
   """The axes of a projection of a block; None for what is no projection."""
   spec = PROJECTIONS.get(path[0], {}).get(path[1])
-  return ProjectionLetters.of(spec) if spec else None
+  if spec is None:
+    return None
+  letters = ProjectionLetters.of(spec)
+  if path[2:] == ('bias',):
+    return ProjectionLetters(letters.outputs, '', letters.outputs)
+  return letters
 
 
 def to_hf_layout(
@@ -59,6 +64,8 @@ def to_hf_layout(
   """(inputs..., outputs...) to (outputs, inputs), contiguous."""
   if letters is None:
     return np.ascontiguousarray(x)
+  if not letters.inputs:
+    return np.ascontiguousarray(x.reshape(-1))
   rows = math.prod(x.shape[: len(letters.inputs)])
   return np.ascontiguousarray(x.reshape(rows, -1).T)
 
@@ -70,7 +77,8 @@ def hf_shape(
   if letters is None:
     return shape
   split = len(letters.inputs)
-  return math.prod(shape[split:]), math.prod(shape[:split])
+  rows = math.prod(shape[split:])
+  return (rows, math.prod(shape[:split])) if split else (rows,)
 
 
 def hf_shapes(params: Any, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -97,7 +105,7 @@ def read_slices(
   """Part of a tensor in our layout, read by slices of theirs.
 
   Args:
-    matrix: what `safetensors.safe_open(...).get_slice` gives.
+    matrix: what `safetensors.safe_open(...).get_slice` gives, or an array.
     shape: the whole tensor's, in our layout.
     index: the part, with a slice for each of our axes.
     letters: of a projection, or None.
@@ -108,11 +116,13 @@ def read_slices(
   split = len(letters.inputs)
   # Each side's leading axis is cut while reading, the others afterwards.
   rows = _merged(bounds[split:], shape[split:])
-  columns = _merged(bounds[:split], shape[:split])
-  part = matrix[rows, columns].T.reshape(
-    *_read_shape(bounds[:split], shape[:split]),
-    *_read_shape(bounds[split:], shape[split:]),
-  )
+  read = _read_shape(bounds[split:], shape[split:])
+  if not split:
+    part = matrix[rows].reshape(read)
+  else:
+    columns = _merged(bounds[:split], shape[:split])
+    read = (*_read_shape(bounds[:split], shape[:split]), *read)
+    part = matrix[rows, columns].T.reshape(read)
   leading = (0, split)
   return part[
     tuple(

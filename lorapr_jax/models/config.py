@@ -1,6 +1,6 @@
 """Sizes of a LLaMA-family model, and LoRA's. Letters: axes.py."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import dataclasses
 import itertools
 import json
@@ -17,25 +17,27 @@ from lorapr_jax.models.axes import (
 
 # The value each of these keys of a config.json must have, or be absent.
 _ONLY_SUPPORTED = {
-  'attention_bias': False,
   'attention_dropout': 0.0,
   'hidden_act': 'silu',
-  'mlp_bias': False,
   'partial_rotary_factor': 1.0,
   'quantization_config': None,
   'sliding_window': None,
 }
 # What each of these keys is, where it is neither absent nor null.
 _TYPES = {
+  'attention_bias': (bool, 'true or false'),
   'bos_token_id': (int, 'an integer'),
   'eos_token_id': (int | list, 'an integer or a list of them'),
   'layer_types': (list, 'a list'),
+  'mlp_bias': (bool, 'true or false'),
   'pad_token_id': (int, 'an integer'),
   'per_layer_config': (dict, 'an object'),
   'rope_parameters': (dict, 'an object'),
   'rope_scaling': (dict, 'an object'),
   'tie_word_embeddings': (bool, 'true or false'),
 }
+# By part of a block, the key that says whether its projections have biases.
+BIAS_KEYS = {'self_attn': 'attention_bias', 'mlp': 'mlp_bias'}
 _POSITIVE = (
   'head_dim',
   'max_position_embeddings',
@@ -118,6 +120,8 @@ class LlamaConfig:
   rope_theta: float = 10000.0
   rope_scaling: RopeScaling | None = None
   tie_embeddings: bool = False
+  attention_bias: bool = False
+  mlp_bias: bool = False
   max_positions: int = 2048
   bos_token_id: int | None = None
   eos_token_id: int | tuple[int, ...] | None = None
@@ -138,6 +142,15 @@ class LlamaConfig:
     """Whether every layer has the same size."""
     return len(set(self.layers)) == 1
 
+  @property
+  def biased(self) -> tuple[str, ...]:
+    """The parts of a block all of whose projections have biases."""
+    return tuple(part for part, key in BIAS_KEYS.items() if getattr(self, key))
+
+  def with_biases(self, parts: Iterable[str]) -> 'LlamaConfig':
+    """The sizes where these parts have biases too."""
+    return dataclasses.replace(self, **{BIAS_KEYS[p]: True for p in parts})
+
   def sizes(self, shape: LayerShape) -> dict[str, int]:
     """Axis name -> size, for the tensors of a layer of this shape."""
     return {
@@ -150,14 +163,23 @@ class LlamaConfig:
     }
 
   def layer_parameters(self, shape: LayerShape) -> int:
-    """The number of weights in a block of this shape."""
+    """The number of weights in a block of this shape, biases and norms too."""
     sizes = self.sizes(shape)
     projections = [
       math.prod(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight))
       for part in PROJECTIONS.values()
       for spec in part.values()
     ]
-    return sum(projections) + 2 * self.embed_dim
+    return sum(projections) + self.layer_biases(shape) + 2 * self.embed_dim
+
+  def layer_biases(self, shape: LayerShape) -> int:
+    """Of `layer_parameters`, those in biases."""
+    sizes = self.sizes(shape)
+    return sum(
+      math.prod(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).outputs))
+      for part in self.biased
+      for spec in PROJECTIONS[part].values()
+    )
 
   @property
   def num_parameters(self) -> int:
@@ -201,6 +223,7 @@ class LlamaConfig:
       rope_theta=theta,
       rope_scaling=scaling,
       tie_embeddings=hf.get('tie_word_embeddings', False),
+      **{key: hf.get(key, False) for key in BIAS_KEYS.values()},
       max_positions=hf.get(
         'max_position_embeddings',
         131072 if hf['model_type'] == 'mistral' else 2048,
@@ -236,6 +259,8 @@ class LlamaConfig:
       'pad_token_id': self.pad_token_id,
       'use_cache': True,
     }
+    # Where there are none the keys are left out, as a mistral has neither.
+    hf |= {BIAS_KEYS[part]: True for part in self.biased}
     if self.rope_scaling:
       scaling = dataclasses.asdict(self.rope_scaling)
       hf['rope_scaling'] = {'rope_type': 'llama3', **scaling}
@@ -288,6 +313,12 @@ def _check_supported(hf: Mapping[str, Any]) -> None:
         f'{json.dumps(value)} is supported'
       )
   _check_types(hf)
+  for key in BIAS_KEYS.values():
+    if hf.get(key) and model_type == 'mistral':
+      raise UserError(
+        f'config.json: {key} is true, and a mistral has no biases; only a '
+        'llama with them is supported'
+      )
   if set(hf.get('layer_types') or ()) - {'full_attention'}:
     raise UserError(
       f'config.json: layer_types has {sorted(set(hf["layer_types"]))}; only '

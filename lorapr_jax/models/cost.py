@@ -11,7 +11,7 @@ def forward_flops_per_token(
   Two for each weight that multiplies a token, the output matrix among them,
   plus causal attention: token t meets t keys and t values, so on average
   4 H (T + 1) / 2 operations in each of a layer's query heads. Norms, RoPE and
-  the softmax are left out: they are below a hundredth.
+  the softmax and biases are left out: they are below a hundredth.
 
   Args:
     config: the sizes.
@@ -21,7 +21,8 @@ def forward_flops_per_token(
   """
   tables = config.vocab_size * config.embed_dim
   norms = (2 * len(config.layers) + 1) * config.embed_dim
-  weights = config.num_parameters - norms
+  biases = sum(config.layer_biases(shape) for shape in config.layers)
+  weights = config.num_parameters - norms - biases
   if not config.tie_embeddings:
     weights -= tables  # The input embeddings are looked up.
   weights -= (1.0 - with_logits) * tables

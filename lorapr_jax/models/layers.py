@@ -155,26 +155,30 @@ def _product(
 
 
 class LoRAEinsum(nn.Module):
-  """y = x W + s (x A) B for the tokens of a projection.
+  """y = x W + s (x A) B, or with + b, for the tokens of a projection.
 
   Tokens are x's first axes: N, or B and T (`llama.observed_hidden_states`).
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
-  the rank, B the rank to W's other axes. W is in the collection `params`, A
-  and B in `lora`, in float32 whatever W's dtype. Where the collection
-  STATISTICS is mutable, it gets the sum over tokens of x^2, as `squares`;
-  where INPUTS is, it gets x, as `inputs`.
+  the rank, B the rank to W's other axes, which are those of b. W and b are in
+  the collection `params`, A and B in `lora`, in float32 whatever W's dtype.
+  Where the collection STATISTICS is mutable, it gets the sum over valid tokens
+  of x^2, as `squares`; where INPUTS is, it gets x, as `inputs`.
 
   Attributes:
     spec: x, W -> y; one of config.PROJECTIONS.
     shape: W's shape.
     lora: None for a projection without an adapter.
     dtype: of the products' operands; None: x's.
+    use_bias: whether there is b.
+    valid: by token, False where there is padding; None: there is none.
   """
 
   spec: str
   shape: tuple[int, ...]
   lora: LoraConfig | None = None
   dtype: Any = None
+  use_bias: bool = False
+  valid: Array | None = None
 
   @nn.compact
   def __call__(self, x: Array, lora_x: Array) -> Array:
@@ -185,7 +189,11 @@ class LoRAEinsum(nn.Module):
     weight = self.param('weight', nn.initializers.normal(0.02), self.shape)
     if self.is_mutable_collection(STATISTICS):
       axes = tuple(range(len(tokens)))
-      squares = jnp.sum(jnp.square(x.astype(jnp.float32)), axis=axes)
+      squares = jnp.square(x.astype(jnp.float32))
+      if self.valid is not None:
+        there = self.valid.reshape(*tokens, *(1 for _ in inputs))
+        squares = jnp.where(there, squares, 0)
+      squares = jnp.sum(squares, axis=axes)
       self.put_variable(STATISTICS, 'squares', squares)
     if self.is_mutable_collection(INPUTS):
       self.put_variable(INPUTS, 'inputs', x)
@@ -197,6 +205,9 @@ class LoRAEinsum(nn.Module):
       return matmul(x.reshape(*tokens, rows), matrix.reshape(rows, -1), dtype)
 
     y = project(x, weight, fan_in)
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, outputs)
+      y = y + bias.reshape(-1).astype(y.dtype)
     if self.lora is not None:
       a = self._adapter('a', (*inputs, self.lora.rank), fan_in)
       b = self._adapter('b', (self.lora.rank, *outputs), None)

@@ -63,6 +63,7 @@ def _projections(
   shape: LayerShape,
   lora: LoraConfig | None,
   matmul_dtype: Any,
+  valid: Array | None,
 ) -> dict[str, LoRAEinsum]:
   sizes = config.sizes(shape)
   return {
@@ -71,6 +72,8 @@ def _projections(
       shape=tuple(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight)),
       lora=lora if lora and name in lora.targets else None,
       dtype=matmul_dtype,
+      use_bias=part in config.biased,
+      valid=valid,
       name=name,
     )
     for name, spec in PROJECTIONS[part].items()
@@ -101,11 +104,12 @@ class Attention(nn.Module):
   shape: LayerShape
   lora: LoraConfig | None
   matmul_dtype: Any
+  valid: Array | None
   attend: Callable[..., Array]
 
   @nn.compact
   def __call__(self, x: Array, rotation: Rotation) -> Array:
-    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
     project = _projections('self_attn', *sizes)
     lora_x = _lora_input(self, x, self.lora)
 
@@ -131,10 +135,11 @@ class MLP(nn.Module):
   shape: LayerShape
   lora: LoraConfig | None
   matmul_dtype: Any
+  valid: Array | None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
     project = _projections('mlp', *sizes)
     lora_x = _lora_input(self, x, self.lora)
     gate = project['gate_proj'](x, lora_x)
@@ -150,6 +155,7 @@ class Block(nn.Module):
   lora: LoraConfig | None = None
   matmul_dtype: Any = None  # Of the products' operands; None: of x.
   attend: Callable[..., Array] = causal_attention  # Or with a cache.
+  valid: Array | None = None  # By token, for what is observed; None: all are.
 
   @nn.compact
   def __call__(
@@ -159,7 +165,7 @@ class Block(nn.Module):
     parts: tuple[str, ...] = tuple(PROJECTIONS),
   ) -> Array:
     """Both parts, or one alone."""
-    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
     norm = functools.partial(RMSNorm, self.config.norm_eps)
     x = checkpoint_name(x, BLOCK)
     if 'self_attn' in parts:
@@ -172,13 +178,16 @@ class Block(nn.Module):
 
 
 def block_axes(
-  lora_config: LoraConfig | None = None, quantized: Collection[str] = ()
+  lora_config: LoraConfig | None = None,
+  quantized: Collection[str] = (),
+  biased: Collection[str] = (),
 ) -> dict[str, Any]:
   """The axis names of one block: {'params': ..., 'lora': ...}.
 
   Args:
     lora_config: of the adapters; None: there are none.
     quantized: the projections of the base that are (models/quantization.py).
+    biased: the parts whose projections have biases; `LlamaConfig.biased`.
   """
   params: dict[str, Any] = {
     'input_layernorm': {'weight': Axes.of('D')},
@@ -191,6 +200,9 @@ def block_axes(
       n: {'weight': quantized_axes(n) if n in quantized else Axes.of(p.weight)}
       for n, p in letters.items()
     }
+    if part in biased:
+      for n, p in letters.items():
+        params[part][n]['bias'] = Axes.of(p.outputs)
     adapters = {
       n: {'a': Axes.of(p.inputs + 'r'), 'b': Axes.of('r' + p.outputs)}
       for n, p in letters.items()
@@ -211,7 +223,8 @@ def logical_axes(
   The trees have the structure of the arrays', with an `Axes` for each.
   """
   block = jax.tree.map(
-    lambda axes: Axes(('layers', *axes)), block_axes(lora_config, quantized)
+    lambda axes: Axes(('layers', *axes)),
+    block_axes(lora_config, quantized, config.biased),
   )
   stacks = range(len(config.stacks))
   params = {
@@ -301,8 +314,8 @@ def observed_hidden_states(
     attend: as `causal_attention`: which tokens of a row see which.
     lora: adapters, with `lora_config`; None runs the base alone.
     masks: None where nothing is masked.
-    valid: (B, T), False where there is padding, which is then zero in every
-      layer: it adds nothing to what is observed. None: there is none.
+    valid: (B, T), False where there is padding, which adds nothing to what is
+      observed, and without biases is zero in every layer. None: there is none.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
     scan_layers: whether a stack is a loop over its layers; else each layer is
@@ -323,7 +336,7 @@ def observed_hidden_states(
   rotation = rope_rotation(config, positions.astype(jnp.float32))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
-  axes = block_axes(lora_config)
+  axes = block_axes(lora_config, biased=config.biased)
   if masks is None:
     masks = tuple({} for _ in config.stacks)
   if flat:
@@ -339,7 +352,14 @@ def observed_hidden_states(
       keys = jax.random.split(
         jax.random.fold_in(dropout_key, stack.start), stack.size
       )
-    block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
+    block = Block(
+      config,
+      stack.shape,
+      lora_config,
+      matmul_dtype,
+      attend,
+      valid if observe and config.biased else None,
+    )
     layer = _layer(block, axes, rotation, observe)
     # Without a loop around them XLA would find both computations of a block,
     # and keep what they share. The barriers against that cost time, and where
@@ -413,7 +433,7 @@ def logits(params: Any, hidden: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
 def init_params(key: Array, config: LlamaConfig, dtype: Any) -> Any:
-  """Random weights: normal with deviation 0.02, norms one."""
+  """Random weights: normal with deviation 0.02, norms one, biases zero."""
   embed, head, blocks = jax.random.split(key, 3)
   shape = (config.vocab_size, config.embed_dim)
   params = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lorapr_jax.errors import UserError
 
-NONE, RIDGE = 'none', 'ridge'
+NONE, RIDGE, BIAS = 'none', 'ridge', 'bias'
 # By part of a block, the projection that reads the pruned groups.
 REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
 
@@ -23,10 +23,12 @@ class Compensation:
   Attributes:
     damping: c, of the ridge in units of the mean squared input.
     batches: the newest so many that the inputs are taken from.
+    kind: RIDGE or BIAS.
   """
 
   damping: float
   batches: int
+  kind: str = RIDGE
 
   def __post_init__(self):
     if not self.damping > 0:
@@ -37,6 +39,24 @@ class Compensation:
       raise UserError(
         f'prune.compensate_batches is {self.batches}: it must be positive'
       )
+
+  @property
+  def leaf(self) -> str:
+    """What of a projection is repaired: 'weight' or 'bias'."""
+    return 'weight' if self.kind == RIDGE else 'bias'
+
+
+def bias_update(weight: Array, mean: Array, gone: Array) -> Array:
+  """What is added to the bias: mean_P W_P, the mean of what the rows P gave.
+
+  As in FLAP (arXiv 2312.11983).
+
+  Args:
+    weight: (I, O), of which the rows in P are read.
+    mean: (I,), of the inputs over tokens; float32.
+    gone: (I,), 1 for a row of P.
+  """
+  return jnp.dot(gone * mean, weight, precision=jax.lax.Precision.HIGHEST)
 
 
 def ridge_update(

@@ -136,16 +136,17 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
 
 def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   """What a run is about to do: counts and sizes, target and achieved."""
-  config, plan = settings.step.config, settings.plan
+  config, plan = settings.dense, settings.plan
   show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if plan is None:
     show('nothing is pruned (prune.target=0)')
     return
   protected = len(config.layers) - len(plan.prunable_layers)
+  pruned = plan.pruned_config.with_biases(settings.step.config.biased)
   print_kept(plan, show)
   show(
     f'{protected} layers protected; '
-    f'{plan.pruned_config.num_parameters:,} parameters will be left'
+    f'{pruned.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
     if not plan.decided and kind != 'params':

@@ -88,6 +88,21 @@ def test_bytes_follow_the_dtype(capsys, folder):
   assert single['plan']['bytes'] == 2 * half['plan']['bytes']
 
 
+def test_biases_go_with_the_groups_that_they_belong_to(capsys, tmp_path):
+  config = CONFIG.with_biases(('self_attn', 'mlp'))
+  report = inspect(capsys, write(tmp_path / 'biased', config))
+  assert report['parameters'] == config.num_parameters
+  tensors = {g: x['tensors'] for g, x in report['groups'].items()}
+  assert tensors[KV_HEADS]['self_attn.v_proj.bias'] == ['kv_heads', 'head_dim']
+  assert tensors[CHANNELS]['mlp.up_proj.bias'] == ['mlp']
+  names = {name for x in tensors.values() for name in x if 'bias' in name}
+  # What o and down add to is no group's.
+  assert names == {
+    *(f'self_attn.{x}_proj.bias' for x in 'qkv'),
+    *('mlp.gate_proj.bias', 'mlp.up_proj.bias'),
+  }
+
+
 @pytest.mark.parametrize(
   'args, targets, kept',
   [

@@ -99,7 +99,8 @@ CASES = [
   _config('model_type qwen2', model_type='qwen2'),
   _config('model_type mistral without sliding_window', model_type='mistral'),
   _config('sliding_window 4096', sliding_window=4096),
-  _config('attention_bias true', attention_bias=True),
+  _config('attention_bias true, the weights without', attention_bias=True),
+  _config('mlp_bias "yes"', mlp_bias='yes'),
   _config('hidden_act gelu', hidden_act='gelu'),
   _config(
     'a quantization_config', quantization_config={'quant_method': 'gptq'}

@@ -81,6 +81,7 @@ CASES = [
     )
     for more in (
       *('train.distill_top_k=256', 'prune.compensate=ridge'),
+      'prune.compensate=bias',
       *('prune.shrink=auto', 'prune.order=prune_then_tune', 'recover.steps=5'),
     )
   ),
@@ -99,6 +100,22 @@ CASES = [
     ),
   ),
   tiny_override('prune.compensate=wish'),
+  *(
+    Case(
+      '`--config.prune.compensate=bias --config.prune.protect=none '
+      f'--config.{more}`',
+      with_argv(
+        *train_tiny('prune.compensate=bias', 'prune.protect=none', *all)
+      ),
+    )
+    for more, all in (
+      ('export.model_type=mistral', ('export.model_type=mistral',)),
+      (
+        'export.layout=uniform --config.prune.heads_target=0.25',
+        ('export.layout=uniform', 'prune.heads_target=0.25'),
+      ),
+    )
+  ),
   tiny_override('prune.compensate_damping=0'),
   tiny_override('prune.compensate_batches=0'),
   tiny_override('prune.every=0'),

@@ -52,8 +52,8 @@ def pruned(random_params, random_lora):
   """A model that was cut and merged: (Model, Weights)."""
 
   @functools.cache
-  def make(case='queries', dtype='float32'):
-    keep = CUTS[case]
+  def make(case='queries', dtype='float32', biased=()):
+    keep, before = CUTS[case], BEFORE.with_biases(biased)
     masks = initial_masks(
       tuple(keep), tuple((s.size, BEFORE.sizes(s.shape)) for s in BEFORE.stacks)
     )
@@ -61,16 +61,16 @@ def pruned(random_params, random_lora):
     importance = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
     masks = select_stack_masks(importance, masks, by_stack(keep, BEFORE))
     kept = kept_groups(masks)
-    params = cut_params(random_params(BEFORE, dtype), kept, BEFORE)
+    params = cut_params(random_params(before, dtype), kept, before)
     lora = cut_adapters(random_lora(BEFORE, LORA), kept, BEFORE, LORA)
     weights = merge(params, lora, LORA, unmerged=True)
     origin = {'name': 'tiny', 'sha256': None, 'config': BEFORE.to_hf()}
     model = Model(
       name='tiny',
-      config=shrunk_config(BEFORE, kept),
+      config=shrunk_config(before, kept),
       dtype=dtype,
       base=None,
-      before=BEFORE,
+      before=before,
       kept=kept,
       pruning=pruning_report(None, kept, origin, {}),
     )
@@ -176,6 +176,22 @@ def test_padded_from_an_export_is_padded_from_the_run(case, pruned, tmp_path):
   exports.export(later, Route('hf', again, layout='padded'))
   assert_same_tensors(again, run)
   assert (again / 'README.md').read_text() == (run / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('layout', ['auto', 'padded'])
+@pytest.mark.parametrize('kind', ['hf', 'gguf', 'peft'])
+def test_every_route_holds_biases(kind, layout, pruned, load, tmp_path):
+  model, weights = pruned(biased=('self_attn', 'mlp'))
+  path = tmp_path / ('a.gguf' if kind == 'gguf' else 'a')
+  result = routes.write(Route(kind, path, layout=layout), model, weights)
+  assert result['max_logit_difference'] < 1e-4
+  if (kind, layout) != ('hf', 'padded'):
+    return
+  config, read = load(path)
+  assert config == model.before and config.biased
+  expected = logits(weights.merged, model.config)
+  found = torch_logits(path, transformers.LlamaForCausalLM)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 def test_uniform_stays_refused_for_unequal_layers(pruned, tmp_path):

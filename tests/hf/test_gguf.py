@@ -209,7 +209,8 @@ def test_another_architecture_is_named(tmp_path):
 @pytest.mark.parametrize(
   'name, problem',
   [
-    ('blk.0.attn_q.bias', 'is not part of the LLaMA models'),
+    ('blk.0.attn_norm.bias', 'is not part of the LLaMA models'),
+    ('blk.9.attn_q.bias', 'is not part of the LLaMA models'),
     ('rope_freqs.weight', 'holds a RoPE scaling'),
   ],
 )
@@ -218,6 +219,19 @@ def test_an_unknown_tensor_is_named(tmp_path, name, problem):
   path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **extra})
   with pytest.raises(UserError, match=f'{name} {problem}'):
     open_gguf(path)
+
+
+def test_biases_that_a_file_leaves_out_are_zero(tmp_path):
+  bias = np.random.default_rng(0).normal(size=32).astype(np.float32)
+  extra = {'extra': ('blk.1.ffn_down.bias', bias, F32)}
+  path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **extra})
+  model = open_gguf(path)
+  assert model.config == CONFIG.with_biases(('mlp',))
+  found = {n: x for n, x in model.tensors() if n.endswith('.bias')}
+  assert len(found) == 3 * len(CONFIG.layers)
+  for name, x in found.items():
+    expected = bias if name == 'model.layers.1.mlp.down_proj.bias' else 0 * x
+    np.testing.assert_array_equal(x, expected)
 
 
 def test_llama3_scaling_is_known_by_its_table(tmp_path):

@@ -139,6 +139,55 @@ def test_unequal_layers(tied, random_params, load, tmp_path):
   np.testing.assert_array_equal(logits(read, again), logits(params, config))
 
 
+def test_biases_lie_as_their_weights_do(random_params, tmp_path):
+  """Each is stored as a column of its weight would be."""
+  config = UNEQUAL.with_biases(('self_attn', 'mlp'))
+  params = random_params(config)
+  for stack in params['stacks']:
+    for part in config.biased:
+      for name, leaves in stack[part].items():
+        if name not in ('o_proj', 'down_proj'):
+          leaves['weight'] = leaves['weight'].at[:, 0].set(leaves['bias'])
+  path = write(tmp_path / 'a.gguf', params, config, dtype='bf16')
+  tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
+  for i in range(4):
+    for name in ('attn_q', 'attn_k', 'attn_v', 'ffn_gate', 'ffn_up'):
+      weight, bias = (
+        tensors[f'blk.{i}.{name}.{leaf}'] for leaf in ('weight', 'bias')
+      )
+      assert bias.tensor_type.name == 'F32'
+      column = stored(np.asarray(bias.data), 'BF16')
+      matrix = gguf.quants.dequantize(weight.data, weight.tensor_type)
+      np.testing.assert_array_equal(matrix[:, 0], column)
+  found = dict(open_gguf(path).tensors())
+  for name, weight in hf_tensors(params, config, np.float32):
+    kind = 'F32' if weight.ndim == 1 else 'BF16'
+    np.testing.assert_array_equal(found[name], stored(weight, kind))
+
+
+def test_biases_that_are_zero_are_left_out(random_params, load, tmp_path):
+  config = UNEQUAL.with_biases(('self_attn', 'mlp'))
+  params = random_params(config)
+  for stack in params['stacks']:
+    for name in ('q_proj', 'v_proj'):
+      stack['self_attn'][name]['bias'] *= 0
+    stack['mlp'] = {
+      name: {**leaves, 'bias': 0 * leaves['bias']}
+      for name, leaves in stack['mlp'].items()
+    }
+  path = write(tmp_path / 'a.gguf', params, config)
+  names = {t.name for t in gguf.GGUFReader(path).tensors if 'bias' in t.name}
+  assert names == {
+    f'blk.{i}.{name}.bias'
+    for i in range(4)
+    for name in ('attn_k', 'attn_output', 'ffn_down')
+  }
+  assert convert(str(path), tmp_path / 'folder') == config
+  again, read = load(tmp_path / 'folder')
+  assert again == config
+  jax.tree.map(np.testing.assert_array_equal, read, params)
+
+
 @pytest.mark.parametrize(
   'kind', ['mha', 'mha_tied', 'gqa', 'gqa_tied', 'wide_heads']
 )

@@ -33,6 +33,7 @@ UNEQUAL = LlamaConfig(
   layers=(LayerShape(2, 3, 40), LayerShape(1, 3, 24), LayerShape(2, 3, 40)),
   rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32),
 )
+BOTH = ('self_attn', 'mlp')
 INDEX = 'model.safetensors.index.json'
 SOME_SHARDS = 20_000
 
@@ -60,7 +61,9 @@ def _differences(folder, other):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('shards', ['one', 'many'])
-@pytest.mark.parametrize('kind', ['mha', 'gqa_tied', 'wide_heads', 'mistral'])
+@pytest.mark.parametrize(
+  'kind', ['mha', 'gqa_tied', 'wide_heads', 'mistral', 'biases']
+)
 def test_out_comes_what_came_in(kind, dtype, shards, save_hf, load, tmp_path):
   many = shards == 'many'
   source = save_hf(kind, dtype, **({'max_shard_size': '20KB'} if many else {}))
@@ -111,7 +114,7 @@ def test_shards_are_small_and_the_index_finds_all(
   }
 
 
-@pytest.mark.parametrize('kind', ['gqa_tied', 'mistral'])
+@pytest.mark.parametrize('kind', ['gqa_tied', 'mistral', 'biases'])
 @pytest.mark.parametrize('dtype', [None, 'bfloat16'])
 def test_a_converted_folder_has_the_same_weights(
   kind, dtype, save_hf, load, tmp_path
@@ -151,6 +154,7 @@ def test_a_bf16_folder_is_converted_to_bf16(save_hf, tmp_path):
     ('gqa_tied', (2, 2, 2)),
     ('mha', (1, 2, 4)),
     ('mistral', (1, 8, 1)),
+    ('biases', (1, 4, 2)),
   ],
 )
 def test_each_device_gets_its_slices(kind, sizes, save_hf, load):
@@ -171,6 +175,19 @@ def test_each_device_gets_its_slices(kind, sizes, save_hf, load):
     np.testing.assert_array_equal(x, y)
 
   jax.tree.map(check, got, want, places)
+
+
+def test_biases_that_a_folder_does_without_are_zero(save_hf, load):
+  folder = save_hf('gqa')
+  config, params = load(folder)
+  more = config.with_biases(('mlp',))
+  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  places = jax.tree.map(lambda _: place, llama.param_shapes(more, 'float32'))
+  found = load_params(folder, more, places, np.dtype('float32'))
+  for name in ('gate_proj', 'up_proj', 'down_proj'):
+    bias = found['stacks'][0]['mlp'][name].pop('bias')
+    assert bias.ndim == 2 and not bias.any()
+  jax.tree.map(np.testing.assert_array_equal, found, params)
 
 
 # --- What is wrong with a folder is named.
@@ -271,8 +288,15 @@ def test_a_config_that_is_missing_or_damaged_is_named(damaged, text, load):
 
 def test_an_unsupported_config_is_named_with_its_folder(damaged, load):
   hf = json.loads((damaged / 'config.json').read_text())
+  (damaged / 'config.json').write_text(json.dumps({**hf, 'hidden_act': 'relu'}))
+  assert 'hidden_act' in _refusal(load, damaged)
+
+
+def test_a_folder_without_the_biases_that_it_says_is_refused(damaged, load):
+  hf = json.loads((damaged / 'config.json').read_text())
   (damaged / 'config.json').write_text(json.dumps({**hf, 'mlp_bias': True}))
-  assert 'mlp_bias' in _refusal(load, damaged)
+  message = _refusal(load, damaged)
+  assert 'lacks tensor model.layers.0.mlp.down_proj.bias and 5 more' in message
 
 
 def test_what_is_no_folder_is_refused(tmp_path, load):
@@ -299,6 +323,11 @@ def _logits(params, tokens, config):
     (LLAMA, {'model_type': 'mistral'}, 'mistral'),
     (UNEQUAL, {}, 'pruned_llama'),
     (LLAMA, {'layout': 'two_shape'}, 'pruned_llama'),
+    (LLAMA.with_biases(BOTH), {}, 'llama'),
+    (LLAMA.with_biases(('mlp',)), {'layout': 'uniform'}, 'llama'),
+    (UNEQUAL.with_biases(BOTH), {}, 'pruned_llama'),
+    # There is no mistral with biases.
+    (MISTRAL.with_biases(('self_attn',)), {}, 'pruned_llama'),
   ],
 )
 def test_transformers_runs_what_was_exported(
@@ -431,6 +460,17 @@ def test_a_large_vocabulary_needs_a_version_as_mistral(
     (UNEQUAL, {'layout': 'padded'}, 'export.layout=padded'),
     (UNEQUAL, {'layout': 'flat'}, "export.layout is 'flat'"),
     (LLAMA, {'model_type': 'gpt2'}, "export.model_type is 'gpt2'"),
+    (
+      LLAMA.with_biases(BOTH),
+      {'model_type': 'mistral'},
+      'export.model_type=mistral has no biases',
+    ),
+    (
+      MISTRAL.with_biases(BOTH),
+      {'layout': 'uniform'},
+      'a mistral has no biases, which the model has (prune.compensate=bias '
+      'makes them): use export.layout=two_shape',
+    ),
   ],
 )
 def test_what_an_export_cannot_hold_is_refused(

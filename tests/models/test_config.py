@@ -110,6 +110,8 @@ def test_unequal_layers_are_written_as_differences_from_the_largest():
     UNEQUAL,
     dataclasses.replace(CONFIG, rope_scaling=SCALING),
     dataclasses.replace(CONFIG, tie_embeddings=False, eos_token_id=7),
+    dataclasses.replace(CONFIG, attention_bias=True),
+    UNEQUAL.with_biases(('self_attn', 'mlp')),
     dataclasses.replace(
       UNEQUAL, bos_token_id=None, eos_token_id=None, pad_token_id=None
     ),
@@ -188,6 +190,26 @@ def test_keys_that_old_files_leave_out_have_hugging_faces_defaults():
   assert LlamaConfig.from_hf(old | nulls) == LlamaConfig.from_hf(old)
 
 
+def test_biases_are_read_written_and_counted():
+  for key, value in (('attention_bias', True), ('mlp_bias', None)):
+    assert key not in CONFIG.to_hf()
+    config = LlamaConfig.from_hf({**HF, key: value})
+    assert config == dataclasses.replace(CONFIG, **{key: bool(value)})
+  both = CONFIG.with_biases(('self_attn', 'mlp'))
+  assert both.biased == ('self_attn', 'mlp') and CONFIG.biased == ()
+  hf = both.to_hf()
+  assert hf['attention_bias'] is hf['mlp_bias'] is True
+  # Of a layer: q, k, v and o; gate, up and down.
+  attention, mlp = 96 + 32 + 32 + 32, 48 + 48 + 32
+  for parts, more in (
+    (('self_attn',), attention),
+    (('mlp',), mlp),
+    (both.biased, attention + mlp),
+  ):
+    found = CONFIG.with_biases(parts).num_parameters
+    assert found == CONFIG.num_parameters + 2 * more
+
+
 def test_a_mistral_without_a_window_is_the_same_model():
   hf = _changed({'model_type': 'mistral', 'sliding_window': None})
   assert LlamaConfig.from_hf(hf) == CONFIG
@@ -219,13 +241,16 @@ def test_layers_are_found_by_number_however_it_is_padded(key):
   assert LlamaConfig.from_hf(hf).layers == tuple(expected)
 
 
+MISTRAL = {'model_type': 'mistral', 'sliding_window': None}
 # The change to a good file, and what the message must name.
 UNSUPPORTED = [
   ({'model_type': 'qwen2'}, 'model_type'),
   ({'model_type': ...}, 'model_type'),
-  ({'attention_bias': True}, 'attention_bias'),
+  ({**MISTRAL, 'attention_bias': True}, 'attention_bias'),
+  ({'attention_bias': 1}, 'attention_bias'),
   ({'attention_dropout': 0.1}, 'attention_dropout'),
-  ({'mlp_bias': True}, 'mlp_bias'),
+  ({**MISTRAL, 'mlp_bias': True}, 'mlp_bias'),
+  ({'mlp_bias': 'yes'}, 'mlp_bias'),
   ({'model_type': 'mistral'}, 'sliding_window'),
   ({'model_type': 'mistral', 'sliding_window': 4096}, 'sliding_window'),
   ({'sliding_window': 4096}, 'sliding_window'),

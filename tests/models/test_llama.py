@@ -11,10 +11,15 @@ import pytest
 import torch
 import transformers
 
+from lorapr_jax.cut import cut_adapters, cut_params
 from lorapr_jax.models import llama
 from lorapr_jax.models.axes import ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import dropout
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.pruning.masks import initial_masks
+from lorapr_jax.pruning.shrink import kept_groups, shrunk_config
+from lorapr_jax.steps import by_stack, select_stack_masks
 
 CONFIG = LlamaConfig(
   vocab_size=96,
@@ -23,6 +28,7 @@ CONFIG = LlamaConfig(
   layers=(LayerShape(2, 3, 48), LayerShape(2, 3, 48), LayerShape(1, 2, 40)),
 )
 SMALL = dataclasses.replace(CONFIG, layers=(LayerShape(2, 3, 48),) * 2)
+BIASED = dataclasses.replace(CONFIG, mlp_bias=True)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 LORA = LoraConfig(rank=4, alpha=8.0)
 # Positions beyond the 32 that the llama3 model was first trained on.
@@ -170,7 +176,7 @@ def test_shapes_of_its_adapters():
   )
 
 
-@pytest.mark.parametrize('config', [CONFIG, TIED])
+@pytest.mark.parametrize('config', [CONFIG, TIED, BIASED])
 def test_axes_times_sizes_are_the_shapes(config):
   axes = llama.logical_axes(config, LORA)
   trees = {
@@ -179,7 +185,10 @@ def test_axes_times_sizes_are_the_shapes(config):
     ),
     'lora': _lora_shapes(config, LORA),
   }
-  assert ('lm_head' in trees['params']) == (config is CONFIG)
+  assert ('lm_head' in trees['params']) == (config is not TIED)
+  for part, tree in trees['params']['stacks'][0].items():
+    for leaves in tree.values() if part in ('self_attn', 'mlp') else ():
+      assert ('bias' in leaves) == (part in config.biased)
   assert llama.param_shapes(config, jnp.bfloat16) == trees['params']
 
   def check(axes, tree, sizes):
@@ -321,6 +330,50 @@ def test_an_adapter_of_the_wrong_shape_is_refused(random_params, random_lora):
   lora = random_lora(SMALL, LoraConfig(rank=2))
   with pytest.raises(ValueError, match=r'q_proj/a is .*, expected \(32, 4\)'):
     _hidden(params, lora, LORA)
+
+
+@pytest.mark.parametrize(
+  'keep',
+  [
+    {KV_HEADS: (1, 1), CHANNELS: (30, 20)},
+    {QUERIES: (1, 2), CHANNELS: (48, 1)},
+  ],
+)
+def test_masked_is_cut_where_there_are_biases(keep, random_params, random_lora):
+  config = SMALL.with_biases(('self_attn', 'mlp'))
+  params, lora = random_params(config), random_lora(config, LORA)
+  masks = initial_masks(tuple(keep), ((2, config.sizes(config.layers[0])),))
+  rng = np.random.default_rng(0)
+  scores = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
+  masks = select_stack_masks(scores, masks, by_stack(keep, config))
+  kept = kept_groups(masks)
+  small = shrunk_config(config, kept)
+  assert small.biased == config.biased
+  cut = cut_params(params, kept, config)
+  run = functools.partial(llama.hidden_states, lora_config=LORA)
+  np.testing.assert_allclose(
+    run(cut, TOKENS, small, lora=cut_adapters(lora, kept, config, LORA)),
+    run(params, TOKENS, config, lora=lora, masks=masks),
+    atol=2e-5,
+  )
+  shapes = jax.tree.map(lambda x: x.shape, llama.param_shapes(small, 'float32'))
+  assert jax.tree.map(lambda x: x.shape, cut) == shapes
+
+
+def test_padding_is_not_observed_where_there_are_biases(random_params):
+  config = SMALL.with_biases(('self_attn', 'mlp'))
+  params = random_params(config)
+  observed = []
+  for length in (8, 11):
+    tokens, valid = TOKENS[:, :length], np.arange(length) < 8
+    valid = np.broadcast_to(valid, tokens.shape)
+    _, found = llama.observed_hidden_states(
+      params, tokens, config, valid=valid, observe=True
+    )
+    observed.append(found)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, rtol=1e-5), *observed
+  )
 
 
 @pytest.mark.parametrize(

@@ -44,11 +44,12 @@ _REAL = (
 _ALL_FORMATS = ('export.format=hf,gguf,peft', 'export.gguf_dtype=f32')
 # Workdir -> base and settings. The tiny ones: 4 of 8 heads; 6 of 8, which do
 # not divide the hidden size of 128; and, in the layers that are not protected,
-# one query head of two under every KV head.
+# one query head of two under every KV head, or 4 of 8 with biases.
 _TINY_RUNS = {
   'uniform': ('base', ('prune.protect=none',)),
   'odd': ('base', ('prune.protect=none', 'prune.heads_target=0.25')),
   'two_shape': ('second', ('prune.heads=queries', *_ALL_FORMATS)),
+  'biases': ('second', ('prune.compensate=bias', *_ALL_FORMATS)),
 }
 _REAL_RUNS = {
   'uniform': ('base', ('prune.protect=none',)),
@@ -71,7 +72,10 @@ _EXPORTS = {
     '--format=gguf --dtype=q8_0',
     '--format=gguf --layout=padded --dtype=f32',
   ),
+  'biases': ('--layout=padded', '--format=gguf --layout=padded --dtype=f32'),
 }
+# Those whose layers differ.
+_MIXED = ('two_shape', 'biases')
 
 
 def main() -> None:
@@ -124,7 +128,7 @@ def exports(workdir: Path) -> Iterator[Export]:
   another dtype: that one is measured for itself.
   """
   run, truth = workdir.name, workdir / 'export'
-  mixed = run == 'two_shape'
+  mixed = run in _MIXED
   yield Export(run, 'hf', str(truth), str(truth), mixed)
   if mixed:
     (gguf,) = (workdir / 'export-gguf').glob('*-f32.gguf')
