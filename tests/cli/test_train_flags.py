@@ -342,7 +342,7 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ([place, '--config=tinny'], "no config 'tinny': give the path of a file"),
     (
       [place, '--config=a/tiny.py'],
-      'one of default, llama, smollm2_135m, tiny',
+      'one of default, llama, paper, smollm2_135m, tiny',
     ),
     ([place, '--config'], "no config ''"),
     ([place, TINY, '--steps=3'], "'steps'"),

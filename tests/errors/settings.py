@@ -82,7 +82,20 @@ CASES = [
     for more in (
       *('train.distill_top_k=256', 'prune.compensate=ridge'),
       'prune.compensate=bias',
-      *('prune.shrink=auto', 'prune.order=prune_then_tune', 'recover.steps=5'),
+    )
+  ),
+  *(
+    Case(
+      '`--config.train.distill=0.5 --config.prune.compensate=none '
+      f'--config.{more}`',
+      with_argv(
+        *train_tiny('train.distill=0.5', 'prune.compensate=none', more)
+      ),
+    )
+    for more in (
+      'prune.shrink=auto',
+      'prune.order=prune_then_tune',
+      'recover.steps=5',
     )
   ),
   tiny_override('prune.scope=model'),
