@@ -364,6 +364,8 @@ def test_the_step_holds_one_layers_weights_beside_the_base():
   # Of 7B's width, where the compiler has copied a stack to pad its axes.
   flags = ['--config.model.sizes.num_hidden_layers=8', '--config.data.eval=']
   flags += ['--config.train.micro_batch_size=1', '--config.lora.dropout=0.0']
+  # Which would leave two projections as they are.
+  flags += ['--config.prune.compensate=none']
   half, int8 = (
     next(
       _planned('v5e:1x1', *flags, f'--config.model.base_dtype={dtype}')
@@ -382,6 +384,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
   flags = ['--config.model.sizes.num_hidden_layers=2', '--config.data.eval=']
   flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
   flags += ['--config.lora.dropout=0.0', '--config.train.batch_size=128']
+  flags += ['--config.prune.compensate=none']
   config, _ = parse_flags([f'--config={LLAMA}:7b', *flags, '--workdir=none'])
   small, large = search(config, 'v5e')
   assert small.topology.name == 'v5e:1x1' and not small.fits
