@@ -34,6 +34,7 @@ def tried(size: str, dtype: str, criterion: str, topology: Topology) -> Tried:
   config.train.micro_batch_size = chips
   config.model.base_dtype = dtype
   config.prune.criterion = criterion
+  config.prune.compensate = 'none'
   config.lora.dropout = 0.0
   config.data.eval = ''  # Its evaluation takes less than a step.
   return try_mesh(config, topology, mesh_sizes(1, -1, 1, devices=chips))

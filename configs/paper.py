@@ -2,21 +2,20 @@
 
   python train.py --config=configs/paper.py:smollm2_135m --workdir=runs/paper
 
-What follows the colon is a config's name, and what that takes: paper:llama:7b;
-nothing means default. The criterion is the reference implementation's; where
-the paper's text differs it is prune.score=square and prune.norm=False
-(docs/method.md has every such place).
+What follows the colon is a config's name or file, and what that takes:
+paper:llama:7b; nothing means default. The criterion is that of the reference
+implementation; where the paper's text differs it is prune.score=square and
+prune.norm=False (docs/method.md has every such place).
 """
 
-import importlib
-
 from ml_collections import config_dict
+
+from lorapr_jax.config_files import read_config
 
 
 def get_config(name: str = 'default') -> config_dict.ConfigDict:
   """The criterion of the reference's code, every layer alike, nothing added."""
-  module, *argument = name.split(':', 1)
-  config = importlib.import_module(f'configs.{module}').get_config(*argument)
+  config = read_config(name)
   config.prune.criterion = 'lora'
   config.prune.lora_gradient = 'full'
   config.prune.order = 'joint'

@@ -49,8 +49,8 @@ def prune(
     lp.prune('default', 'runs/mine', prune={'target': 0.3}, data={...})
 
   Args:
-    config: a shipped config's name (`default`, `tiny`), the path of a config's
-      file, or a config. It is not changed.
+    config: a shipped config's name (`default`, `paper:tiny`), the path of a
+      config's file, or a config. It is not changed.
     workdir: a new folder for everything that the run makes, or that of the
       same run.
     **sections: settings that differ from the config, by its sections.

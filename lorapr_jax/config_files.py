@@ -40,14 +40,18 @@ def find_config(name: str) -> Path:
 def read_config(name: str) -> config_dict.ConfigDict:
   """What `get_config()` of a config's file returns.
 
+  Args:
+    name: as of `find_config`, with what `get_config` is given after a colon.
+
   Raises:
     UserError: if there is no such file.
   """
+  name, *argument = name.split(':', 1)
   path = find_config(name)
   spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config()
+  return module.get_config(*argument)
 
 
 def check_config(config: Any, name: str) -> None:

@@ -74,7 +74,7 @@ def execute(folder, command):
     'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
     'PYTHONPATH': str(ROOT),
     'LORAPR_CACHE': str(folder / 'cache'),
-    'XLA_FLAGS': '',
+    'XLA_FLAGS': '--xla_backend_optimization_level=0',
     # The commands compile the same functions again and again.
     'JAX_COMPILATION_CACHE_DIR': str(CACHE.name),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -27,15 +27,14 @@ EVERY_STATE = [
   *('--config.train.checkpoint_every=1', '--config.train.checkpoints_kept=100'),
 ]
 CASES = {
-  # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
-  'kv_heads': ['--config.mesh.data=2', '--config.mesh.tensor=2'],
   'mha': [
     *('--config.model.sizes.num_key_value_heads=8', '--config.mesh.data=-1'),
     *('--config.mesh.fsdp=1', '--config.prune.protect=none'),
     *('--config.recover.steps=2', '--config.prune.compensate=ridge'),
     *('--config.model.base_dtype=int8', '--config.prune.layer_profile=2,3'),
   ],
-  'int8': [
+  # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
+  'kv_heads': [
     *('--config.model.base_dtype=int8', '--config.mesh.data=2'),
     *('--config.mesh.fsdp=2', '--config.mesh.tensor=2'),
     '--config.prune.compensate=bias',
@@ -136,7 +135,7 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
 SHRINK = [*RUN, *EVERY_STATE, '--config.prune.shrink=0.3,0.7']
 # What is compiled: the step for each of three sizes, and the repair for the two
 # in which something is masked.
-COMPILED = {'none': 3, 'ridge': 5, 'bias': 5, 'global': 5}
+COMPILED = {'ridge': 5, 'bias': 5, 'global': 5}
 
 
 def flags_of(kind):
@@ -175,7 +174,7 @@ def cut_short(workdir, copy, last):
 @pytest.mark.parametrize(
   'kind, cut, after',
   [
-    *(('none', 0, 2), ('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)),
+    *(('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)),
     ('bias', 0, 2),
     # Before what each layer keeps is decided, and after.
     *(('global', 0, -6), ('global', 1, 1)),

@@ -14,6 +14,7 @@ from lorapr_jax import train
 from lorapr_jax.cli import train as train_command
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
+from lorapr_jax.config_files import read_config
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.export import export_model
 from lorapr_jax.models import llama
@@ -345,6 +346,7 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
       'one of default, llama, paper, smollm2_135m, tiny',
     ),
     ([place, '--config'], "no config ''"),
+    ([place, '--config=paper:tinny'], "no config 'tinny'"),
     ([place, TINY, '--steps=3'], "'steps'"),
     ([place, TINY, '--proc=1'], "'proc'"),
     ([place, TINY, '--process_id=x'], "invalid int value: 'x'"),
@@ -352,6 +354,18 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ([place, TINY, 'more'], "train takes flags only, not 'more'"),
   ):
     assert message in refusal(capsys, workdir, *argv)
+
+
+@pytest.mark.parametrize('name', ['tiny', 'llama:7b', f'{CONFIGS}/tiny.py'])
+def test_the_papers_method_on_any_config(name):
+  config, paper = (
+    parse_flags([f'--config={x}', '--workdir=DIR'])[0]
+    for x in (name, f'paper:{name}')
+  )
+  assert paper.prune.lora_gradient == 'full'
+  assert paper.prune.compensate == 'none'
+  assert paper.model == config.model and paper.data == config.data
+  assert paper == read_config(f'paper:{name}')
 
 
 def test_flags_that_are_not_its_own_pass_train_untouched(monkeypatch):
