@@ -26,18 +26,8 @@ def parse_profile(text: str) -> Profile:
   return shares
 
 
-def block_lengths(num_layers: int, profile: Profile) -> list[int]:
-  """How many layers have each share: they differ by one at most.
-
-  Raises:
-    UserError: if there are more shares than layers.
-  """
-  parts = len(profile)
-  if parts > num_layers:
-    raise UserError(
-      f'prune.layer_profile has {parts} shares for the {num_layers} layers '
-      'that are pruned: give at most one for each'
-    )
+def block_lengths(num_layers: int, parts: int) -> list[int]:
+  """How many layers are in each block: they differ by one at most."""
   ends = [num_layers * i // parts for i in range(parts + 1)]
   return [b - a for a, b in zip(ends, ends[1:], strict=False)]
 
@@ -63,7 +53,7 @@ def spread(
   Returns:
     The counts by layer; None where a layer would lose more than it can.
   """
-  lengths = block_lengths(num_layers, profile)
+  lengths = block_lengths(num_layers, len(profile))
   size = counts[-1]
   weight = sum(n * w for n, w in zip(lengths, profile, strict=True))
   ideals = [size - (size - kept) * num_layers * w / weight for w in profile]

@@ -22,7 +22,6 @@ from lorapr_jax.pruning.groups import (
 )
 from lorapr_jax.pruning.profile import (
   Profile,
-  block_lengths,
   parse_profile,
   spread,
 )
@@ -44,6 +43,7 @@ class Targets:
   channels: bool = True
   protect: str = 'reference'
   scope: str = 'layer'
+  blocks: int = 8
   layer_profile: str = '1'
   heads_multiple_of: int = 1
   channels_multiple_of: int = 1
@@ -60,7 +60,7 @@ class Targets:
       value = getattr(self, key)
       if value is not None and not 0.0 <= value < 1.0:
         raise UserError(f'prune.{key} is {value}: it must be in [0, 1)')
-    for key in ('heads_multiple_of', 'channels_multiple_of'):
+    for key in ('blocks', 'heads_multiple_of', 'channels_multiple_of'):
       if getattr(self, key) < 1:
         raise UserError(
           f'prune.{key} is {getattr(self, key)}: it must be at least 1'
@@ -278,7 +278,12 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
     raise UserError(
       f'all {len(config.layers)} layers are protected: use prune.protect=none'
     )
-  block_lengths(len(plan.prunable_layers), targets.profile)
+  shares, layers = len(targets.profile), len(plan.prunable_layers)
+  if shares > layers:
+    raise UserError(
+      f'prune.layer_profile has {shares} shares for the {layers} layers that '
+      'are pruned: give at most one for each'
+    )
   if targets.unit == 'groups':
     kept = {c.group: _round_share(c, targets.of(c.group)) for c in choices}
   else:

@@ -99,6 +99,7 @@ CASES = [
     )
   ),
   tiny_override('prune.scope=model'),
+  tiny_override('prune.blocks=0'),
   Case(
     '`--config.prune.scope=global --config.prune.layer_profile=1,2`',
     with_argv(*train_tiny('prune.scope=global', 'prune.layer_profile=1,2')),

@@ -60,6 +60,9 @@ def scores(plan, rng, spread=1.0):
     {'protect': 'none', 'tensor_parallel': 2, 'channels_multiple_of': 6},
     {'heads_target': 0.5, 'channels_target': 0.25},
     {'unit': 'params', 'target': 0.4},
+    {'blocks': 4},
+    {'blocks': 2, 'heads': 'queries'},
+    {'blocks': 100},
   ],
 )
 def test_the_total_is_kept_and_every_count_can_be(targets):
@@ -89,6 +92,10 @@ def test_the_total_is_kept_and_every_count_can_be(targets):
         else:
           assert count == whole
     changed += found.keep != plan.keep
+    blocks = min(targets.get('blocks', 8), len(plan.prunable_layers))
+    runs = sum(map(len, found.kept_by_depth.values()))
+    # One block at most is divided for the total.
+    assert runs <= len(plan.keep) * blocks + 1
   assert changed
 
 
@@ -111,9 +118,27 @@ def test_by_hand():
   assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 1)}
 
 
+def test_a_block_is_one_layer_of_mean_scores():
+  config = LlamaConfig(
+    vocab_size=8,
+    embed_dim=4,
+    head_dim=2,
+    layers=(LayerShape(2, 1, 4),) * 4,
+  )
+  rows = np.array([[0.0, 10, 0, 0], [0, 0, 0, 10], [2, 1, 4, 3], [1, 2, 3, 4]])
+  plan = planned(config, heads='none', protect='none', blocks=2)
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 1, 3, 3)}
+  # The last channel goes from one layer of the block whose turn it is.
+  plan = planned(config, heads='none', protect='none', blocks=2, target=0.25)
+  rows[2:] = [[2, 2, 2, 2], [2, 2, 2, 2]]
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (2, 2, 4, 4)}
+  plan = planned(config, heads='none', protect='none', blocks=1, target=0.25)
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (3, 3, 3, 3)}
+
+
 def test_heads_and_channels_share_one_budget():
   # Six heads of each layer stand below the channels, which are all alike.
-  plan = planned(target=0.25)
+  plan = planned(target=0.25, blocks=LAYERS)
   heads = np.tile([9.0, 9.0, 0, 0, 0, 0, 0, 0], (LAYERS, 1))
   found = decide(plan, ({KV_HEADS: heads, CHANNELS: np.ones((LAYERS, 96))},))
   # 2 heads of 1,024 parameters and 24 channels of 96 in each of ten layers are
