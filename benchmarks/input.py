@@ -1,6 +1,6 @@
 """How much faster batches come than a step takes them.
 
-  PYTHONPATH=. python benchmarks/input.py [--config=smollm2_135m] \\
+  PYTHONPATH=. python benchmarks/input.py [--config=NAME] \\
     [--packing=documents] [--step_tokens_per_second=N]
 
 Prints tokens per second of the input, taken as the loop takes it: each batch on
@@ -67,7 +67,7 @@ def step_speed(settings: RunSettings, places: Places) -> float:
 def main() -> int:
   """Measures and prints."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
-  parser.add_argument('--config', default='smollm2_135m')
+  parser.add_argument('--config', default='paper:smollm2_135m')
   parser.add_argument('--packing', default='', help="default: the config's")
   parser.add_argument('--step_tokens_per_second', type=float)
   arguments = parser.parse_args()

@@ -126,7 +126,10 @@ def main() -> None:
   parser.add_argument('--turns', type=int, default=7)
   parser.add_argument('--paired', action='store_true', help='no runs')
   args = parser.parse_args()
-  flags = ['--config=configs/smollm2_135m.py', '--config.report.prompts=()']
+  flags = [
+    '--config=configs/paper.py:smollm2_135m',
+    '--config.report.prompts=()',
+  ]
   flags += [f'--config.train.steps={args.steps}', '--config.data.eval=']
   take_turns(flags, args.turns)
   if args.paired:

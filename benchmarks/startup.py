@@ -1,7 +1,7 @@
 """How long train.py takes to its first step, with a filled cache.
 
   PYTHONPATH=. python benchmarks/startup.py [--starts 3]
-    [--config=configs/smollm2_135m.py ...]
+    [--config=configs/paper.py:smollm2_135m ...]
 
 Starts train.py --starts times and once before, so that what it compiles and the
 dense model's perplexity are in the cache. Of each start prints the seconds to
@@ -43,7 +43,7 @@ def main() -> None:
   """Starts and prints."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--starts', type=int, default=3)
-  parser.add_argument('--config', default='configs/smollm2_135m.py')
+  parser.add_argument('--config', default='configs/paper.py:smollm2_135m')
   args, more = parser.parse_known_args()
   flags = [f'--config={args.config}', '--config.report.prompts=()', *more]
   with tempfile.TemporaryDirectory() as folder:

@@ -129,7 +129,8 @@ def compare(
     measured: perplexities so far, by name.
     perplexity: of weights; None where there is no held-out text.
   """
-  dense = settings.step
+  # Without the biases that compensation adds.
+  dense = dataclasses.replace(settings.step, config=settings.dense)
   small = dataclasses.replace(dense, config=config)
   models = {'dense': (params, dense), 'pruned': (merged, small)}
   return {

@@ -18,6 +18,7 @@ from lorapr_jax.data.templates import Template
 from lorapr_jax.errors import MeshError, UserError
 from lorapr_jax.hf.export import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
+from lorapr_jax.lora import INPUTS, terms_of
 from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import check_attention
@@ -462,9 +463,18 @@ def _plan(
   if prune.criterion == 'lora':
     adapters = block_axes(lora)['lora']
     for group in plan.keep:
-      if not any(couplings(adapters, group)):
+      paths = [path.split('.') for path, _ in couplings(adapters, group)]
+      targets = f'lora.targets {",".join(lora.targets)}'
+      if not paths:
         raise UserError(
-          f'lora.targets {",".join(lora.targets)} has no projection of the '
-          f'{kind(group)}: prune.criterion=lora cannot rank them'
+          f'{targets} has no projection of the {kind(group)}: '
+          'prune.criterion=lora cannot rank them'
+        )
+      terms = {terms_of(prune.lora_gradient, *path[:2]) for path in paths}
+      if prune.order != 'joint' and terms == {INPUTS}:
+        raise UserError(
+          f'{targets} has of the {kind(group)} what reads them alone, which '
+          'prune.lora_gradient=own cannot score while B is zero, as it stays '
+          f'under prune.order={prune.order}: use prune.lora_gradient=full'
         )
   return plan

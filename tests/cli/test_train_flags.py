@@ -380,6 +380,24 @@ def test_flags_that_are_not_its_own_pass_train_untouched(monkeypatch):
   assert config.data.template == '{{ q }} -- a'
 
 
+def test_what_reads_the_groups_alone_cannot_rank_them_while_b_is_zero():
+  later = '--config.prune.order=prune_then_tune'
+  targets = '--config.lora.targets=q_proj,down_proj'
+  with pytest.raises(UserError, match='of the channels what reads them alone'):
+    settings(later, targets)
+  with pytest.raises(UserError, match='prune.lora_gradient=full'):
+    settings(
+      '--config.prune.order=none', '--config.lora.targets=o_proj,up_proj'
+    )
+  for other in (
+    '--config.prune.order=joint',
+    '--config.prune.lora_gradient=full',
+    '--config.prune.criterion=activation',
+    '--config.lora.targets=q_proj,up_proj,down_proj',
+  ):
+    assert settings(later, targets, other).plan.keep
+
+
 def test_queries_alone_need_a_projection_of_queries():
   # The keys belong to whole KV heads, but to no single query head.
   overrides = ('--config.prune.channels=false', '--config.lora.targets=k_proj')

@@ -143,6 +143,10 @@ CASES = [
   tiny_override('prune.heads_multiple_of=0'),
   tiny_override('prune.heads_multiple_of=4', 'of a model with 4 KV heads'),
   tiny_override('lora.targets=gate_proj', 'while heads are pruned'),
+  Case(
+    '`--config.prune.order=none --config.lora.targets=o_proj,down_proj`',
+    with_argv(*train_tiny('prune.order=none', 'lora.targets=o_proj,down_proj')),
+  ),
   # Export.
   tiny_override('export.layout=uniform', 'with protected layers'),
   tiny_override('export.layout=zip'),
