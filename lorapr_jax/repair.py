@@ -29,7 +29,8 @@ from lorapr_jax.pruning.compensation import (
   ridge_update,
 )
 from lorapr_jax.pruning.masks import apply_masks
-from lorapr_jax.sharding import mesh_of, parts
+from lorapr_jax.pruning.solve import solve, solve_in_blocks, spread
+from lorapr_jax.sharding import mesh_of, parts, platform
 from lorapr_jax.steps import StepSettings, compiler_options
 
 
@@ -96,6 +97,7 @@ def make_compensate(
     out_sharding: of `failed`.
   """
   mesh, leaf = mesh_of(out_sharding), compensation.leaf
+  repair = functools.partial(_repair, settings, compensation, out_sharding)
 
   def compensate(repaired, rest, lora, before, after, batches):
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
@@ -119,8 +121,8 @@ def make_compensate(
       layer = functools.partial(
         _repair_layer,
         settings,
-        compensation,
-        count,
+        compensation.leaf,
+        functools.partial(repair, count),
         _reader(settings, stack.shape, rotation, segments, mesh),
       )
       trees = {'params': rest['stacks'][i], 'lora': lora[i]}
@@ -199,7 +201,7 @@ def _reader(
   return read
 
 
-def _repair_layer(settings, compensation, count, read, carry, layer):
+def _repair_layer(settings, leaf, repair, read, carry, layer):
   """The body of the scan over a stack.
 
   The carry is x (M, N, D), what is repaired of the stack, written in place, and
@@ -207,7 +209,7 @@ def _repair_layer(settings, compensation, count, read, carry, layer):
   """
   x, repaired, failed = carry
   i, trees, before, after = layer
-  leaf, biased = compensation.leaf, settings.config.biased
+  biased = settings.config.biased
   axes = llama.block_axes(settings.lora, biased=biased)
   weights = jax.tree.map(lambda stack: stack[i], repaired)
   params = dequantized(_with_part(trees['params'], weights), x.dtype)
@@ -226,9 +228,7 @@ def _repair_layer(settings, compensation, count, read, carry, layer):
     )
     adapter = trees['lora'].get(part, {}).get(name)
     if part in repaired:
-      mended, bad = _repair(
-        settings, compensation, count, params_of, adapter, seen, there, stays
-      )
+      mended, bad = repair(params_of, adapter, seen, there, stays)
       failed += bad
       stack = repaired[part][name][leaf].at[i].set(mended)
       repaired = {**repaired, part: {name: {leaf: stack}}}
@@ -251,11 +251,14 @@ def _repair_layer(settings, compensation, count, read, carry, layer):
 
 
 def _repair(
-  settings, compensation, count, params, adapter, inputs, there, stays
+  settings, compensation, place, count, params, adapter, inputs, there, stays
 ):
   """The leaf that makes up for the rows that go, and 1 if there is none."""
   rows, gone, weight = stays.size, there - stays, params['weight']
-  old = params[compensation.leaf]
+  old, mesh = params[compensation.leaf], mesh_of(place)
+  solver = solve
+  if platform(place) == 'tpu':
+    solver = functools.partial(solve_in_blocks, mesh=mesh)
 
   def repair():
     matrix = weight.reshape(rows, -1).astype(jnp.float32)
@@ -275,7 +278,14 @@ def _repair(
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
       )
-      update = ridge_update(effective, gram, gone, stays, compensation.damping)
+      update = ridge_update(
+        effective,
+        spread(gram, mesh, 0),
+        gone,
+        stays,
+        compensation.damping,
+        solver,
+      )
     else:
       mean = jnp.sum(x.astype(jnp.float32), axis=axes) / count
       update = bias_update(effective, mean, gone)

@@ -3,6 +3,7 @@
 Here for one projection; `lorapr_jax/repair.py` goes through a model.
 """
 
+from collections.abc import Callable
 import dataclasses
 
 import jax
@@ -10,6 +11,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.pruning.solve import solve
 
 NONE, RIDGE, BIAS = 'none', 'ridge', 'bias'
 # By part of a block, the projection that reads the pruned groups.
@@ -60,7 +62,12 @@ def bias_update(weight: Array, mean: Array, gone: Array) -> Array:
 
 
 def ridge_update(
-  weight: Array, gram: Array, gone: Array, stays: Array, damping: float
+  weight: Array,
+  gram: Array,
+  gone: Array,
+  stays: Array,
+  damping: float,
+  solve: Callable[[Array, Array], Array] = solve,
 ) -> Array:
   """What is added to the rows that stay, to do the work of those that go.
 
@@ -75,6 +82,7 @@ def ridge_update(
     gone: (I,), 1 for a row of P.
     stays: (I,), 1 for a row of S.
     damping: c.
+    solve: (A, R) -> X of A X = R, A positive definite.
   """
   outer = stays[:, None] * stays
   ridge = damping * jnp.sum(jnp.diagonal(gram) * stays) / jnp.sum(stays)
@@ -82,4 +90,4 @@ def ridge_update(
   system = gram * outer + jnp.diag(jnp.where(stays > 0, ridge, 1.0))
   with jax.default_matmul_precision('highest'):
     lost = stays[:, None] * (gram @ (gone[:, None] * weight))
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(system), lost)
+  return solve(system, lost)
