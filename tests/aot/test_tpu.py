@@ -30,6 +30,7 @@ from lorapr_jax.plan import plan_run
 from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.solve import solve_in_blocks
 from lorapr_jax.repair import make_compensate
 from lorapr_jax.search import search
 from lorapr_jax.topology import SLICES, Topology
@@ -282,8 +283,24 @@ def test_compensation_leaves_its_tokens_where_they_lie():
   assert gathered
   for shape in gathered:
     assert math.prod(int(x) for x in shape.split(',')) <= read
+    assert shape != f'{channels},{channels}'  # X^T X
   temporaries = compiled.memory_analysis().temp_size_in_bytes
   assert temporaries < 2 * (2 * read + 4 * channels**2)
+
+
+def test_more_rows_to_solve_for_are_more_turns_of_the_same_loops():
+  mesh = _mesh(2, 2, 2)
+  whole = _whole(mesh)
+  count = []
+  for rows in (1024, 2048):
+    arrays = [
+      jax.ShapeDtypeStruct((rows, n), jnp.float32, sharding=whole)
+      for n in (rows, 512)
+    ]
+    solver = jax.jit(functools.partial(solve_in_blocks, mesh=mesh))
+    text = solver.lower(*arrays).compile().as_text()
+    count.append(text.count(' fusion('))
+  assert count[1] < 1.2 * count[0]
 
 
 def test_the_loss_gathers_no_vocabulary():
