@@ -129,8 +129,7 @@ def compare(
     measured: perplexities so far, by name.
     perplexity: of weights; None where there is no held-out text.
   """
-  # Without the biases that compensation adds.
-  dense = dataclasses.replace(settings.step, config=settings.dense)
+  dense = settings.step
   small = dataclasses.replace(dense, config=config)
   models = {'dense': (params, dense), 'pruned': (merged, small)}
   return {
