@@ -133,9 +133,13 @@ def alone(tmp_path_factory):
   return workdir
 
 
-# Each has all rows, and half of their tokens; below, half of the rows.
-def test_two_processes_end_as_one(alone, tmp_path):
-  run = Run(tmp_path / 'run', 2, 4, fsdp=1, sequence=4, tensor=2)
+# Each has half of the rows, as in the next test too; or all, and half of their
+# tokens.
+@pytest.mark.parametrize(
+  'axis', [pytest.param('fsdp', marks=pytest.mark.slow), 'sequence']
+)
+def test_two_processes_end_as_one(alone, tmp_path, axis):
+  run = Run(tmp_path / 'run', 2, 4, **{'fsdp': 1, axis: 4}, tensor=2)
   first, second = run.end(0, 0)
   # Collectives on CPUs print lines of their own.
   assert 'parameters' in first and 'parameters' not in second

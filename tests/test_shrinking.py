@@ -27,14 +27,15 @@ EVERY_STATE = [
   *('--config.train.checkpoint_every=1', '--config.train.checkpoints_kept=100'),
 ]
 CASES = {
+  # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
+  'kv_heads': ['--config.mesh.data=2', '--config.mesh.tensor=2'],
   'mha': [
     *('--config.model.sizes.num_key_value_heads=8', '--config.mesh.data=-1'),
     *('--config.mesh.fsdp=1', '--config.prune.protect=none'),
     *('--config.recover.steps=2', '--config.prune.compensate=ridge'),
     *('--config.model.base_dtype=int8', '--config.prune.layer_profile=2,3'),
   ],
-  # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
-  'kv_heads': [
+  'int8': [
     *('--config.model.base_dtype=int8', '--config.mesh.data=2'),
     *('--config.mesh.fsdp=2', '--config.mesh.tensor=2'),
     '--config.prune.compensate=bias',
@@ -97,7 +98,13 @@ def logits_of(folder):
   return logits(model.params, hidden_states(model.params, tokens, model.config))
 
 
-@pytest.mark.parametrize('case', CASES)
+# int8 has what kv_heads has, and more.
+SLOW = {'kv_heads': pytest.mark.slow}
+
+
+@pytest.mark.parametrize(
+  'case', [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES]
+)
 def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
   end = train(tmp_path / 'end', *RUN, *EVERY_STATE, *CASES[case])
   found = train(
@@ -135,7 +142,7 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
 SHRINK = [*RUN, *EVERY_STATE, '--config.prune.shrink=0.3,0.7']
 # What is compiled: the step for each of three sizes, and the repair for the two
 # in which something is masked.
-COMPILED = {'ridge': 5, 'bias': 5, 'global': 5}
+COMPILED = {'none': 3, 'ridge': 5, 'bias': 5, 'global': 5}
 
 
 def flags_of(kind):
@@ -174,6 +181,7 @@ def cut_short(workdir, copy, last):
 @pytest.mark.parametrize(
   'kind, cut, after',
   [
+    pytest.param('none', 0, 2, marks=pytest.mark.slow),
     *(('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)),
     ('bias', 0, 2),
     # Before what each layer keeps is decided, and after.
