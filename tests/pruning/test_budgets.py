@@ -21,6 +21,15 @@ def config_of(shape):
 CONFIG = config_of(LayerShape(8, 3, 96))
 
 
+def of_layers(count):
+  return LlamaConfig(
+    vocab_size=8,
+    embed_dim=4,
+    head_dim=2,
+    layers=(LayerShape(2, 1, 4),) * count,
+  )
+
+
 def planned(config=CONFIG, **targets):
   return plan_pruning(config, Targets(scope='global', **targets))
 
@@ -101,12 +110,7 @@ def test_the_total_is_kept_and_every_count_can_be(targets):
 
 def test_by_hand():
   # Standardised: three at -0.58 and one at 1.73; -1.34, -0.45, 0.45, 1.34.
-  config = LlamaConfig(
-    vocab_size=8,
-    embed_dim=4,
-    head_dim=2,
-    layers=(LayerShape(2, 1, 4),) * 2,
-  )
+  config = of_layers(2)
   plan = planned(config, heads='none', protect='none')
   rows = np.array([[0.0, 10.0, 0.0, 0.0], [2.0, 1.0, 4.0, 3.0]])
   assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 3)}
@@ -119,21 +123,24 @@ def test_by_hand():
 
 
 def test_a_block_is_one_layer_of_mean_scores():
-  config = LlamaConfig(
-    vocab_size=8,
-    embed_dim=4,
-    head_dim=2,
-    layers=(LayerShape(2, 1, 4),) * 4,
-  )
+  config = of_layers(4)
   rows = np.array([[0.0, 10, 0, 0], [0, 0, 0, 10], [2, 1, 4, 3], [1, 2, 3, 4]])
   plan = planned(config, heads='none', protect='none', blocks=2)
   assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (1, 1, 3, 3)}
-  # The last channel goes from one layer of the block whose turn it is.
   plan = planned(config, heads='none', protect='none', blocks=2, target=0.25)
   rows[2:] = [[2, 2, 2, 2], [2, 2, 2, 2]]
   assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (2, 2, 4, 4)}
   plan = planned(config, heads='none', protect='none', blocks=1, target=0.25)
   assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (3, 3, 3, 3)}
+
+
+def test_the_block_whose_turn_it_is_is_divided_for_the_total():
+  # Of five channels in all two go from each of two layers, at -1; the three
+  # layers at 0 are next, and one of them loses the fifth.
+  config = of_layers(5)
+  plan = planned(config, heads='none', protect='none', blocks=2, target=0.25)
+  rows = np.array([[0.0, 0, 1, 1]] * 2 + [[1.0, 1, 1, 1]] * 3)
+  assert decide(plan, ({CHANNELS: rows},)).keep == {CHANNELS: (2, 2, 3, 4, 4)}
 
 
 def test_heads_and_channels_share_one_budget():
