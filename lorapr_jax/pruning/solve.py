@@ -53,9 +53,9 @@ def solve_in_blocks(
   """By block elimination, in loops whose length does not change what compiles.
 
   The block LDL^T factorisation (Golub and Van Loan, Matrix Computations,
-  section 4.1) whose pivots D are solved by Cholesky, then back substitution. Of
-  A each device holds some rows and of R some columns; a block's columns go to
-  all of them, I^2 numbers in all and as many again on the way back.
+  chapter 4) whose pivots D are solved by Cholesky, then back substitution. Of A
+  each device holds some rows and of R some columns. All of them get a block's
+  columns, what takes their place, and that again on the way back: 3 I^2 numbers.
 
   Args:
     matrix: A, (I, I).
