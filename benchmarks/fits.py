@@ -4,11 +4,11 @@
 
 Prints the table of docs/scaling.md: for each model the most that a phase of
 training takes of a chip, as `plan` counts it, with a base in bfloat16 and in
-int8 and, in bfloat16, with the gradient criterion; without compensation. 128 sequences of 512 tokens
-a step, one on each chip at a time; no dropout, whose random bits take the
-compiler as long as the rest. It needs no TPU, but its compiler: pip install
-"jax[tpu]". It takes more than an hour; what --results holds already is not
-compiled again.
+int8 and, in bfloat16, with the gradient criterion; without compensation. 128
+sequences of 512 tokens a step, one on each chip at a time; no dropout, whose
+random bits take the compiler as long as the rest. It needs no TPU, but its
+compiler: pip install "jax[tpu]". It takes more than an hour; what --results
+holds already is not compiled again.
 """
 
 import argparse

@@ -55,7 +55,8 @@ def solve_in_blocks(
   The block LDL^T factorisation (Golub and Van Loan, Matrix Computations,
   chapter 4) whose pivots D are solved by Cholesky, then back substitution. Of A
   each device holds some rows and of R some columns. All of them get a block's
-  columns, what takes their place, and that again on the way back: 3 I^2 numbers.
+  columns, what takes their place, and that again on the way back: 3 I^2 numbers
+  in all.
 
   Args:
     matrix: A, (I, I).
