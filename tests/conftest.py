@@ -7,6 +7,8 @@ import tempfile
 
 import pytest
 
+from tests.xla_flags import DEVICES, QUICKLY
+
 _MODULES = tempfile.TemporaryDirectory(prefix='transformers-modules-')
 os.environ['HF_HUB_OFFLINE'] = '1'
 os.environ['HF_MODULES_CACHE'] = _MODULES.name
@@ -15,17 +17,14 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # What is compiled is not kept, but where a test says so.
 os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
-_DEVICES = '--xla_force_host_platform_device_count'
 _FLAGS = os.environ.get('XLA_FLAGS', '')
-if _DEVICES not in _FLAGS:
+if DEVICES not in _FLAGS:
   # On a busy machine one of eight devices may come long after another; after
   # 40 s, which is the default, the process would be aborted.
   _PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
-  # Most of a test's time is compiling, and LLVM takes a fifth of it longer to
-  # make faster code of the same operations. A GPU runs what users run.
-  _ON_CPU = os.environ['JAX_PLATFORMS'] == 'cpu'
-  _QUICKLY = '--xla_backend_optimization_level=0' if _ON_CPU else ''
-  os.environ['XLA_FLAGS'] = f'{_FLAGS} {_DEVICES}=8 {_PATIENCE} {_QUICKLY}'
+  # A GPU runs what users run.
+  _QUICKLY = QUICKLY if os.environ['JAX_PLATFORMS'] == 'cpu' else ''
+  os.environ['XLA_FLAGS'] = f'{_FLAGS} {DEVICES}=8 {_PATIENCE} {_QUICKLY}'
 
 _LLAMA = {
   'model_type': 'llama',

@@ -9,6 +9,8 @@ import tempfile
 import numpy as np
 import orbax.checkpoint as ocp
 
+from tests.xla_flags import QUICKLY
+
 ROOT = Path(__file__).parent.parent
 # One device, whatever the other tests simulate: as a user's process would.
 COMMAND = [sys.executable, 'train.py', '--config=configs/tiny.py']
@@ -26,6 +28,7 @@ def start(workdir, settings=SETTINGS, **env):
       'PATH': '/usr/bin:/bin',
       'LORAPR_CACHE': str(workdir) + '-cache',
       'JAX_COMPILATION_CACHE_DIR': CACHE.name,
+      'XLA_FLAGS': QUICKLY,
       **env,
     },
     stderr=subprocess.PIPE,

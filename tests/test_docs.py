@@ -13,6 +13,8 @@ import warnings
 
 import pytest
 
+from tests.xla_flags import QUICKLY
+
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
 # Blocks that run elsewhere, by what they contain, and where that is.
@@ -74,7 +76,7 @@ def execute(folder, command):
     'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
     'PYTHONPATH': str(ROOT),
     'LORAPR_CACHE': str(folder / 'cache'),
-    'XLA_FLAGS': '--xla_backend_optimization_level=0',
+    'XLA_FLAGS': QUICKLY,
     # The commands compile the same functions again and again.
     'JAX_COMPILATION_CACHE_DIR': str(CACHE.name),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',

@@ -15,6 +15,7 @@ from lorapr_jax import processes
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
 from tests.runs import CACHE, ROOT, TIMING, metrics
+from tests.xla_flags import DEVICES, QUICKLY
 
 STEPS, HEARTBEAT = 18, 10
 SETTINGS = {
@@ -72,8 +73,7 @@ class Run:
               'LORAPR_CACHE': str(workdir) + '-cache',
               'JAX_COMPILATION_CACHE_DIR': CACHE.name,
               'JAX_PLATFORMS': 'cpu',
-              'XLA_FLAGS': '--xla_backend_optimization_level=0 '
-              f'--xla_force_host_platform_device_count={devices}',
+              'XLA_FLAGS': f'{QUICKLY} {DEVICES}={devices}',
             },
             stdout=subprocess.PIPE,
             stderr=file,

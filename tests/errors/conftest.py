@@ -18,10 +18,9 @@ from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
 from tests.errors import runs
 from tests.errors.case import train_tiny
+from tests.xla_flags import QUICKLY
 
 ROOT = Path(__file__).parents[2]
-# Half of the time: the run has two steps.
-_FAST_COMPILER = '--xla_backend_optimization_level=0'
 SIZES = {
   'model_type': 'llama',
   'vocab_size': 64,
@@ -57,7 +56,7 @@ def make_run(folder):
     [sys.executable, '-m', 'lorapr_jax', *train_tiny(*runs.RUN)],
     check=True,
     cwd=folder.parent,
-    env=os.environ | {'XLA_FLAGS': _FAST_COMPILER, 'PYTHONPATH': str(ROOT)},
+    env=os.environ | {'XLA_FLAGS': QUICKLY, 'PYTHONPATH': str(ROOT)},
   )
 
 
