@@ -88,7 +88,7 @@ def test_the_page_holds_every_number(finished_run):
     *(units.operations(flops[name]) for name in ('dense', 'pruned')),
     *(units.size(cache[name]) for name in ('dense', 'pruned')),
     'forward, at 32 tokens of context',
-    f'{1e3 * latency["dense"]:.1f} ms',
+    units.milliseconds(latency['dense']),
     'prefill of 1 x 128 tokens',
     *('Once', 'upon a time', 'in a while'),
     'Warnings None.',
