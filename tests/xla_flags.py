@@ -1,13 +1,12 @@
 """What tests tell XLA."""
 
-import importlib.metadata
+from jaxlib.version import __version_info__
 
 DEVICES = '--xla_force_host_platform_device_count'
 # Most of a test's time is compiling, and LLVM takes a fifth of it longer to
 # make faster code of the same operations.
 QUICKLY = '--xla_backend_optimization_level=0'
-_JAXLIB = importlib.metadata.version('jaxlib').split('.')
 # Up to 0.11.0 the CPU's fusions can be compiled as before, in half of the time;
 # later ones end a process that asks for it.
-if tuple(map(int, _JAXLIB[:3])) <= (0, 11, 0):
+if __version_info__ <= (0, 11, 0):
   QUICKLY += ' --xla_cpu_use_fusion_emitters=false'
