@@ -53,9 +53,9 @@ test-package: .venv/dev
 test-lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest $(MAIN) --ignore=tests/errors \
 	  --ignore=tests/cli --ignore=tests/pruning --ignore=tests/test_docs.py \
-	  --ignore=tests/test_sharding.py --ignore=tests/test_notebook.py \
-	  --ignore=tests/test_shrinking.py --ignore=tests/test_phases.py \
-	  --ignore=tests/test_benchmarks.py --ignore=tests/test_processes.py
+	  --ignore=tests/runtime/test_sharding.py --ignore=tests/test_notebook.py \
+	  --ignore=tests/training/test_shrinking.py --ignore=tests/training/test_phases.py \
+	  --ignore=tests/test_benchmarks.py --ignore=tests/training/test_processes.py
 
 # What the compilers for TPUs and GPUs make of the step, with neither there.
 test-aot: .venvs/aot/made
@@ -63,7 +63,7 @@ test-aot: .venvs/aot/made
 
 # Twenty kills at random moments of one run.
 soak: .venv/dev
-	$(BIN)/python -m pytest -m soak tests/test_soak.py
+	$(BIN)/python -m pytest -m soak tests/training/test_soak.py
 
 # What only an NVIDIA GPU can show.
 test-gpu: .venv/gpu

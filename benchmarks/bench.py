@@ -37,12 +37,12 @@ import numpy as np
 from benchmarks.compare import Row, arguments, make_model, write_data
 from benchmarks.step import matmul_peak
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.files import read_json, write_text
 from lorapr_jax.hf.load import load_config
-from lorapr_jax.inputs import load_data
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.cost import forward_flops_per_token
-from lorapr_jax.settings import split_config
+from lorapr_jax.runtime.files import read_json, write_text
+from lorapr_jax.settings.run import split_config
+from lorapr_jax.training.batches import load_data
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'benchmarks.md'
@@ -215,7 +215,7 @@ def main() -> None:
     flags = arguments(Row(50, 'joint', 'lora'), 0, model, train)
     flags.append('--config.train.log_every=1')
     settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
-    operands = settings.step.matmul_dtype.name
+    operands = settings.compute.matmul_dtype.name
     flags.append(f'--config.model.base_dtype={operands}')
     spec = settings.data.train
     batch_at = load_data(settings, [spec])[0][spec]

@@ -42,9 +42,14 @@ import lorapr_jax as lp
 from lorapr_jax.data.demo import all_news_texts
 from lorapr_jax.data.sources import identity, parse_spec
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import cache_dir, read_json, write_json, write_text
 from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.settings import ORDERS
+from lorapr_jax.runtime.files import (
+  cache_dir,
+  read_json,
+  write_json,
+  write_text,
+)
+from lorapr_jax.settings.run import ORDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'results.md'

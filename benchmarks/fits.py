@@ -19,9 +19,9 @@ import sys
 import jax
 
 from configs import llama
-from lorapr_jax.search import Tried, try_mesh
-from lorapr_jax.sharding import mesh_sizes
-from lorapr_jax.topology import Topology
+from lorapr_jax.planning.search import Tried, try_mesh
+from lorapr_jax.planning.topology import Topology
+from lorapr_jax.runtime.sharding import mesh_sizes
 
 TOPOLOGIES = ('v5e:2x4', 'v5e:8x8', 'v5p:2x2x1')
 # The base's dtype and the criterion.

@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM
 
 import lorapr_jax as lp
 from lorapr_jax.eval.latency import paired_generation
-from lorapr_jax.steps import StepSettings
+from lorapr_jax.models.compute import (
+  Compute,
+)
 
 
 def transformers_turn(
@@ -52,9 +54,7 @@ def main() -> None:
   if jax.default_backend() != 'cpu':
     parser.error('transformers runs on the CPU here: set JAX_PLATFORMS=cpu')
   loaded = lp.load(args.model, args.dtype)
-  ours = {
-    'ours': (loaded.params, StepSettings(loaded.config, dtype=loaded.dtype))
-  }
+  ours = {'ours': (loaded.params, Compute(loaded.config, dtype=loaded.dtype))}
   theirs = AutoModelForCausalLM.from_pretrained(
     args.model, dtype=getattr(torch, args.dtype), trust_remote_code=True
   )

@@ -17,11 +17,16 @@ import time
 import jax
 import numpy as np
 
-from lorapr_jax import steps
-from lorapr_jax.config_files import read_config
-from lorapr_jax.inputs import Places, device_batches, load_base, load_data
-from lorapr_jax.optimizer import make_optimizer
-from lorapr_jax.settings import RunSettings, split_config
+from lorapr_jax.settings.files import read_config
+from lorapr_jax.settings.run import RunSettings, split_config
+from lorapr_jax.training import steps
+from lorapr_jax.training.batches import (
+  Places,
+  device_batches,
+  load_base,
+  load_data,
+)
+from lorapr_jax.training.optimizer import make_optimizer
 
 GOAL = 20
 BATCHES, STEPS = 200, 3
@@ -47,7 +52,7 @@ def input_speed(settings: RunSettings, places: Places) -> float:
 
 def step_speed(settings: RunSettings, places: Places) -> float:
   """Tokens per second of the gradient: the median of some, once compiled."""
-  step, seed = settings.step, settings.train.seed
+  step, seed = settings.compute, settings.train.seed
   params = load_base(None, step.config, settings.base_dtype, places.base, seed)
   key = jax.random.key(seed)
   state = steps.init_state(key, step, (), make_optimizer(1e-4))
@@ -74,7 +79,7 @@ def main() -> int:
   config = read_config(arguments.config)
   config.data.packing = arguments.packing or config.data.packing
   settings = split_config(config)
-  places = Places.of(settings, settings.step.config)
+  places = Places.of(settings, settings.compute.config)
   source = input_speed(settings, places)
   step = arguments.step_tokens_per_second or step_speed(settings, places)
   print(f'input  {source:12,.0f} tokens/s')

@@ -55,11 +55,11 @@ def measure(stage: str, folder: Path) -> None:
   import jax
   import jax.numpy as jnp
 
-  from lorapr_jax import sharding
-  from lorapr_jax.hf.export import export_model
   from lorapr_jax.hf.load import load_params
+  from lorapr_jax.hf.write import export_model
   from lorapr_jax.models import llama
   from lorapr_jax.models.config import LayerShape, LlamaConfig
+  from lorapr_jax.runtime import sharding
 
   config = LlamaConfig(
     vocab_size=32000,

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lorapr_jax.hf.export import copy_companions, hf_config, write_config
 from lorapr_jax.hf.load import check_tensors, load_config
-from lorapr_jax.hf.mapping import hf_shapes
+from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.shards import Shards, write_safetensors
+from lorapr_jax.hf.write import copy_companions, hf_config, write_config
 from lorapr_jax.models.llama import param_shapes
-from lorapr_jax.paths import new_folder
+from lorapr_jax.runtime.paths import new_folder
 
 
 def main() -> None:

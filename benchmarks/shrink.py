@@ -29,11 +29,11 @@ from safetensors.numpy import load_file
 
 from benchmarks.step import compiled_step
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.files import read_json
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.report.run import IMPORTANCE_FILE
-from lorapr_jax.settings import split_config
+from lorapr_jax.runtime.files import read_json
+from lorapr_jax.settings.run import split_config
 
 ROOT = Path(__file__).resolve().parent.parent
 # Of a run's loop, by the names of its summary.
@@ -66,7 +66,7 @@ def take_turns(flags: list[str], turns: int) -> None:
   """Prints the steps' times by size, over those at full size."""
   settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
   found = Milestones(settings.plan, settings.schedule)
-  sizes = {'full size': settings.step.config}
+  sizes = {'full size': settings.compute.config}
   sizes |= {
     f'cut at {share:.0%} of the ramp': found.size(cut)
     for share in (1 / 3, 2 / 3, 1.0)
@@ -75,7 +75,7 @@ def take_turns(flags: list[str], turns: int) -> None:
   compiled = {
     name: compiled_step(
       dataclasses.replace(
-        settings, step=dataclasses.replace(settings.step, config=size)
+        settings, compute=dataclasses.replace(settings.compute, config=size)
       )
     )
     for name, size in sizes.items()

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 from ml_collections import config_dict
 
 from configs import llama
-from lorapr_jax import optimizer, steps
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.inputs import Places, load_base
 from lorapr_jax.models.cost import forward_flops_per_token
-from lorapr_jax.settings import RunSettings, split_config
+from lorapr_jax.settings.run import RunSettings, split_config
+from lorapr_jax.training import optimizer, steps
+from lorapr_jax.training.batches import Places, load_base
 
 # The keys of a config.json. Sources: the models' cards on the Hugging Face Hub.
 _SMOLLM2 = {
@@ -145,7 +145,7 @@ class Step(NamedTuple):
 
 def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   """Of a run's settings, with random weights and tokens."""
-  train, size = settings.train, settings.step
+  train, size = settings.train, settings.compute
   places = Places.of(settings, size.config)
   params = load_base(
     None, size.config, settings.base_dtype, places.base, train.seed
@@ -224,7 +224,7 @@ def measure(settings: RunSettings, repeats: int, packed: bool) -> Row:
     jax.block_until_ready(state)
     ranking.append(time.perf_counter() - start)
   each, importance = (statistics.median(x[1:]) for x in (seconds, ranking))
-  train, config = settings.train, settings.step.config
+  train, config = settings.train, settings.compute.config
   tokens = train.micro_batch_size * train.seq_len
   forward = forward_flops_per_token(config, train.seq_len)
   return Row(
@@ -287,7 +287,7 @@ def main() -> None:
       continue
     if first is None:
       first = row
-      operands = settings.step.matmul_dtype
+      operands = settings.compute.matmul_dtype
       peak = max(matmul_peak(operands), matmul_peak(jnp.float32))
       print(
         f'peak: {peak / 1e9:.0f} GFLOP/s, {operands.name} operands\n\n'

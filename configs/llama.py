@@ -9,7 +9,7 @@ config.json. To prune one, take --config=default, its folder in
 
 from ml_collections import config_dict
 
-from configs import default
+from lorapr_jax.settings.files import read_config
 
 # Embedding, layers, heads, KV heads, channels, vocabulary.
 SIZES = {
@@ -27,7 +27,7 @@ def get_config(size: str = '') -> config_dict.ConfigDict:
   if size not in SIZES:
     raise ValueError(f'--config=llama:SIZE with SIZE of {", ".join(SIZES)}')
   embed, layers, heads, kv_heads, channels, vocabulary = SIZES[size]
-  config = default.get_config()
+  config = read_config('default')
   config.model.sizes = config_dict.ConfigDict(
     {
       'model_type': 'llama',

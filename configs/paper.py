@@ -10,7 +10,7 @@ prune.norm=False (docs/method.md has every such place).
 
 from ml_collections import config_dict
 
-from lorapr_jax.config_files import read_config
+from lorapr_jax.settings.files import read_config
 
 
 def get_config(name: str = 'default') -> config_dict.ConfigDict:

@@ -12,13 +12,13 @@ alone, 99.4. JAX 0.10.2.
 
 from ml_collections import config_dict
 
-from configs import default
-from lorapr_jax.files import cache_dir
+from lorapr_jax.runtime.files import cache_dir
+from lorapr_jax.settings.files import read_config
 
 
 def get_config() -> config_dict.ConfigDict:
   """A third of the query heads and half of the channels go, on average."""
-  config = default.get_config()
+  config = read_config('default')
   config.model.path = str(cache_dir() / 'smollm2-135m-instruct')
   # The activations of 1,024 tokens are small beside this model's weights.
   config.model.remat = 'dots'

@@ -8,12 +8,12 @@ language: 257 dense, 130 pruned, measured there with JAX 0.10.2.
 
 from ml_collections import config_dict
 
-from configs import default
+from lorapr_jax.settings.files import read_config
 
 
 def get_config() -> config_dict.ConfigDict:
   """Four layers, grouped-query attention, no tokenizer."""
-  config = default.get_config()
+  config = read_config('default')
   config.model.sizes = config_dict.ConfigDict(
     {
       'model_type': 'llama',

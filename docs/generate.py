@@ -14,11 +14,11 @@ import pdoc
 
 from configs import default, llama
 import lorapr_jax
-from lorapr_jax.files import write_text
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.schedule import cubic_sparsity
 from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.runtime.files import write_text
 
 DOCS = Path(__file__).parent
 BEGIN, END = '<!-- generated: {} -->', '<!-- end -->'

@@ -6,19 +6,21 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from lorapr_jax import generation
-from lorapr_jax.config_files import check_key, read_config
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
+from lorapr_jax.eval import generation
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
 from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
 from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
-from lorapr_jax.model import Model, folder_and_config, in_memory
-from lorapr_jax.model import load as load
-from lorapr_jax.paths import is_path, path_of
-from lorapr_jax.steps import StepSettings
+from lorapr_jax.hf.memory import Model, folder_and_config, in_memory
+from lorapr_jax.hf.memory import load as load
+from lorapr_jax.models.compute import (
+  Compute,
+)
+from lorapr_jax.runtime.paths import is_path, path_of
+from lorapr_jax.settings.files import check_key, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +137,7 @@ def evaluate(
   return evaluate_perplexity(
     loaded.params,
     windows,
-    StepSettings(loaded.config, dtype=loaded.dtype),
+    Compute(loaded.config, dtype=loaded.dtype),
     data=data,
     batch_size=batch_size,
   )
@@ -172,10 +174,10 @@ def export(
     RuntimeError: if what was read back is another model.
   """
   # Here, since the other functions need none of it.
-  from lorapr_jax import exports
-  from lorapr_jax.hf.export import parse_size
-  from lorapr_jax.routes import Route
-  from lorapr_jax.sections import ROUTES
+  from lorapr_jax.export import sources as exports
+  from lorapr_jax.export.routes import Route
+  from lorapr_jax.hf.write import parse_size
+  from lorapr_jax.settings.sections import ROUTES
 
   if format not in ROUTES:
     raise UserError(f'format is {format!r}: choose from {", ".join(ROUTES)}')

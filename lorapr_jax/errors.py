@@ -1,5 +1,7 @@
 """What commands turn into one line: a mistake of the user's, a stop."""
 
+from typing import Any
+
 
 class UserError(Exception):
   """A mistake of the user's: says what is wrong, where, and what to do."""
@@ -35,3 +37,10 @@ def check_least(**arguments: tuple[int | None, int]) -> None:
   for name, (value, least) in arguments.items():
     if value is not None and value < least:
       raise UserError(f'{name} is {value}: it must be at least {least}')
+
+
+def choose(key: str, value: Any, choices: Any) -> Any:
+  """`value`, if it is one of the choices that the key has."""
+  if value not in choices:
+    raise UserError(f'{key} is {value!r}: choose from {", ".join(choices)}')
+  return value

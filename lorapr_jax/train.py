@@ -10,12 +10,9 @@ from typing import Any
 from ml_collections import config_dict
 from rich.console import Console
 
-from lorapr_jax import checkpoint, interrupt, processes
-from lorapr_jax.cut import Base, cut_adapters, kept_of, widened
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.remembered import remembered_perplexity
-from lorapr_jax.files import write_json, write_text
-from lorapr_jax.finish import (
+from lorapr_jax.export.finish import (
   check_counts,
   compare,
   export_run,
@@ -23,21 +20,30 @@ from lorapr_jax.finish import (
   model_name,
   pruned_model,
 )
-from lorapr_jax.hf.gguf_vocabulary import vocabulary
+from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.load import check_tensors
 from lorapr_jax.hf.shards import Shards
-from lorapr_jax.inputs import Places, load_base, load_data
-from lorapr_jax.loop import train_phase
-from lorapr_jax.paths import path_of
-from lorapr_jax.phases import phases, total_steps
 from lorapr_jax.pruning.milestones import END
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.report.page import REPORT_FILE, render_report
 from lorapr_jax.report.run import IMPORTANCE_FILE
 from lorapr_jax.report.scores import write_scores
-from lorapr_jax.settings import RunSettings, split_config
-from lorapr_jax.teacher import remember_teacher
+from lorapr_jax.runtime import interrupt, processes
+from lorapr_jax.runtime.files import write_json, write_text
+from lorapr_jax.runtime.paths import path_of
+from lorapr_jax.runtime.workdir import (
+  RUN_FILE,
+  SUMMARY_FILE,
+  check_workdir,
+  claim_workdir,
+)
+from lorapr_jax.settings.phases import phases, total_steps
+from lorapr_jax.settings.run import RunSettings, split_config
+from lorapr_jax.training.batches import Places, load_base, load_data
+from lorapr_jax.training.cut import Base, cut_adapters, kept_of, widened
+from lorapr_jax.training.loop import train_phase
+from lorapr_jax.training.teacher import remember_teacher
 
 
 def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -61,16 +67,16 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   # --- Config: every mistake that shows without reading weights or text.
   settings = split_config(config)
-  places = Places.of(settings, settings.step.config)
+  places = Places.of(settings, settings.compute.config)
   identity = {'config': config.to_dict(), 'resolved': resolved(settings)}
   processes.check_same(identity, 'settings')
   if processes.is_first():
-    checkpoint.check_workdir(workdir, identity)
+    check_workdir(workdir, identity)
   if settings.model_path:
     check_tensors(Shards(settings.model_path), settings.dense)
   metrics.check_writers(settings.log, workdir)
   if 'gguf' in settings.export.routes:
-    vocabulary(settings.model_path, settings.step.config)
+    vocabulary(settings.model_path, settings.compute.config)
 
   console = Console(stderr=True, quiet=not processes.is_first())
   name = model_name(settings.model_path)
@@ -92,9 +98,9 @@ def run_phases(
   first, *later = phases(settings)
   streams, held_out = load_data(settings, (p.data for p in (first, *later)))
   if processes.is_first():
-    checkpoint.claim_workdir(workdir, identity)
+    claim_workdir(workdir, identity)
   processes.wait_for_others('claim the workdir')
-  processes.check_shared(workdir / checkpoint.RUN_FILE)
+  processes.check_shared(workdir / RUN_FILE)
   summary.print_plan(settings, display.print)
 
   # --- Model: the base is frozen, but for what compensation repairs; the state
@@ -103,12 +109,12 @@ def run_phases(
   load = functools.partial(
     load_base,
     settings.model_path,
-    settings.step.config,
+    settings.compute.config,
     settings.base_dtype,
     places.base,
     settings.train.seed,
   )
-  base = Base(load(), settings.step, places)
+  base = Base(load(), settings.compute, places)
 
   def perplexity(params, step_settings, **adapted):
     if held_out is None:
@@ -127,7 +133,7 @@ def run_phases(
     'dense': remembered_perplexity(
       settings,
       held_out,
-      functools.partial(perplexity, base.params, settings.step),
+      functools.partial(perplexity, base.params, settings.compute),
     )
   }
 
@@ -160,7 +166,7 @@ def run_phases(
 
   # --- Cut: what is left is smaller, and the larger base makes room.
   display.start('cut')
-  whole, dense = settings.step.config, settings.dense
+  whole, dense = settings.compute.config, settings.dense
   groups = widened(state, whole)
   model = pruned_model(
     settings.model_path,
@@ -175,13 +181,13 @@ def run_phases(
     layers = settings.plan.prunable_layers
     write_scores(workdir / IMPORTANCE_FILE, groups, dense, layers)
   left = kept_of(state.masks)
-  lora = cut_adapters(state.lora, left, base.step.config, base.step.lora)
+  lora = cut_adapters(state.lora, left, base.compute.config, base.compute.lora)
   base = base.cut(left, settings)
 
   # --- Tune: LoRA goes on, on the small arrays.
   if later:
     display.start('evaluate')
-    measured['cut'] = perplexity(base.params, base.step, lora=lora)
+    measured['cut'] = perplexity(base.params, base.compute, lora=lora)
   for phase in later:
     state, base, *_ = run_phase(phase, base, settings=settings, lora=lora)
     lora, skipped = state.lora, skipped + int(state.skipped)
@@ -197,7 +203,7 @@ def run_phases(
   weights = merge(
     base.params,
     lora,
-    settings.step.lora,
+    settings.compute.lora,
     unmerged='peft' in settings.export.routes,
   )
   del base
@@ -236,7 +242,7 @@ def run_phases(
     'versions': summary.versions(),
     'command': shlex.join(sys.argv),
   }
-  write_json(workdir / checkpoint.SUMMARY_FILE, result)
+  write_json(workdir / SUMMARY_FILE, result)
   write_text(workdir / REPORT_FILE, render_report(workdir))
   return result
 
@@ -248,9 +254,9 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
   open_sizes = plan and (settings.shrink != END or not plan.decided)
   return {
     'base_dtype': settings.base_dtype.name,
-    'compute_dtype': settings.step.dtype.name,
-    'matmul_dtype': settings.step.matmul_dtype.name,
-    'model': settings.step.config.to_hf(),
+    'compute_dtype': settings.compute.dtype.name,
+    'matmul_dtype': settings.compute.matmul_dtype.name,
+    'model': settings.compute.config.to_hf(),
     # With another mesh.tensor other counts may be the nearest.
     'keep': plan.keep if plan else {},
     'multiples': plan.multiples if open_sizes else {},

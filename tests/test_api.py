@@ -14,8 +14,8 @@ from tokenizers import models, pre_tokenizers
 
 import lorapr_jax as lp
 from lorapr_jax.cli.main import main
-from lorapr_jax.config_files import read_config
 from lorapr_jax.models import llama
+from lorapr_jax.settings.files import read_config
 
 MESH = {'data': -1, 'fsdp': 1}  # The tests simulate eight devices.
 SHORT = {'steps': 12, 'log_every': 4}

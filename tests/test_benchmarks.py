@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.settings import ORDERS
+from lorapr_jax.settings.run import ORDERS
 
 ROOT = Path(__file__).parent.parent
 

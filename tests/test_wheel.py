@@ -11,6 +11,8 @@ import zipfile
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# In the wheel `configs` lies in the package: no second name is installed.
+INSTALLED = Path('lorapr_jax')
 pytestmark = pytest.mark.packaging
 
 
@@ -58,15 +60,16 @@ def test_the_wheel_holds_what_runs_and_nothing_else(distributions):
   with zipfile.ZipFile(wheel) as archive:
     names = set(archive.namelist())
   expected = {
-    str(path.relative_to(ROOT))
-    for folder in ('lorapr_jax', 'configs')
+    str(parent / path.relative_to(ROOT))
+    for folder, parent in (('lorapr_jax', Path()), ('configs', INSTALLED))
     for path in (ROOT / folder).rglob('*')
     if path.is_file() and path.suffix != '.pyc'
   }
-  assert {'configs/tiny.py', 'lorapr_jax/train.py'} < expected
+  assert {'lorapr_jax/configs/tiny.py', 'lorapr_jax/train.py'} < expected
   assert any(name.startswith('lorapr_jax/hf/remote_code/') for name in expected)
   others = {name for name in names if '.dist-info/' not in name}
   assert others == expected
+  assert {name.partition('/')[0] for name in others} == {'lorapr_jax'}
   assert any(name.endswith('licenses/LICENSE') for name in names)
 
 

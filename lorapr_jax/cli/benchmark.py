@@ -7,17 +7,19 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lorapr_jax import model as model_lib
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.latency import GenerationTimes, paired_generation
+from lorapr_jax.hf import memory as model_lib
 from lorapr_jax.hf.load import load_config
+from lorapr_jax.models.compute import (
+  Compute,
+)
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.cost import (
   forward_flops_per_token,
   kv_cache_bytes_per_token,
 )
-from lorapr_jax.steps import StepSettings
 
 PHASES = ('prefill', 'decode')
 
@@ -107,7 +109,7 @@ def benchmark(
     loaded = model_lib.load(folder, dtype)
     models[name] = (
       loaded.params,
-      StepSettings(loaded.config, dtype=loaded.dtype),
+      Compute(loaded.config, dtype=loaded.dtype),
     )
     described[name] = describe(folder, loaded)
   rows = []

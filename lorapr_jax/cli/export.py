@@ -1,17 +1,17 @@
 """export: a run's workdir or a folder, in another layout or format."""
 
-from lorapr_jax import exports
 from lorapr_jax.cli.arguments import Parser, print_json
-from lorapr_jax.hf.export import (
+from lorapr_jax.export import sources as exports
+from lorapr_jax.export.routes import Route
+from lorapr_jax.hf.write import (
   DTYPES,
   GGUF_DTYPES,
   LAYOUTS,
   MODEL_TYPES,
   parse_size,
 )
-from lorapr_jax.paths import path_of
-from lorapr_jax.routes import Route
-from lorapr_jax.sections import ROUTES
+from lorapr_jax.runtime.paths import path_of
+from lorapr_jax.settings.sections import ROUTES
 
 
 def main(argv: list[str]) -> None:

@@ -8,8 +8,8 @@ import sys
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from lorapr_jax.config_files import check_config, check_key, find_config
 from lorapr_jax.errors import UserError
+from lorapr_jax.settings.files import check_config, check_key, find_config
 
 
 def parse_flags(

@@ -13,13 +13,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from lorapr_jax import generation
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
+from lorapr_jax.eval import generation
 from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.models.compute import (
+  resolve_dtype,
+)
 from lorapr_jax.models.llama import param_shapes
-from lorapr_jax.resolve import resolve_dtype
 
 
 def main(argv: list[str]) -> None:

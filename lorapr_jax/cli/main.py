@@ -6,8 +6,8 @@ import shlex
 import signal
 import sys
 
-from lorapr_jax.compilation_cache import keep_compiled
 from lorapr_jax.errors import Stopped, UserError
+from lorapr_jax.runtime.compilation_cache import keep_compiled
 
 COMMANDS = {
   'train': 'prune a model by a config',

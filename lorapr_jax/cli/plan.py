@@ -15,11 +15,11 @@ from rich.table import Table
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
-from lorapr_jax.plan import Needs, plan_run
+from lorapr_jax.planning.needs import Needs, plan_run
+from lorapr_jax.planning.search import Tried, search
+from lorapr_jax.planning.topology import SLICES, Chip, Topology
 from lorapr_jax.report import units
-from lorapr_jax.search import Tried, search
-from lorapr_jax.sharding import mesh_sizes
-from lorapr_jax.topology import SLICES, Chip, Topology
+from lorapr_jax.runtime.sharding import mesh_sizes
 
 CRITERIA = ('lora', 'gradient')
 

@@ -11,16 +11,12 @@ from rich.text import Text
 
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import write_text
-from lorapr_jax.paths import is_local, path_of
 from lorapr_jax.report import comparison, units
-from lorapr_jax.report.page import (
-  REPORT_FILE,
-  render_comparison,
-  render_report,
-)
+from lorapr_jax.report.page import REPORT_FILE, render_comparison, render_report
 from lorapr_jax.report.run import read_run
 from lorapr_jax.report.summary import print_summary
+from lorapr_jax.runtime.files import write_text
+from lorapr_jax.runtime.paths import is_local, path_of
 
 
 def main(argv: list[str]) -> None:

@@ -1,9 +1,10 @@
 """train: flags to config, then lorapr_jax.train.run."""
 
-from lorapr_jax import processes, train
+from lorapr_jax import train
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.report.summary import print_summary
+from lorapr_jax.runtime import processes
 
 
 def main(argv: list[str]) -> None:

@@ -16,7 +16,7 @@ import tempfile
 import zipfile
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import cache_dir
+from lorapr_jax.runtime.files import cache_dir
 
 
 @dataclasses.dataclass(frozen=True)

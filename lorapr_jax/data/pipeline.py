@@ -24,7 +24,7 @@ from lorapr_jax.data.sources import (
 from lorapr_jax.data.templates import PLAIN, Template, template_documents
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import cache_dir, read_json, write_json
+from lorapr_jax.runtime.files import cache_dir, read_json, write_json
 
 # Part of the cache's key: raise it when the windows change.
 _FORMAT = 5

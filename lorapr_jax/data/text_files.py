@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorapr_jax.errors import UserError, first_line
-from lorapr_jax.paths import is_local, path_of
+from lorapr_jax.runtime.paths import is_local, path_of
 
 Record = dict[str, Any]
 

@@ -10,8 +10,8 @@ import warnings
 import numpy as np
 
 from lorapr_jax.errors import UserError, first_line
-from lorapr_jax.files import read_json
-from lorapr_jax.paths import files_in, path_of, tokenizer_folder
+from lorapr_jax.runtime.files import read_json
+from lorapr_jax.runtime.paths import files_in, path_of, tokenizer_folder
 
 # One of these holds the vocabulary.
 _VOCABULARIES = ('tokenizer.json', 'tokenizer.model*', 'vocab.json', 'tekken*')

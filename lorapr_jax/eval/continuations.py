@@ -17,11 +17,13 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 import numpy as np
 
-from lorapr_jax import sharding
 from lorapr_jax.errors import UserError
 from lorapr_jax.models import branches, llama
+from lorapr_jax.models.compute import (
+  compiler_options,
+)
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.steps import compiler_options
+from lorapr_jax.runtime import sharding
 
 _SHORTEST = 16
 # A row takes in no further continuation beyond this.

@@ -16,11 +16,11 @@ import lm_eval.models  # noqa: F401
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from lorapr_jax import generation
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.eval import generation
 from lorapr_jax.eval.continuations import score_continuations
-from lorapr_jax.model import Model, load
+from lorapr_jax.hf.memory import Model, load
 
 # As lm_eval's `hf` has them.
 _MAX_GEN_TOKS = 256

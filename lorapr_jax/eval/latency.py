@@ -11,13 +11,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from lorapr_jax import sharding
 from lorapr_jax.models import cached, llama
-from lorapr_jax.steps import StepSettings, compiler_options
+from lorapr_jax.models.compute import (
+  Compute,
+  compiler_options,
+)
+from lorapr_jax.runtime import sharding
 
 
 @functools.cache
-def _prefill(settings: StepSettings) -> Callable[..., Any]:
+def _prefill(settings: Compute) -> Callable[..., Any]:
   def last_logits(params, tokens):
     hidden = llama.hidden_states(
       params, tokens, settings.config, dtype=settings.dtype
@@ -28,7 +31,7 @@ def _prefill(settings: StepSettings) -> Callable[..., Any]:
 
 
 def paired_latency(
-  models: dict[str, tuple[Any, StepSettings]],
+  models: dict[str, tuple[Any, Compute]],
   *,
   batch_size: int = 1,
   seq_len: int = 128,
@@ -71,7 +74,7 @@ class GenerationTimes:
 
 
 def paired_generation(
-  models: Mapping[str, tuple[Any, StepSettings]],
+  models: Mapping[str, tuple[Any, Compute]],
   *,
   batch_size: int,
   prompt_tokens: int,
@@ -122,7 +125,7 @@ def paired_generation(
 
 @functools.cache
 def _make_advance(
-  settings: StepSettings, place: Sharding
+  settings: Compute, place: Sharding
 ) -> Callable[..., tuple[cached.Cache, jax.Array]]:
   """(params, cache, tokens (B, T), start) -> (cache, the next ids (B, 1)).
 

@@ -12,8 +12,12 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 import numpy as np
 
-from lorapr_jax import sharding
-from lorapr_jax.steps import StepSettings, compiler_options, token_losses
+from lorapr_jax.models.compute import (
+  Compute,
+  compiler_options,
+  token_losses,
+)
+from lorapr_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Perplexity:
 
 @functools.cache
 def make_window_losses(
-  settings: StepSettings, place: Sharding
+  settings: Compute, place: Sharding
 ) -> Callable[..., Any]:
   """The jitted params, tokens, weights, lora, masks -> losses of windows."""
 
@@ -78,7 +82,7 @@ def batch_rows(params: Any, most: int, count: int) -> int:
 def evaluate_perplexity(
   params: Any,
   windows: np.ndarray,
-  settings: StepSettings,
+  settings: Compute,
   *,
   data: str,
   batch_size: int,

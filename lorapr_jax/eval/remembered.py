@@ -9,11 +9,11 @@ import json
 import jax
 import numpy as np
 
-from lorapr_jax import processes
 from lorapr_jax.eval.perplexity import Perplexity
-from lorapr_jax.files import cache_dir, read_json, write_json
 from lorapr_jax.hf.load import content_hash
-from lorapr_jax.settings import RunSettings
+from lorapr_jax.runtime import processes
+from lorapr_jax.runtime.files import cache_dir, read_json, write_json
+from lorapr_jax.settings.run import RunSettings
 
 # Part of the key: raise it when what is measured changes.
 _FORMAT = 2
@@ -42,9 +42,9 @@ def remembered_perplexity(
     'model': content_hash(settings.model_path),
     'windows': hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(),
     'shape': windows.shape,
-    'dtypes': (settings.base_dtype.name, settings.step.dtype.name),
-    'quantized': settings.step.quantized,
-    'attention': settings.step.attention,
+    'dtypes': (settings.base_dtype.name, settings.compute.dtype.name),
+    'quantized': settings.compute.quantized,
+    'attention': settings.compute.attention,
     'jax': (jax.__version__, jax.default_backend()),
   }
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]

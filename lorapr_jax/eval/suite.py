@@ -18,8 +18,10 @@ from lorapr_jax.data.tfds import parse_tfds
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
-from lorapr_jax.model import Model, folder_and_config, in_memory
-from lorapr_jax.steps import StepSettings
+from lorapr_jax.hf.memory import Model, folder_and_config, in_memory
+from lorapr_jax.models.compute import (
+  Compute,
+)
 
 # The papers' texts. PTB's own repository is a script, which is never run: the
 # Hub's conversion of it to Parquet is read.
@@ -115,7 +117,7 @@ def evaluate_suite(
     name, length, reason = next(entry for entry in plan if entry[-1])
     raise UserError(f'{name}: {reason}, fewer than one window of {length}')
   loaded = in_memory(model, dtype)
-  settings = StepSettings(loaded.config, dtype=loaded.dtype)
+  settings = Compute(loaded.config, dtype=loaded.dtype)
 
   def measure() -> Iterator[TextPerplexity | Skipped]:
     for name, length, reason in plan:

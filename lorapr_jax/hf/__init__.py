@@ -1,1 +1,1 @@
-"""Hugging Face folders and GGUF files, in and out."""
+"""Hugging Face folders, in and out."""

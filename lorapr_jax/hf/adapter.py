@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from lorapr_jax.axes import ProjectionLetters
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json, write_json
-from lorapr_jax.hf.mapping import hf_name, hf_shape, letters_of, to_hf_layout
+from lorapr_jax.hf.names import hf_name, hf_shape, letters_of, to_hf_layout
 from lorapr_jax.hf.shards import open_file, write_file
-from lorapr_jax.models.axes import ProjectionLetters
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import init_lora
+from lorapr_jax.runtime.files import read_json, write_json
 
 # Where an adapter's folder holds the model that it adapts.
 BASE_FOLDER = 'base'

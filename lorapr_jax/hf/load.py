@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json
-from lorapr_jax.hf.mapping import (
+from lorapr_jax.hf.names import (
   IGNORED,
   hf_name,
   hf_shapes,
@@ -27,7 +26,8 @@ from lorapr_jax.hf.shards import DTYPES, Shards
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.llama import param_shapes
 from lorapr_jax.models.quantization import is_quantized, quantized
-from lorapr_jax.paths import files_in, is_folder, path_of, version_of
+from lorapr_jax.runtime.files import read_json
+from lorapr_jax.runtime.paths import files_in, is_folder, path_of, version_of
 
 
 def load_config(folder: str | Path) -> LlamaConfig:

@@ -13,8 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json, write_json
-from lorapr_jax.paths import files_in, is_local, path_of
+from lorapr_jax.runtime.files import read_json, write_json
+from lorapr_jax.runtime.paths import files_in, is_local, path_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX_FILE = 'model.safetensors.index.json'

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention; letters in models/axes.py."""
+"""Scaled dot-product attention; letters in axes.py."""
 
 import math
 

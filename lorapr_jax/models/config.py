@@ -7,13 +7,8 @@ import json
 import math
 from typing import Any, NamedTuple
 
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.axes import (
-  LORA_TARGETS,
-  PROJECTIONS,
-  Axes,
-  ProjectionLetters,
-)
 
 # The value each of these keys of a config.json must have, or be absent.
 _ONLY_SUPPORTED = {
@@ -238,7 +233,7 @@ class LlamaConfig:
 
     The sizes at the top are those of the largest layer; layers that differ
     are listed in `per_layer_config`. `architectures`, `model_type` and the
-    like belong to the export's layout (hf/export.py).
+    like belong to the export's layout (hf/write.py).
     """
     top = max(self.layers, key=self.layer_parameters)
     eos = self.eos_token_id

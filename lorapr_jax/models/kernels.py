@@ -23,7 +23,7 @@ from lorapr_jax.models.attention import (
   queries_of,
   same_segment,
 )
-from lorapr_jax.sharding import RULES, compute_capability, parts
+from lorapr_jax.runtime.sharding import RULES, compute_capability, parts
 
 AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
 # The splash kernel's tiles are as wide as a TPU's vector registers, or wider.

@@ -10,7 +10,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-from lorapr_jax.models.axes import ProjectionLetters
+from lorapr_jax.axes import ProjectionLetters
 from lorapr_jax.models.config import LoraConfig, RopeScaling
 
 # What rematerialisation policies may keep: a block's input, the projections'

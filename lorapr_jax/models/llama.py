@@ -18,8 +18,13 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
+from lorapr_jax.axes import (
+  PROJECTIONS,
+  Axes,
+  ProjectionLetters,
+  apply_masks,
+)
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
-from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import (
   BLOCK,
@@ -39,7 +44,6 @@ from lorapr_jax.models.quantization import (
   quantized_axes,
   quantized_like,
 )
-from lorapr_jax.pruning.masks import apply_masks
 
 # What the backward pass keeps of a block's forward pass. In a loop over layers
 # no policy keeps the masked weights: they would be a second copy of the model.

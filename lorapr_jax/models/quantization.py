@@ -15,7 +15,7 @@ from jax import Array
 import jax.numpy as jnp
 from qwix import QArray, dequantize, quantize
 
-from lorapr_jax.models.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 
 _SPECS = {n: spec for part in PROJECTIONS.values() for n, spec in part.items()}
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
-from lorapr_jax.lora import FULL, INPUTS, OUTPUTS, terms_of
-from lorapr_jax.sharding import compute_capability, sharding
+from lorapr_jax.models.lora import FULL, INPUTS, OUTPUTS, terms_of
+from lorapr_jax.runtime.sharding import compute_capability, sharding
 
 # Rows and columns of a tile.
 TILE = 64

@@ -1,6 +1,6 @@
 """Compensation: what survives makes up for what is masked, in closed form.
 
-Here for one projection; `lorapr_jax/repair.py` goes through a model.
+Here for one projection; `lorapr_jax/training/repair.py` goes through a model.
 """
 
 from collections.abc import Callable

@@ -13,8 +13,11 @@ from typing import Any
 
 import jax
 
+from lorapr_jax.axes import (
+  carries,
+  group_axes,
+)
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.pruning.masks import carries, group_axes
 
 KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'
 HEAD_GROUPS = {'kv_groups': KV_HEADS, 'queries': QUERIES, 'none': None}

@@ -12,8 +12,12 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from lorapr_jax.axes import (
+  carries,
+  group_axes,
+)
 from lorapr_jax.errors import UserError
-from lorapr_jax.lora import (
+from lorapr_jax.models.lora import (
   FIRST_ORDER,
   FULL,
   OWN,
@@ -21,7 +25,6 @@ from lorapr_jax.lora import (
   lora_product,
   terms_of,
 )
-from lorapr_jax.pruning.masks import carries, group_axes
 
 
 class Signals(NamedTuple):
@@ -54,7 +57,7 @@ class Criterion:
     name: a key of CRITERIA.
     score: 'abs' or 'square' of the first-order term (eq. 3 squares it).
     lora_gradient: the terms of the guided gradient: FULL (eq. 10),
-      FIRST_ORDER or OWN; see lora.py.
+      FIRST_ORDER or OWN; see models/lora.py.
     norm: whether each projection's group vector is divided by its L2 norm
       before projections are added.
     decay: of the moving average over steps (eq. 11).

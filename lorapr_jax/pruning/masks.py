@@ -6,31 +6,12 @@ arguments; they hold the axis names of each tensor, without `layers`.
 """
 
 from collections.abc import Mapping
-from typing import Any
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-
-def group_axes(group: str) -> tuple[str, ...]:
-  """The axis names of a group; the last is the one that is pruned."""
-  return tuple(group.split(','))
-
-
-def carries(axes: tuple[str, ...], group: str) -> bool:
-  """Whether a tensor belongs to a group: it has all of the group's axes."""
-  return set(group_axes(group)) <= set(axes)
-
-
-def align(values: Array, group: str, axes: tuple[str, ...]) -> Array:
-  """Reshapes a group's array so that it broadcasts along a tensor's axes.
-
-  The tensor's axes outside the group get size 1.
-  """
-  sizes = dict(zip(group_axes(group), values.shape, strict=True))
-  return values.reshape([sizes.get(name, 1) for name in axes])
+from lorapr_jax.axes import group_axes
 
 
 def initial_masks(
@@ -95,22 +76,3 @@ def alive_counts(
       alive = tuple(int(count) for count in rows[:, 0])
       counts[group] = counts.get(group, ()) + alive
   return counts
-
-
-@jax.named_scope('masks')
-def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
-  """Multiplies every tensor of a block by the masks of its groups.
-
-  Args:
-    tree: a block's parameters or adapters, one layer.
-    masks: {group: array}, one layer.
-    axes: the axis names of `tree`.
-  """
-
-  def apply(x: Array, axes: tuple[str, ...]) -> Array:
-    for group, mask in masks.items():
-      if carries(axes, group):
-        x = x * align(mask, group, axes).astype(x.dtype)
-    return x
-
-  return jax.tree.map(apply, tree, axes)

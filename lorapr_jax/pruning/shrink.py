@@ -13,9 +13,9 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
+from lorapr_jax.axes import put_kept, take_kept
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.groups import with_kept
-from lorapr_jax.pruning.masks import align, carries, group_axes
 
 Kept = tuple[dict[str, np.ndarray], ...]
 
@@ -53,40 +53,6 @@ def shrunk_config(config: LlamaConfig, kept: Kept) -> LlamaConfig:
   return with_kept(
     config, {g: tuple(layer[g].shape[-1] for layer in kept) for g in groups}
   )
-
-
-def take_kept(tree: Any, axes: Any, kept: Mapping[str, Array]) -> Any:
-  """One layer's tree with only the kept members of every group."""
-
-  def take(x: Array, axes: tuple[str, ...]) -> Array:
-    for group, indices in kept.items():
-      if carries(axes, group):
-        axis = axes.index(group_axes(group)[-1])
-        x = jnp.take_along_axis(x, align(indices, group, axes), axis=axis)
-    return x
-
-  return jax.tree.map(take, tree, axes)
-
-
-def put_kept(
-  tree: Any, axes: Any, kept: Mapping[str, Array], sizes: Mapping[str, int]
-) -> Any:
-  """The inverse of `take_kept`: zeros where members were removed."""
-
-  def put(x: Array, axes: tuple[str, ...]) -> Array:
-    for group, indices in kept.items():
-      if carries(axes, group):
-        name = group_axes(group)[-1]
-        # For each place of the full axis: is it kept, and where is it now?
-        hits = indices[..., None, :] == jnp.arange(sizes[name])[:, None]
-        place, alive = jnp.argmax(hits, axis=-1), jnp.any(hits, axis=-1)
-        x = jnp.take_along_axis(
-          x, align(place, group, axes), axis=axes.index(name)
-        )
-        x = x * align(alive, group, axes).astype(x.dtype)
-    return x
-
-  return jax.tree.map(put, tree, axes)
 
 
 def shrink(

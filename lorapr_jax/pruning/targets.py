@@ -20,11 +20,7 @@ from lorapr_jax.pruning.groups import (
   protected_layers,
   with_kept,
 )
-from lorapr_jax.pruning.profile import (
-  Profile,
-  parse_profile,
-  spread,
-)
+from lorapr_jax.pruning.profile import Profile, parse_profile, spread
 
 
 @dataclasses.dataclass(frozen=True)

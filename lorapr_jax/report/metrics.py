@@ -10,14 +10,16 @@ import statistics
 import time
 from typing import Any, Protocol
 
-from lorapr_jax import processes
-from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json, write_json, write_text
-from lorapr_jax.paths import is_local
-from lorapr_jax.sections import LogSettings
-from lorapr_jax.settings import RunSettings
-from lorapr_jax.steps import TrainState
+from lorapr_jax.runtime import processes
+from lorapr_jax.runtime.files import read_json, write_json, write_text
+from lorapr_jax.runtime.paths import is_local
+from lorapr_jax.runtime.workdir import (
+  METRICS_FILE,
+  RUN_FILE,
+)
+from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.settings.sections import LogSettings
 
 MAX_SKIPPED_IN_A_ROW = 5
 TENSORBOARD_FOLDER = 'tensorboard'
@@ -237,7 +239,7 @@ def _refused(project: str, error: Exception) -> UserError:
 
 
 def check_finite(
-  step: int, state: TrainState, print_line: Callable[[str], None]
+  step: int, state: Any, print_line: Callable[[str], None]
 ) -> None:
   """Tells of skipped steps, and stops after a few in a row.
 

@@ -8,11 +8,15 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from lorapr_jax.checkpoint import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 from lorapr_jax.errors import UserError
-from lorapr_jax.files import read_json
-from lorapr_jax.paths import is_folder, path_of
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.runtime.files import read_json
+from lorapr_jax.runtime.paths import is_folder, path_of
+from lorapr_jax.runtime.workdir import (
+  METRICS_FILE,
+  RUN_FILE,
+  SUMMARY_FILE,
+)
 
 IMPORTANCE_FILE = 'importance.safetensors'
 PRUNING_FILE = 'export/pruning.json'
@@ -108,7 +112,7 @@ def _read_summary(
 
 
 def _planned_steps(config: dict[str, Any]) -> int:
-  """Of all phases (lorapr_jax/phases.py)."""
+  """Of all phases (lorapr_jax/settings/phases.py)."""
   steps = config['train']['steps']
   if config['prune']['order'] == 'none':
     steps = config['prune']['calibration_steps']

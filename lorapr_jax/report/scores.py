@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lorapr_jax.files import write_bytes
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.runtime.files import write_bytes
 
 
 def write_scores(

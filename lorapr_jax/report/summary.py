@@ -21,7 +21,7 @@ from lorapr_jax.models.cost import (
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
-from lorapr_jax.settings import RunSettings
+from lorapr_jax.settings.run import RunSettings
 
 _PACKAGES = (
   'lorapr-jax',
@@ -142,7 +142,7 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     show('nothing is pruned (prune.target=0)')
     return
   protected = len(config.layers) - len(plan.prunable_layers)
-  pruned = plan.pruned_config.with_biases(settings.step.config.biased)
+  pruned = plan.pruned_config.with_biases(settings.compute.config.biased)
   print_kept(plan, show)
   show(
     f'{protected} layers protected; '

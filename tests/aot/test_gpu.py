@@ -10,9 +10,9 @@ from jax.experimental import topologies
 import pytest
 
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.compiled import Compiled
-from lorapr_jax.plan import lowered_phases
-from lorapr_jax.settings import split_config
+from lorapr_jax.planning.compiled import Compiled
+from lorapr_jax.planning.needs import lowered_phases
+from lorapr_jax.settings.run import split_config
 
 pytestmark = pytest.mark.aot
 

@@ -19,21 +19,23 @@ import numpy as np
 import optax
 import pytest
 
-from lorapr_jax import sharding, steps
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.hlo import COLLECTIVES, Program
-from lorapr_jax.loss import chunked_cross_entropy
 from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.plan import plan_run
+from lorapr_jax.models.loss import chunked_cross_entropy
+from lorapr_jax.planning.hlo import COLLECTIVES, Program
+from lorapr_jax.planning.needs import plan_run
+from lorapr_jax.planning.search import search
+from lorapr_jax.planning.topology import SLICES, Topology
 from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.solve import solve_in_blocks
-from lorapr_jax.repair import make_compensate
-from lorapr_jax.search import search
-from lorapr_jax.topology import SLICES, Topology
+from lorapr_jax.runtime import sharding
+from lorapr_jax.training import steps
+from lorapr_jax.training.repair import make_compensate
 
 pytestmark = pytest.mark.aot
 
@@ -84,7 +86,7 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
   state = jax.eval_shape(
     functools.partial(
       steps.init_state,
-      settings=steps.StepSettings(config, LORA),
+      settings=Compute(config, LORA),
       groups=GROUPS,
       optimizer=optax.identity(),
     ),
@@ -104,7 +106,7 @@ def _compiled_step(
   tokens: int = TOKENS,
   remat: str = 'blocks',
 ):
-  settings = steps.StepSettings(
+  settings = Compute(
     config,
     LORA,
     dtype=jnp.bfloat16,
@@ -239,7 +241,7 @@ def test_importance_holds_no_array_of_a_projections_size():
   mesh = _mesh(1, 1, 1)
   whole = _whole(mesh)
   params, state = _abstract(config, mesh)
-  settings = steps.StepSettings(config, LORA)
+  settings = Compute(config, LORA)
   update = steps.make_update_importance(settings, Criterion(), whole)
   norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
   memory = (
@@ -255,7 +257,7 @@ def test_importance_holds_no_array_of_a_projections_size():
 
 def _compiled_repair(mesh: Mesh, micro_batches: int, tokens: int):
   config = _config(LayerShape(4, 2, 2048))
-  settings = steps.StepSettings(
+  settings = Compute(
     config, LORA, dtype=jnp.bfloat16, matmul_dtype=jnp.bfloat16
   )
   params, state = _abstract(config, mesh)
@@ -413,7 +415,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
 
 @pytest.mark.usefixtures('_not_kept')
 def test_what_cannot_fit_or_be_cut_so_is_not_compiled(monkeypatch):
-  monkeypatch.setattr('lorapr_jax.search.plan_run', None)
+  monkeypatch.setattr('lorapr_jax.planning.search.plan_run', None)
   config, _ = parse_flags([f'--config={LLAMA}:65b', '--workdir=none'])
   config.train.micro_batch_size = 2
   found = itertools.islice(search(config, 'v5e'), 4)

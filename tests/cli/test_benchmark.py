@@ -10,11 +10,13 @@ import pytest
 from lorapr_jax.cli.benchmark import compare
 from lorapr_jax.cli.main import main
 from lorapr_jax.eval import latency
-from lorapr_jax.generation import Sampling, stream_tokens
-from lorapr_jax.hf.export import export_model
+from lorapr_jax.eval.generation import Sampling, stream_tokens
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import cached, llama
+from lorapr_jax.models.compute import (
+  Compute,
+)
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.steps import StepSettings
 
 FULL = LlamaConfig(
   vocab_size=96,
@@ -91,7 +93,7 @@ def test_the_speed_up_is_that_of_turns_not_of_medians():
 
 def test_what_is_timed_is_generation(random_params):
   params = random_params(FULL)
-  settings = StepSettings(FULL, dtype=jnp.float32)
+  settings = Compute(FULL, dtype=jnp.float32)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   prompt = jax.random.randint(jax.random.key(1), (2, 9), 0, 96)
   cache = cached.make_empty_cache(FULL, 2, 14, jnp.float32, place)()

@@ -15,12 +15,12 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from configs import tiny
 from lorapr_jax import train
-from lorapr_jax.checkpoint import read_state
 from lorapr_jax.cli.main import main
-from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.training.checkpoint import read_state
 
 ROOT = Path(__file__).parents[2]
 

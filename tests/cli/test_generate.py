@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from lorapr_jax import generation
 from lorapr_jax.cli import generate as command
 from lorapr_jax.cli.main import main
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.hf.export import export_model
+from lorapr_jax.eval import generation
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 
 CONFIG = LlamaConfig(

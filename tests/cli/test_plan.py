@@ -6,15 +6,15 @@ import json
 import jax
 import pytest
 
-from lorapr_jax import compiled
-from lorapr_jax import plan as plan_lib
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
 from lorapr_jax.cli.plan import show
-from lorapr_jax.inputs import Places, load_base
 from lorapr_jax.models.cost import forward_flops_per_token
-from lorapr_jax.settings import split_config
-from lorapr_jax.topology import CHIPS, Topology
+from lorapr_jax.planning import compiled
+from lorapr_jax.planning import needs as plan_lib
+from lorapr_jax.planning.topology import CHIPS, Topology
+from lorapr_jax.settings.run import split_config
+from lorapr_jax.training.batches import Places, load_base
 
 TINY = ['--config=configs/tiny.py', '--topology=cpu:8']
 
@@ -73,9 +73,9 @@ def test_a_step_of_one_device_takes_the_operations_of_its_model(capsys):
 def test_the_shapes_are_those_of_a_run(capsys):
   config, _ = parse_flags([TINY[0], '--workdir=none'])
   settings = split_config(config)
-  places = Places.of(settings, settings.step.config)
+  places = Places.of(settings, settings.compute.config)
   base = load_base(
-    None, settings.step.config, settings.base_dtype, places.base, 0
+    None, settings.compute.config, settings.base_dtype, places.base, 0
   )
   phase = next(plan_lib.lowered_phases(settings))
   params = phase.lowered.in_avals[0][0]
@@ -85,7 +85,7 @@ def test_the_shapes_are_those_of_a_run(capsys):
     assert array.shape == shape.shape and array.dtype == shape.dtype
   tokens = settings.train.batch_size * settings.train.seq_len
   forward = forward_flops_per_token(
-    settings.step.config, settings.train.seq_len
+    settings.compute.config, settings.train.seq_len
   )
   assert 2 * forward < phase.ideal_flops / tokens < 3 * forward
 

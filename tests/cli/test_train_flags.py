@@ -11,18 +11,18 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from lorapr_jax import train
+from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.cli import train as train_command
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
-from lorapr_jax.config_files import read_config
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.export import export_model
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import llama
-from lorapr_jax.models.axes import LORA_TARGETS
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.phases import phases
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.settings import split_config
+from lorapr_jax.settings.files import read_config
+from lorapr_jax.settings.phases import phases
+from lorapr_jax.settings.run import split_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
 TINY = f'--config={CONFIGS}/tiny.py'
@@ -79,10 +79,10 @@ def test_the_processs_own_arguments_do_not_matter(monkeypatch):
 def test_the_defaults_are_filled_in():
   found = settings()
   assert found.model_path is None
-  assert found.step.lora.targets == LORA_TARGETS
-  assert found.step.config.num_parameters < 300_000
+  assert found.compute.lora.targets == LORA_TARGETS
+  assert found.compute.config.num_parameters < 300_000
   assert (found.data.eval_seq_len, found.train.seq_len) == (32, 32)
-  assert found.base_dtype == found.step.dtype == jnp.float32
+  assert found.base_dtype == found.compute.dtype == jnp.float32
   assert found.schedule.total_steps == 60
   # Layer 3, the last, is protected.
   assert found.plan.keep == {
@@ -96,11 +96,11 @@ def test_options_of_the_compiler_reach_the_step_that_trains():
     '--config.train.compiler_options=xla_cpu_enable_fast_math=True, '
     'xla_backend_optimization_level=1'
   )
-  assert found.step.compiler_options == (
+  assert found.compute.compiler_options == (
     ('xla_cpu_enable_fast_math', True),
     ('xla_backend_optimization_level', '1'),
   )
-  assert settings().step.compiler_options == ()
+  assert settings().compute.compiler_options == ()
 
 
 def test_settings_follow_the_overrides():
@@ -124,9 +124,9 @@ def test_settings_follow_the_overrides():
     'magnitude',
     'square',
   )
-  assert found.step.lora.targets == ('q_proj', 'up_proj')
-  assert found.step.lora.scale == 4.0
-  assert found.step.dtype == jnp.bfloat16 and found.base_dtype == jnp.float32
+  assert found.compute.lora.targets == ('q_proj', 'up_proj')
+  assert found.compute.lora.scale == 4.0
+  assert found.compute.dtype == jnp.bfloat16 and found.base_dtype == jnp.float32
   assert found.data.eval_seq_len == 16
   assert found.train.batch_size == 24
   assert found.export.layout == 'uniform'

@@ -11,8 +11,8 @@ import pytest
 from lorapr_jax.data.batches import batches
 from lorapr_jax.data.packing import Packed
 from lorapr_jax.errors import UserError
-from lorapr_jax.inputs import device_batches
-from lorapr_jax.sharding import make_mesh
+from lorapr_jax.runtime.sharding import make_mesh
+from lorapr_jax.training.batches import device_batches
 
 
 def windows_of(count, seq_len=3):

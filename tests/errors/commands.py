@@ -89,16 +89,18 @@ CASES = [
   Case(
     '`--config=MINE.py`, which sets an unknown key',
     _config_file(
-      'from configs import default\n\n\ndef get_config():\n'
-      '  config = default.get_config()\n  config.train.step = 3\n'
+      'from lorapr_jax.settings.files import read_config\n\n\n'
+      'def get_config():\n'
+      '  config = read_config("default")\n  config.train.step = 3\n'
       '  return config\n'
     ),
   ),
   Case(
     '`--config=MINE.py`, which sets a key to another type',
     _config_file(
-      'from configs import default\n\n\ndef get_config():\n'
-      '  config = default.get_config()\n  config.train.steps = "3"\n'
+      'from lorapr_jax.settings.files import read_config\n\n\n'
+      'def get_config():\n'
+      '  config = read_config("default")\n  config.train.steps = "3"\n'
       '  return config\n'
     ),
   ),

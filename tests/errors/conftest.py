@@ -13,7 +13,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from lorapr_jax.hf.export import export_model
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
 from tests.errors import runs

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax import sharding
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import continuations
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.runtime import sharding
 
 # Two stacks, of layers that differ.
 CONFIG = LlamaConfig(

@@ -15,13 +15,19 @@ import transformers
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.hf.export import export_model
 from lorapr_jax.hf.load import load_config
+from lorapr_jax.hf.write import export_model
+from lorapr_jax.models.compute import (
+  Compute,
+)
 from lorapr_jax.models.llama import block_axes
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets, plan_pruning
-from lorapr_jax.steps import StepSettings, by_stack, select_stack_masks
+from lorapr_jax.training.steps import (
+  by_stack,
+  select_stack_masks,
+)
 
 WORDS = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog']
 SEQ_LEN = 16
@@ -96,7 +102,7 @@ def evaluate(capsys, *args):
 def test_it_is_transformers_on_the_same_windows(folder, load, windows):
   config, params = load(folder)
   result = evaluate_perplexity(
-    params, windows, StepSettings(config), data='text', batch_size=BATCH
+    params, windows, Compute(config), data='text', batch_size=BATCH
   )
   nll = torch_nll(folder, windows)
   # A model that is far from uniform: mistakes show.
@@ -114,7 +120,7 @@ def test_it_does_not_depend_on_the_batch_size(folder, load, windows):
   few = windows[:5]
   perplexities = [
     evaluate_perplexity(
-      params, few, StepSettings(config), data='', batch_size=size
+      params, few, Compute(config), data='', batch_size=size
     ).perplexity
     for size in (2, 5, 100)
   ]
@@ -168,7 +174,7 @@ def test_an_exported_pruned_model_has_the_masked_models_perplexity(
   masked = evaluate_perplexity(
     params,
     windows,
-    StepSettings(config),
+    Compute(config),
     data='',
     batch_size=BATCH,
     masks=masks,

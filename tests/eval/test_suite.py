@@ -14,14 +14,16 @@ import pytest
 import torch
 import transformers
 
-from lorapr_jax import sharding
 from lorapr_jax.cli.main import main
 from lorapr_jax.data.hub import parse_hub
 from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.suite import PAPER_TEXTS, origin
-from lorapr_jax.model import load
-from lorapr_jax.steps import StepSettings
+from lorapr_jax.hf.memory import load
+from lorapr_jax.models.compute import (
+  Compute,
+)
+from lorapr_jax.runtime import sharding
 
 SENTENCES = (
   'The quick brown fox jumps over the lazy dog .',
@@ -201,7 +203,7 @@ def test_a_batch_is_shared_by_the_devices(text_model, texts):
   assert sharding.batch_parts(model.params) == 8
   windows = windows_of(text_model, texts['ptb'], 128)[:11]
   found = evaluate_perplexity(
-    model.params, windows, StepSettings(model.config), data='', batch_size=3
+    model.params, windows, Compute(model.config), data='', batch_size=3
   )
   assert found.windows == 11
   assert found.perplexity == pytest.approx(

@@ -10,10 +10,11 @@ import pytest
 
 from benchmarks.step import SIZES, compiled_step, configured
 from configs import tiny
-from lorapr_jax import steps, train
+from lorapr_jax import train
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.kernels import cudnn_attention
 from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.training import steps
 
 pytestmark = pytest.mark.gpu
 
@@ -105,7 +106,7 @@ def test_the_importance_holds_nothing_dense_and_is_xlas(criterion, monkeypatch):
   for kernel in (True, False):
     monkeypatch.setattr(steps, 'runs_on', lambda _, kernel=kernel: kernel)
     update = steps.make_update_importance(
-      settings.step, criterion, jax.tree.leaves(masks)[0].sharding
+      settings.compute, criterion, jax.tree.leaves(masks)[0].sharding
     )
     old = jax.tree.map(jnp.zeros_like, masks)
     arguments = (old, params, lora, grads, {}, masks, jnp.float32(1))

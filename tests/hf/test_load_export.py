@@ -14,13 +14,13 @@ from safetensors.numpy import load_file, save_file
 import torch
 import transformers
 
-from lorapr_jax import sharding
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.convert import convert
-from lorapr_jax.hf.export import export_model, hf_config
+from lorapr_jax.export.convert import convert
 from lorapr_jax.hf.load import content_hash, load_config, load_params
+from lorapr_jax.hf.write import export_model, hf_config
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.runtime import sharding
 
 SIZES = dict(vocab_size=96, embed_dim=32, head_dim=8, rope_theta=500.0)
 LLAMA = LlamaConfig(

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax import sharding
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.kernels import (
@@ -24,6 +23,7 @@ from lorapr_jax.models.kernels import (
   splash_attention,
   unfit,
 )
+from lorapr_jax.runtime import sharding
 
 B, T, H = 2, 256, 64
 

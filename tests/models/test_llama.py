@@ -11,15 +11,15 @@ import pytest
 import torch
 import transformers
 
-from lorapr_jax.cut import cut_adapters, cut_params
+from lorapr_jax.axes import ProjectionLetters
 from lorapr_jax.models import llama
-from lorapr_jax.models.axes import ProjectionLetters
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.layers import dropout
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrunk_config
-from lorapr_jax.steps import by_stack, select_stack_masks
+from lorapr_jax.training.cut import cut_adapters, cut_params
+from lorapr_jax.training.steps import by_stack, select_stack_masks
 
 CONFIG = LlamaConfig(
   vocab_size=96,

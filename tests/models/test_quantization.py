@@ -8,15 +8,13 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from lorapr_jax import sharding, steps
-from lorapr_jax.cut import cut_params
-from lorapr_jax.finish import merge
+from lorapr_jax.axes import LORA_TARGETS
+from lorapr_jax.export.finish import merge
 from lorapr_jax.hf.load import load_params
-from lorapr_jax.inputs import load_base
-from lorapr_jax.lora import merge_adapters
 from lorapr_jax.models import cached, llama
-from lorapr_jax.models.axes import LORA_TARGETS
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import (
   dequantized,
   is_quantized,
@@ -25,7 +23,11 @@ from lorapr_jax.models.quantization import (
 )
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.shrink import shrunk_config
-from lorapr_jax.sharding import make_mesh, mesh_sizes
+from lorapr_jax.runtime import sharding
+from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
+from lorapr_jax.training import steps
+from lorapr_jax.training.batches import load_base
+from lorapr_jax.training.cut import cut_params
 
 CONFIG = LlamaConfig(
   vocab_size=48,
@@ -240,7 +242,7 @@ def test_random_weights_are_quantised_too():
 def test_step_and_importance_are_those_of_the_weights_dequantised(
   params, random_lora
 ):
-  settings = steps.StepSettings(CONFIG, LORA, loss_chunk=20)
+  settings = Compute(CONFIG, LORA, loss_chunk=20)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   lora = random_lora(CONFIG, LORA)
   axes = tuple((s.size, CONFIG.sizes(s.shape)) for s in CONFIG.stacks)

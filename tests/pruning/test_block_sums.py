@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax import sharding
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import (
   block_axes,
@@ -20,6 +19,7 @@ from lorapr_jax.pruning.importance import (
   Signals,
   element_scores,
 )
+from lorapr_jax.runtime import sharding
 
 pytestmark = pytest.mark.skipif(
   not kernel.has_triton(), reason='this JAX has no Pallas for Triton'

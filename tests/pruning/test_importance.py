@@ -8,8 +8,13 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 import pytest
 
-from lorapr_jax import steps
+from lorapr_jax.axes import (
+  group_axes,
+)
 from lorapr_jax.errors import UserError
+from lorapr_jax.models.compute import (
+  Compute,
+)
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import block_axes, init_lora, param_shapes
 from lorapr_jax.pruning import block_sums
@@ -20,8 +25,13 @@ from lorapr_jax.pruning.importance import (
   element_scores,
   update_importance,
 )
-from lorapr_jax.pruning.masks import group_axes, initial_masks
-from lorapr_jax.steps import StepSettings, make_update_importance
+from lorapr_jax.pruning.masks import (
+  initial_masks,
+)
+from lorapr_jax.training import steps
+from lorapr_jax.training.steps import (
+  make_update_importance,
+)
 from tests.pruning import reference
 
 GROUPS = ('kv_heads', 'kv_heads,queries_per_kv', 'mlp')
@@ -187,7 +197,7 @@ def test_projections_without_an_adapter_do_not_count(group, targets):
 
 def make_step(config, criterion, lora_config=LORA):
   return make_update_importance(
-    StepSettings(config, lora_config),
+    Compute(config, lora_config),
     criterion,
     SingleDeviceSharding(jax.devices()[0]),
   )

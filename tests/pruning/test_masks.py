@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.models.axes import Axes
+from lorapr_jax.axes import (
+  Axes,
+  apply_masks,
+)
 from lorapr_jax.pruning.masks import (
   alive_counts,
-  apply_masks,
   initial_masks,
   select_masks,
 )

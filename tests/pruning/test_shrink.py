@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.lora import merge_lora
-from lorapr_jax.models.axes import Axes
+from lorapr_jax.axes import (
+  Axes,
+  apply_masks,
+  group_axes,
+  take_kept,
+)
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.llama import block_axes, hidden_states, logits
-from lorapr_jax.optimizer import make_optimizer
+from lorapr_jax.models.lora import merge_lora
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.importance import (
   Criterion,
@@ -20,16 +24,18 @@ from lorapr_jax.pruning.importance import (
   element_scores,
   update_importance,
 )
-from lorapr_jax.pruning.masks import apply_masks, group_axes, initial_masks
+from lorapr_jax.pruning.masks import (
+  initial_masks,
+)
 from lorapr_jax.pruning.shrink import (
   kept_groups,
   pad,
   shrink,
   shrunk_config,
-  take_kept,
 )
 from lorapr_jax.pruning.targets import Targets, plan_pruning
-from lorapr_jax.steps import by_stack, select_stack_masks
+from lorapr_jax.training.optimizer import make_optimizer
+from lorapr_jax.training.steps import by_stack, select_stack_masks
 
 LORA = LoraConfig(rank=2, alpha=3.0)
 AXES = block_axes(LORA)

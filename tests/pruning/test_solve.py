@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from lorapr_jax.pruning.solve import solve, solve_in_blocks
-from lorapr_jax.sharding import make_mesh, mesh_sizes
+from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 
 
 def problem(size, outputs, damping=0.2):

@@ -16,10 +16,10 @@ from tokenizers import (
   trainers,
 )
 
-from lorapr_jax.files import write_json
-from lorapr_jax.hf.export import export_model
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.runtime.files import write_json
 
 VOCAB_SIZE = 320
 EOS, BOS = '<|end|>', '<|begin|>'

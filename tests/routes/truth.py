@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lorapr_jax import steps
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.eval.generation import Sampling, stream_tokens
 from lorapr_jax.eval.perplexity import evaluate_perplexity
-from lorapr_jax.generation import Sampling, stream_tokens
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import llama
+from lorapr_jax.models.compute import Compute
 
 _WINDOWS, _LENGTH = 8, 48
 _PROMPT, _NEW = 12, 24
@@ -66,7 +66,7 @@ def measure(folder: Path, text: Path) -> None:
     perplexity=evaluate_perplexity(
       params,
       windows,
-      steps.StepSettings(config),
+      Compute(config),
       data=str(text),
       batch_size=_WINDOWS,
     ).perplexity,

@@ -1,0 +1,1 @@
+"""A model leaves: written, read back, compared."""

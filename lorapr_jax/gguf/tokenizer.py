@@ -1,0 +1,131 @@
+"""The tokenizer in a GGUF's metadata, as Hugging Face's files.
+
+The other direction: gguf_vocabulary.py.
+"""
+
+from pathlib import Path
+
+import gguf
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+from lorapr_jax.gguf.format import Metadata
+from lorapr_jax.runtime.files import write_json
+
+_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+# Words, up to three digits, punctuation, line ends, spaces.
+_LLAMA3_SPLIT = (
+  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+  r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}'
+  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+)
+# tokenizer.ggml.pre -> how text is split before the merges. The first name of
+# equal ones is written.
+PRE_TOKENIZERS = {
+  'gpt-2': _BYTE_LEVEL,
+  'default': _BYTE_LEVEL,
+  'smollm': pre_tokenizers.Sequence(
+    [pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]
+  ),
+  'llama-bpe': pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  ),
+}
+# With it, a word of the vocabulary is one token whatever the merges say, and
+# BOS comes first unless the file says otherwise.
+LLAMA3 = 'llama-bpe'
+_SUPPORTED = {
+  'tokenizer.ggml.model': ('gpt2',),
+  'tokenizer.ggml.pre': tuple(PRE_TOKENIZERS),
+  'tokenizer.ggml.add_eos_token': (None, False),
+  'tokenizer.ggml.add_space_prefix': (None, False),
+}
+
+
+def write_tokenizer_files(
+  metadata: Metadata, folder: Path, max_positions: int
+) -> None:
+  """Writes tokenizer.json, tokenizer_config.json and chat_template.jinja.
+
+  Raises:
+    UserError: naming the metadata key, where it is not a byte-level BPE whose
+      way of splitting text is known.
+  """
+  text = _read_tokenizer(metadata).to_str(pretty=True)
+  (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+  write_json(
+    folder / 'tokenizer_config.json',
+    {
+      'tokenizer_class': 'PreTrainedTokenizerFast',
+      **_special_tokens(metadata),
+      'add_bos_token': _adds_bos(metadata),
+      'clean_up_tokenization_spaces': False,
+      'model_max_length': max_positions,
+    },
+  )
+  if template := metadata.get('tokenizer.chat_template'):
+    (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
+
+
+def _adds_bos(metadata: Metadata) -> bool:
+  default = metadata['tokenizer.ggml.pre'] == LLAMA3
+  return metadata.get('tokenizer.ggml.add_bos_token', default)
+
+
+def _read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
+  for key, supported in _SUPPORTED.items():
+    value = metadata.get(key)
+    if value not in supported:
+      raise metadata.error(
+        f'{key} is {value!r}, not one of {supported}; take the tokenizer '
+        'files from the original Hugging Face folder'
+      )
+  tokens = metadata['tokenizer.ggml.tokens']
+  kinds = metadata['tokenizer.ggml.token_type']
+  pre = metadata['tokenizer.ggml.pre']
+  tokenizer = tokenizers.Tokenizer(
+    models.BPE(
+      vocab={
+        token: i
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind != gguf.TokenType.UNUSED
+      },
+      merges=[tuple(m.split(' ')) for m in metadata['tokenizer.ggml.merges']],
+      ignore_merges=pre == LLAMA3,
+    )
+  )
+  tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+  tokenizer.decoder = decoders.ByteLevel()
+  # Control and user-defined tokens are found in the text before it is split.
+  control, user = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
+  tokenizer.add_tokens(
+    [
+      tokenizers.AddedToken(token, normalized=False, special=kind == control)
+      for token, kind in zip(tokens, kinds, strict=True)
+      if kind in (control, user)
+    ]
+  )
+  if _adds_bos(metadata):
+    bos_id = metadata['tokenizer.ggml.bos_token_id']
+    bos = tokens[bos_id]
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=f'{bos} $A',
+      pair=f'{bos} $A {bos} $B',
+      special_tokens=[(bos, bos_id)],
+    )
+  return tokenizer
+
+
+def _special_tokens(metadata: Metadata) -> dict[str, str]:
+  """The keys of a tokenizer_config.json that name tokens."""
+  tokens = metadata['tokenizer.ggml.tokens']
+  ids = {
+    'bos_token': metadata.get('tokenizer.ggml.bos_token_id'),
+    'eos_token': metadata.get('tokenizer.ggml.eos_token_id'),
+    'unk_token': metadata.get('tokenizer.ggml.unknown_token_id'),
+    'pad_token': metadata.get('tokenizer.ggml.padding_token_id'),
+  }
+  return {role: tokens[i] for role, i in ids.items() if i is not None}

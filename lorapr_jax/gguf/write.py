@@ -1,0 +1,208 @@
+"""Writing a LLaMA as a GGUF file, which llama.cpp and what builds on it run."""
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from lorapr_jax.axes import PROJECTIONS
+from lorapr_jax.errors import UserError
+from lorapr_jax.gguf.format import (
+  EOS_IDS,
+  PER_LAYER,
+  ROPE_FACTORS,
+  SCALING_KEYS,
+  UNIFORM,
+  halves_to_interleaved,
+  hf_names,
+  is_rotated,
+  rope_factors,
+)
+from lorapr_jax.gguf.vocabulary import vocabulary
+from lorapr_jax.hf.names import hf_shapes
+from lorapr_jax.hf.write import hf_tensors
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.compensation import REPAIRED
+from lorapr_jax.runtime.paths import new_path, path_of, written_locally
+
+_Type = gguf.GGMLQuantizationType
+_TYPES = {
+  'f32': (_Type.F32, gguf.LlamaFileType.ALL_F32),
+  'f16': (_Type.F16, gguf.LlamaFileType.MOSTLY_F16),
+  'bf16': (_Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+  'q8_0': (_Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+DTYPES = tuple(_TYPES)
+
+
+def write_gguf(
+  path: str | Path,
+  params: Any,
+  config: LlamaConfig,
+  *,
+  base: str | Path | None,
+  dtype: str,
+  name: str,
+) -> None:
+  """Writes weights, sizes and tokenizer as one file.
+
+  The architecture is `llama`, or `deci` where layers differ in size. Norms
+  and biases are float32, and of these the `zero_biases` are left out. q8_0
+  stores blocks of 32 numbers of a row: a matrix whose rows are no multiple of
+  32 long is written as f16. One tensor is held at a time.
+
+  Args:
+    path: to be made; it must not exist.
+    params: the merged weights.
+    config: their sizes.
+    base: the folder whose tokenizer is embedded; None: no tokenizer.
+    dtype: of the matrices, one of DTYPES.
+    name: the model's, in the metadata.
+
+  Raises:
+    UserError: if the file exists, the dtype is unknown, or the tokenizer is
+      none that llama.cpp has (gguf_vocabulary.py); before anything is written.
+  """
+  path = path_of(path)
+  if dtype not in _TYPES:
+    raise UserError(
+      f'export.gguf_dtype is {dtype!r}: choose from {", ".join(DTYPES)}'
+    )
+  matrix_type, file_type = _TYPES[dtype]
+  metadata = {
+    'general.type': 'model',
+    'general.name': name,
+    'general.file_type': int(file_type),
+    'general.quantization_version': gguf.GGML_QUANT_VERSION,
+    **_sizes(config),
+    **vocabulary(base and path_of(base), config),
+  }
+  with new_path(path) as partial, written_locally(partial) as local:
+    arch = UNIFORM if config.is_uniform else PER_LAYER
+    writer = gguf.GGUFWriter(local, arch)
+    with contextlib.closing(writer):
+      for key, value in metadata.items():
+        _add(writer, key, value)
+      _write_tensors(writer, params, config, matrix_type)
+
+
+def _sizes(config: LlamaConfig) -> dict[str, Any]:
+  """The metadata that take the place of config.json."""
+  arch = UNIFORM if config.is_uniform else PER_LAYER
+  layers = {
+    'attention.head_count': [s.num_heads for s in config.layers],
+    'attention.head_count_kv': [s.num_kv_heads for s in config.layers],
+    'feed_forward_length': [s.mlp_dim for s in config.layers],
+  }
+  if config.is_uniform:
+    layers = {key: sizes[0] for key, sizes in layers.items()}
+  sizes = {
+    'block_count': len(config.layers),
+    'context_length': config.max_positions,
+    'embedding_length': config.embed_dim,
+    **layers,
+    'attention.key_length': config.head_dim,
+    'attention.value_length': config.head_dim,
+    'attention.layer_norm_rms_epsilon': float(config.norm_eps),
+    'rope.dimension_count': config.head_dim,
+    'rope.freq_base': float(config.rope_theta),
+    'vocab_size': config.vocab_size,
+  }
+  metadata = {f'{arch}.{key}': value for key, value in sizes.items()}
+  if config.rope_scaling:
+    for field in dataclasses.fields(config.rope_scaling):
+      value = getattr(config.rope_scaling, field.name)
+      metadata[SCALING_KEYS[field.name]] = field.type(value)
+  if isinstance(config.eos_token_id, tuple):
+    metadata[EOS_IDS] = list(config.eos_token_id)
+  return metadata
+
+
+def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+  """Adds a key in the type that llama.cpp reads it as."""
+  match value:
+    case bool():
+      writer.add_bool(key, value)
+    case int():
+      writer.add_uint32(key, value)
+    case float():
+      writer.add_float32(key, value)
+    case str():
+      writer.add_string(key, value)
+    case list():
+      writer.add_array(key, value)
+    case _:
+      raise TypeError(f'{key}: {value!r}')
+
+
+def zero_biases(params: Any, config: LlamaConfig) -> set[str]:
+  """Hugging Face's names of the biases that a GGUF does without.
+
+  Those of q, k, v, gate and up that are zero: llama.cpp takes an absent one for
+  that, and older versions of it refuse a bias of queries that is not as long
+  as the embeddings. Those of o and down stay, to say that there are biases.
+
+  Of weights that lie on several processes all must ask.
+  """
+  biases = {
+    'stacks': tuple(
+      {
+        part: {
+          name: {'bias': stack[part][name]['bias']}
+          for name in PROJECTIONS[part]
+          if name not in REPAIRED.values()
+        }
+        for part in config.biased
+      }
+      for stack in params['stacks']
+    )
+  }
+  found = hf_tensors(biases, config, np.float32)
+  return {name for name, bias in found if not bias.any()}
+
+
+def _write_tensors(
+  writer: gguf.GGUFWriter, params: Any, config: LlamaConfig, matrix_type: _Type
+) -> None:
+  """Writes the header with every tensor's shape, then tensor by tensor."""
+  names = {theirs: name for name, theirs in hf_names(config).items()}
+  left_out = zero_biases(params, config)
+  types = {}
+  if config.rope_scaling:
+    _declare(writer, ROPE_FACTORS, (config.head_dim // 2,), _Type.F32)
+  for theirs, shape in hf_shapes(params, config).items():
+    if theirs in left_out:
+      continue
+    types[theirs] = _storage(shape, matrix_type)
+    _declare(writer, names[theirs], shape, types[theirs])
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_ti_data_to_file()
+  if config.rope_scaling:
+    writer.write_tensor_data(rope_factors(config))
+  for theirs, weight in hf_tensors(params, config, np.float32):
+    if theirs in left_out:
+      continue
+    if is_rotated(names[theirs]):
+      weight = halves_to_interleaved(weight, config.head_dim)
+    writer.write_tensor_data(gguf.quants.quantize(weight, types[theirs]))
+
+
+def _storage(shape: tuple[int, ...], matrix_type: _Type) -> _Type:
+  if len(shape) == 1:
+    return _Type.F32
+  block, _ = gguf.GGML_QUANT_SIZES[matrix_type]
+  return _Type.F16 if shape[-1] % block else matrix_type
+
+
+def _declare(
+  writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], storage: _Type
+) -> None:
+  size = math.prod(gguf.quant_shape_to_byte_shape(shape, storage))
+  writer.add_tensor_info(
+    name, shape, np.dtype(np.float32), size, raw_dtype=storage
+  )

@@ -1,0 +1,283 @@
+"""Writing a model as a folder that stock tools load.
+
+The folder has its name, or its config.json, once it is complete.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+import re
+from typing import Any
+
+import jax
+import numpy as np
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.names import (
+  hf_name,
+  hf_shapes,
+  letters_of,
+  locate,
+  to_hf_layout,
+)
+from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.runtime.files import write_json
+from lorapr_jax.runtime.paths import copy_file, files_in, new_folder, path_of
+from lorapr_jax.runtime.processes import to_host
+
+LAYOUTS = ('auto', 'uniform', 'two_shape', 'padded')
+DTYPES = ('float32', 'bfloat16', 'float16')
+GGUF_DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
+MODEL_TYPES = ('auto', 'llama', 'mistral')
+
+# Copied byte for byte from the base: a tokenizer that is saved again is not
+# the same file any more, and llama.cpp recognises it by its hash.
+COPIED = (
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'added_tokens.json',
+  'chat_template.jinja',
+  'tokenizer.model',
+  'vocab.json',
+  'merges.txt',
+  'generation_config.json',
+  'LICEN[CS]E*',
+  'NOTICE*',
+  'USE_POLICY*',
+)
+_UNITS = {
+  **{'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9},
+  **{'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30},
+}
+_REMOTE_CODE = Path(__file__).parent / 'remote_code'
+
+
+def parse_size(key: str, text: str) -> int:
+  """Bytes: '300MB' is 300,000,000, '1.5GiB' is 1,610,612,736.
+
+  Args:
+    key: the setting that the text belongs to, for the error.
+    text: a number and a unit.
+
+  Raises:
+    UserError: if it is no size, or less than one byte.
+  """
+  match = re.fullmatch(r'(\d+(?:\.\d+)?) ?(\w+)', text.strip())
+  number, unit = match.groups() if match else (0, '')
+  size = int(float(number) * _UNITS.get(unit, 0))
+  if size < 1:
+    raise UserError(
+      f'{key} is {text!r}: a number and one of {", ".join(_UNITS)} is '
+      'expected, such as 5GB'
+    )
+  return size
+
+
+def resolve_layout(config: LlamaConfig, layout: str) -> str:
+  """'uniform', 'two_shape' or 'padded'.
+
+  Args:
+    config: the sizes of what is written: under padded, those before the cut.
+    layout: one of LAYOUTS.
+
+  Raises:
+    UserError: if the layout cannot hold this model.
+  """
+  if layout not in LAYOUTS:
+    raise UserError(
+      f'export.layout is {layout!r}: choose from {", ".join(LAYOUTS)}'
+    )
+  if layout == 'auto':
+    stock = config.is_uniform and (_llama_holds(config) or not config.biased)
+    return 'uniform' if stock else 'two_shape'
+  if layout in ('uniform', 'padded') and not config.is_uniform:
+    raise UserError(
+      f'export.layout={layout} needs layers of one size: prune with '
+      'prune.protect=none, prune.layer_profile=1 and prune.scope=layer, or '
+      'export with layout two_shape'
+    )
+  return layout
+
+
+def _llama_holds(config: LlamaConfig) -> bool:
+  """Whether every transformers takes a `llama` of these equal layers.
+
+  5.4 to 5.23 refuse one whose hidden size is no multiple of its number of
+  heads, even with an explicit head_dim (issue 46082).
+  """
+  return config.embed_dim % config.layers[0].num_heads == 0
+
+
+def resolve_model_type(
+  config: LlamaConfig, layout: str, model_type: str
+) -> str:
+  """'pruned_llama' under layout two_shape; else 'llama' or 'mistral'.
+
+  A `mistral` without a sliding window is the same function as a `llama`, but
+  that it has no biases.
+
+  Args:
+    config: the sizes of what is written.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES. auto: a mistral where transformers would
+      refuse a llama.
+
+  Raises:
+    UserError: if the layout or the type cannot hold this model.
+  """
+  if model_type not in MODEL_TYPES:
+    raise UserError(
+      f'export.model_type is {model_type!r}: choose from '
+      + ', '.join(MODEL_TYPES)
+    )
+  if resolve_layout(config, layout) == 'two_shape':
+    return 'pruned_llama'
+  if model_type == 'auto':
+    model_type = 'llama' if _llama_holds(config) else 'mistral'
+  if model_type == 'mistral' and config.biased:
+    why, instead = 'export.model_type=mistral', 'export.model_type=llama'
+    if not _llama_holds(config):
+      why = (
+        f'transformers refuses a llama of {config.layers[0].num_heads} heads '
+        f'with a hidden size of {config.embed_dim}, and a mistral'
+      )
+      instead = 'export.layout=two_shape'
+    raise UserError(
+      f'{why} has no biases, which the model has (prune.compensate=bias makes '
+      f'them): use {instead}'
+    )
+  return model_type
+
+
+def hf_config(
+  config: LlamaConfig, dtype: str, layout: str, model_type: str
+) -> dict[str, Any]:
+  """The config.json of an export.
+
+  Args:
+    config: the sizes.
+    dtype: of the weights, as torch names it.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES; the uniform layout's.
+  """
+  hf = config.to_hf()
+  kind = resolve_model_type(config, layout, model_type)
+  if kind == 'pruned_llama':
+    head = {
+      'architectures': ['PrunedLlamaForCausalLM'],
+      'model_type': 'pruned_llama',
+      'auto_map': {
+        'AutoConfig': 'configuration_pruned_llama.PrunedLlamaConfig',
+        'AutoModel': 'modeling_pruned_llama.PrunedLlamaModel',
+        'AutoModelForCausalLM': 'modeling_pruned_llama.PrunedLlamaForCausalLM',
+      },
+    }
+    hf.setdefault('per_layer_config', {})
+  elif kind == 'llama':
+    head = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama'}
+    head |= {'attention_bias': False, 'mlp_bias': False}
+  else:
+    head = {'architectures': ['MistralForCausalLM'], 'model_type': 'mistral'}
+    # Absent, it would mean a window of 4096.
+    head |= {'sliding_window': None}
+    if config.vocab_size > 100_000:
+      # Without it transformers takes the tokenizer for one with a known flaw.
+      head |= {'transformers_version': '5.0.0'}
+  return {**head, **hf, 'torch_dtype': dtype}
+
+
+def hf_tensors(
+  params: Any, config: LlamaConfig, dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor under Hugging Face's name and layout, one at a time.
+
+  Of weights that lie on several processes all must go through all tensors.
+  """
+  for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    path, layers = locate(key_path, config.stacks)
+    if layers is None:
+      yield hf_name(path), _cast(hf_name(path), to_host(leaf), dtype)
+      continue
+    for row, layer in enumerate(layers):
+      x = to_hf_layout(to_host(leaf[row]), letters_of(path))
+      yield hf_name(path, layer), _cast(hf_name(path, layer), x, dtype)
+
+
+def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
+  if np.dtype(dtype) != np.float16:
+    return x.astype(dtype, copy=False)
+  with np.errstate(over='ignore'):
+    half = x.astype(dtype)
+  if np.isinf(half).any() and np.isfinite(x).all():
+    raise UserError(
+      f'{name} has a weight of {abs(x.astype(np.float32)).max():.0f}, which '
+      'float16 cannot hold: choose bfloat16 or float32'
+    )
+  return half
+
+
+def write_config(folder: Path, hf: dict[str, Any]) -> None:
+  """Writes config.json, and the code that it names if it names any.
+
+  It comes last: a folder without it is no model.
+  """
+  if 'auto_map' in hf:
+    for file in _REMOTE_CODE.glob('*.py'):
+      copy_file(file, folder / file.name)
+  write_json(folder / 'config.json', hf)
+
+
+def export_model(
+  folder: str | Path,
+  params: Any,
+  config: LlamaConfig,
+  *,
+  layout: str = 'auto',
+  model_type: str = 'auto',
+  dtype: Any = None,
+  base: str | Path | None = None,
+  pruning: dict[str, Any] | None = None,
+  card: str | None = None,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a complete Hugging Face folder.
+
+  Args:
+    folder: to be made; it must not exist.
+    params: the merged weights.
+    config: their sizes.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES.
+    dtype: of the weights; None keeps theirs.
+    base: the folder whose tokenizer, generation config and licence are copied.
+    pruning: the contents of pruning.json.
+    card: the text of README.md.
+    max_shard_bytes: the largest size of one file.
+
+  Raises:
+    UserError: if the folder exists or the layout cannot hold the model.
+  """
+  dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
+  hf = hf_config(config, dtype.name, layout, model_type)
+  with new_folder(path_of(folder)) as partial:
+    if base is not None:
+      copy_companions(path_of(base), partial)
+    if pruning is not None:
+      write_json(partial / 'pruning.json', pruning)
+    if card is not None:
+      (partial / 'README.md').write_text(card, encoding='utf-8')
+    write_safetensors(
+      partial,
+      hf_shapes(params, config),
+      dtype,
+      hf_tensors(params, config, dtype),
+      max_shard_bytes,
+    )
+    write_config(partial, hf)
+
+
+def copy_companions(base: Path, folder: Path) -> None:
+  """Copies tokenizer, generation config and licence, byte for byte."""
+  for path in files_in(base, *COPIED):
+    copy_file(path, folder / path.name)

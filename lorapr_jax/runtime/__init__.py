@@ -1,0 +1,1 @@
+"""Files, processes, signals and devices: what a run stands on."""

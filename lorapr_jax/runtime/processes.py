@@ -1,0 +1,182 @@
+"""The processes of a run: how they find each other, and which one writes."""
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+from pathlib import Path
+import sys
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.runtime import compilation_cache
+
+# After so many seconds without a word from one process the others end: it was
+# killed, or its machine is gone.
+HEARTBEAT_SECONDS = 60
+VISIBLE_SECONDS = 90
+_FLAGS = '--coordinator_address, --num_processes, --process_id'
+
+
+def connect(
+  coordinator_address: str | None = None,
+  num_processes: int | None = None,
+  process_id: int | None = None,
+) -> None:
+  """Joins the other processes of the run, if there are any.
+
+  Without arguments JAX finds them: on Cloud TPU, under SLURM and under Open
+  MPI. It must come before anything asks for devices.
+
+  Args:
+    coordinator_address: HOST:PORT, of the first process.
+    num_processes: of all.
+    process_id: of this one, from 0.
+
+  Raises:
+    UserError: if some of these are given and others not, or cannot be.
+  """
+  given = (coordinator_address, num_processes, process_id)
+  if given == (None, None, None):
+    found = _has_others()
+    if found or _on_tpu_host():
+      try:
+        _initialize()
+      except ValueError as error:  # JAX knows no such cluster.
+        if found:
+          raise UserError(f'{error} Give {_FLAGS}') from None
+    return
+  if None in given:
+    raise UserError(f'{_FLAGS} go together: give all, or none')
+  host, _, port = coordinator_address.rpartition(':')
+  if not host or not port.isdecimal():
+    raise UserError(f'--coordinator_address={coordinator_address}: HOST:PORT')
+  if not 0 <= process_id < num_processes:
+    raise UserError(
+      f'--process_id={process_id}: a number from 0, below '
+      f'--num_processes={num_processes}'
+    )
+  _initialize(
+    *given,
+    # Else what SLURM says would give each process one device.
+    cluster_detection_method='deactivate',
+  )
+
+
+def _initialize(*given: Any, **how: Any) -> None:
+  jax.distributed.initialize(
+    *given,
+    **how,
+    heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+    shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+  )
+  compilation_cache.disable_on_cpu_meshes(jax.devices())
+  wait_for_others('connect')
+  if not is_first():
+    place = f'process {jax.process_index()} of {count()}: process 0 has the log'
+    print(f'{place}; {hint()}', file=sys.stderr, flush=True)
+
+
+def _has_others() -> bool:
+  """Whether what started this process says that it started others too."""
+  counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
+  return any(int(os.environ.get(name, 1)) > 1 for name in counts)
+
+
+def _on_tpu_host() -> bool:
+  """Whether TPU chips are here: then it may be one host of a pod."""
+  chips = (*Path('/dev').glob('accel[0-9]*'), *Path('/dev/vfio').glob('[0-9]*'))
+  wanted = os.environ.get('JAX_PLATFORMS', 'tpu')
+  libtpu = importlib.util.find_spec('libtpu') is not None
+  return bool(chips) and libtpu and 'tpu' in wanted
+
+
+def count() -> int:
+  """How many there are."""
+  return jax.process_count()
+
+
+def is_first() -> bool:
+  """Whether this is the process that writes, and speaks."""
+  return jax.process_index() == 0
+
+
+def hint() -> str:
+  """What to do if one of many ends, which ends the others without a word."""
+  if count() == 1:
+    return ''
+  return 'if a process dies, run the same command again on all of them'
+
+
+def wait_for_others(where: str) -> None:
+  """Returns once all processes have come to this place, which has a name."""
+  if count() > 1:
+    multihost_utils.sync_global_devices(where)
+
+
+# How often this process has asked whether to stop.
+_asked = itertools.count(1)
+
+
+def told_to_stop() -> bool:
+  """Whether one of many got SIGTERM: True for all of them at the same call."""
+  # Of the next call, not of a step: a run that goes on does not begin at 0.
+  return count() > 1 and multihost_utils.reached_preemption_sync_point(
+    next(_asked)
+  )
+
+
+def check_shared(path: Path) -> None:
+  """Refuses a path that the first process has made and this one cannot see.
+
+  Raises:
+    UserError: saying so.
+  """
+  if is_first():
+    return
+  # A network's file system may remember for a while that it was not there.
+  end = time.monotonic() + VISIBLE_SECONDS
+  while not path.exists():
+    if time.monotonic() > end:
+      raise UserError(
+        f'{path} is not there on process {jax.process_index()}: all processes '
+        'need the same --workdir on a file system that they share'
+      )
+    time.sleep(0.5)
+
+
+def check_same(value: Any, what: str) -> None:
+  """Refuses processes that would not do the same.
+
+  Args:
+    value: of JSON's types.
+    what: it is, for the error.
+
+  Raises:
+    UserError: on all of them.
+  """
+  if count() == 1:
+    return
+  text = json.dumps(value, sort_keys=True)
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  others = multihost_utils.process_allgather(digest)
+  if (others != others[0]).any():
+    raise UserError(
+      f'{what} differ between processes: start all of them with the same '
+      'command, code and files'
+    )
+
+
+def to_host(x: Any) -> np.ndarray:
+  """The whole of an array. If it lies on several processes, all must ask."""
+  if isinstance(x, jax.Array) and not (
+    x.is_fully_addressable or x.is_fully_replicated
+  ):
+    return multihost_utils.process_allgather(x, tiled=True)
+  return np.asarray(x)

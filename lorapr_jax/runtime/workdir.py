@@ -1,0 +1,130 @@
+"""A run's folder: the names in it, and whose it is."""
+
+import json
+from pathlib import Path
+import secrets
+import tempfile
+from typing import Any
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.files import read_json, write_json, write_text
+from lorapr_jax.runtime.paths import is_local, make_folder
+
+RUN_FILE = 'run.json'
+
+
+SUMMARY_FILE = 'summary.json'
+
+
+METRICS_FILE = 'metrics.jsonl'
+
+
+# Settings with which a run may go on otherwise than it began: how its work is
+# laid out over devices and memory.
+_FREE = {
+  'config.mesh.data',
+  'config.mesh.fsdp',
+  'config.mesh.sequence',
+  'config.mesh.tensor',
+  'config.model.attention',
+  'config.model.remat',
+  'config.model.scan_layers',
+  'config.train.compiler_options',
+  'config.train.loss_chunk',
+  'config.train.micro_batch_size',
+}
+
+
+def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
+  """Refuses a workdir that is not new and not this run's.
+
+  Args:
+    workdir: the folder.
+    run: the resolved settings, as in run.json.
+
+  Raises:
+    UserError: if the folder holds a finished run, another run, or files of
+      something else.
+  """
+  # Where orbax can write.
+  if not is_local(workdir) and workdir.protocol != 'gs':
+    raise UserError(
+      f'{workdir}: checkpoints lie on a disk or in gs://; choose another '
+      '--workdir'
+    )
+  _check_writable(workdir)
+  if (workdir / SUMMARY_FILE).exists():
+    raise UserError(f'{workdir} holds a finished run: choose another --workdir')
+  path = workdir / RUN_FILE
+  if path.exists():
+    for difference in _differences(read_json(path), _plain(run)):
+      raise UserError(
+        f'{workdir} belongs to a run with another {difference}: choose '
+        'another --workdir, or go on with the settings in its run.json'
+      )
+  elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    raise UserError(
+      f'{workdir} exists and is no run of ours: choose another --workdir'
+    )
+
+
+def _check_writable(workdir: Path) -> None:
+  parent = workdir.absolute()
+  while is_local(parent) and not parent.exists():
+    parent = parent.parent
+  try:
+    # Permissions say too little: for root, and on a disk that is read-only.
+    if is_local(parent):
+      tempfile.TemporaryFile(dir=parent).close()
+    else:
+      probe = parent / f'.{secrets.token_hex(8)}'
+      probe.write_bytes(b'')
+      probe.unlink()
+  except OSError as error:
+    raise UserError(
+      f'{workdir} cannot be made: {parent} takes no files '
+      f'({error.strerror or error}); choose another --workdir'
+    ) from None
+
+
+def claim_workdir(workdir: Path, run: dict[str, Any]) -> None:
+  """Makes the workdir and its run.json, unless they are there."""
+  make_folder(workdir)
+  if not (workdir / RUN_FILE).exists():
+    write_json(workdir / RUN_FILE, _plain(run))
+
+
+def _plain(run: dict[str, Any]) -> Any:
+  return json.loads(json.dumps(run))
+
+
+def _differences(old: Any, new: Any, at: str = '') -> list[str]:
+  if at in _FREE:
+    return []
+  if isinstance(old, dict | None) and isinstance(new, dict):
+    old = old or {}  # A section that is missing has nothing.
+    return [
+      difference
+      for key in sorted(old.keys() | new.keys())
+      for difference in _differences(
+        old.get(key), new.get(key), f'{at}.{key}' if at else key
+      )
+    ]
+  return [] if old == new else [f'{at} ({old!r}, now {new!r})']
+
+
+def trim_metrics(workdir: Path, step: int) -> None:
+  """Cuts the log back to what was logged before `step`."""
+  path = workdir / METRICS_FILE
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text(encoding='utf-8').splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      break  # Cut short by the kill.
+    if record['step'] >= step:
+      break
+    kept.append(line + '\n')
+  write_text(path, ''.join(kept))

@@ -1,0 +1,1 @@
+"""A config, read, split and checked."""

@@ -1,0 +1,116 @@
+"""Configs by name, from files of the user's or from those that are shipped."""
+
+import difflib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from lorapr_jax.errors import UserError
+
+_PACKAGE = Path(__file__).parents[1]
+# Beside the package in a checkout; in it where a wheel was installed.
+_SHIPPED = next(
+  folder
+  for folder in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
+  if folder.is_dir()
+)
+
+
+def find_config(name: str) -> Path:
+  """The file of a config.
+
+  Args:
+    name: a path, or where there is no such file a shipped config: `tiny` or
+      `configs/tiny.py`.
+
+  Raises:
+    UserError: if there is neither, with the names of the shipped ones.
+  """
+  path = Path(name)
+  if path.is_file():
+    return path
+  shipped = {file.stem: file for file in sorted(_SHIPPED.glob('*.py'))}
+  if name in shipped:
+    return shipped[name]
+  if path.parent == Path('configs') and path.stem in shipped:
+    return shipped[path.stem]
+  raise UserError(
+    f'there is no config {name!r}: give the path of a file, or one of '
+    + ', '.join(shipped)
+  )
+
+
+def read_config(name: str) -> config_dict.ConfigDict:
+  """What `get_config()` of a config's file returns.
+
+  Args:
+    name: as of `find_config`, with what `get_config` is given after a colon.
+
+  Raises:
+    UserError: if there is no such file.
+  """
+  name, *argument = name.split(':', 1)
+  path = find_config(name)
+  spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.get_config(*argument)
+
+
+def check_config(config: Any, name: str) -> None:
+  """Refuses what is no config with the keys of configs/default.py.
+
+  Args:
+    config: what a file's `get_config()` returned.
+    name: of the file, for the error.
+
+  Raises:
+    UserError: naming a key that is missing or unknown.
+  """
+  advice = 'start from configs/default.py, as configs/tiny.py does'
+  if not isinstance(config, config_dict.ConfigDict):
+    raise UserError(
+      f'{name}: get_config() returns a {type(config).__name__}, not a '
+      f'ConfigDict; {advice}'
+    )
+  known, found = _keys(read_config('default')), _keys(config)
+  for what, keys in (
+    ('lacks', known - found),
+    ('has the unknown', found - known),
+  ):
+    if keys:
+      raise UserError(f'{name} {what} config.{min(keys)}: {advice}')
+
+
+def _keys(config: config_dict.ConfigDict) -> set[str]:
+  return {
+    f'{section}.{key}'
+    for section, keys in config.items()
+    for key in (keys if isinstance(keys, config_dict.ConfigDict) else ())
+  }
+
+
+def check_key(config: config_dict.ConfigDict, flag: str) -> None:
+  """Refuses a key that a config does not have.
+
+  Args:
+    config: the config.
+    flag: as the user wrote it: [--]config.SECTION.KEY.
+
+  Raises:
+    UserError: with the nearest key that there is.
+  """
+  node, path = config, 'config'
+  for name in flag.split('.')[1:]:
+    if not isinstance(node, config_dict.ConfigDict) or name not in node:
+      names = node.keys() if isinstance(node, config_dict.ConfigDict) else ()
+      close = difflib.get_close_matches(name, names, 1)
+      hint = (
+        f'; did you mean {path}.{close[0]}?'
+        if close
+        else f'; {path} has {", ".join(names) or "no keys"}'
+      )
+      raise UserError(f'unknown setting {flag}{hint}')
+    node, path = node[name], f'{path}.{name}'

@@ -1,0 +1,283 @@
+"""The cut: what is masked leaves a run's arrays, on the way or at the end."""
+
+from collections.abc import Collection
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+
+from lorapr_jax.axes import (
+  Axes,
+  group_axes,
+)
+from lorapr_jax.models import llama
+from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.pruning.budgets import decide
+from lorapr_jax.pruning.milestones import AUTO, END, Milestones
+from lorapr_jax.pruning.shrink import (
+  Kept,
+  kept_groups,
+  pad,
+  shrink,
+  shrunk_config,
+)
+from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.report.display import Display
+from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.training import steps
+from lorapr_jax.training.batches import Places
+
+
+class Base(NamedTuple):
+  """The weights at one size.
+
+  Attributes:
+    params: the weights, of which compensation alone changes any.
+    compute: what the functions of the loop are specialised to, with this size.
+    places: where arrays of this size lie.
+  """
+
+  params: Any
+  compute: Compute
+  places: Places
+
+  def cut(self, kept: Kept, settings: RunSettings) -> 'Base':
+    """With only what is kept; the larger weights are deleted."""
+    config = shrunk_config(self.compute.config, kept)
+    if config == self.compute.config:
+      return self
+    places = Places.of(settings, config)
+    return Base(
+      cut_params(
+        self.params,
+        kept,
+        self.compute.config,
+        places.base,
+        quantized=self.compute.quantized,
+        delete=True,
+      ),
+      dataclasses.replace(self.compute, config=config),
+      places,
+    )
+
+
+def kept_of(masks: Any) -> Kept:
+  """What the masks keep, by layer; empty where nothing is pruned."""
+  return kept_groups(masks) if any(masks) else ()
+
+
+def cut_params(
+  params: Any,
+  kept: Kept,
+  config: LlamaConfig,
+  shardings: Any = None,
+  *,
+  quantized: Collection[str] = (),
+  delete: bool = False,
+) -> Any:
+  """Smaller weights, tensor by tensor.
+
+  Args:
+    params: the base.
+    kept: from `kept_of`; empty: nothing is cut.
+    config: the sizes before the cut.
+    shardings: of the smaller base; None: as it comes.
+    quantized: as of `llama.block_axes`.
+    delete: whether each tensor makes room as soon as it has been cut, so that
+      there is never a second copy of the model.
+  """
+  if not kept:
+    return params
+  axes, structure = jax.tree.flatten(
+    llama.block_axes(quantized=quantized, biased=config.biased)['params']
+  )
+  # From a tree for each stack to a tuple of stacks for each tensor, and back.
+  tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
+  places: Any = [None] * len(axes)
+  if shardings is not None:
+    stacks = shardings['stacks']
+    places = zip(*map(structure.flatten_up_to, stacks), strict=True)
+  smaller = []
+  for tensor, names, place in zip(tensors, axes, places, strict=True):
+    cut = jax.jit(
+      lambda stacks, names=names: shrink(stacks, names, kept, config),
+      out_shardings=place,
+    )
+    smaller.append(cut(tensor))
+    if delete:
+      jax.block_until_ready(smaller[-1])
+      for stack in tensor:
+        stack.delete()
+  stacks = zip(*smaller, strict=True)
+  return {**params, 'stacks': tuple(map(structure.unflatten, stacks))}
+
+
+def cut_adapters(
+  lora: Any, kept: Kept, config: LlamaConfig, lora_config: LoraConfig
+) -> Any:
+  """Smaller adapters, or their moments; see `cut_params`."""
+  return cut_stacks(lora, llama.block_axes(lora_config)['lora'], kept, config)
+
+
+def cut_stacks(
+  stacks: tuple[Any, ...], axes: Any, kept: Kept, config: LlamaConfig
+) -> tuple[Any, ...]:
+  """`shrink`, compiled; nothing where nothing is cut."""
+  if not kept:
+    return stacks
+  return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(stacks)
+
+
+def widened(state: steps.TrainState, config: LlamaConfig) -> dict[str, Any]:
+  """{'masks', 'importance'} of all groups, those cut on the way included.
+
+  Args:
+    state: of any size.
+    config: the sizes before the first cut.
+  """
+  kept = kept_of(state.whole['masks'])
+  if not kept:
+    return state.whole
+  axes = _axes_of_groups(state)
+
+  @jax.jit
+  def widen(masks: Any, importance: Any, whole: dict[str, Any]) -> Any:
+    masks, importance = (
+      pad(stacks, axes, kept, config) for stacks in (masks, importance)
+    )
+    importance = jax.tree.map(
+      lambda there, now, before: jnp.where(there > 0, now, before),
+      whole['masks'],
+      importance,
+      whole['importance'],
+    )
+    return {'masks': masks, 'importance': importance}
+
+  return widen(state.masks, state.importance, state.whole)
+
+
+def cut_on_the_way(
+  state: steps.TrainState,
+  base: Base,
+  counts: dict[str, tuple[int, ...]],
+  settings: RunSettings,
+) -> tuple[steps.TrainState, Base]:
+  """State and base with only `counts` of each group.
+
+  What is alive stays, and of what is masked the most important.
+
+  Args:
+    state: of the size of `base`.
+    base: its weights, which are deleted.
+    counts: {group: by layer}, no fewer than are alive.
+    settings: of the run.
+  """
+  config, axes = base.compute.config, _axes_of_groups(state)
+  order = jax.tree.map(
+    lambda importance, mask: jnp.where(mask > 0, jnp.inf, importance),
+    state.importance,
+    state.masks,
+  )
+  everything = jax.tree.map(jnp.ones_like, state.masks)
+  present = steps.select_stack_masks(
+    order, everything, steps.by_stack(counts, config)
+  )
+  kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
+  lora_axes = llama.block_axes(base.compute.lora)['lora']
+  structure = jax.tree.structure(state.lora)
+
+  def like_lora(tree: Any) -> bool:
+    return jax.tree.structure(tree) == structure
+
+  def smaller(state: steps.TrainState) -> steps.TrainState:
+    def moments(tree: Any) -> Any:
+      if like_lora(tree):
+        return shrink(tree, lora_axes, kept, config)
+      return tree
+
+    return state.replace(
+      lora=shrink(state.lora, lora_axes, kept, config),
+      opt_state=jax.tree.map(moments, state.opt_state, is_leaf=like_lora),
+      masks=shrink(state.masks, axes, kept, config),
+      importance=shrink(state.importance, axes, kept, config),
+    )
+
+  before = settings.compute.config
+  there = pad(present, axes, kept_before, before)
+  known = widened(state, before)['importance']
+  state = jax.jit(smaller, out_shardings=base.places.state)(state)
+  state = state.replace(whole={'masks': there, 'importance': known})
+  state = jax.device_put(state, base.places.state)
+  return state, base.cut(kept, settings)
+
+
+def decide_budgets(plan: PruningPlan, importance: Any) -> PruningPlan:
+  """`budgets.decide`, by the first process for all.
+
+  Args:
+    plan: that is not decided.
+    importance: of a state of which nothing has been cut.
+  """
+  plan = decide(plan, jax.tree.map(np.asarray, importance))
+  keep = {group: np.array(counts) for group, counts in plan.keep.items()}
+  # One bit of a sum may differ between processors, and all must compile alike.
+  keep = multihost_utils.broadcast_one_to_all(keep)
+  counts = {group: tuple(kept.tolist()) for group, kept in keep.items()}
+  return dataclasses.replace(plan, keep=counts)
+
+
+def first_cuts(
+  milestones: Milestones | None, shrink: str | tuple[float, ...]
+) -> tuple[int, ...] | None:
+  """The steps before which is cut; None while that is not known.
+
+  `fastest_cuts` is to find them, or the plan is not decided.
+  """
+  if milestones is None or shrink == END:
+    return ()
+  if shrink == AUTO or not milestones.plan.decided:
+    return None
+  return milestones.at(shrink)
+
+
+def fastest_cuts(
+  milestones: Milestones,
+  step: int,
+  step_seconds: float,
+  compile_seconds: float,
+  settings: RunSettings,
+) -> tuple[int, ...]:
+  """The cuts that save most time, from what this run has measured so far.
+
+  Args:
+    milestones: of the phase.
+    step: the last one that is done.
+    step_seconds: of one at full size.
+    compile_seconds: of its functions, by an empty cache: those of what a cut
+      leaves may never have been compiled.
+    settings: of the run.
+  """
+  # Clocks differ, and all processes must cut alike.
+  each, compiling = multihost_utils.broadcast_one_to_all(
+    np.array([step_seconds, compile_seconds])
+  )
+  return milestones.fastest(
+    settings.train.seq_len,
+    step=step,
+    step_seconds=float(each),
+    compile_seconds=float(compiling),
+  )
+
+
+def print_cuts(cuts: tuple[int, ...], display: Display) -> None:
+  """Says where the arrays of a phase get smaller on the way."""
+  places = ', '.join(map(str, cuts)) or 'the end alone'
+  display.print(f'masked groups are cut out at step: {places}')
+
+
+def _axes_of_groups(state: steps.TrainState) -> dict[str, Axes]:
+  return {group: Axes(group_axes(group)) for group in state.masks[0]}

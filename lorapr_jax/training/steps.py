@@ -1,0 +1,351 @@
+"""The jitted functions of the loop: gradients, importance, masks, update.
+
+Each is made once from the run's static settings and compiled once: the state
+comes out with the sharding it goes in with. The base is an argument: never
+differentiated, never donated, never in the state, but for what repair.py does.
+"""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+from flax import struct
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Sharding
+import numpy as np
+import optax
+
+from lorapr_jax.axes import PROJECTIONS
+from lorapr_jax.models import llama
+from lorapr_jax.models.compute import (
+  Compute,
+  compiler_options,
+  run_model,
+  token_losses,
+)
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.pruning import importance as importance_lib
+from lorapr_jax.pruning.block_sums import block_sums, runs_on
+from lorapr_jax.pruning.masks import initial_masks, select_masks
+from lorapr_jax.runtime.sharding import mesh_of, platform
+
+# Of rank 8, XLA for TPU estimates outer products at 0.7 of the cycles of dots,
+# and their operations grow with the rank. Nothing was timed on a TPU, and on a
+# GPU rank 8.
+_LARGEST_FUSED_RANK = 16
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes. Checkpointed whole.
+
+  Attributes:
+    step: the next step, from 0.
+    lora: the adapters, by stack.
+    opt_state: optax's state for `lora`.
+    masks: {group: 0 or 1}, by stack.
+    importance: the moving average, as `masks`.
+    whole: {'masks', 'importance'} of the model before any cut, as the last
+      cut on the way left them: a mask is 1 where `masks` still has the group.
+    skipped: steps whose gradients or scores were not finite, in all.
+    skipped_in_a_row: the same, since the last good step.
+    repaired: `repair.repaired_of` the base where prune.compensate changes it,
+      in a checkpoint; in the loop these are in the base, and this is ().
+    unrepaired: projections that an event of it left as they were, in all,
+      because their repair was not finite.
+  """
+
+  step: Array
+  lora: Any
+  opt_state: Any
+  masks: Any
+  importance: Any
+  whole: dict[str, Any]
+  skipped: Array
+  skipped_in_a_row: Array
+  repaired: tuple[Any, ...] = ()
+  unrepaired: Array | int = 0
+
+
+def init_state(
+  key: Array,
+  settings: Compute,
+  groups: tuple[str, ...],
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """Step 0: fresh adapters, nothing masked, no importance known."""
+  config = settings.config
+  lora = llama.init_lora(key, config, settings.lora)
+  masks = initial_masks(
+    groups, tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
+  )
+  zeros = functools.partial(jax.tree.map, jnp.zeros_like, masks)
+  return TrainState(
+    step=jnp.int32(0),
+    lora=lora,
+    opt_state=optimizer.init(lora),
+    masks=masks,
+    importance=zeros(),
+    whole={
+      'masks': jax.tree.map(jnp.ones_like, masks),
+      'importance': zeros(),
+    },
+    skipped=jnp.int32(0),
+    skipped_in_a_row=jnp.int32(0),
+    unrepaired=jnp.int32(0),
+  )
+
+
+def projections(stacks: Any) -> Any:
+  """Of a tree with an entry for each stack, the parts that are pruned."""
+  return tuple({part: stack[part] for part in PROJECTIONS} for stack in stacks)
+
+
+def make_lora_gradients(
+  settings: Compute,
+  out_sharding: Sharding,
+  *,
+  needs: str | None = None,
+  base_sharding: Any = None,
+) -> Callable[..., Any]:
+  """The jitted step: params, lora, masks, batch, key -> metrics, grads, more.
+
+  `batch` is {'tokens', 'weights'}, with 'segments' where documents share a
+  window, each (M, B, T): M micro-batches whose gradients are summed inside, so
+  that one micro-batch's activations exist at a time. The loss is the mean over
+  all the batch's target tokens. Under settings.distill the batch's 'teacher',
+  (M, B, T, ...), is that of `token_losses`, and without one the base alone is:
+  no adapters, no masks. `grads` has the structure of `lora`, clipped to
+  `clip_norm`; `metrics` has `loss` and `grad_norm` (before clipping). `more` is
+  {} or, if `needs` is
+
+    'base_grads'  {'base_grads': the gradients of `projections(params)`, in
+                  float32, scaled as `grads` were by the clipping}
+    'statistics'  {'statistics': what `llama.observed_hidden_states` observed,
+                  summed over the batch}
+
+  Args:
+    settings: of the run.
+    out_sharding: of all that comes out, but
+    base_sharding: of the base, which its gradients share.
+    needs: of the criterion.
+  """
+  use_dropout = settings.lora.dropout > 0
+
+  def gradients(params, lora, masks, batch, key):
+    count = jnp.maximum(jnp.sum(batch['weights'][..., 1:]), 1.0)
+    trained = {'lora': lora}
+    if needs == 'base_grads':
+      trained['base'] = projections(params['stacks'])
+
+    def loss(trained, micro, key):
+      base = trained.get('base', params['stacks'])
+      stacks = tuple(
+        stack | new for stack, new in zip(params['stacks'], base, strict=True)
+      )
+      run = {
+        'mesh': mesh_of(out_sharding),
+        'segments': micro.get('segments'),
+        'matmul_dtype': settings.matmul_dtype,
+      }
+      teacher = micro.get('teacher')
+      if settings.distill and teacher is None:
+        hidden, _ = run_model(params, micro['tokens'], settings, **run)
+        teacher = {'hidden': hidden}
+      losses, observed = token_losses(
+        {**params, 'stacks': stacks},
+        micro['tokens'],
+        micro['weights'],
+        settings,
+        **run,
+        teacher=teacher,
+        lora=trained['lora'],
+        masks=masks,
+        dropout_key=key if use_dropout else None,
+        observe=needs == 'statistics',
+        scan_layers=settings.scan_layers,
+      )
+      return jnp.sum(losses) / count, observed
+
+    value_and_grads = jax.value_and_grad(loss, has_aux=True)
+
+    def accumulate(total, inputs):
+      new = value_and_grads(trained, *inputs)
+      return jax.tree.map(jnp.add, total, new), None
+
+    keys = jax.random.split(key, batch['tokens'].shape[0])
+    first = jax.tree.map(lambda x: x[0], (batch, keys))
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, jnp.float32),
+      jax.eval_shape(value_and_grads, trained, *first),
+    )
+    ((value, observed), grads), _ = jax.lax.scan(
+      accumulate, zeros, (batch, keys)
+    )
+    norm = optax.tree.norm(grads['lora'])
+    clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
+    grads = jax.tree.map(lambda g: g * clip, grads)
+    more = {}
+    if needs == 'base_grads':
+      more[needs] = grads['base']
+    elif needs == 'statistics':
+      more[needs] = observed
+    return {'loss': value, 'grad_norm': norm}, grads['lora'], more
+
+  more_sharding = out_sharding
+  if needs == 'base_grads' and base_sharding is not None:
+    more_sharding = {needs: projections(base_sharding['stacks'])}
+  return jax.jit(
+    gradients,
+    out_shardings=(out_sharding, out_sharding, more_sharding),
+    compiler_options={
+      **compiler_options(out_sharding),
+      **dict(settings.compiler_options),
+    },
+  )
+
+
+def make_update_importance(
+  settings: Compute,
+  criterion: importance_lib.Criterion,
+  out_sharding: Sharding,
+) -> Callable[..., Any]:
+  """The jitted update of the average, from what the step returned:
+
+    (importance, params, lora, grads, more, masks, grad_norm)
+      -> (importance, ok)
+
+  The moving average goes layer by layer, so that the dense scores of one layer
+  exist at a time; on NVIDIA GPUs a kernel sums them up and there are none
+  (pruning/block_sums.py). Where the gradients or the new scores are not finite,
+  the old average stays and `ok` is False. The old importance is donated.
+  """
+  axes = llama.block_axes(settings.lora)
+  stacks = settings.config.stacks
+  # On accelerators XLA makes one pass of a few outer products and what is
+  # summed of them; on CPU a product of matrices is many times as fast.
+  small = settings.lora.rank <= _LARGEST_FUSED_RANK
+  fused = small and platform(out_sharding) != 'cpu'
+  # The kernel reads arrays.
+  kernel = (
+    small
+    and criterion.name == 'lora'
+    and not settings.quantized
+    and runs_on(out_sharding)
+  )
+  options = importance_lib.Options(criterion, settings.lora.scale, fused)
+
+  def average(inputs):
+    old, scores, masks = inputs
+    return importance_lib.update_importance(
+      old,
+      scores,
+      masks,
+      axes['params'],
+      norm=criterion.norm,
+      decay=criterion.decay,
+    )
+
+  def update_layer(inputs):
+    old, signals, masks = inputs
+    signals = signals._replace(params=dequantized(signals.params, jnp.float32))
+    scores = importance_lib.element_scores(signals, options)
+    return average((old, scores, masks))
+
+  def update_stack(old, signals, masks):
+    if not masks:  # Nothing is ranked after the cut.
+      return old
+    if not kernel:
+      return jax.lax.map(update_layer, (old, signals, masks))
+    sums = block_sums(
+      signals.params,
+      signals.lora,
+      signals.lora_grads,
+      axes,
+      scale=settings.lora.scale,
+      square=criterion.score == 'square',
+      lora_gradient=criterion.lora_gradient,
+      mesh=mesh_of(out_sharding),
+    )
+    return jax.vmap(average)((old, sums, masks))
+
+  def update(importance, params, lora, grads, more, masks, grad_norm):
+    new = tuple(
+      update_stack(
+        importance[i],
+        importance_lib.Signals(
+          params['stacks'][i],
+          lora[i],
+          grads[i],
+          stack.start + jnp.arange(stack.size),
+          **{name: value[i] for name, value in more.items()},
+        ),
+        masks[i],
+      )
+      for i, stack in enumerate(stacks)
+    )
+    ok = jnp.isfinite(grad_norm)
+    for leaf in jax.tree.leaves(new):
+      ok &= jnp.all(jnp.isfinite(leaf))
+    return _where(ok, new, importance), ok
+
+  return jax.jit(
+    update,
+    donate_argnums=0,
+    out_shardings=out_sharding,
+    compiler_options=compiler_options(out_sharding),
+  )
+
+
+def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
+  """`select_masks` for every stack; `keep` is from `by_stack`."""
+  return tuple(
+    select_masks(i, m, k)
+    for i, m, k in zip(importance, masks, keep, strict=True)
+  )
+
+
+def make_apply_update(
+  optimizer: optax.GradientTransformation, out_sharding: Sharding
+) -> Callable[..., Any]:
+  """(state, grads, ok) -> the state after one optimiser step. Donates.
+
+  Where `ok` is False the adapters and moments stay, and that is counted.
+  """
+
+  def apply(state, grads, ok):
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.lora)
+    lora = optax.apply_updates(state.lora, updates)
+    lora, opt_state = _where(
+      ok, (lora, opt_state), (state.lora, state.opt_state)
+    )
+    bad = (~ok).astype(jnp.int32)
+    return state.replace(
+      step=state.step + 1,
+      lora=lora,
+      opt_state=opt_state,
+      skipped=state.skipped + bad,
+      skipped_in_a_row=bad * (state.skipped_in_a_row + 1),
+    )
+
+  return jax.jit(apply, donate_argnums=0, out_shardings=out_sharding)
+
+
+def by_stack(
+  keep: Mapping[str, tuple[int, ...]], config: LlamaConfig
+) -> tuple[dict[str, np.ndarray], ...]:
+  """Counts by layer, cut into the model's stacks."""
+  return tuple(
+    {
+      group: np.asarray(counts[stack.start : stack.start + stack.size])
+      for group, counts in keep.items()
+    }
+    for stack in config.stacks
+  )
+
+
+def _where(condition: Array, new: Any, old: Any) -> Any:
+  return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

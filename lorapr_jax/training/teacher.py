@@ -1,0 +1,140 @@
+"""Distillation from the dense self where the base changes: its top K, kept.
+
+Repairs, cuts on the way and all that comes after the cut leave no dense model
+to ask. So it is asked first, and what it says of every token of the steps to
+come waits in the host's memory: 8 K bytes a token.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax import Array
+import numpy as np
+
+from lorapr_jax.models import llama
+from lorapr_jax.models.compute import (
+  compiler_options,
+  run_model,
+)
+from lorapr_jax.models.loss import chunked_top_k, in_rows, out_of_rows
+from lorapr_jax.runtime.sharding import mesh_of
+from lorapr_jax.settings.phases import Phase
+from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.training.batches import device_batches
+from lorapr_jax.training.checkpoint import saved_steps
+from lorapr_jax.training.cut import Base
+
+# (phase, step) -> what its batch is taught.
+Teacher = Callable[[Phase, int], dict[str, Array]]
+
+
+def remember_teacher(
+  base: Base,
+  phases: Sequence[Phase],
+  *,
+  settings: RunSettings,
+  streams: Mapping[str, Callable[..., Any]],
+  workdir: Path,
+) -> Teacher:
+  """What the dense model says of every batch that is still to come.
+
+  Args:
+    base: the dense weights.
+    phases: of the run, in order.
+    settings: of the run.
+    streams: {spec: the function of `batches`}.
+    workdir: of the run, whose checkpoints say what is done.
+
+  Returns:
+    (phase, step) -> a batch's 'teacher': {'ids', 'log_probs'}, (M, B, T, K).
+    Each is given once.
+  """
+  top, known = make_top_tokens(base, settings), {}
+  for phase in phases:
+    # The newest checkpoint may be damaged, and the one before it is used.
+    first = min(saved_steps(workdir / phase.checkpoints), default=0)
+    batches = device_batches(
+      streams[phase.data],
+      base.places.batch,
+      settings.train.micro_batch_size,
+      range(phase.first_batch + first, phase.first_batch + phase.steps),
+    )
+    with batches as stream:
+      for step, batch in enumerate(stream, first):
+        found = top(base.params, batch)
+        known[phase.name, step] = jax.tree.map(_Parts.of, found)
+  place = base.places.batch
+
+  def teacher(phase: Phase, step: int) -> dict[str, Array]:
+    return jax.tree.map(
+      lambda parts: parts.on(place), known.pop((phase.name, step))
+    )
+
+  return teacher
+
+
+def make_top_tokens(
+  base: Base, settings: RunSettings
+) -> Callable[[Any, Any], dict[str, Array]]:
+  """The jitted (params, batch) -> {'ids', 'log_probs'}, (M, B, T, K) each."""
+  step, mesh = base.compute, mesh_of(base.places.state)
+
+  def of_one(params: Any, micro: Any) -> dict[str, Array]:
+    hidden, _ = run_model(
+      params,
+      micro['tokens'],
+      step,
+      mesh=mesh,
+      segments=micro.get('segments'),
+      matmul_dtype=step.matmul_dtype,
+    )
+    found = chunked_top_k(
+      in_rows(hidden, mesh),
+      llama.output_weight(params),
+      settings.train.distill_top_k,
+      step.loss_chunk,
+      dtype=step.matmul_dtype,
+      mesh=mesh,
+    )
+    shape = micro['tokens'].shape
+    return jax.tree.map(lambda x: out_of_rows(x, shape, mesh), found)
+
+  return jax.jit(
+    lambda params, batch: jax.lax.map(lambda x: of_one(params, x), batch),
+    out_shardings=base.places.batch,
+    compiler_options=compiler_options(base.places.state),
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+  """An array on the hosts: each process has what its devices had.
+
+  Attributes:
+    shape: of the whole.
+    parts: by place in it.
+  """
+
+  shape: tuple[int, ...]
+  parts: dict[Any, np.ndarray]
+
+  @classmethod
+  def of(cls, array: Array) -> '_Parts':
+    """Waits for the array."""
+    shards = array.addressable_shards
+    parts = {_key(s.index): np.asarray(s.data) for s in shards}
+    return cls(array.shape, parts)
+
+  def on(self, place: jax.sharding.Sharding) -> Array:
+    """On the devices again."""
+    return jax.make_array_from_callback(
+      self.shape, place, lambda index: self.parts[_key(index)]
+    )
+
+
+def _key(index: tuple[slice, ...]) -> tuple[tuple[int | None, int | None], ...]:
+  """Slices are no keys before Python 3.12."""
+  return tuple((part.start, part.stop) for part in index)

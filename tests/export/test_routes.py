@@ -1,0 +1,382 @@
+"""Every route out holds the same model; what does not is refused."""
+
+import functools
+import json
+import re
+
+import gguf
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+import torch
+import transformers
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.export import routes
+from lorapr_jax.export import sources as exports
+from lorapr_jax.export.finish import merge
+from lorapr_jax.export.routes import Model, Route, Weights
+from lorapr_jax.gguf.read import open_gguf
+from lorapr_jax.gguf.write import DTYPES
+from lorapr_jax.hf.load import place_params
+from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors, parse_size
+from lorapr_jax.models import llama
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.pruning.masks import initial_masks
+from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
+from lorapr_jax.report.summary import pruning_report
+from lorapr_jax.training.cut import cut_adapters, cut_params
+from lorapr_jax.training.steps import by_stack, select_stack_masks
+
+BEFORE = LlamaConfig(
+  vocab_size=96,
+  embed_dim=32,
+  head_dim=8,
+  layers=(LayerShape(2, 2, 48),) * 3,
+  rope_theta=500.0,
+  max_positions=64,
+)
+LORA = LoraConfig(rank=2, alpha=3.0)
+# The first layer is protected; of the others, all lose as much or not.
+CUTS = {
+  'kv_heads': {KV_HEADS: (2, 1, 1), CHANNELS: (48, 32, 32)},
+  'queries': {QUERIES: (2, 1, 1), CHANNELS: (48, 40, 24)},
+}
+TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
+INDEX = 'model.safetensors.index.json'
+
+
+@pytest.fixture(scope='module')
+def pruned(random_params, random_lora):
+  """A model that was cut and merged: (Model, Weights)."""
+
+  @functools.cache
+  def make(case='queries', dtype='float32', biased=()):
+    keep, before = CUTS[case], BEFORE.with_biases(biased)
+    masks = initial_masks(
+      tuple(keep), tuple((s.size, BEFORE.sizes(s.shape)) for s in BEFORE.stacks)
+    )
+    rng = np.random.default_rng(1)
+    importance = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
+    masks = select_stack_masks(importance, masks, by_stack(keep, BEFORE))
+    kept = kept_groups(masks)
+    params = cut_params(random_params(before, dtype), kept, before)
+    lora = cut_adapters(random_lora(BEFORE, LORA), kept, BEFORE, LORA)
+    weights = merge(params, lora, LORA, unmerged=True)
+    origin = {'name': 'tiny', 'sha256': None, 'config': BEFORE.to_hf()}
+    model = Model(
+      name='tiny',
+      config=shrunk_config(before, kept),
+      dtype=dtype,
+      base=None,
+      before=before,
+      kept=kept,
+      pruning=pruning_report(None, kept, origin, {}),
+    )
+    return model, weights
+
+  return make
+
+
+@functools.partial(jax.jit, static_argnames='config')
+def logits(params, config):
+  return llama.logits(params, llama.hidden_states(params, TOKENS, config))
+
+
+def check_logits(params, config):
+  """On the tokens that routes.write compares."""
+  tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, config.vocab_size)
+  hidden = llama.hidden_states(params, tokens, config)
+  return np.asarray(llama.logits(params, hidden))
+
+
+def torch_logits(folder, model_class):
+  model, info = model_class.from_pretrained(
+    folder, dtype=torch.float32, output_loading_info=True
+  )
+  assert not any(info.values()), info
+  with torch.no_grad():
+    return model(torch.from_numpy(TOKENS)).logits.numpy()
+
+
+def tensors(folder):
+  """Name -> what is stored, from all files of a folder."""
+  found = {}
+  for path in folder.glob('*.safetensors'):
+    found |= load_file(path)
+  return found
+
+
+def assert_same_tensors(folder, other):
+  found, expected = tensors(folder), tensors(other)
+  assert found.keys() == expected.keys()
+  for name, x in found.items():
+    assert x.dtype == expected[name].dtype
+    np.testing.assert_array_equal(x, expected[name], err_msg=name)
+
+
+# --- Padded.
+
+
+@pytest.mark.parametrize('case', CUTS)
+def test_padded_is_a_stock_llama_with_the_same_logits(
+  case, pruned, load, tmp_path
+):
+  model, weights = pruned(case)
+  result = routes.write(
+    Route('hf', tmp_path / 'padded', layout='padded'), model, weights
+  )
+  assert result == {
+    'path': str(tmp_path / 'padded'),
+    'layout': 'padded',
+    'dtype': 'float32',
+    'max_logit_difference': result['max_logit_difference'],
+  }
+  assert result['max_logit_difference'] < 1e-4
+  hf = json.loads((tmp_path / 'padded/config.json').read_text())
+  assert hf['model_type'] == 'llama' and 'auto_map' not in hf
+  assert not list((tmp_path / 'padded').glob('*.py'))
+
+  config, read = load(tmp_path / 'padded')
+  assert config == BEFORE
+  expected = logits(weights.merged, model.config)
+  assert expected.std() > 0.5
+  np.testing.assert_allclose(logits(read, config), expected, atol=1e-4)
+  found = torch_logits(tmp_path / 'padded', transformers.LlamaForCausalLM)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+  # What was kept is where it was; all the rest is zero.
+  axes = llama.block_axes()['params']
+  back = shrink(read['stacks'], axes, model.kept, BEFORE)
+  jax.tree.map(
+    np.testing.assert_array_equal, back, tuple(weights.merged['stacks'])
+  )
+
+  def ones(tree):
+    return sum(int(np.count_nonzero(x)) for x in jax.tree.leaves(tree))
+
+  assert ones(read) == ones(weights.merged)
+
+
+@pytest.mark.parametrize('case', CUTS)
+def test_padded_from_an_export_is_padded_from_the_run(case, pruned, tmp_path):
+  model, weights = pruned(case)
+  first, run, later, again = (tmp_path / name for name in 'abcd')
+  routes.write(Route('hf', first), model, weights)
+  routes.write(Route('hf', run, layout='padded'), model, weights)
+  result = exports.export(first, Route('hf', later, layout='padded'))
+  assert result['layout'] == 'padded'
+  assert result['parameters'] == model.config.num_parameters
+  assert_same_tensors(later, run)
+  for name in ('config.json', 'pruning.json', 'README.md'):
+    assert (later / name).read_text() == (run / name).read_text()
+  assert 'stored as zeros' in (later / 'README.md').read_text()
+  # A padded folder is padded already.
+  exports.export(later, Route('hf', again, layout='padded'))
+  assert_same_tensors(again, run)
+  assert (again / 'README.md').read_text() == (run / 'README.md').read_text()
+
+
+@pytest.mark.parametrize('layout', ['auto', 'padded'])
+@pytest.mark.parametrize('kind', ['hf', 'gguf', 'peft'])
+def test_every_route_holds_biases(kind, layout, pruned, load, tmp_path):
+  model, weights = pruned(biased=('self_attn', 'mlp'))
+  path = tmp_path / ('a.gguf' if kind == 'gguf' else 'a')
+  result = routes.write(Route(kind, path, layout=layout), model, weights)
+  assert result['max_logit_difference'] < 1e-4
+  if (kind, layout) != ('hf', 'padded'):
+    return
+  config, read = load(path)
+  assert config == model.before and config.biased
+  expected = logits(weights.merged, model.config)
+  found = torch_logits(path, transformers.LlamaForCausalLM)
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+def test_uniform_stays_refused_for_unequal_layers(pruned, tmp_path):
+  model, weights = pruned()
+  with pytest.raises(UserError, match='export.layout=uniform needs layers of'):
+    routes.write(Route('hf', tmp_path / 'a', layout='uniform'), model, weights)
+  assert list(tmp_path.iterdir()) == []
+
+
+# --- Dtypes and shards.
+
+
+def test_float16_rounds_every_weight_once(pruned, tmp_path):
+  model, weights = pruned()
+  routes.write(Route('hf', tmp_path / 'exact'), model, weights)
+  half = Route('hf', tmp_path / 'half', dtype='float16')
+  result = routes.write(half, model, weights)
+  assert result['dtype'] == 'float16'
+  assert 0 < result['max_logit_difference'] < 0.1
+  exact, rounded = tensors(tmp_path / 'exact'), tensors(tmp_path / 'half')
+  for name, x in exact.items():
+    np.testing.assert_array_equal(rounded[name], x.astype(np.float16))
+  hf = json.loads((tmp_path / 'half/config.json').read_text())
+  assert hf['torch_dtype'] == 'float16'
+
+
+def test_a_weight_beyond_float16_is_named(pruned, tmp_path):
+  model, weights = pruned()
+  norm = {'weight': weights.merged['norm']['weight'].at[3].set(-7e4)}
+  weights = Weights({**weights.merged, 'norm': norm})
+  route = Route('hf', tmp_path / 'half', dtype='float16')
+  with pytest.raises(UserError) as error:
+    routes.write(route, model, weights)
+  assert 'model.norm.weight has a weight of 70000' in str(error.value)
+  assert list(tmp_path.iterdir()) == []
+
+
+def test_shards_are_as_small_as_asked(pruned, tmp_path):
+  model, weights = pruned()
+  small = parse_size('max_shard_size', '20KB')
+  routes.write(Route('hf', tmp_path / 'one'), model, weights)
+  many = Route('hf', tmp_path / 'many', max_shard_bytes=small)
+  assert routes.write(many, model, weights)['max_logit_difference'] == 0.0
+  assert (tmp_path / 'many' / INDEX).exists()
+  for path in (tmp_path / 'many').glob('*.safetensors'):
+    assert sum(x.nbytes for x in load_file(path).values()) <= small
+  assert_same_tensors(tmp_path / 'one', tmp_path / 'many')
+
+
+@pytest.mark.parametrize(
+  'text, size',
+  [
+    ('5GB', 5 * 10**9),
+    ('300MB', 3 * 10**8),
+    (' 1.5 GiB ', 3 * 2**29),
+    ('2KB', 2000),
+    ('64KiB', 65536),
+    ('7B', 7),
+  ],
+)
+def test_sizes_are_read(text, size):
+  assert parse_size('export.max_shard_size', text) == size
+
+
+@pytest.mark.parametrize(
+  'text', ['', '5', 'GB', '5 gigs', '-5GB', '0.1B', '5G']
+)
+def test_what_is_no_size_is_refused(text):
+  with pytest.raises(UserError) as error:
+    parse_size('export.max_shard_size', text)
+  assert f'export.max_shard_size is {text!r}' in str(error.value)
+
+
+# --- GGUF and PEFT.
+
+
+def test_gguf_dtypes_are_the_writers():
+  assert set(GGUF_DTYPES) == set(DTYPES)
+
+
+@pytest.mark.parametrize(
+  'dtype, stored',
+  [('auto', 'f32'), ('float16', 'f16'), ('bf16', 'bf16'), ('q8_0', 'q8_0')],
+)
+def test_a_gguf_differs_by_its_rounding_alone(dtype, stored, pruned, tmp_path):
+  model, weights = pruned()
+  route = Route('gguf', tmp_path / 'a.gguf', dtype=dtype)
+  result = routes.write(route, model, weights)
+  difference = result.pop('max_logit_difference')
+  assert result == {'path': str(route.path), 'layout': None, 'dtype': stored}
+  assert open_gguf(route.path).config.layers == model.config.layers
+
+  def rounded(weight):
+    """As gguf-py rounds; norms and what q8_0 has no blocks for stay finer."""
+    name = 'F32' if weight.ndim == 1 else stored.upper()
+    if name == 'Q8_0' and weight.shape[1] % 32:
+      name = 'F16'
+    kind = gguf.GGMLQuantizationType[name]
+    return gguf.quants.dequantize(gguf.quants.quantize(weight, kind), kind)
+
+  held = hf_tensors(weights.merged, model.config, np.float32)
+  read = place_params(
+    {name: rounded(weight) for name, weight in held}.__getitem__,
+    model.config,
+    jax.tree.map(lambda x: x.sharding, weights.merged),
+    np.dtype('float32'),
+  )
+  expected = check_logits(read, model.config)
+  exact = check_logits(weights.merged, model.config)
+  assert difference == pytest.approx(abs(expected - exact).max(), abs=1e-4)
+  assert (difference == 0) == (stored == 'f32')
+
+
+def test_a_padded_gguf_has_the_sizes_before(pruned, tmp_path):
+  model, weights = pruned()
+  route = Route('gguf', tmp_path / 'a.gguf', layout='padded')
+  assert routes.write(route, model, weights)['layout'] == 'padded'
+  assert open_gguf(route.path).config.layers == BEFORE.layers
+
+
+@pytest.mark.parametrize('layout', ['auto', 'padded'])
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_an_adapter_over_the_base_is_the_merged_model(
+  layout, dtype, pruned, load, tmp_path
+):
+  model, weights = pruned(dtype=dtype)
+  out = tmp_path / 'peft'
+  result = routes.write(Route('peft', out, layout=layout), model, weights)
+  assert result['layout'] == ('two_shape' if layout == 'auto' else 'padded')
+  assert result['dtype'] == dtype
+  # The base is rounded nowhere, and the sum once, as in memory.
+  assert result['max_logit_difference'] < 1e-4
+  assert {path.name for path in out.iterdir()} == {
+    *('README.md', 'adapter_config.json', 'adapter_model.safetensors', 'base')
+  }
+  config, base = load(out / 'base', dtype)
+  assert (
+    config.layers == (BEFORE if layout == 'padded' else model.config).layers
+  )
+  if layout == 'auto':
+    jax.tree.map(np.testing.assert_array_equal, base, weights.base)
+  trusts = 'trust_remote_code=True' in (out / 'README.md').read_text()
+  assert trusts == (layout == 'auto')
+
+
+# --- A comparison that fails.
+
+
+def test_adapters_that_were_not_merged_are_found(pruned, tmp_path):
+  model, weights = pruned()
+  other = jax.tree.map(lambda x: 2.0 * x, weights.lora)
+  with pytest.raises(RuntimeError, match='read back its logits differ by'):
+    routes.write(
+      Route('peft', tmp_path / 'a'), model, weights._replace(lora=other)
+    )
+
+
+def test_what_computes_nan_is_never_the_same(pruned, tmp_path):
+  model, weights = pruned()
+  norm = {'weight': weights.merged['norm']['weight'].at[3].set(np.nan)}
+  with pytest.raises(RuntimeError, match='read back its logits differ by nan'):
+    routes.write(
+      Route('hf', tmp_path / 'a'),
+      model,
+      Weights({**weights.merged, 'norm': norm}),
+    )
+
+
+@pytest.mark.parametrize(
+  'options, message',
+  [
+    (dict(kind='gguf', path='a'), 'a: the name of a GGUF file ends in .gguf'),
+    (dict(kind='hf', path='a.gguf'), 'a.gguf is named like a GGUF file'),
+    (dict(kind='hf', path='a', dtype='q8_0'), 'dtype q8_0 is one of format'),
+    (dict(kind='peft', path='a', dtype='f16'), 'dtype f16 is one of format'),
+    (
+      dict(kind='hf', path='.'),
+      'exists already, and nothing is written',
+    ),
+  ],
+)
+def test_a_route_that_cannot_be_is_refused(options, message, pruned, tmp_path):
+  model, weights = pruned()
+  route = Route(**options | {'path': tmp_path / options['path']})
+  with pytest.raises(UserError, match=re.escape(message)):
+    routes.write(route, model, weights)
+  assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,132 @@
+"""Where what was compiled is kept."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lorapr_jax.runtime.compilation_cache import SavedSeconds, keep_compiled
+
+FOLDER = 'JAX_COMPILATION_CACHE_DIR'
+OTHERS = (
+  'JAX_COMPILATION_CACHE_MAX_SIZE',
+  'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS',
+)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_set(monkeypatch, tmp_path):
+  for name in (FOLDER, *OTHERS):
+    # Set first, so that it is put back whatever was there.
+    monkeypatch.setenv(name, '')
+    del os.environ[name]
+  monkeypatch.setenv('LORAPR_CACHE', str(tmp_path / 'new'))
+
+
+def test_by_default_it_is_a_folder_of_the_cache_for_this_kind_of_cpu(tmp_path):
+  keep_compiled()
+  folder = Path(os.environ[FOLDER])
+  assert folder.parent == tmp_path / 'new' / 'compiled'
+  assert all(name in os.environ for name in OTHERS)
+
+
+@pytest.mark.parametrize('chosen', ['', 'elsewhere'])
+def test_a_folder_that_was_chosen_stays(monkeypatch, chosen):
+  monkeypatch.setenv(FOLDER, chosen)
+  keep_compiled()
+  assert os.environ[FOLDER] == chosen
+  assert not any(name in os.environ for name in OTHERS)
+
+
+def test_nothing_is_kept_in_a_home_that_may_not_be_entered(
+  monkeypatch, tmp_path
+):
+  exists = Path.exists
+
+  # By hand: root, who may run this, may enter any folder.
+  def refuse(path):
+    if path.is_relative_to(tmp_path):
+      raise PermissionError(13, 'Permission denied', str(path))
+    return exists(path)
+
+  monkeypatch.setattr(Path, 'exists', refuse)
+  keep_compiled()
+  assert FOLDER not in os.environ
+
+
+def test_nothing_is_kept_where_nothing_may_be_written(monkeypatch):
+  monkeypatch.setattr(os, 'access', lambda path, mode: False)
+  keep_compiled()
+  assert FOLDER not in os.environ
+
+
+def test_what_the_cache_saved_is_counted():
+  # JAX's own event, as it sends it where it reads what was compiled before.
+  def read(name, seconds):
+    jax.monitoring.record_event_duration_secs(name, seconds)
+
+  saved, event = SavedSeconds(), '/jax/compilation_cache/compile_time_saved_sec'
+  read(event, 1.0)
+  with saved.counted():
+    read(event, 6.5)
+    read(event, -0.5)
+    read('/jax/compilation_cache/cache_retrieval_time_sec', 2.0)
+  read(event, 3.0)
+  assert saved.total == 6.0
+
+
+COMPILED_TWICE = """
+import jax
+from lorapr_jax.compilation_cache import SavedSeconds
+
+x = jax.numpy.ones((8, 8))
+for _ in range(2):
+  saved = SavedSeconds()
+  with saved.counted():
+    jax.jit(lambda x: jax.numpy.sort(x @ x))(x)
+  jax.clear_caches()
+  print(saved.total)
+"""
+
+
+def test_it_is_counted_where_jax_reads_its_cache(tmp_path):
+  cache = {FOLDER: str(tmp_path), OTHERS[1]: '0'}
+  # Else JAX keeps nothing so small.
+  cache['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  out = subprocess.run(
+    [sys.executable, '-c', COMPILED_TWICE],
+    env=os.environ | cache,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  compiled, read = map(float, out.split())
+  # Of what compiles in less than a second JAX knows 0, less what reading took.
+  assert compiled == 0.0 and read != 0.0
+
+
+ON_A_MESH = """
+import jax
+from lorapr_jax.sharding import make_mesh
+
+x = jax.numpy.arange(8.0)
+x = jax.device_put(x, jax.NamedSharding(make_mesh({'fsdp': %d}), jax.P('fsdp')))
+assert jax.jit(jax.numpy.sum)(x) == 28
+"""
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_no_program_of_many_cpu_devices_is_kept(devices, tmp_path):
+  simulated = f'--xla_force_host_platform_device_count={devices}'
+  cache = {FOLDER: str(tmp_path), OTHERS[1]: '0', 'XLA_FLAGS': simulated}
+  cache['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
+  subprocess.run(
+    [sys.executable, '-c', ON_A_MESH % devices],
+    env=os.environ | cache,
+    check=True,
+  )
+  kept = [path.name for path in tmp_path.iterdir()]
+  assert any('sum' in name for name in kept) == (devices == 1)

@@ -1,0 +1,432 @@
+"""Compensation in a whole model: exact where it can be, alike on every mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from lorapr_jax.axes import (
+  LORA_TARGETS,
+  apply_masks,
+  group_axes,
+)
+from lorapr_jax.models import llama
+from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.layers import INPUTS
+from lorapr_jax.models.quantization import (
+  dequantized,
+  is_quantized,
+  quantized_like,
+)
+from lorapr_jax.pruning.compensation import BIAS, RIDGE, Compensation
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.pruning.masks import (
+  initial_masks,
+)
+from lorapr_jax.runtime import sharding
+from lorapr_jax.training.repair import make_compensate, repaired_of
+
+LORA = LoraConfig(rank=2, alpha=4.0)
+CONFIG = LlamaConfig(
+  vocab_size=48,
+  embed_dim=16,
+  head_dim=4,
+  layers=(LayerShape(4, 2, 24),) * 2,
+)
+BIASED = CONFIG.with_biases(('self_attn', 'mlp'))
+SETTINGS = {
+  RIDGE: Compute(CONFIG, LORA),
+  BIAS: Compute(BIASED, LORA),
+}
+LEAF = {RIDGE: 'weight', BIAS: 'bias'}
+# A member of each group, and its double.
+DOUBLES = {CHANNELS: (3, 9), KV_HEADS: (0, 2), QUERIES: (1, 0)}
+
+
+def doubled(tree, axes, group):
+  """Of what makes a member, its double is given the same."""
+
+  def double(x, names):
+    if not set(group_axes(group)) <= set(names) or names[-1] == 'embed':
+      return x  # Not of the group, or what reads it: o_proj and down_proj.
+    kept, gone = DOUBLES[group]
+    axis = 1 + names.index(group_axes(group)[-1])
+    index = [slice(None)] * x.ndim
+    source = list(index)
+    index[axis], source[axis] = gone, kept
+    return x.at[tuple(index)].set(x[tuple(source)])
+
+  return jax.tree.map(double, tree, axes)
+
+
+def random_model(config=CONFIG):
+  params = llama.init_params(jax.random.key(0), config, jnp.float32)
+  lora = llama.init_lora(jax.random.key(1), CONFIG, LORA)
+  lora = jax.tree.map(
+    lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), lora
+  )
+
+  def draw(path, x):
+    if path[-1].key == 'bias':
+      key = jax.random.key(x.size + len(path[-2].key))
+      return jax.random.normal(key, x.shape)
+    return 10 * x if x.ndim > 2 else x
+
+  return jax.tree_util.tree_map_with_path(draw, params), lora
+
+
+def model_with_doubles(group):
+  params, lora = random_model()
+  axes = llama.block_axes(LORA)
+  # A of what reads a member has its axes too, with the rank behind.
+  readers = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
+  new = {
+    part: {
+      name: adapter
+      if readers[part] == name
+      else doubled(adapter, axes['lora'][part][name], group)
+      for name, adapter in adapters.items()
+    }
+    for part, adapters in lora[0].items()
+  }
+  stacks = (doubled(params['stacks'][0], axes['params'], group),)
+  return {**params, 'stacks': stacks}, (new,)
+
+
+def model_with_a_constant(group):
+  """What the member to go hands on is the same for every token."""
+  params, lora = random_model(BIASED)
+  axes = llama.block_axes(LORA, biased=BIASED.biased)
+  _, (mask,) = masks_of(group)
+  if group == QUERIES:  # Of every KV head; what reads it is constant.
+    mask = {KV_HEADS: jnp.zeros((2, 4))}
+  for part, name in (
+    *(('self_attn', 'v_proj'), ('mlp', 'gate_proj'), ('mlp', 'up_proj')),
+  ):
+    for tree, names, leaf in (
+      (params['stacks'][0], axes['params'], 'weight'),
+      (lora[0], axes['lora'], 'b'),
+    ):
+      silence = functools.partial(apply_masks, axes=names[part][name][leaf])
+      tree[part][name][leaf] = jax.vmap(silence)(tree[part][name][leaf], mask)
+    params['stacks'][0][part][name]['bias'] += 2.0
+  return params, lora
+
+
+def masks_of(group):
+  before = initial_masks((group,), ((2, CONFIG.sizes(CONFIG.layers[0])),))
+  mask = np.ones(before[0][group].shape, np.float32)
+  mask[..., DOUBLES[group][1]] = 0
+  return before, ({group: jnp.asarray(mask)},)
+
+
+def batches(count, *, packed=False, B=8):
+  generator = np.random.default_rng(0)
+  found = []
+  for _ in range(count):
+    batch = {
+      'tokens': generator.integers(0, 48, (2, B, 12)),
+      'weights': np.ones((2, B, 12), np.float32),
+    }
+    if packed:
+      batch['segments'] = np.zeros((2, B, 12), np.int32) + np.repeat(
+        (1, 2, 0), (5, 5, 2)
+      )
+    found.append(jax.tree.map(jnp.asarray, batch))
+  return tuple(found)
+
+
+def place_of(config, mesh=None):
+  if mesh is None:
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0]), None
+  shapes = llama.param_shapes(config, jnp.float32)
+  axes = llama.logical_axes(config)['params']
+  return NamedSharding(mesh, P()), sharding.shardings(mesh, axes, shapes)
+
+
+def compensate(
+  params,
+  lora,
+  before,
+  after,
+  tokens,
+  *,
+  damping=1e-6,
+  mesh=None,
+  kind=RIDGE,
+  settings=None,
+):
+  settings = settings or SETTINGS[kind]
+  state, base = place_of(settings.config, mesh)
+  if base is None:
+    base = jax.tree.map(lambda x: state, params)
+  params = jax.device_put(jax.tree.map(jnp.copy, params), base)
+  lora, before, after = jax.device_put((lora, before, after), state)
+  if mesh is not None:
+    rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
+    tokens = jax.device_put(tokens, rows)
+  event = make_compensate(
+    settings, Compensation(damping, len(tokens), kind), base, state
+  )
+  return event(params, lora, before, after, tokens)
+
+
+def logits(params, lora, masks, tokens, config=CONFIG):
+  hidden = llama.hidden_states(
+    params, tokens, config, lora=lora, lora_config=LORA, masks=masks
+  )
+  return np.asarray(llama.logits(params, hidden))
+
+
+@pytest.mark.parametrize('group', DOUBLES)
+def test_a_member_that_has_a_double_goes_without_a_trace(group):
+  params, lora = model_with_doubles(group)
+  before, after = masks_of(group)
+  repaired, failed = compensate(params, lora, before, after, batches(2))
+  assert int(failed) == 0
+  # On tokens that it has not seen.
+  tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, 48)
+  expected = logits(params, lora, before, tokens)
+  unrepaired = np.abs(logits(params, lora, after, tokens) - expected).max()
+  difference = np.abs(logits(repaired, lora, after, tokens) - expected).max()
+  assert unrepaired > 0.02
+  assert difference < 2e-3 * unrepaired
+
+
+@pytest.mark.parametrize('group', DOUBLES)
+def test_what_is_constant_goes_into_the_bias_without_a_trace(group):
+  params, lora = model_with_a_constant(group)
+  before, after = masks_of(group)
+  repaired, failed = compensate(
+    params, lora, before, after, batches(2), kind=BIAS
+  )
+  assert int(failed) == 0
+  tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, 48)
+  expected, unrepaired, found = (
+    logits(p, lora, masks, tokens, BIASED)
+    for p, masks in ((params, before), (params, after), (repaired, after))
+  )
+  difference = np.abs(unrepaired - expected).max()
+  assert difference > 0.02
+  assert np.abs(found - expected).max() < 1e-3 * difference
+
+
+@pytest.mark.parametrize('kind', SETTINGS)
+def test_what_is_not_repaired_stays_and_what_nothing_leaves_too(kind):
+  params, lora = random_model(SETTINGS[kind].config)
+  before, after = masks_of(CHANNELS)
+  # Nothing goes from the second layer.
+  after = ({CHANNELS: after[0][CHANNELS].at[1].set(1.0)},)
+  repaired, _ = compensate(params, lora, before, after, batches(1), kind=kind)
+  for path, old in jax.tree_util.tree_leaves_with_path(params):
+    name = jax.tree_util.keystr(path, simple=True, separator='.')
+    new = dict(jax.tree_util.tree_leaves_with_path(repaired))[path]
+    if f'down_proj.{LEAF[kind]}' in name:
+      assert np.abs(new[0] - old[0]).max() > 0
+      new, old = new[1], old[1]
+    np.testing.assert_array_equal(new, old, err_msg=name)
+
+
+@pytest.mark.parametrize('kind', SETTINGS)
+@pytest.mark.parametrize('targets', [LORA.targets, ('q_proj', 'up_proj')])
+def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
+  """Layer 1's down_proj against NumPy, on what repaired layer 0 hands on."""
+  adapters = dataclasses.replace(LORA, targets=targets)
+  config = SETTINGS[kind].config
+  params, lora = random_model(config)
+  lora = tuple(
+    {
+      part: {name: x for name, x in tree.items() if name in targets}
+      for part, tree in stack.items()
+    }
+    for stack in lora
+  )
+  before, after = masks_of(CHANNELS)
+  gone = jax.random.bernoulli(jax.random.key(5), 0.4, (2, 24))
+  after = ({CHANNELS: jnp.where(gone, 0.0, 1.0)},)
+  tokens, damping = batches(2), 0.1
+  repaired, _ = compensate(
+    params,
+    lora,
+    before,
+    after,
+    tokens,
+    damping=damping,
+    kind=kind,
+    settings=dataclasses.replace(SETTINGS[kind], lora=adapters),
+  )
+
+  block = llama.Block(config, config.layers[0], adapters)
+  axes = llama.block_axes(adapters, biased=config.biased)
+  rotation = llama.rope_rotation(config, jnp.arange(12.0))
+
+  def run(x, layer, params, masks):
+    trees = {'params': params['stacks'][0], 'lora': lora[0]}
+    trees = jax.tree.map(lambda x: x[layer], trees)
+    masks = {CHANNELS: masks[0][CHANNELS][layer]}
+    variables = {n: apply_masks(t, masks, axes[n]) for n, t in trees.items()}
+    return block.apply(variables, x, rotation, mutable=[INPUTS])
+
+  rows = jnp.concatenate([batch['tokens'] for batch in tokens]).reshape(-1)
+  x, _ = run(params['embed_tokens']['weight'][rows], 0, repaired, after)
+  _, seen = run(x, 1, params, before)
+  inputs = np.asarray(seen[INPUTS]['mlp']['down_proj']['inputs'], np.float64)
+
+  old, new = (
+    jax.tree.map(
+      lambda x: np.asarray(x[1], np.float64),
+      tree['stacks'][0]['mlp']['down_proj'],
+    )
+    for tree in (params, repaired)
+  )
+  whole = old['weight']
+  if 'down_proj' in targets:
+    adapter = jax.tree.map(lambda x: np.asarray(x[1]), lora[0]['mlp'])
+    adapter = adapter['down_proj']
+    whole = whole + LORA.scale * adapter['a'] @ adapter['b']
+  gone = np.asarray(gone[1])
+  if kind == BIAS:
+    expected = inputs[:, gone].mean(axis=0) @ whole[gone]
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(
+      new['bias'] - old['bias'], expected, atol=1e-3 * np.abs(expected).max()
+    )
+    np.testing.assert_array_equal(new['weight'], old['weight'])
+    return
+  old, new = old['weight'], new['weight']
+  there, lost = inputs[:, ~gone], inputs[:, gone] @ whole[gone]
+  gram = there.T @ there
+  ridge = damping * np.diag(gram).mean() * np.eye(len(gram))
+  expected = np.linalg.solve(gram + ridge, there.T @ lost)
+  np.testing.assert_allclose(
+    (new - old)[~gone], expected, atol=1e-3 * np.abs(expected).max()
+  )
+  np.testing.assert_array_equal(new[gone], old[gone])
+
+
+@pytest.mark.parametrize('kind', SETTINGS)
+@pytest.mark.parametrize('group', DOUBLES)
+def test_documents_that_share_a_row_are_as_if_alone(group, kind):
+  # With biases there, padding is not zero.
+  settings = dataclasses.replace(SETTINGS[kind], config=BIASED)
+  params, lora = random_model(BIASED)
+  before, after = masks_of(group)
+  (packed,) = batches(1, packed=True)
+  alone = {
+    name: jnp.concatenate([x[..., :5], x[..., 5:10]], axis=1)
+    for name, x in packed.items()
+    if name != 'segments'
+  }
+  found = [
+    repaired_of(
+      compensate(
+        params,
+        lora,
+        before,
+        after,
+        (batch,),
+        damping=0.1,
+        kind=kind,
+        settings=settings,
+      )[0],
+      LEAF[kind],
+    )
+    for batch in (packed, alone)
+  ]
+  for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('group', DOUBLES)
+def test_what_masked_groups_hold_is_of_no_account(group):
+  params, lora = model_with_doubles(group)
+  _, after = masks_of(group)
+  gone = DOUBLES[group][1]
+  again = np.asarray(after[0][group]).copy()
+  again[..., (gone + 1) % again.shape[-1]] = 0
+  again = ({group: jnp.asarray(again)},)
+  noise = jax.tree.map(lambda x: x + 0.0, params)
+  axes = llama.block_axes(LORA)['params']
+
+  def disturb(x, names):
+    if not set(group_axes(group)) <= set(names):
+      return x
+    mask = jnp.asarray(after[0][group])
+    sizes = dict(zip(('layers', *group_axes(group)), mask.shape, strict=True))
+    mask = mask.reshape([sizes.get(n, 1) for n in ('layers', *names)])
+    return x + 7.0 * (1 - mask)
+
+  noise['stacks'] = (jax.tree.map(disturb, params['stacks'][0], axes),)
+  found = [
+    compensate(p, lora, after, again, batches(2), damping=0.1)[0]
+    for p in (params, noise)
+  ]
+  tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, 48)
+  ours, theirs = (logits(p, lora, again, tokens) for p in found)
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  'sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]
+)
+@pytest.mark.parametrize(
+  'group, kind', [*((group, RIDGE) for group in DOUBLES), (KV_HEADS, BIAS)]
+)
+def test_eight_devices_repair_as_one_does(group, kind, sizes):
+  params, lora = random_model(SETTINGS[kind].config)
+  before, after = masks_of(group)
+  mesh = sharding.make_mesh(sharding.mesh_sizes(*sizes))
+  tokens = batches(2, packed=mesh.shape['sequence'] > 1)
+  (one, _), (eight, _) = (
+    compensate(
+      params, lora, before, after, tokens, damping=0.1, mesh=m, kind=kind
+    )
+    for m in (None, mesh)
+  )
+  found = (repaired_of(params, LEAF[kind]) for params in (eight, one))
+  for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_the_biases_of_an_int8_base_are_repaired():
+  params, lora = random_model(BIASED)
+  before, after = masks_of(KV_HEADS)
+  like = llama.logical_axes(BIASED, quantized=LORA_TARGETS)['params']
+  int8 = quantized_like(params, like)
+  settings = dataclasses.replace(SETTINGS[BIAS], quantized=LORA_TARGETS)
+  tokens = batches(2)
+  (found, failed), (expected, _) = (
+    compensate(base, lora, before, after, tokens, kind=BIAS, settings=settings)
+    for base in (int8, dequantized(int8, jnp.float32))
+  )
+  assert int(failed) == 0
+  ours, theirs, first = (
+    jax.tree.leaves(repaired_of(x, 'bias')) for x in (found, expected, params)
+  )
+  assert max(np.abs(x - y).max() for x, y in zip(ours, first, strict=True)) > 0
+  for x, y in zip(ours, theirs, strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
+  down = found['stacks'][0]['mlp']['down_proj']['weight']
+  assert is_quantized(down)
+
+
+@pytest.mark.parametrize('kind', SETTINGS)
+def test_a_repair_that_is_not_finite_is_left_out_and_counted(kind):
+  params, lora = random_model(SETTINGS[kind].config)
+  before, after = masks_of(CHANNELS)
+  down = params['stacks'][0]['mlp']['down_proj']['weight']
+  broken = down.at[0, DOUBLES[CHANNELS][1], 0].set(jnp.inf)
+  params['stacks'][0]['mlp']['down_proj']['weight'] = broken
+  repaired, failed = compensate(
+    params, lora, before, after, batches(1), kind=kind
+  )
+  assert int(failed) >= 1
+  new, old = (x['stacks'][0]['mlp']['down_proj'] for x in (repaired, params))
+  for name, leaf in old.items():
+    np.testing.assert_array_equal(new[name][0], leaf[0])
