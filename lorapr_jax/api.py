@@ -20,7 +20,7 @@ from lorapr_jax.models.compute import (
   Compute,
 )
 from lorapr_jax.runtime.paths import is_path, path_of
-from lorapr_jax.settings.files import check_key, read_config
+from lorapr_jax.settings.files import check_config, check_key, read_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,8 +63,11 @@ def prune(
   # Here, since the other functions need none of it.
   from lorapr_jax import train
 
+  name = 'config'
   if not isinstance(config, config_dict.ConfigDict):
-    config = read_config(str(config))
+    name = str(config)
+    config = read_config(name)
+  check_config(config, name)
   config = config.copy_and_resolve_references()
   for section, settings in sections.items():
     check_key(config, f'config.{section}')

@@ -9,7 +9,12 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.settings.files import check_config, check_key, find_config
+from lorapr_jax.settings.files import (
+  check_config,
+  check_key,
+  find_config,
+  find_removed,
+)
 
 
 def parse_flags(
@@ -82,6 +87,8 @@ def _parse(argv: list[str]) -> tuple[flags.FlagValues, list[str]]:
     # ml_collections shows the whole section where it lacks a key.
     text = re.sub(r' Other fields present: .*', '', str(error))
     text = ' '.join(text.split()) or repr(error)
+    if removed := find_removed(text):
+      raise UserError(f'{_config_flag(argv)}: {removed}') from None
     raise UserError(f'{_config_flag(argv)} cannot be read: {text}') from None
   return values, rest[1:]
 

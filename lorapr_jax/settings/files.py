@@ -3,6 +3,7 @@
 import difflib
 import importlib.util
 from pathlib import Path
+import re
 from typing import Any
 
 from ml_collections import config_dict
@@ -16,6 +17,8 @@ _SHIPPED = next(
   for folder in (_PACKAGE / 'configs', _PACKAGE.parent / 'configs')
   if folder.is_dir()
 )
+# Settings that the releases before this one had, and what to do instead.
+REMOVED: dict[str, str] = {}
 
 
 def find_config(name: str) -> Path:
@@ -49,14 +52,42 @@ def read_config(name: str) -> config_dict.ConfigDict:
     name: as of `find_config`, with what `get_config` is given after a colon.
 
   Raises:
-    UserError: if there is no such file.
+    UserError: if there is no such file, or it sets a removed key.
   """
   name, *argument = name.split(':', 1)
   path = find_config(name)
   spec = importlib.util.spec_from_file_location(f'config_{path.stem}', path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  return module.get_config(*argument)
+  try:
+    return module.get_config(*argument)
+  except (AttributeError, KeyError) as error:
+    if removed := find_removed(str(error)):
+      raise UserError(f'{name}: {removed}') from None
+    raise
+
+
+def find_removed(error: str) -> str | None:
+  """What to do about a removed key that a config's file sets.
+
+  Args:
+    error: what ml_collections says when a key is set that it does not know. It
+      does not name the section.
+
+  Returns:
+    The advice; None if the error is about something else.
+  """
+  unknown = re.search(r'Key "(\w+)" does not exist', error)
+  for setting in REMOVED:
+    if unknown and unknown[1] == setting.split('.')[-1]:
+      return _removed(f'config.{setting}')
+  return None
+
+
+def _removed(flag: str) -> str | None:
+  """The advice about [--]config.SECTION.KEY, if that is a removed setting."""
+  advice = REMOVED.get(flag.partition('.')[-1])
+  return advice and f'{flag} was removed: {advice}'
 
 
 def check_config(config: Any, name: str) -> None:
@@ -67,7 +98,7 @@ def check_config(config: Any, name: str) -> None:
     name: of the file, for the error.
 
   Raises:
-    UserError: naming a key that is missing or unknown.
+    UserError: naming a key that is missing, unknown or removed.
   """
   advice = 'start from configs/default.py, as configs/tiny.py does'
   if not isinstance(config, config_dict.ConfigDict):
@@ -76,6 +107,9 @@ def check_config(config: Any, name: str) -> None:
       f'ConfigDict; {advice}'
     )
   known, found = _keys(read_config('default')), _keys(config)
+  for key in sorted(found - known):
+    if removed := _removed(f'config.{key}'):
+      raise UserError(f'{name}: {removed}')
   for what, keys in (
     ('lacks', known - found),
     ('has the unknown', found - known),
@@ -100,11 +134,14 @@ def check_key(config: config_dict.ConfigDict, flag: str) -> None:
     flag: as the user wrote it: [--]config.SECTION.KEY.
 
   Raises:
-    UserError: with the nearest key that there is.
+    UserError: with the nearest key that there is, or what to use instead of
+      a removed one.
   """
   node, path = config, 'config'
   for name in flag.split('.')[1:]:
     if not isinstance(node, config_dict.ConfigDict) or name not in node:
+      if removed := _removed(flag):
+        raise UserError(removed)
       names = node.keys() if isinstance(node, config_dict.ConfigDict) else ()
       close = difflib.get_close_matches(name, names, 1)
       hint = (

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+import lorapr_jax as lp
 from lorapr_jax import train
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.cli import train as train_command
@@ -20,7 +21,7 @@ from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.settings.files import read_config
+from lorapr_jax.settings.files import REMOVED, read_config
 from lorapr_jax.settings.phases import phases
 from lorapr_jax.settings.run import split_config
 
@@ -487,3 +488,48 @@ def test_a_wrong_folder_stops_before_any_work(
     '--config.train.micro_batch_size=8',
   ]
   assert message in refusal(capsys, workdir, *argv)
+
+
+REMOVED_KEY = 'prune.tarot'
+ADVICE = f'config.{REMOVED_KEY} was removed: use prune.target'
+
+
+@pytest.fixture
+def removed(monkeypatch):
+  monkeypatch.setitem(REMOVED, REMOVED_KEY, 'use prune.target')
+
+
+def refused(*argv):
+  with pytest.raises(UserError) as error:
+    parse_flags([*argv, '--workdir=somewhere'])
+  return str(error.value)
+
+
+def test_a_removed_setting_says_what_to_use(removed):
+  assert refused(TINY, f'--config.{REMOVED_KEY}=1') == f'--{ADVICE}'
+  assert 'unknown setting' in refused(TINY, f'--config.{REMOVED_KEY}.more=1')
+  with pytest.raises(UserError) as error:
+    lp.prune('tiny', 'somewhere', prune={'tarot': 1})
+  assert str(error.value) == ADVICE
+
+
+@pytest.mark.parametrize(
+  'body',
+  [
+    f'  config.{REMOVED_KEY} = 1\n',
+    '  config.prune.update({"tarot": 1})\n',
+    # A copy of an earlier default.py.
+    f'  config.unlock()\n  config.{REMOVED_KEY} = 1\n  config.lock()\n',
+  ],
+)
+def test_a_config_file_with_a_removed_setting(body, removed, tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+    'from lorapr_jax.settings.files import read_config\n\n\n'
+    f'def get_config():\n  config = read_config("default")\n{body}'
+    '  return config\n'
+  )
+  assert refused(f'--config={path}') == f'--config={path}: {ADVICE}'
+  with pytest.raises(UserError) as error:
+    lp.prune(path, tmp_path / 'run')
+  assert str(error.value) == f'{path}: {ADVICE}'
