@@ -57,8 +57,8 @@ def measure(stage: str, folder: Path) -> None:
 
   from lorapr_jax.hf.load import load_params
   from lorapr_jax.hf.write import export_model
-  from lorapr_jax.models import llama
   from lorapr_jax.models.config import LayerShape, LlamaConfig
+  from lorapr_jax.models.trees import logical_axes, param_shapes
   from lorapr_jax.runtime import sharding
 
   config = LlamaConfig(
@@ -70,10 +70,8 @@ def measure(stage: str, folder: Path) -> None:
   mesh = sharding.make_mesh(
     {'data': 1, 'fsdp': jax.device_count(), 'tensor': 1}
   )
-  shapes = llama.param_shapes(config, jnp.bfloat16)
-  places = sharding.shardings(
-    mesh, llama.logical_axes(config)['params'], shapes
-  )
+  shapes = param_shapes(config, jnp.bfloat16)
+  places = sharding.shardings(mesh, logical_axes(config)['params'], shapes)
   arrays = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
   if stage == 'export':
     # Drawing random ones leaves memory behind that is freed in between.

@@ -124,13 +124,13 @@ def load():
   import jax
 
   from lorapr_jax.hf.load import load_config, load_params
-  from lorapr_jax.models import llama
+  from lorapr_jax.models.trees import param_shapes
 
   def load(folder, dtype='float32'):
     dtype = jax.numpy.dtype(dtype)
     config = load_config(folder)
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = jax.tree.map(lambda _: place, llama.param_shapes(config, dtype))
+    places = jax.tree.map(lambda _: place, param_shapes(config, dtype))
     return config, load_params(folder, config, places, dtype)
 
   return load
@@ -142,7 +142,7 @@ def random_params():
   import jax
   import numpy as np
 
-  from lorapr_jax.models import llama
+  from lorapr_jax.models.trees import param_shapes
 
   def random_params(config, dtype='float32'):
     rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def random_params():
       mean = 1.0 if 'norm' in jax.tree_util.keystr(path) else 0.0
       return jax.numpy.asarray(rng.normal(mean, 0.3, leaf.shape), leaf.dtype)
 
-    shapes = llama.param_shapes(config, jax.numpy.dtype(dtype))
+    shapes = param_shapes(config, jax.numpy.dtype(dtype))
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
   return random_params
@@ -163,12 +163,12 @@ def random_lora():
   import jax
   import numpy as np
 
-  from lorapr_jax.models import llama
+  from lorapr_jax.models.trees import init_lora
 
   def random_lora(config, lora_config):
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(
-      lambda key: llama.init_lora(key, config, lora_config), jax.random.key(0)
+      lambda key: init_lora(key, config, lora_config), jax.random.key(0)
     )
     return jax.tree.map(
       lambda leaf: jax.numpy.asarray(rng.normal(0, 0.3, leaf.shape), 'float32'),

@@ -14,7 +14,7 @@ from tokenizers import models, pre_tokenizers
 
 import lorapr_jax as lp
 from lorapr_jax.cli.main import main
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.settings.files import read_config
 
 MESH = {'data': -1, 'fsdp': 1}  # The tests simulate eight devices.
@@ -123,8 +123,8 @@ def test_generate_goes_on_with_the_likeliest_tokens(talking):
   text = lp.generate(model, 'one two three', max_new_tokens=4)
   ids = [0, 1, 2]
   for _ in range(4):
-    hidden = llama.hidden_states(model.params, np.array([ids]), model.config)
-    logits = llama.logits(model.params, hidden)
+    hidden = decoder.hidden_states(model.params, np.array([ids]), model.config)
+    logits = decoder.logits(model.params, hidden)
     ids.append(int(np.argmax(logits[0, -1])))
   vocabulary = json.loads((talking / 'tokenizer.json').read_text())
   words = {i: word for word, i in vocabulary['model']['vocab'].items()}

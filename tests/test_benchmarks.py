@@ -12,8 +12,9 @@ import pytest
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.trees import init_params, param_shapes
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.settings.run import ORDERS
 
@@ -28,7 +29,7 @@ def test_the_mha_copy_is_the_same_function(tmp_path):
     layers=(LayerShape(2, 3, 16),) * 2,
     tie_embeddings=True,
   )
-  params = llama.init_params(jax.random.key(0), config, np.float32)
+  params = init_params(jax.random.key(0), config, np.float32)
   export_model(tmp_path / 'gqa', params, config)
   subprocess.run(
     [
@@ -42,12 +43,12 @@ def test_the_mha_copy_is_the_same_function(tmp_path):
   copy = load_config(tmp_path / 'mha')
   assert copy.layers == (LayerShape(6, 1, 16),) * 2
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  places = jax.tree.map(lambda _: device, llama.param_shapes(copy, np.float32))
+  places = jax.tree.map(lambda _: device, param_shapes(copy, np.float32))
   repeated = load_params(tmp_path / 'mha', copy, places, np.float32)
   tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, 32)
   np.testing.assert_allclose(
-    llama.hidden_states(repeated, tokens, copy),
-    llama.hidden_states(params, tokens, config),
+    decoder.hidden_states(repeated, tokens, copy),
+    decoder.hidden_states(params, tokens, config),
     atol=1e-5,
   )
 

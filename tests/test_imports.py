@@ -83,7 +83,7 @@ def test_no_import_is_relative():
 def test_the_syntax_trees_are_read():
   assert len(MODULES) > 30
   steps = IMPORTS['training.steps']
-  assert steps >= {'models.llama', 'models.compute', 'pruning.importance'}
+  assert steps >= {'models.trees', 'models.compute', 'pruning.importance'}
   assert {'training.checkpoint', 'training.steps'} <= IMPORTS['training.loop']
 
 
@@ -132,7 +132,7 @@ def test_pruning_knows_neither_flax_nor_the_model(module):
 
 def test_only_the_models_and_the_step_import_flax():
   users = {name for name in MODULES if 'flax' in third_party(name)}
-  assert users == {'models.layers', 'models.llama', 'training.steps'}
+  assert users == {'models.layers', 'models.block', 'training.steps'}
 
 
 def test_sizes_and_axes_need_no_jax():

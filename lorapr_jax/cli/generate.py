@@ -21,7 +21,7 @@ from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models.compute import (
   resolve_dtype,
 )
-from lorapr_jax.models.llama import param_shapes
+from lorapr_jax.models.trees import param_shapes
 
 
 def main(argv: list[str]) -> None:

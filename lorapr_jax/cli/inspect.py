@@ -9,7 +9,7 @@ from rich.table import Table
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import block_axes
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import (
   CHANNELS,
   KV_HEADS,

@@ -18,7 +18,7 @@ from jax.sharding import Sharding
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models import branches, llama
+from lorapr_jax.models import branches, decoder
 from lorapr_jax.models.compute import (
   compiler_options,
 )
@@ -205,7 +205,7 @@ def _make_score(
         return jax.lax.dynamic_slice_in_dim(x, i * _CHUNK, _CHUNK, axis=1)
 
       x = jnp.take_along_axis(hidden, columns(after)[..., None], axis=1)
-      logits = llama.logits(params, x)
+      logits = decoder.logits(params, x)
       target = columns(targets)[..., None]
       log_p = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
       found = (

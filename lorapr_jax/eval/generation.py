@@ -21,7 +21,7 @@ import numpy as np
 
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.models import cached, llama
+from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import (
   compiler_options,
 )
@@ -223,7 +223,7 @@ def _make_advance(
     hidden, cache = cached.hidden_states(
       params, tokens[None], cache, start, config, dtype=dtype
     )
-    logits = llama.logits(params, hidden[0, count - 1])
+    logits = decoder.logits(params, hidden[0, count - 1])
     key = jax.random.fold_in(key, start + count)
     return cache, sample(logits, key, temperature, top_p)[None]
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from lorapr_jax.models import cached, llama
+from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import (
   Compute,
   compiler_options,
@@ -22,10 +22,10 @@ from lorapr_jax.runtime import sharding
 @functools.cache
 def _prefill(settings: Compute) -> Callable[..., Any]:
   def last_logits(params, tokens):
-    hidden = llama.hidden_states(
+    hidden = decoder.hidden_states(
       params, tokens, settings.config, dtype=settings.dtype
     )
-    return llama.logits(params, hidden[:, -1])
+    return decoder.logits(params, hidden[:, -1])
 
   return jax.jit(last_logits, compiler_options=compiler_options())
 
@@ -136,7 +136,7 @@ def _make_advance(
     hidden, cache = cached.hidden_states(
       params, tokens, cache, start, settings.config, dtype=settings.dtype
     )
-    logits = llama.logits(params, hidden[:, -1:])
+    logits = decoder.logits(params, hidden[:, -1:])
     return cache, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
   return jax.jit(

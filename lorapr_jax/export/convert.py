@@ -13,7 +13,7 @@ from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.shards import Shards, write_safetensors
 from lorapr_jax.hf.write import copy_companions, hf_config, write_config
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import param_shapes
+from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.runtime.paths import new_folder, path_of
 
 DEMO = 'demo:smollm2-135m-instruct'

@@ -24,10 +24,11 @@ from lorapr_jax.hf.write import (
   resolve_layout,
   resolve_model_type,
 )
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import compiler_options
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.lora import merge_adapters
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.shrink import Kept, pad, shrunk_config
 from lorapr_jax.report.summary import adapter_card, model_card
 from lorapr_jax.runtime import processes
@@ -282,7 +283,7 @@ def _padded(weights: Weights, model: Model) -> Weights:
   """The weights at the sizes before the cut, with zeros in what was cut."""
   if model.config == model.before:  # Nothing was cut, or it is padded.
     return weights
-  axes = llama.block_axes(weights.lora_config, biased=model.config.biased)
+  axes = block_axes(weights.lora_config, biased=model.config.biased)
 
   def widen(stacks: Any, kind: str) -> Any:
     return jax.jit(
@@ -331,8 +332,8 @@ def _logits(params: Any, config: LlamaConfig) -> jax.Array:
 
   @functools.partial(jax.jit, compiler_options=compiler_options())
   def logits(params):
-    hidden = llama.hidden_states(params, tokens, config, dtype=jnp.float32)
-    return llama.logits(params, hidden)
+    hidden = decoder.hidden_states(params, tokens, config, dtype=jnp.float32)
+    return decoder.logits(params, hidden)
 
   with jax.default_matmul_precision('highest'):
     return logits(params)

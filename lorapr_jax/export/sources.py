@@ -16,7 +16,7 @@ from lorapr_jax.export.finish import merge, pruned_model
 from lorapr_jax.hf.load import check_tensors, load_config, load_params
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import block_axes, logical_axes, param_shapes
+from lorapr_jax.models.trees import block_axes, logical_axes, param_shapes
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json

@@ -12,7 +12,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.names import hf_name, hf_shape, letters_of, to_hf_layout
 from lorapr_jax.hf.shards import open_file, write_file
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
-from lorapr_jax.models.llama import init_lora
+from lorapr_jax.models.trees import init_lora
 from lorapr_jax.runtime.files import read_json, write_json
 
 # Where an adapter's folder holds the model that it adapts.

@@ -24,8 +24,8 @@ from lorapr_jax.hf.names import (
 )
 from lorapr_jax.hf.shards import DTYPES, Shards
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import param_shapes
 from lorapr_jax.models.quantization import is_quantized, quantized
+from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import files_in, is_folder, path_of, version_of
 

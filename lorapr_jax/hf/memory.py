@@ -13,7 +13,7 @@ from lorapr_jax.models.compute import (
   resolve_dtype,
 )
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.llama import logical_axes, param_shapes
+from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.paths import path_of
 

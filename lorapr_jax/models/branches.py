@@ -11,7 +11,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LlamaConfig
 
 TRUNK = 0
@@ -45,6 +45,6 @@ def hidden_states(
     out = jax.nn.dot_product_attention(heads, k, v, mask=mask, is_causal=True)
     return out.reshape(q.shape)
 
-  return llama.hidden_states(
+  return decoder.hidden_states(
     params, tokens, config, positions=positions, attend=attend, dtype=dtype
   )

@@ -13,10 +13,10 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
+from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.models.layers import RMSNorm, Rotation
+from lorapr_jax.models.layers import RMSNorm, Rotation, rope_rotation
 from lorapr_jax.models.quantization import dequantized
 
 Cache = tuple[tuple[Array, Array], ...]
@@ -50,7 +50,7 @@ def hidden_states(
   *,
   dtype: Any = jnp.float32,
 ) -> tuple[Array, Cache]:
-  """As `llama.hidden_states`, for positions start to start + T - 1.
+  """As `decoder.hidden_states`, for positions start to start + T - 1.
 
   Args:
     params: the weights, without adapters.
@@ -66,7 +66,7 @@ def hidden_states(
   """
   B, T = tokens.shape
   positions = start + jnp.arange(T, dtype=jnp.float32)
-  rotation = llama.rope_rotation(config, positions)
+  rotation = rope_rotation(config, positions)
   x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
   filled = []
   for i, stack in enumerate(config.stacks):
@@ -97,7 +97,7 @@ def _layer(
       k, v = (x[i] for x in kv)
       return causal_attention(q, k, v, start=start)
 
-    block = llama.Block(config, shape, attend=attend)
+    block = Block(config, shape, attend=attend)
     x = block.apply({'params': dequantized(weights, x.dtype)}, x, rotation)
     return (x, kv), None
 

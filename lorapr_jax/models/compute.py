@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 
 from lorapr_jax.errors import choose
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import AUTO, choose_attention
@@ -47,7 +47,7 @@ class Compute:
     matmul_dtype: of the operands of the products with weights in the step
       that trains; None, and elsewhere: `dtype`.
     attention: of models.kernels.ATTENTION.
-    remat: a key of llama.REMAT_POLICIES.
+    remat: a key of decoder.REMAT_POLICIES.
     scan_layers: whether the step that trains is a loop over the layers.
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
@@ -93,7 +93,7 @@ def run_model(
   matmul_dtype: Any = None,
   **model: Any,
 ) -> tuple[Array, Any]:
-  """`llama.observed_hidden_states` of a batch of a run.
+  """`decoder.observed_hidden_states` of a batch of a run.
 
   Args:
     params: the base.
@@ -116,7 +116,7 @@ def run_model(
     model['valid'] = segments > 0
     model['positions'] = segment_positions(segments)
     attend = functools.partial(attend, segments=segments)
-  return llama.observed_hidden_states(
+  return decoder.observed_hidden_states(
     params,
     tokens,
     settings.config,
@@ -166,7 +166,7 @@ def token_losses(
   weights = jnp.roll(token_weights, -1, axis=1).at[:, -1].set(0.0)
   losses = chunked_cross_entropy(
     in_rows(hidden, mesh),
-    llama.output_weight(params),
+    decoder.output_weight(params),
     in_rows(targets, mesh),
     in_rows(weights, mesh),
     settings.loss_chunk,

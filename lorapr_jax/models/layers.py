@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lorapr_jax.axes import ProjectionLetters
-from lorapr_jax.models.config import LoraConfig, RopeScaling
+from lorapr_jax.models.config import LlamaConfig, LoraConfig, RopeScaling
 
 # What rematerialisation policies may keep: a block's input, the projections'
 # outputs, dropout's masks; and attention.ACTIVATION.
@@ -65,6 +65,15 @@ class Rotation(NamedTuple):
 
   cos: Array
   sin: Array
+
+
+def rope_rotation(config: LlamaConfig, positions: Array) -> Rotation:
+  """The (..., T, H/2) rotation of positions (..., T), which are float32."""
+  frequencies = rope_frequencies(
+    config.head_dim, config.rope_theta, config.rope_scaling
+  )
+  angles = positions[..., None] * frequencies
+  return Rotation(jnp.cos(angles), jnp.sin(angles))
 
 
 @jax.named_scope('rope')
@@ -157,7 +166,7 @@ def _product(
 class LoRAEinsum(nn.Module):
   """y = x W + s (x A) B, or with + b, for the tokens of a projection.
 
-  Tokens are x's first axes: N, or B and T (`llama.observed_hidden_states`).
+  Tokens are x's first axes: N, or B and T (`decoder.observed_hidden_states`).
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
   the rank, B the rank to W's other axes, which are those of b. W and b are in
   the collection `params`, A and B in `lora`, in float32 whatever W's dtype.

@@ -15,9 +15,7 @@ from lorapr_jax.errors import (
   first_line,
 )
 from lorapr_jax.models.compute import DTYPES
-from lorapr_jax.models.llama import (
-  REMAT_POLICIES,
-)
+from lorapr_jax.models.decoder import REMAT_POLICIES
 from lorapr_jax.settings.sections import (
   TrainSettings,
 )
@@ -52,7 +50,7 @@ def _cpu_flags() -> frozenset[str]:
 
 
 def resolve_remat(name: str, platform: str) -> str:
-  """One of llama.REMAT_POLICIES.
+  """One of decoder.REMAT_POLICIES.
 
   Raises:
     UserError: for another name, or one that this JAX cannot run here.

@@ -30,8 +30,8 @@ from lorapr_jax.models.compute import (
 )
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.kernels import check_attention
-from lorapr_jax.models.llama import block_axes
 from lorapr_jax.models.lora import INPUTS, terms_of
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import (
   BIAS,
   NONE,

@@ -19,9 +19,9 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import MeshError
 from lorapr_jax.eval.generation import check_prompt
 from lorapr_jax.hf.load import load_params
-from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.quantization import quantized_like
+from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import RunSettings
 
@@ -58,8 +58,8 @@ class Places(NamedTuple):
     return cls(
       base=sharding.shardings(
         mesh,
-        llama.logical_axes(config, quantized=quantized)['params'],
-        llama.param_shapes(config, settings.base_dtype, quantized),
+        logical_axes(config, quantized=quantized)['params'],
+        param_shapes(config, settings.base_dtype, quantized),
       ),
       batch=sharding.sharding(
         mesh,
@@ -74,7 +74,7 @@ def weight_shapes(settings: RunSettings, config: LlamaConfig) -> Any:
   """A `jax.ShapeDtypeStruct` with its sharding for every weight of a size."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    llama.param_shapes(config, settings.base_dtype, settings.compute.quantized),
+    param_shapes(config, settings.base_dtype, settings.compute.quantized),
     Places.of(settings, config).base,
   )
 
@@ -95,7 +95,7 @@ def load_base(
 
   @functools.partial(jax.jit, out_shardings=shardings)
   def init(key):
-    return quantized_like(llama.init_params(key, config, dtype), shardings)
+    return quantized_like(init_params(key, config, dtype), shardings)
 
   return init(jax.random.key(seed))
 

@@ -13,9 +13,9 @@ from lorapr_jax.axes import (
   Axes,
   group_axes,
 )
-from lorapr_jax.models import llama
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.budgets import decide
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.shrink import (
@@ -86,14 +86,14 @@ def cut_params(
     kept: from `kept_of`; empty: nothing is cut.
     config: the sizes before the cut.
     shardings: of the smaller base; None: as it comes.
-    quantized: as of `llama.block_axes`.
+    quantized: as of `block_axes`.
     delete: whether each tensor makes room as soon as it has been cut, so that
       there is never a second copy of the model.
   """
   if not kept:
     return params
   axes, structure = jax.tree.flatten(
-    llama.block_axes(quantized=quantized, biased=config.biased)['params']
+    block_axes(quantized=quantized, biased=config.biased)['params']
   )
   # From a tree for each stack to a tuple of stacks for each tensor, and back.
   tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
@@ -120,7 +120,7 @@ def cut_adapters(
   lora: Any, kept: Kept, config: LlamaConfig, lora_config: LoraConfig
 ) -> Any:
   """Smaller adapters, or their moments; see `cut_params`."""
-  return cut_stacks(lora, llama.block_axes(lora_config)['lora'], kept, config)
+  return cut_stacks(lora, block_axes(lora_config)['lora'], kept, config)
 
 
 def cut_stacks(
@@ -187,7 +187,7 @@ def cut_on_the_way(
     order, everything, steps.by_stack(counts, config)
   )
   kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
-  lora_axes = llama.block_axes(base.compute.lora)['lora']
+  lora_axes = block_axes(base.compute.lora)['lora']
   structure = jax.tree.structure(state.lora)
 
   def like_lora(tree: Any) -> bool:

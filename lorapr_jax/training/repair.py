@@ -19,17 +19,18 @@ from lorapr_jax.axes import (
   ProjectionLetters,
   apply_masks,
 )
-from lorapr_jax.models import llama
 from lorapr_jax.models.attention import segment_positions
+from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import (
   Compute,
   compiler_options,
 )
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
-from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation
+from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation, rope_rotation
 from lorapr_jax.models.lora import lora_product
 from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import (
   REPAIRED,
   RIDGE,
@@ -117,9 +118,7 @@ def make_compensate(
     else:
       positions = jax.vmap(segment_positions)(segments)
       x = jnp.where((segments > 0)[..., None], x, 0)
-    rotation = llama.rope_rotation(
-      settings.config, positions.astype(jnp.float32)
-    )
+    rotation = rope_rotation(settings.config, positions.astype(jnp.float32))
     if parts(mesh, 'length') == 1:  # Else B and T stay apart.
       x = x.reshape(x.shape[0], -1, x.shape[-1])
     count = tokens.size if segments is None else jnp.sum(segments > 0)
@@ -190,7 +189,7 @@ def _reader(
       )
       if segments is not None:
         attend = functools.partial(attend, segments=segments)
-      block = llama.Block(
+      block = Block(
         settings.config, shape, settings.lora, settings.matmul_dtype, attend
       )
       _, seen = block.apply(
@@ -217,7 +216,7 @@ def _repair_layer(settings, leaf, repair, read, carry, layer):
   x, repaired, failed = carry
   i, trees, before, after = layer
   biased = settings.config.biased
-  axes = llama.block_axes(settings.lora, biased=biased)
+  axes = block_axes(settings.lora, biased=biased)
   weights = jax.tree.map(lambda stack: stack[i], repaired)
   params = dequantized(_with_part(trees['params'], weights), x.dtype)
   trees = {'params': params, 'lora': trees['lora']}

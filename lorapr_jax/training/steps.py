@@ -18,7 +18,6 @@ import numpy as np
 import optax
 
 from lorapr_jax.axes import PROJECTIONS
-from lorapr_jax.models import llama
 from lorapr_jax.models.compute import (
   Compute,
   compiler_options,
@@ -27,6 +26,7 @@ from lorapr_jax.models.compute import (
 )
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.models.trees import block_axes, init_lora
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.block_sums import block_sums, runs_on
 from lorapr_jax.pruning.masks import initial_masks, select_masks
@@ -78,7 +78,7 @@ def init_state(
 ) -> TrainState:
   """Step 0: fresh adapters, nothing masked, no importance known."""
   config = settings.config
-  lora = llama.init_lora(key, config, settings.lora)
+  lora = init_lora(key, config, settings.lora)
   masks = initial_masks(
     groups, tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
   )
@@ -124,7 +124,7 @@ def make_lora_gradients(
 
     'base_grads'  {'base_grads': the gradients of `projections(params)`, in
                   float32, scaled as `grads` were by the clipping}
-    'statistics'  {'statistics': what `llama.observed_hidden_states` observed,
+    'statistics'  {'statistics': what `decoder.observed_hidden_states` observed,
                   summed over the batch}
 
   Args:
@@ -223,7 +223,7 @@ def make_update_importance(
   (pruning/block_sums.py). Where the gradients or the new scores are not finite,
   the old average stays and `ok` is False. The old importance is donated.
   """
-  axes = llama.block_axes(settings.lora)
+  axes = block_axes(settings.lora)
   stacks = settings.config.stacks
   # On accelerators XLA makes one pass of a few outer products and what is
   # summed of them; on CPU a product of matrices is many times as fast.

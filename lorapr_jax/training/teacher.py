@@ -14,7 +14,7 @@ import jax
 from jax import Array
 import numpy as np
 
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import (
   compiler_options,
   run_model,
@@ -93,7 +93,7 @@ def make_top_tokens(
     )
     found = chunked_top_k(
       in_rows(hidden, mesh),
-      llama.output_weight(params),
+      decoder.output_weight(params),
       settings.train.distill_top_k,
       step.loss_chunk,
       dtype=step.matmul_dtype,

@@ -20,11 +20,11 @@ import optax
 import pytest
 
 from lorapr_jax.cli.flags import parse_flags
-from lorapr_jax.models import llama
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.loss import chunked_cross_entropy
+from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.planning.hlo import COLLECTIVES, Program
 from lorapr_jax.planning.needs import plan_run
 from lorapr_jax.planning.search import search
@@ -81,8 +81,8 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
       places,
     )
 
-  shapes = llama.param_shapes(config, jnp.bfloat16)
-  axes = llama.logical_axes(config)['params']
+  shapes = param_shapes(config, jnp.bfloat16)
+  axes = logical_axes(config)['params']
   state = jax.eval_shape(
     functools.partial(
       steps.init_state,

@@ -12,11 +12,12 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.eval import latency
 from lorapr_jax.eval.generation import Sampling, stream_tokens
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models import cached, llama
+from lorapr_jax.models import cached
 from lorapr_jax.models.compute import (
   Compute,
 )
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.trees import init_params
 
 FULL = LlamaConfig(
   vocab_size=96,
@@ -32,7 +33,7 @@ HALF = dataclasses.replace(FULL, layers=(LayerShape(2, 2, 24),) * 2)
 def folders(tmp_path_factory):
   root = tmp_path_factory.mktemp('models')
   for name, config in (('full', FULL), ('half', HALF)):
-    params = llama.init_params(jax.random.key(0), config, jnp.float32)
+    params = init_params(jax.random.key(0), config, jnp.float32)
     export_model(root / name, params, config)
   return root
 

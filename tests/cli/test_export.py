@@ -18,8 +18,8 @@ from lorapr_jax import train
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.trees import init_params
 from lorapr_jax.training.checkpoint import read_state
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def write_base(folder, seed=0, **sizes):
   config = LlamaConfig.from_hf(sizes)
   export_model(
     folder,
-    llama.init_params(jax.random.key(seed), config, np.dtype('float32')),
+    init_params(jax.random.key(seed), config, np.dtype('float32')),
     config,
   )
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

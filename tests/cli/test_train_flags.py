@@ -18,8 +18,8 @@ from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models import llama
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.trees import init_params
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.settings.files import REMOVED, read_config
 from lorapr_jax.settings.phases import phases
@@ -417,7 +417,7 @@ def folder(tmp_path):
   folder = tmp_path / 'model'
   sizes = parse().model.sizes.to_dict()
   config = LlamaConfig.from_hf(sizes)
-  params = llama.init_params(jax.random.key(0), config, jnp.float32)
+  params = init_params(jax.random.key(0), config, jnp.float32)
   export_model(folder, params, config)
   vocab = {'<eos>': 0, '<unk>': 1, 'word': 2}
   tokenizer = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token='<unk>'))

@@ -7,8 +7,9 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import continuations
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.trees import logical_axes
 from lorapr_jax.runtime import sharding
 
 # Two stacks, of layers that differ.
@@ -48,8 +49,8 @@ def alone(params, pairs):
 
   @jax.jit
   def log_p(ids):
-    hidden = llama.hidden_states(params, ids[None], CONFIG)
-    return jax.nn.log_softmax(llama.logits(params, hidden[0]))
+    hidden = decoder.hidden_states(params, ids[None], CONFIG)
+    return jax.nn.log_softmax(decoder.logits(params, hidden[0]))
 
   scores = []
   for context, continuation in pairs:
@@ -111,7 +112,7 @@ def test_what_is_likeliest_is_greedy(params):
 def test_a_mesh_scores_as_one_device(params, pairs, alone):
   sizes = sharding.mesh_sizes(data=2, fsdp=4, tensor=1)
   places = sharding.shardings(
-    sharding.make_mesh(sizes), llama.logical_axes(CONFIG)['params'], params
+    sharding.make_mesh(sizes), logical_axes(CONFIG)['params'], params
   )
   placed = jax.device_put(params, places)
   # One batch of eight: three are raised to that.

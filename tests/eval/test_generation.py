@@ -21,7 +21,7 @@ from lorapr_jax.eval.generation import (
   stream_tokens,
 )
 from lorapr_jax.models.config import LayerShape, LlamaConfig
-from lorapr_jax.models.llama import logical_axes
+from lorapr_jax.models.trees import logical_axes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import cache_dir
 

@@ -21,8 +21,9 @@ from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES
 from lorapr_jax.hf.load import place_params
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors, parse_size
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
@@ -82,14 +83,14 @@ def pruned(random_params, random_lora):
 
 @functools.partial(jax.jit, static_argnames='config')
 def logits(params, config):
-  return llama.logits(params, llama.hidden_states(params, TOKENS, config))
+  return decoder.logits(params, decoder.hidden_states(params, TOKENS, config))
 
 
 def check_logits(params, config):
   """On the tokens that routes.write compares."""
   tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, config.vocab_size)
-  hidden = llama.hidden_states(params, tokens, config)
-  return np.asarray(llama.logits(params, hidden))
+  hidden = decoder.hidden_states(params, tokens, config)
+  return np.asarray(decoder.logits(params, hidden))
 
 
 def torch_logits(folder, model_class):
@@ -148,7 +149,7 @@ def test_padded_is_a_stock_llama_with_the_same_logits(
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
   # What was kept is where it was; all the rest is zero.
-  axes = llama.block_axes()['params']
+  axes = block_axes()['params']
   back = shrink(read['stacks'], axes, model.kept, BEFORE)
   jax.tree.map(
     np.testing.assert_array_equal, back, tuple(weights.merged['stacks'])

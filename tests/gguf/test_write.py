@@ -27,7 +27,7 @@ from lorapr_jax.gguf.format import rope_factors
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES, write_gguf
 from lorapr_jax.hf.write import hf_tensors
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.models.layers import rope_frequencies
 
@@ -67,8 +67,8 @@ def stored(weight, type_name):
 
 
 def logits(params, config):
-  hidden = llama.hidden_states(params, TOKENS, config)
-  return np.asarray(hidden) @ np.asarray(llama.output_weight(params)).T
+  hidden = decoder.hidden_states(params, TOKENS, config)
+  return np.asarray(hidden) @ np.asarray(decoder.output_weight(params)).T
 
 
 def contents(path):

@@ -18,8 +18,9 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.export.convert import convert
 from lorapr_jax.hf.load import content_hash, load_config, load_params
 from lorapr_jax.hf.write import export_model, hf_config
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 
 SIZES = dict(vocab_size=96, embed_dim=32, head_dim=8, rope_theta=500.0)
@@ -163,8 +164,8 @@ def test_each_device_gets_its_slices(kind, sizes, save_hf, load):
   mesh = sharding.make_mesh(sharding.mesh_sizes(*sizes))
   places = sharding.shardings(
     mesh,
-    llama.logical_axes(config)['params'],
-    llama.param_shapes(config, jnp.float32),
+    logical_axes(config)['params'],
+    param_shapes(config, jnp.float32),
   )
   got = load_params(folder, config, places, np.dtype('float32'))
   q = got['stacks'][0]['self_attn']['q_proj']['weight']
@@ -182,7 +183,7 @@ def test_biases_that_a_folder_does_without_are_zero(save_hf, load):
   config, params = load(folder)
   more = config.with_biases(('mlp',))
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  places = jax.tree.map(lambda _: place, llama.param_shapes(more, 'float32'))
+  places = jax.tree.map(lambda _: place, param_shapes(more, 'float32'))
   found = load_params(folder, more, places, np.dtype('float32'))
   for name in ('gate_proj', 'up_proj', 'down_proj'):
     bias = found['stacks'][0]['mlp'][name].pop('bias')
@@ -312,7 +313,7 @@ PROMPT, NEW = 5, 8
 
 @functools.partial(jax.jit, static_argnames='config')
 def _logits(params, tokens, config):
-  return llama.logits(params, llama.hidden_states(params, tokens, config))
+  return decoder.logits(params, decoder.hidden_states(params, tokens, config))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.models import cached, llama
+from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 
 UNEQUAL = LlamaConfig(
@@ -28,12 +28,12 @@ LENGTH = 32
 @functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
 def _advance(params, tokens, cache, start, config):
   hidden, cache = cached.hidden_states(params, tokens, cache, start, config)
-  return llama.logits(params, hidden), cache
+  return decoder.logits(params, hidden), cache
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def _uncached(params, config):
-  return llama.logits(params, llama.hidden_states(params, TOKENS, config))
+  return decoder.logits(params, decoder.hidden_states(params, TOKENS, config))
 
 
 def _check(config, params, parts):

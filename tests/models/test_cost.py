@@ -3,12 +3,13 @@
 import jax
 import pytest
 
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.cost import (
   forward_flops_per_token,
   kv_cache_bytes_per_token,
 )
+from lorapr_jax.models.trees import param_shapes
 
 SHAPES = (LayerShape(2, 3, 40), LayerShape(1, 2, 8))
 
@@ -48,11 +49,11 @@ def test_the_compiler_counts_as_many():
     layers=(LayerShape(4, 2, 1024),),
     tie_embeddings=True,
   )
-  shapes = llama.param_shapes(config, 'float32')
+  shapes = param_shapes(config, 'float32')
   tokens = jax.ShapeDtypeStruct((1, 64), 'int32')
 
   def forward(params, tokens):
-    return llama.logits(params, llama.hidden_states(params, tokens, config))
+    return decoder.logits(params, decoder.hidden_states(params, tokens, config))
 
   compiled = jax.jit(forward).lower(shapes, tokens).compile()
   # XLA computes the masked half of the attention too, and counts the rest.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.lora import (
   lora_guided_gradient,
@@ -98,10 +98,10 @@ def test_own_terms_keep_what_is_a_groups_apart(fused):
 @functools.partial(jax.jit, static_argnames='lora_config')
 def _logits(params, lora=None, lora_config=None):
   tokens = jnp.asarray(np.random.default_rng(2).integers(0, 40, (2, 12)))
-  hidden = llama.hidden_states(
+  hidden = decoder.hidden_states(
     params, tokens, CONFIG, lora=lora, lora_config=lora_config
   )
-  return llama.logits(params, hidden)
+  return decoder.logits(params, hidden)
 
 
 def _merged(params, lora, lora_config):

@@ -11,7 +11,7 @@ import pytest
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.export.finish import merge
 from lorapr_jax.hf.load import load_params
-from lorapr_jax.models import cached, llama
+from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.lora import merge_adapters
@@ -21,6 +21,7 @@ from lorapr_jax.models.quantization import (
   quantized,
   quantized_like,
 )
+from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.runtime import sharding
@@ -51,7 +52,7 @@ KEPT = tuple(
 def params(random_params):
   """Random weights, quantised."""
 
-  like = llama.logical_axes(CONFIG, quantized=LORA_TARGETS)['params']
+  like = logical_axes(CONFIG, quantized=LORA_TARGETS)['params']
   return quantized_like(random_params(CONFIG), like)
 
 
@@ -87,8 +88,8 @@ def test_each_output_has_the_scale_of_its_largest_input(layers):
 @pytest.mark.parametrize('names', [LORA_TARGETS, ('q_proj', 'down_proj')])
 def test_axes_and_shapes_are_those_of_the_arrays(names, params):
   trees = (
-    llama.logical_axes(CONFIG, quantized=names)['params'],
-    llama.param_shapes(CONFIG, jnp.float32, names),
+    logical_axes(CONFIG, quantized=names)['params'],
+    param_shapes(CONFIG, jnp.float32, names),
   )
   axes, shapes = ({jax.tree_util.keystr(k): x for k, x in
                    jax.tree_util.tree_leaves_with_path(tree)}
@@ -106,8 +107,8 @@ def test_scales_lie_with_their_values():
   mesh = make_mesh(mesh_sizes(2, 2, 2))
   places = sharding.shardings(
     mesh,
-    llama.logical_axes(CONFIG, quantized=LORA_TARGETS)['params'],
-    llama.param_shapes(CONFIG, jnp.float32, LORA_TARGETS),
+    logical_axes(CONFIG, quantized=LORA_TARGETS)['params'],
+    param_shapes(CONFIG, jnp.float32, LORA_TARGETS),
   )
   mlp = places['stacks'][0]['mlp']
   assert mlp['up_proj']['weight'].qvalue.spec == P(
@@ -128,7 +129,9 @@ def test_every_forward_pass_is_that_of_the_weights_dequantised(
   def outputs(params):
     cache = cached.empty_cache(CONFIG, 2, 7, jnp.float32)
     return (
-      llama.hidden_states(params, TOKENS, CONFIG, lora=lora, lora_config=LORA),
+      decoder.hidden_states(
+        params, TOKENS, CONFIG, lora=lora, lora_config=LORA
+      ),
       cached.hidden_states(params, TOKENS, cache, 0, CONFIG)[0],
       merge_adapters(params, lora, LORA.scale),
     )
@@ -146,7 +149,7 @@ def test_what_is_merged_or_dequantised_is_dense_in_the_norms_dtype(
   )
   lora = random_lora(CONFIG, LORA)
   merged = merge_adapters(half, lora, LORA.scale)
-  shapes = llama.param_shapes(CONFIG, jnp.bfloat16)
+  shapes = param_shapes(CONFIG, jnp.bfloat16)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), merged) == jax.tree.map(
     lambda x: (tuple(x.shape), x.dtype), shapes
   )
@@ -177,7 +180,7 @@ def test_the_cut_takes_values_and_scales(params):
   small = shrunk_config(CONFIG, KEPT)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), cut) == jax.tree.map(
     lambda x: (tuple(x.shape), x.dtype),
-    llama.param_shapes(small, jnp.float32, LORA_TARGETS),
+    param_shapes(small, jnp.float32, LORA_TARGETS),
   )
   dense = dequantized(params, jnp.float32)
   _assert_close(
@@ -196,8 +199,8 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
   )
   places = sharding.shardings(
     mesh,
-    llama.logical_axes(config, quantized=LORA_TARGETS)['params'],
-    llama.param_shapes(config, jnp.float32, LORA_TARGETS),
+    logical_axes(config, quantized=LORA_TARGETS)['params'],
+    param_shapes(config, jnp.float32, LORA_TARGETS),
   )
   # Quantised from what the file has, whatever the dtype of the rest.
   got = load_params(folder, config, places, jnp.dtype('bfloat16'))
@@ -224,8 +227,8 @@ def test_random_weights_are_quantised_too():
   def base(names):
     places = sharding.shardings(
       mesh,
-      llama.logical_axes(CONFIG, quantized=names)['params'],
-      llama.param_shapes(CONFIG, jnp.float32, names),
+      logical_axes(CONFIG, quantized=names)['params'],
+      param_shapes(CONFIG, jnp.float32, names),
     )
     return load_base(None, CONFIG, jnp.dtype('float32'), places, 3), places
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.llama import (
+from lorapr_jax.models.trees import (
   block_axes,
   init_lora,
   logical_axes,

@@ -12,7 +12,7 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.llama import block_axes
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import (
   CHANNELS,
   KV_HEADS,

@@ -16,7 +16,7 @@ from lorapr_jax.models.compute import (
   Compute,
 )
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.llama import block_axes, init_lora, param_shapes
+from lorapr_jax.models.trees import block_axes, init_lora, param_shapes
 from lorapr_jax.pruning import block_sums
 from lorapr_jax.pruning.importance import (
   Criterion,

@@ -14,8 +14,9 @@ from lorapr_jax.axes import (
   take_kept,
 )
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.llama import block_axes, hidden_states, logits
+from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.models.lora import merge_lora
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.importance import (
   Criterion,

@@ -17,8 +17,8 @@ from tokenizers import (
 )
 
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models import llama
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.trees import init_params
 from lorapr_jax.runtime.files import write_json
 
 VOCAB_SIZE = 320
@@ -81,7 +81,7 @@ def make_base(folder: Path, config: LlamaConfig, text: Path) -> None:
   # been trained differ by more than rounding.
   params = jax.tree_util.tree_map_with_path(
     lambda path, x: x if 'norm' in jax.tree_util.keystr(path) else 5 * x,
-    llama.init_params(jax.random.key(0), config, np.float32),
+    init_params(jax.random.key(0), config, np.float32),
   )
   export_model(folder, params, config, base=companions)
 

@@ -13,8 +13,9 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.generation import Sampling, stream_tokens
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.hf.load import load_config, load_params
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.trees import param_shapes
 
 _WINDOWS, _LENGTH = 8, 48
 _PROMPT, _NEW = 12, 24
@@ -32,7 +33,7 @@ def measure(folder: Path, text: Path) -> None:
   """
   config = load_config(folder)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  places = jax.tree.map(lambda _: place, llama.param_shapes(config, np.float32))
+  places = jax.tree.map(lambda _: place, param_shapes(config, np.float32))
   params = load_params(folder, config, places, np.float32)
   tokenizer = Tokenizer(folder)
   windows = np.array(
@@ -43,8 +44,8 @@ def measure(folder: Path, text: Path) -> None:
 
   @jax.jit
   def logits(tokens):
-    hidden = llama.hidden_states(params, tokens, config, dtype=jnp.float32)
-    return llama.logits(params, hidden)
+    hidden = decoder.hidden_states(params, tokens, config, dtype=jnp.float32)
+    return decoder.logits(params, hidden)
 
   lines = text.read_text(encoding='utf-8').splitlines()
   lines = [line for line in lines if len(line.split()) > 3][:_LINES]

@@ -22,7 +22,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.export.convert import convert
 from lorapr_jax.hf.load import content_hash, load_config, load_params
 from lorapr_jax.hf.shards import Shards
-from lorapr_jax.models import llama
+from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.report.metrics import check_writers
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.paths import (
@@ -59,10 +59,10 @@ def test_weights_are_read_from_afar_as_from_the_disk(save_hf, memory, dtype):
   far = copied(near, memory)
   assert len(list(far.glob('*.safetensors'))) > 2
   config = load_config(far)
-  shapes = llama.param_shapes(config, np.dtype(dtype))
+  shapes = param_shapes(config, np.dtype(dtype))
   # Rows over two devices, columns over four.
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 4, 'tensor': 2})
-  axes = llama.logical_axes(config)['params']
+  axes = logical_axes(config)['params']
   places = sharding.shardings(mesh, axes, shapes)
   of = {
     path: load_params(path, config, places, np.dtype(dtype))
@@ -97,9 +97,9 @@ def test_only_the_rows_that_are_asked_for_are_read(save_hf, memory, asked):
 def test_what_all_devices_need_is_read_once(save_hf, memory, asked):
   far = copied(save_hf('gqa'), memory)
   config = load_config(far)
-  shapes = llama.param_shapes(config, np.dtype('float32'))
+  shapes = param_shapes(config, np.dtype('float32'))
   mesh = sharding.make_mesh({'fsdp': 4, 'tensor': 2})
-  axes = llama.logical_axes(config)['params']
+  axes = logical_axes(config)['params']
   load_params(far, config, sharding.shardings(mesh, axes, shapes), 'float32')
   # Beside the sizes and types that are asked for first.
   assert sum(asked) <= (far / 'model.safetensors').stat().st_size

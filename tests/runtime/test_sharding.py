@@ -15,10 +15,10 @@ import pytest
 
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import UserError
-from lorapr_jax.models import llama
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.quantization import quantized_like
+from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.runtime import sharding
@@ -95,9 +95,9 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(asked):
 
 def test_a_tensor_lies_where_the_rules_say():
   mesh = _mesh(2, 2, 2)
-  axes = llama.logical_axes(GQA, LORA)
+  axes = logical_axes(GQA, LORA)
   places = sharding.shardings(
-    mesh, axes['params'], llama.param_shapes(GQA, jnp.float32)
+    mesh, axes['params'], param_shapes(GQA, jnp.float32)
   )
   block = places['stacks'][0]
   assert places['embed_tokens']['weight'].spec == P('tensor', WIDTH)
@@ -180,7 +180,7 @@ def _prune(config, mesh, params, names, packed):
     settings, Criterion(), everywhere
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
-  axes = llama.logical_axes(config, quantized=names)['params']
+  axes = logical_axes(config, quantized=names)['params']
   params = quantized_like(params, axes)
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
   groups = ('kv_heads', 'mlp')

@@ -15,14 +15,22 @@ from lorapr_jax.axes import (
   apply_masks,
   group_axes,
 )
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
+from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
-from lorapr_jax.models.layers import INPUTS
+from lorapr_jax.models.layers import INPUTS, rope_rotation
 from lorapr_jax.models.quantization import (
   dequantized,
   is_quantized,
   quantized_like,
+)
+from lorapr_jax.models.trees import (
+  block_axes,
+  init_lora,
+  init_params,
+  logical_axes,
+  param_shapes,
 )
 from lorapr_jax.pruning.compensation import BIAS, RIDGE, Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
@@ -66,8 +74,8 @@ def doubled(tree, axes, group):
 
 
 def random_model(config=CONFIG):
-  params = llama.init_params(jax.random.key(0), config, jnp.float32)
-  lora = llama.init_lora(jax.random.key(1), CONFIG, LORA)
+  params = init_params(jax.random.key(0), config, jnp.float32)
+  lora = init_lora(jax.random.key(1), CONFIG, LORA)
   lora = jax.tree.map(
     lambda x: 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), lora
   )
@@ -83,7 +91,7 @@ def random_model(config=CONFIG):
 
 def model_with_doubles(group):
   params, lora = random_model()
-  axes = llama.block_axes(LORA)
+  axes = block_axes(LORA)
   # A of what reads a member has its axes too, with the rank behind.
   readers = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
   new = {
@@ -102,7 +110,7 @@ def model_with_doubles(group):
 def model_with_a_constant(group):
   """What the member to go hands on is the same for every token."""
   params, lora = random_model(BIASED)
-  axes = llama.block_axes(LORA, biased=BIASED.biased)
+  axes = block_axes(LORA, biased=BIASED.biased)
   _, (mask,) = masks_of(group)
   if group == QUERIES:  # Of every KV head; what reads it is constant.
     mask = {KV_HEADS: jnp.zeros((2, 4))}
@@ -145,8 +153,8 @@ def batches(count, *, packed=False, B=8):
 def place_of(config, mesh=None):
   if mesh is None:
     return jax.sharding.SingleDeviceSharding(jax.devices()[0]), None
-  shapes = llama.param_shapes(config, jnp.float32)
-  axes = llama.logical_axes(config)['params']
+  shapes = param_shapes(config, jnp.float32)
+  axes = logical_axes(config)['params']
   return NamedSharding(mesh, P()), sharding.shardings(mesh, axes, shapes)
 
 
@@ -178,10 +186,10 @@ def compensate(
 
 
 def logits(params, lora, masks, tokens, config=CONFIG):
-  hidden = llama.hidden_states(
+  hidden = decoder.hidden_states(
     params, tokens, config, lora=lora, lora_config=LORA, masks=masks
   )
-  return np.asarray(llama.logits(params, hidden))
+  return np.asarray(decoder.logits(params, hidden))
 
 
 @pytest.mark.parametrize('group', DOUBLES)
@@ -262,9 +270,9 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
     settings=dataclasses.replace(SETTINGS[kind], lora=adapters),
   )
 
-  block = llama.Block(config, config.layers[0], adapters)
-  axes = llama.block_axes(adapters, biased=config.biased)
-  rotation = llama.rope_rotation(config, jnp.arange(12.0))
+  block = Block(config, config.layers[0], adapters)
+  axes = block_axes(adapters, biased=config.biased)
+  rotation = rope_rotation(config, jnp.arange(12.0))
 
   def run(x, layer, params, masks):
     trees = {'params': params['stacks'][0], 'lora': lora[0]}
@@ -352,7 +360,7 @@ def test_what_masked_groups_hold_is_of_no_account(group):
   again[..., (gone + 1) % again.shape[-1]] = 0
   again = ({group: jnp.asarray(again)},)
   noise = jax.tree.map(lambda x: x + 0.0, params)
-  axes = llama.block_axes(LORA)['params']
+  axes = block_axes(LORA)['params']
 
   def disturb(x, names):
     if not set(group_axes(group)) <= set(names):
@@ -397,7 +405,7 @@ def test_eight_devices_repair_as_one_does(group, kind, sizes):
 def test_the_biases_of_an_int8_base_are_repaired():
   params, lora = random_model(BIASED)
   before, after = masks_of(KV_HEADS)
-  like = llama.logical_axes(BIASED, quantized=LORA_TARGETS)['params']
+  like = logical_axes(BIASED, quantized=LORA_TARGETS)['params']
   int8 = quantized_like(params, like)
   settings = dataclasses.replace(SETTINGS[BIAS], quantized=LORA_TARGETS)
   tokens = batches(2)

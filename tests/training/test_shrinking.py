@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.memory import load
-from lorapr_jax.models.llama import hidden_states, logits
+from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.training.checkpoint import Checkpoints, read_state
 from tests.runs import assert_same_run, finish, metrics, start

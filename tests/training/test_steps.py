@@ -12,9 +12,10 @@ import pytest
 
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import UserError
-from lorapr_jax.models import llama
+from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute, token_losses
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import alive_counts, initial_masks
 from lorapr_jax.settings.devices import CPU_OFFLOADS, resolve_remat
@@ -230,7 +231,7 @@ _OLD = jax.__version_info__ < CPU_OFFLOADS
   'remat',
   [
     pytest.param('offload', marks=pytest.mark.skipif(_OLD, reason='no copies')),
-    *sorted(llama.REMAT_POLICIES.keys() - {'offload', 'blocks'}),
+    *sorted(decoder.REMAT_POLICIES.keys() - {'offload', 'blocks'}),
   ],
 )
 def test_rematerialisation_changes_nothing(trees, remat):
@@ -438,13 +439,11 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
 def _abstract_smollm2(lora_config, dtype, quantized=()):
   """params, lora, masks, batch, key without any memory."""
   key = jax.eval_shape(lambda: jax.random.key(0))
-  init_lora = functools.partial(
-    llama.init_lora, config=SMOLLM2, lora_config=lora_config
-  )
+  init = functools.partial(init_lora, config=SMOLLM2, lora_config=lora_config)
   sizes = ((30, SMOLLM2.sizes(SMOLLM2.layers[0])),)
   return (
-    llama.param_shapes(SMOLLM2, dtype, quantized),
-    jax.eval_shape(init_lora, key),
+    param_shapes(SMOLLM2, dtype, quantized),
+    jax.eval_shape(init, key),
     jax.eval_shape(lambda: initial_masks(GROUPS, sizes)),
     {
       'tokens': jax.ShapeDtypeStruct((1, 8, 128), jnp.int32),

@@ -1,0 +1,201 @@
+"""The forward pass: a scan over the layers of each stack.
+
+The trees are those of models/trees.py. Letters: axes.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from lorapr_jax.axes import apply_masks
+from lorapr_jax.models.attention import ACTIVATION, causal_attention
+from lorapr_jax.models.block import Block
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.layers import (
+  BLOCK,
+  DROPOUT,
+  PROJECTION,
+  STATISTICS,
+  RMSNorm,
+  Rotation,
+  rope_rotation,
+)
+from lorapr_jax.models.quantization import dequantized, is_quantized
+from lorapr_jax.models.trees import block_axes
+
+# What the backward pass keeps of a block's forward pass. In a loop over layers
+# no policy keeps the masked weights: they would be a second copy of the model.
+_keep = jax.checkpoint_policies.save_only_these_names
+REMAT_POLICIES = {
+  'offload': jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[],
+    names_which_can_be_offloaded=[BLOCK],
+    offload_src='device',
+    offload_dst='pinned_host',
+  ),
+  'blocks': jax.checkpoint_policies.nothing_saveable,
+  'dots': _keep(PROJECTION, DROPOUT),
+  'none': _keep(PROJECTION, DROPOUT, ACTIVATION),
+}
+
+
+def hidden_states(
+  params: Any, tokens: Array, config: LlamaConfig, **options: Any
+) -> Array:
+  """`observed_hidden_states`, of which nothing is observed."""
+  return observed_hidden_states(params, tokens, config, **options)[0]
+
+
+def observed_hidden_states(
+  params: Any,
+  tokens: Array,
+  config: LlamaConfig,
+  *,
+  positions: Array | None = None,
+  attend: Callable[..., Array] = causal_attention,
+  lora: Any = None,
+  lora_config: LoraConfig | None = None,
+  masks: Any = None,
+  valid: Array | None = None,
+  dropout_key: Array | None = None,
+  remat: str = 'blocks',
+  scan_layers: bool = True,
+  flat: bool = True,
+  dtype: Any = jnp.float32,
+  matmul_dtype: Any = None,
+  observe: bool = False,
+) -> tuple[Array, Any]:
+  """The last layer's normalised output, (B, T, D), computed in `dtype`.
+
+  Args:
+    params: the frozen base.
+    tokens: (B, T) ids.
+    config: the sizes, of which `config.stacks` follows the trees.
+    positions: (B, T): where each token stands in its text; None: a row is one
+      text.
+    attend: as `causal_attention`: which tokens of a row see which.
+    lora: adapters, with `lora_config`; None runs the base alone.
+    masks: None where nothing is masked.
+    valid: (B, T), False where there is padding, which adds nothing to what is
+      observed, and without biases is zero in every layer. None: there is none.
+    dropout_key: None for no dropout.
+    remat: a key of REMAT_POLICIES.
+    scan_layers: whether a stack is a loop over its layers; else each layer is
+      compiled apart.
+    flat: whether the layers see (N, D), not (B, T, D): a mesh that cuts B and
+      T can cut no axis of both. XLA's CPU backend is faster with N.
+    dtype: of the activations.
+    matmul_dtype: of the operands of the projections; None: as `dtype`.
+    observe: whether the projections' inputs are observed.
+
+  Returns:
+    The output, and by stack what was observed: for each layer and projection
+    {'squares': the sum over tokens of its squared input}; else {}.
+  """
+  B, T = tokens.shape
+  if positions is None:
+    positions = jnp.arange(T)
+  rotation = rope_rotation(config, positions.astype(jnp.float32))
+  if lora is None:
+    lora_config, lora = None, tuple({} for _ in config.stacks)
+  axes = block_axes(lora_config, biased=config.biased)
+  if masks is None:
+    masks = tuple({} for _ in config.stacks)
+  if flat:
+    tokens = tokens.reshape(B * T)
+  x = params['embed_tokens']['weight'][tokens].astype(dtype)
+  if valid is not None:
+    x = jnp.where(valid.reshape(*tokens.shape, 1), x, 0)
+  observed = []
+  for i, stack in enumerate(config.stacks):
+    layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
+    keys = None
+    if dropout_key is not None:
+      keys = jax.random.split(
+        jax.random.fold_in(dropout_key, stack.start), stack.size
+      )
+    block = Block(
+      config,
+      stack.shape,
+      lora_config,
+      matmul_dtype,
+      attend,
+      valid if observe and config.biased else None,
+    )
+    layer = _layer(block, axes, rotation, observe)
+    # Without a loop around them XLA would find both computations of a block,
+    # and keep what they share. The barriers against that cost time, and where
+    # all is kept there is nothing to compute twice.
+    layer = jax.checkpoint(
+      layer,
+      policy=REMAT_POLICIES[remat],
+      prevent_cse=not scan_layers and remat != 'none',
+    )
+    x, statistics = jax.lax.scan(
+      layer,
+      x,
+      (layers, masks[i], keys),
+      unroll=1 if scan_layers else stack.size,
+    )
+    observed.append(statistics)
+  norm = RMSNorm(config.norm_eps)
+  x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
+  return x, tuple(observed)
+
+
+def _squeezed(stack: Any) -> Any:
+  """The weights without axes of size 1, such as queries_per_kv often is.
+
+  XLA for TPU pads such an axis, and for that copies the stack out of its loop.
+  """
+
+  def squeeze(node: Any) -> Any:
+    ones = [i for i, size in enumerate(node.shape) if i and size == 1]
+    return jax.tree.map(lambda x: jnp.squeeze(x, ones), node)
+
+  return jax.tree.map(squeeze, stack, is_leaf=is_quantized)
+
+
+def _layer(
+  block: Block, axes: Any, rotation: Rotation, observe: bool
+) -> Callable[..., Any]:
+  sizes = block.config.sizes(block.shape)
+
+  def layer(x, inputs):
+    trees, masks, key = inputs
+    params = jax.tree.map(
+      lambda weight, axes: weight.reshape([sizes[a] for a in axes]),
+      dequantized(trees['params'], x.dtype),
+      axes['params'],
+    )
+    trees = {'params': params, 'lora': trees['lora']}
+    variables = {
+      name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
+    }
+    rngs = None if key is None else {'dropout': key}
+    x, observed = block.apply(
+      variables,
+      x,
+      rotation,
+      rngs=rngs,
+      mutable=[STATISTICS] if observe else [],
+    )
+    return x, observed.get(STATISTICS, {})
+
+  return layer
+
+
+def logits(params: Any, hidden: Array) -> Array:
+  """(..., D) hidden states to (..., V) logits, in float32."""
+  weight = output_weight(params).astype(hidden.dtype)
+  return jnp.einsum(
+    '...D,VD->...V', hidden, weight, preferred_element_type=jnp.float32
+  )
+
+
+def output_weight(params: Any) -> Array:
+  """The (V, D) matrix that turns hidden states into logits."""
+  return params.get('lm_head', params['embed_tokens'])['weight']

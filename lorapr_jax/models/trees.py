@@ -1,0 +1,150 @@
+"""The trees of a model: their axes, their shapes, and fresh ones.
+
+Trees:
+  params  {'embed_tokens', 'norm' and, untied, 'lm_head': {'weight'},
+           'stacks': (block, ...)}: frozen
+  lora    (block, ...): the adapters, in the same places as `params['stacks']`
+  masks   ({group: array}, ...): see pruning/groups.py
+A stack's arrays have the axis `layers` in front. Letters: axes.py.
+"""
+
+from collections.abc import Collection
+import functools
+from typing import Any
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+
+from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.models.block import Block
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.layers import rope_rotation
+from lorapr_jax.models.quantization import quantized_axes, quantized_like
+
+
+def block_axes(
+  lora_config: LoraConfig | None = None,
+  quantized: Collection[str] = (),
+  biased: Collection[str] = (),
+) -> dict[str, Any]:
+  """The axis names of one block: {'params': ..., 'lora': ...}.
+
+  Args:
+    lora_config: of the adapters; None: there are none.
+    quantized: the projections of the base that are (models/quantization.py).
+    biased: the parts whose projections have biases; `LlamaConfig.biased`.
+  """
+  params: dict[str, Any] = {
+    'input_layernorm': {'weight': Axes.of('D')},
+    'post_attention_layernorm': {'weight': Axes.of('D')},
+  }
+  lora: dict[str, Any] = {}
+  for part, specs in PROJECTIONS.items():
+    letters = {n: ProjectionLetters.of(spec) for n, spec in specs.items()}
+    params[part] = {
+      n: {'weight': quantized_axes(n) if n in quantized else Axes.of(p.weight)}
+      for n, p in letters.items()
+    }
+    if part in biased:
+      for n, p in letters.items():
+        params[part][n]['bias'] = Axes.of(p.outputs)
+    adapters = {
+      n: {'a': Axes.of(p.inputs + 'r'), 'b': Axes.of('r' + p.outputs)}
+      for n, p in letters.items()
+      if lora_config and n in lora_config.targets
+    }
+    if adapters:
+      lora[part] = adapters
+  return {'params': params, 'lora': lora}
+
+
+def logical_axes(
+  config: LlamaConfig,
+  lora_config: LoraConfig | None = None,
+  quantized: Collection[str] = (),
+) -> dict[str, Any]:
+  """The axis names of every tensor: {'params': Axes, 'lora': Axes}.
+
+  The trees have the structure of the arrays', with an `Axes` for each.
+  """
+  block = jax.tree.map(
+    lambda axes: Axes(('layers', *axes)),
+    block_axes(lora_config, quantized, config.biased),
+  )
+  stacks = range(len(config.stacks))
+  params = {
+    'embed_tokens': {'weight': Axes.of('VD')},
+    'norm': {'weight': Axes.of('D')},
+    'stacks': tuple(block['params'] for _ in stacks),
+  }
+  if not config.tie_embeddings:
+    params['lm_head'] = {'weight': Axes.of('VD')}
+  return {'params': params, 'lora': tuple(block['lora'] for _ in stacks)}
+
+
+def param_shapes(
+  config: LlamaConfig, dtype: Any, quantized: Collection[str] = ()
+) -> Any:
+  """A `jax.ShapeDtypeStruct` for every tensor of `params`.
+
+  Args:
+    config: the sizes.
+    dtype: of what is not quantised.
+    quantized: as of `block_axes`.
+  """
+  axes = logical_axes(config)['params']
+
+  def shapes(tree, sizes):
+    return jax.tree.map(
+      lambda axes: jax.ShapeDtypeStruct([sizes[a] for a in axes], dtype), tree
+    )
+
+  stacks = tuple(
+    shapes(tree, {**config.sizes(stack.shape), 'layers': stack.size})
+    for tree, stack in zip(axes.pop('stacks'), config.stacks, strict=True)
+  )
+  dense = {**shapes(axes, config.sizes(config.layers[0])), 'stacks': stacks}
+  like = logical_axes(config, quantized=quantized)['params']
+  return jax.eval_shape(functools.partial(quantized_like, like=like), dense)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def init_params(key: Array, config: LlamaConfig, dtype: Any) -> Any:
+  """Random weights: normal with deviation 0.02, norms one, biases zero."""
+  embed, head, blocks = jax.random.split(key, 3)
+  shape = (config.vocab_size, config.embed_dim)
+  params = {
+    'embed_tokens': {'weight': 0.02 * jax.random.normal(embed, shape)},
+    'norm': {'weight': jnp.ones(config.embed_dim)},
+    'stacks': _init_stacks(blocks, config, None, 'params'),
+  }
+  if not config.tie_embeddings:
+    params['lm_head'] = {'weight': 0.02 * jax.random.normal(head, shape)}
+  return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'lora_config'))
+def init_lora(key: Array, config: LlamaConfig, lora_config: LoraConfig) -> Any:
+  """Fresh adapters: A Kaiming-uniform, B zero, in float32.
+
+  Linen's init makes the base's weights as well; they are unused here, so the
+  compiler drops them and the base is never materialised.
+  """
+  return _init_stacks(key, config, lora_config, 'lora')
+
+
+def _init_stacks(key, config, lora_config, collection) -> tuple[Any, ...]:
+  keys = jax.random.split(key, len(config.layers))
+  x = jnp.zeros((1, config.embed_dim))
+  rotation = rope_rotation(config, jnp.zeros(1))
+  stacks = []
+  for stack in config.stacks:
+    block = Block(config, stack.shape, lora_config)
+
+    def init(key, block=block):
+      rngs = {'params': key, 'lora': key}
+      return block.init(rngs, x, rotation)[collection]
+
+    stacks.append(jax.vmap(init)(keys[stack.start : stack.start + stack.size]))
+  return tuple(stacks)
