@@ -70,7 +70,7 @@ def test_no_module_has_one():
 
 def test_only_a_config_is_run_as_a_program():
   users = [path for path in FILES if 'exec_module' in path.read_text()]
-  assert [path.name for path in users] == ['settings/files.py']
+  assert [path.parts[-2:] for path in users] == [('settings', 'files.py')]
 
 
 def test_a_strangers_code_is_not_run_where_it_is_not_needed(
