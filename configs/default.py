@@ -182,8 +182,8 @@ def get_config() -> config_dict.ConfigDict:
   # Whether each projection's group vector is divided by its L2 norm.
   config.prune.norm = True
   # What criterion lora takes for a weight's gradient: full, the paper's A gB +
-  # gA B - gA gB; first_order, without gA gB; or own, A gB where the groups are
-  # outputs, gA B where they are inputs (docs/method.md).
+  # gA B - gA gB; or own, A gB where the groups are outputs and gA B where they
+  # are inputs (docs/method.md).
   config.prune.lora_gradient = 'own'
   # Of the moving average over steps.
   config.prune.decay = 0.9

@@ -1,5 +1,6 @@
 """What commands turn into one line: a mistake of the user's, a stop."""
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -39,8 +40,22 @@ def check_least(**arguments: tuple[int | None, int]) -> None:
       raise UserError(f'{name} is {value}: it must be at least {least}')
 
 
-def choose(key: str, value: Any, choices: Any) -> Any:
-  """`value`, if it is one of the choices that the key has."""
+def choose(
+  key: str, value: Any, choices: Any, removed: Mapping[str, str] | None = None
+) -> Any:
+  """`value`, if it is one of the choices that the key has.
+
+  Args:
+    key: the setting, for the error.
+    value: its value.
+    choices: what it can be.
+    removed: {a value that it could be in earlier versions: what to use now}.
+
+  Raises:
+    UserError: with the choices, or with what to use instead.
+  """
+  if removed and value in removed:
+    raise UserError(f'{key}={value} was removed: use {removed[value]}')
   if value not in choices:
     raise UserError(f'{key} is {value!r}: choose from {", ".join(choices)}')
   return value

@@ -1,7 +1,7 @@
-"""Low-rank algebra on LoRA factors: product, guided gradient, merge.
+"""Low-rank algebra on LoRA's factors: product, guided gradient, merge.
 
-A is (inputs..., r) and B is (r, outputs...), so that every product below has
-the axes of the weight that it belongs to.
+A is (inputs..., r) and B is (r, outputs...). Every product below has the axes
+of the weight that it belongs to.
 """
 
 from typing import Any
@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from lorapr_jax.axes import PROJECTIONS, ProjectionLetters
 from lorapr_jax.models.quantization import dequantized
 
-# Which terms of A gB + gA B - gA gB are taken for the gradient of A B.
-OUTPUTS, INPUTS = 'outputs', 'inputs'  # A gB alone; gA B alone.
-FIRST_ORDER, FULL = 'first_order', 'full'  # Without the last; all.
-# By a projection: OUTPUTS where its groups are outputs, else INPUTS.
+# The terms of A gB + gA B - gA gB that estimate the gradient of A B.
+FULL = 'full'  # All three.
+OUTPUTS = 'outputs'  # A gB alone.
+INPUTS = 'inputs'  # gA B alone.
+# A setting: OUTPUTS for a projection whose outputs are the groups, else INPUTS.
 OWN = 'own'
 
 
@@ -26,8 +27,9 @@ def lora_product(a: Array, b: Array, *, fused: bool = False) -> Array:
   Args:
     a: (inputs..., r).
     b: (r, outputs...).
-    fused: as a sum of r outer products. A compiler that fuses elementwise
-      operations then makes no dense array of what is summed or read next.
+    fused: whether it is computed as a sum of r outer products. A compiler that
+      fuses elementwise operations then writes no dense array where the product
+      is summed or read at once.
   """
   if not fused:
     return jnp.tensordot(a, b, axes=1, precision=jax.lax.Precision.HIGHEST)
@@ -36,7 +38,13 @@ def lora_product(a: Array, b: Array, *, fused: bool = False) -> Array:
 
 
 def terms_of(lora_gradient: str, part: str, name: str) -> str:
-  """OWN as what it is for a projection; the others are themselves."""
+  """The terms for one projection: FULL, OUTPUTS or INPUTS.
+
+  Args:
+    lora_gradient: OWN or FULL.
+    part: of a block, such as 'mlp'.
+    name: of the projection, such as 'up_proj'.
+  """
   if lora_gradient != OWN:
     return lora_gradient
   letters = ProjectionLetters.of(PROJECTIONS[part][name])
@@ -54,27 +62,28 @@ def lora_guided_gradient(
 ) -> Array:
   """The gradient of A B, estimated from those of A and B.
 
-  A gB + gA B - gA gB (arXiv 2305.18403, eqs. 8-10), that is the step that A B
-  takes when A and B take a gradient step of size one:
-  A B - (A - gA)(B - gB). As one product of rank 2r, so that no second dense
-  array is made. Or only some of its terms: with the true gradient G, gB is
-  s A^T G and gA is s G B^T, so that A gB mixes the rows of G at random and
-  keeps its columns apart, and gA B mixes its columns and keeps its rows.
+  FULL: A gB + gA B - gA gB (arXiv 2305.18403, eqs. 8-10). This is the step that
+  A B takes when A and B take a gradient step of size one:
+  A B - (A - gA)(B - gB). It is computed as one product of rank 2r, so that no
+  second dense array is made.
+
+  OUTPUTS or INPUTS: one of its terms. With the true gradient G, gB is s A^T G
+  and gA is s G B^T. So A gB mixes the rows of G at random and keeps its columns
+  apart, and gA B mixes its columns and keeps its rows apart.
 
   Args:
     a, grad_a: (inputs..., r).
     b, grad_b: (r, outputs...).
-    terms: OUTPUTS, INPUTS, FIRST_ORDER or FULL.
+    terms: OUTPUTS, INPUTS or FULL.
     fused: see `lora_product`.
   """
   if terms == OUTPUTS:
     return lora_product(a, grad_b, fused=fused)
   if terms == INPUTS:
     return lora_product(grad_a, b, fused=fused)
-  right = b - grad_b if terms == FULL else b
   return lora_product(
     jnp.concatenate([a, grad_a], axis=-1),
-    jnp.concatenate([grad_b, right], axis=0),
+    jnp.concatenate([grad_b, b - grad_b], axis=0),
     fused=fused,
   )
 
@@ -82,15 +91,16 @@ def lora_guided_gradient(
 def merge_lora(
   stack: Any, lora: Any, scale: float, dtype: Any = jnp.float32
 ) -> Any:
-  """W + s A B for every projection of a stack that has an adapter; b stays.
+  """W + s A B for every projection of a stack that has an adapter.
 
-  Summed in float32 and cast once to the weight's dtype, layer by layer.
+  The sum is made in float32, layer by layer, and cast once to the weight's
+  dtype. Biases stay as they are.
 
   Args:
     stack: a block's `params`, with `layers` in front.
     lora: the adapters of the same stack.
     scale: s = alpha / r.
-    dtype: in which weights come out that are quantised.
+    dtype: of the merged weights whose projection was quantised.
   """
 
   def merge_layer(trees):
@@ -111,7 +121,7 @@ def merge_lora(
 def merge_adapters(params: Any, lora: Any, scale: float) -> Any:
   """`params` with every stack merged with its adapters.
 
-  What is quantised comes out in the dtype of the norms.
+  Projections that were quantised get the dtype of the norms.
   """
   merge = jax.jit(merge_lora, static_argnums=(2, 3))
   dtype = params['norm']['weight'].dtype

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
-from lorapr_jax.models.lora import FULL, INPUTS, OUTPUTS, terms_of
+from lorapr_jax.models.lora import INPUTS, OUTPUTS, terms_of
 from lorapr_jax.runtime.sharding import compute_capability, sharding
 
 # Rows and columns of a tile.
@@ -204,8 +204,7 @@ def _kernel(
       gradient += column_of(grad_a, k) * own_b
       continue
     step_a, step_b = column_of(grad_a, k), row_of(grad_b, k)
-    right = own_b - step_b if terms == FULL else own_b
-    gradient += own_a * step_b + step_a * right
+    gradient += own_a * step_b + step_a * (own_b - step_b)
   place = weight.at[layer, rows, columns]
   frozen = triton.load(place, mask=in_rows & in_columns, other=0.0)
   term = gradient * (frozen.astype(jnp.float32) + scale * product)

@@ -16,9 +16,8 @@ from lorapr_jax.axes import (
   carries,
   group_axes,
 )
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.lora import (
-  FIRST_ORDER,
   FULL,
   OWN,
   lora_guided_gradient,
@@ -56,8 +55,8 @@ class Criterion:
   Attributes:
     name: a key of CRITERIA.
     score: 'abs' or 'square' of the first-order term (eq. 3 squares it).
-    lora_gradient: the terms of the guided gradient: FULL (eq. 10),
-      FIRST_ORDER or OWN; see models/lora.py.
+    lora_gradient: the terms of the guided gradient: OWN, or FULL (eq. 10);
+      see models/lora.py.
     norm: whether each projection's group vector is divided by its L2 norm
       before projections are added.
     decay: of the moving average over steps (eq. 11).
@@ -70,18 +69,14 @@ class Criterion:
   decay: float = 0.9
 
   def __post_init__(self):
-    if self.name not in CRITERIA:
-      raise UserError(
-        f'prune.criterion is {self.name!r}: choose from {", ".join(CRITERIA)}'
-      )
-    if self.score not in ('abs', 'square'):
-      raise UserError(f'prune.score is {self.score!r}: choose from abs, square')
-    choices = (OWN, FULL, FIRST_ORDER)
-    if self.lora_gradient not in choices:
-      raise UserError(
-        f'prune.lora_gradient is {self.lora_gradient!r}: choose from '
-        + ', '.join(choices)
-      )
+    choose('prune.criterion', self.name, CRITERIA)
+    choose('prune.score', self.score, ('abs', 'square'))
+    choose(
+      'prune.lora_gradient',
+      self.lora_gradient,
+      (OWN, FULL),
+      removed={'first_order': 'prune.lora_gradient=full'},
+    )
     if not 0.0 <= self.decay < 1.0:
       raise UserError(f'prune.decay is {self.decay}: it must be in [0, 1)')
 

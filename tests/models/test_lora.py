@@ -66,18 +66,6 @@ def test_guided_gradient_is_the_step_that_the_product_takes(
   np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@SHAPES
-@FUSED
-def test_without_the_cross_term_it_is_the_first_order(inputs, outputs, fused):
-  a, b, grad_a, grad_b = factors = _factors(inputs, outputs)
-  want = _product(a, grad_b) + _product(grad_a, b)
-  assert np.abs(_product(grad_a, grad_b)).max() > 0.1
-  got = lora_guided_gradient(
-    *map(jnp.asarray, factors), terms='first_order', fused=fused
-  )
-  np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
-
-
 @FUSED
 def test_own_terms_keep_what_is_a_groups_apart(fused):
   """Of a gradient in one row (column), gA B (A gB) is zero elsewhere."""

@@ -12,8 +12,8 @@ def guided_gradient(a, b, grad_a, grad_b, *, lora_gradient, inputs):
   """Step 4: dL/d(AB) ~ A gB + gA B - gA gB, or one of its terms."""
   if lora_gradient == 'own':
     return grad_a @ b if inputs else a @ grad_b
-  estimate = a @ grad_b + grad_a @ b
-  return estimate - grad_a @ grad_b if lora_gradient == 'full' else estimate
+  assert lora_gradient == 'full'
+  return a @ grad_b + grad_a @ b - grad_a @ grad_b
 
 
 def element_scores(w, a, b, grad_a, grad_b, *, s, score, **gradient):

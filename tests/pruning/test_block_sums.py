@@ -100,10 +100,10 @@ def _assert_sums(sums, trees, criterion):
   'criterion',
   [
     Criterion(),
+    Criterion(lora_gradient='full'),
     Criterion(score='square', lora_gradient='full'),
-    Criterion(lora_gradient='first_order'),
   ],
-  ids=['own', 'full_square', 'first_order'],
+  ids=['own', 'full', 'full_square'],
 )
 def test_the_sums_are_those_of_the_scores(config, dtype, criterion):
   trees = _trees(config, dtype)
