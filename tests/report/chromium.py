@@ -9,13 +9,14 @@ import signal
 import tempfile
 import time
 
-PATH = next(
-  filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'chrome'))),
-  None,
-)
+_NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'chrome')
+PATH = next(filter(None, map(shutil.which, _NAMES)), None)
 _FLAGS = (
   *('--headless', '--remote-debugging-pipe', '--no-sandbox', '--disable-gpu'),
   *('--disable-dev-shm-usage', '--no-first-run', '--disable-extensions'),
+  # The browser asks for nothing of its own.
+  *('--disable-background-networking', '--disable-component-update'),
+  *('--disable-sync', '--disable-quic'),
 )
 _TIMEOUT = 60.0
 
