@@ -8,6 +8,10 @@ MODEL := $(CACHE)/smollm2-135m-instruct
 NEXT = $(shell n=1; while [ -e runs/demo-$$n ]; do n=$$((n+1)); done; \
 	echo runs/demo-$$n)
 
+# Errors alone: the warnings that a machine's settings of pip lead to would fill
+# the screen.
+INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
+
 # What users load exports with; each has an environment of its own.
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
@@ -90,29 +94,29 @@ $(MODEL)/config.json: | .venv/run
 	  "Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
 	  { rm -rf .venv; exit 1; }
-	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python $(INSTALL) -r requirements.txt
 	touch $@
 
 .venv/dev: requirements-dev.txt .venv/run
-	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	$(BIN)/python $(INSTALL) -r requirements-dev.txt
 	touch $@
 
 .venv/gpu: .venv/dev
-	$(BIN)/python -m pip install --quiet 'jax[cuda12]'
+	$(BIN)/python $(INSTALL) 'jax[cuda12]'
 	touch $@
 
 .venv-lowest/dev: requirements.txt requirements-dev.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || \
 	  { rm -rf $(@D); exit 1; }
 	sed -n '/^#/!s/>=/==/p' requirements.txt > $(@D)/lowest.txt
-	$(@D)/bin/python -m pip install --quiet -r $(@D)/lowest.txt \
+	$(@D)/bin/python $(INSTALL) -r $(@D)/lowest.txt \
 	  -r requirements-dev.txt
 	touch $@
 
 .venvs/aot/made: tests/aot/requirements.txt requirements.txt
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D) || \
 	  { rm -rf $(@D); exit 1; }
-	$(@D)/bin/python -m pip install --quiet -r $<
+	$(@D)/bin/python $(INSTALL) -r $<
 	touch $@
 
 # pip's cache does not tell a wheel by the settings it was built with.
@@ -120,7 +124,7 @@ $(MODEL)/config.json: | .venv/run
 .venvs/%/made: tests/routes/requirements/%.txt
 	test -x .venvs/$*/bin/python || $(PYTHON) -m venv .venvs/$* || \
 	  { rm -rf .venvs/$*; exit 1; }
-	.venvs/$*/bin/python -m pip install --quiet $(PIP) -r $<
+	.venvs/$*/bin/python $(INSTALL) $(PIP) -r $<
 	touch $@
 
 clean:
