@@ -20,13 +20,18 @@ import numpy as np
 from lorapr_jax.settings.files import read_config
 from lorapr_jax.settings.run import RunSettings, split_config
 from lorapr_jax.training import steps
-from lorapr_jax.training.batches import (
+from lorapr_jax.training.base import (
   Places,
-  device_batches,
   load_base,
+)
+from lorapr_jax.training.batches import (
+  device_batches,
   load_data,
 )
-from lorapr_jax.training.optimizer import make_optimizer
+from lorapr_jax.training.state import init_state
+from lorapr_jax.training.steps import (
+  make_optimizer,
+)
 
 GOAL = 20
 BATCHES, STEPS = 200, 3
@@ -55,7 +60,7 @@ def step_speed(settings: RunSettings, places: Places) -> float:
   step, seed = settings.compute, settings.train.seed
   params = load_base(None, step.config, settings.base_dtype, places.base, seed)
   key = jax.random.key(seed)
-  state = steps.init_state(key, step, (), make_optimizer(1e-4))
+  state = init_state(key, step, (), make_optimizer(1e-4))
   state = jax.device_put(state, places.state)
   gradients = steps.make_lora_gradients(step, places.state)
   batch = jax.device_put(batches_of(settings)(0), places.batch)
@@ -79,7 +84,12 @@ def main() -> int:
   config = read_config(arguments.config)
   config.data.packing = arguments.packing or config.data.packing
   settings = split_config(config)
-  places = Places.of(settings, settings.compute.config)
+  places = Places.of(
+    settings.device_mesh,
+    settings.compute,
+    settings.base_dtype,
+    settings.train.micro_batch,
+  )
   source = input_speed(settings, places)
   step = arguments.step_tokens_per_second or step_speed(settings, places)
   print(f'input  {source:12,.0f} tokens/s')

@@ -33,8 +33,12 @@ from configs import llama
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.settings.run import RunSettings, split_config
-from lorapr_jax.training import optimizer, steps
-from lorapr_jax.training.batches import Places, load_base
+from lorapr_jax.training import steps
+from lorapr_jax.training.base import (
+  Places,
+  load_base,
+)
+from lorapr_jax.training.state import init_state
 
 # The keys of a config.json. Sources: the models' cards on the Hugging Face Hub.
 _SMOLLM2 = {
@@ -146,16 +150,16 @@ class Step(NamedTuple):
 def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   """Of a run's settings, with random weights and tokens."""
   train, size = settings.train, settings.compute
-  places = Places.of(settings, size.config)
+  places = Places.of(
+    settings.device_mesh, size, settings.base_dtype, train.micro_batch
+  )
   params = load_base(
     None, size.config, settings.base_dtype, places.base, train.seed
   )
-  adamw = optimizer.make_optimizer(
-    optimizer.learning_rate(train.lr_schedule, train.learning_rate, 100)
+  adamw = steps.make_optimizer(
+    steps.learning_rate(train.lr_schedule, train.learning_rate, 100)
   )
-  state = steps.init_state(
-    jax.random.key(0), size, tuple(settings.plan.keep), adamw
-  )
+  state = init_state(jax.random.key(0), size, tuple(settings.plan.keep), adamw)
   state = jax.device_put(state, places.state)
   shape = (1, train.micro_batch_size, train.seq_len)
   batch = {

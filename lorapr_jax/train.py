@@ -40,8 +40,19 @@ from lorapr_jax.runtime.workdir import (
 )
 from lorapr_jax.settings.phases import phases, total_steps
 from lorapr_jax.settings.run import RunSettings, split_config
-from lorapr_jax.training.batches import Places, load_base, load_data
-from lorapr_jax.training.cut import Base, cut_adapters, kept_of, widened
+from lorapr_jax.training.base import (
+  Base,
+  Places,
+  kept_of,
+  load_base,
+)
+from lorapr_jax.training.batches import (
+  load_data,
+)
+from lorapr_jax.training.cut import (
+  cut_adapters,
+  widened,
+)
 from lorapr_jax.training.loop import train_phase
 from lorapr_jax.training.teacher import remember_teacher
 
@@ -67,7 +78,12 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   # --- Config: every mistake that shows without reading weights or text.
   settings = split_config(config)
-  places = Places.of(settings, settings.compute.config)
+  places = Places.of(
+    settings.device_mesh,
+    settings.compute,
+    settings.base_dtype,
+    settings.train.micro_batch,
+  )
   identity = {'config': config.to_dict(), 'resolved': resolved(settings)}
   processes.check_same(identity, 'settings')
   if processes.is_first():
@@ -182,7 +198,7 @@ def run_phases(
     write_scores(workdir / IMPORTANCE_FILE, groups, dense, layers)
   left = kept_of(state.masks)
   lora = cut_adapters(state.lora, left, base.compute.config, base.compute.lora)
-  base = base.cut(left, settings)
+  base = base.cut(left)
 
   # --- Tune: LoRA goes on, on the small arrays.
   if later:

@@ -132,7 +132,7 @@ def test_pruning_knows_neither_flax_nor_the_model(module):
 
 def test_only_the_models_and_the_step_import_flax():
   users = {name for name in MODULES if 'flax' in third_party(name)}
-  assert users == {'models.layers', 'models.block', 'training.steps'}
+  assert users == {'models.layers', 'models.block', 'training.state'}
 
 
 def test_sizes_and_axes_need_no_jax():

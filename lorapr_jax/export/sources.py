@@ -30,20 +30,24 @@ from lorapr_jax.settings.run import (
   resolve_compensation,
   split_model,
 )
-from lorapr_jax.training.batches import load_base
+from lorapr_jax.training.base import (
+  cut_params,
+  kept_of,
+  load_base,
+)
 from lorapr_jax.training.checkpoint import (
   read_state,
   saved_steps,
 )
 from lorapr_jax.training.cut import (
   cut_adapters,
-  cut_params,
   cut_stacks,
-  kept_of,
   widened,
 )
 from lorapr_jax.training.repair import repaired_of, repaired_part, with_repaired
-from lorapr_jax.training.steps import TrainState
+from lorapr_jax.training.state import (
+  TrainState,
+)
 
 
 def export(

@@ -25,10 +25,14 @@ from lorapr_jax.planning.topology import Topology
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.phases import phases
 from lorapr_jax.settings.run import RunSettings, split_config
-from lorapr_jax.training import optimizer, steps
-from lorapr_jax.training.batches import Places, weight_shapes
-from lorapr_jax.training.cut import Base
+from lorapr_jax.training import steps
+from lorapr_jax.training.base import (
+  Base,
+  Places,
+  weight_shapes,
+)
 from lorapr_jax.training.loop import Functions
+from lorapr_jax.training.state import TrainState, init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Shapes(NamedTuple):
   """
 
   params: Any
-  state: steps.TrainState
+  state: TrainState
   batch: Any
   key: Any
 
@@ -156,13 +160,13 @@ class Shapes(NamedTuple):
     """Of a run with these `groups`."""
     key = replicated(jax.eval_shape(lambda: jax.random.key(0)), places)
     init = functools.partial(
-      steps.init_state,
+      init_state,
       settings=settings.compute,
       groups=groups,
       optimizer=adamw,
     )
     return cls(
-      params=weight_shapes(settings, settings.compute.config),
+      params=weight_shapes(places.mesh, settings.compute, settings.base_dtype),
       state=replicated(jax.eval_shape(init, key), places),
       batch=batch_shapes(settings, places),
       key=key,
@@ -180,9 +184,14 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
   step, importance, compensation if it is asked for, optimiser, evaluation.
   """
   phase, *_ = phases(settings)
-  places = Places.of(settings, settings.compute.config)
-  adamw = optimizer.make_optimizer(
-    optimizer.learning_rate(
+  places = Places.of(
+    settings.device_mesh,
+    settings.compute,
+    settings.base_dtype,
+    settings.train.micro_batch,
+  )
+  adamw = steps.make_optimizer(
+    steps.learning_rate(
       settings.train.lr_schedule, phase.learning_rate, phase.steps
     )
   )

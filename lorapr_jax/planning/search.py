@@ -10,7 +10,9 @@ from lorapr_jax.planning.needs import Needs, bytes_of, plan_run
 from lorapr_jax.planning.topology import SLICES, Topology
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.batches import weight_shapes
+from lorapr_jax.training.base import (
+  weight_shapes,
+)
 
 
 class Tried(NamedTuple):
@@ -84,7 +86,9 @@ def try_mesh(
   config.mesh.update(mesh)
   try:
     settings = split_config(config, topology.devices)
-    base = bytes_of(weight_shapes(settings, settings.compute.config))
+    base = bytes_of(
+      weight_shapes(settings.device_mesh, settings.compute, settings.base_dtype)
+    )
   except MeshError as error:
     return Tried(topology, mesh, reason=str(error))
   if base > topology.chip.hbm:

@@ -6,12 +6,14 @@ arguments; they hold the axis names of each tensor, without `layers`.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
 from lorapr_jax.axes import group_axes
+from lorapr_jax.models.config import LlamaConfig
 
 
 def initial_masks(
@@ -76,3 +78,24 @@ def alive_counts(
       alive = tuple(int(count) for count in rows[:, 0])
       counts[group] = counts.get(group, ()) + alive
   return counts
+
+
+def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
+  """`select_masks` for every stack; `keep` is from `by_stack`."""
+  return tuple(
+    select_masks(i, m, k)
+    for i, m, k in zip(importance, masks, keep, strict=True)
+  )
+
+
+def by_stack(
+  keep: Mapping[str, tuple[int, ...]], config: LlamaConfig
+) -> tuple[dict[str, np.ndarray], ...]:
+  """Counts by layer, cut into the model's stacks."""
+  return tuple(
+    {
+      group: np.asarray(counts[stack.start : stack.start + stack.size])
+      for group, counts in keep.items()
+    }
+    for stack in config.stacks
+  )

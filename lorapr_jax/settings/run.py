@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 from ml_collections import config_dict
 
 from lorapr_jax.axes import LORA_TARGETS
@@ -45,7 +46,7 @@ from lorapr_jax.pruning.milestones import END, parse_shrink
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
 from lorapr_jax.runtime.paths import path_of
-from lorapr_jax.runtime.sharding import divisors, mesh_sizes
+from lorapr_jax.runtime.sharding import divisors, make_mesh, mesh_sizes
 from lorapr_jax.settings.devices import (
   resolve_compiler_options,
   resolve_loss_chunk,
@@ -102,6 +103,11 @@ class RunSettings:
   export: ExportSettings
   log: LogSettings
   report: ReportSettings
+
+  @property
+  def device_mesh(self) -> Mesh:
+    """The mesh of the devices."""
+    return make_mesh(self.mesh, self.devices)
 
   @property
   def dense(self) -> LlamaConfig:

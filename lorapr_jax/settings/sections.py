@@ -84,6 +84,11 @@ class TrainSettings:
       )
     choose('train.lr_schedule', self.lr_schedule, LR_SCHEDULES)
 
+  @property
+  def micro_batch(self) -> tuple[int, int]:
+    """Sequences and tokens of what is on the devices at a time."""
+    return self.micro_batch_size, self.seq_len
+
 
 @dataclasses.dataclass(frozen=True)
 class RecoverSettings:

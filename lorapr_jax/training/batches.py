@@ -3,9 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
-import functools
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -16,88 +14,8 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.data.ahead import in_order
 from lorapr_jax.data.batches import batches
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import MeshError
 from lorapr_jax.eval.generation import check_prompt
-from lorapr_jax.hf.load import load_params
-from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.quantization import quantized_like
-from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
-from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import RunSettings
-
-
-class Places(NamedTuple):
-  """Where things lie on the mesh.
-
-  Attributes:
-    base: a sharding for every tensor of the base.
-    batch: of (micro-batches, sequences, tokens).
-    state: replicated: the state is small.
-  """
-
-  base: Any
-  batch: NamedSharding
-  state: NamedSharding
-
-  @classmethod
-  def of(cls, settings: RunSettings, config: LlamaConfig) -> 'Places':
-    """Refuses sizes that the mesh does not divide, before any work.
-
-    Args:
-      settings: of the run.
-      config: the sizes, before the cut or after it.
-    """
-    mesh = sharding.make_mesh(settings.mesh, settings.devices)
-    train, quantized = settings.train, settings.compute.quantized
-    parts = sharding.parts(mesh, 'batch')
-    if train.micro_batch_size % parts:
-      raise MeshError(
-        f'train.micro_batch_size {train.micro_batch_size} is not a multiple '
-        f'of mesh.data * mesh.fsdp = {parts}'
-      )
-    return cls(
-      base=sharding.shardings(
-        mesh,
-        logical_axes(config, quantized=quantized)['params'],
-        param_shapes(config, settings.base_dtype, quantized),
-      ),
-      batch=sharding.sharding(
-        mesh,
-        ('accumulation', 'batch', 'length'),
-        (1, train.micro_batch_size, train.seq_len),
-      ),
-      state=NamedSharding(mesh, P()),
-    )
-
-
-def weight_shapes(settings: RunSettings, config: LlamaConfig) -> Any:
-  """A `jax.ShapeDtypeStruct` with its sharding for every weight of a size."""
-  return jax.tree.map(
-    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    param_shapes(config, settings.base_dtype, settings.compute.quantized),
-    Places.of(settings, config).base,
-  )
-
-
-def load_base(
-  path: Path | None,
-  config: LlamaConfig,
-  dtype: Any,
-  shardings: Any,
-  seed: int,
-) -> Any:
-  """The frozen weights, sharded: from the folder, or random.
-
-  Those are quantised whose shardings are of quantised weights.
-  """
-  if path:
-    return load_params(path, config, shardings, dtype)
-
-  @functools.partial(jax.jit, out_shardings=shardings)
-  def init(key):
-    return quantized_like(init_params(key, config, dtype), shardings)
-
-  return init(jax.random.key(seed))
 
 
 def load_data(

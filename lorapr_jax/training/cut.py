@@ -1,8 +1,7 @@
 """The cut: what is masked leaves a run's arrays, on the way or at the end."""
 
-from collections.abc import Collection
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -13,107 +12,23 @@ from lorapr_jax.axes import (
   Axes,
   group_axes,
 )
-from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
-from lorapr_jax.models.trees import block_axes
+from lorapr_jax.models.trees import (
+  block_axes,
+)
 from lorapr_jax.pruning.budgets import decide
+from lorapr_jax.pruning.masks import by_stack, select_stack_masks
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.shrink import (
   Kept,
-  kept_groups,
   pad,
   shrink,
-  shrunk_config,
 )
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report.display import Display
 from lorapr_jax.settings.run import RunSettings
-from lorapr_jax.training import steps
-from lorapr_jax.training.batches import Places
-
-
-class Base(NamedTuple):
-  """The weights at one size.
-
-  Attributes:
-    params: the weights, of which compensation alone changes any.
-    compute: what the functions of the loop are specialised to, with this size.
-    places: where arrays of this size lie.
-  """
-
-  params: Any
-  compute: Compute
-  places: Places
-
-  def cut(self, kept: Kept, settings: RunSettings) -> 'Base':
-    """With only what is kept; the larger weights are deleted."""
-    config = shrunk_config(self.compute.config, kept)
-    if config == self.compute.config:
-      return self
-    places = Places.of(settings, config)
-    return Base(
-      cut_params(
-        self.params,
-        kept,
-        self.compute.config,
-        places.base,
-        quantized=self.compute.quantized,
-        delete=True,
-      ),
-      dataclasses.replace(self.compute, config=config),
-      places,
-    )
-
-
-def kept_of(masks: Any) -> Kept:
-  """What the masks keep, by layer; empty where nothing is pruned."""
-  return kept_groups(masks) if any(masks) else ()
-
-
-def cut_params(
-  params: Any,
-  kept: Kept,
-  config: LlamaConfig,
-  shardings: Any = None,
-  *,
-  quantized: Collection[str] = (),
-  delete: bool = False,
-) -> Any:
-  """Smaller weights, tensor by tensor.
-
-  Args:
-    params: the base.
-    kept: from `kept_of`; empty: nothing is cut.
-    config: the sizes before the cut.
-    shardings: of the smaller base; None: as it comes.
-    quantized: as of `block_axes`.
-    delete: whether each tensor makes room as soon as it has been cut, so that
-      there is never a second copy of the model.
-  """
-  if not kept:
-    return params
-  axes, structure = jax.tree.flatten(
-    block_axes(quantized=quantized, biased=config.biased)['params']
-  )
-  # From a tree for each stack to a tuple of stacks for each tensor, and back.
-  tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
-  places: Any = [None] * len(axes)
-  if shardings is not None:
-    stacks = shardings['stacks']
-    places = zip(*map(structure.flatten_up_to, stacks), strict=True)
-  smaller = []
-  for tensor, names, place in zip(tensors, axes, places, strict=True):
-    cut = jax.jit(
-      lambda stacks, names=names: shrink(stacks, names, kept, config),
-      out_shardings=place,
-    )
-    smaller.append(cut(tensor))
-    if delete:
-      jax.block_until_ready(smaller[-1])
-      for stack in tensor:
-        stack.delete()
-  stacks = zip(*smaller, strict=True)
-  return {**params, 'stacks': tuple(map(structure.unflatten, stacks))}
+from lorapr_jax.training.base import Base, kept_of
+from lorapr_jax.training.state import TrainState
 
 
 def cut_adapters(
@@ -132,7 +47,7 @@ def cut_stacks(
   return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(stacks)
 
 
-def widened(state: steps.TrainState, config: LlamaConfig) -> dict[str, Any]:
+def widened(state: TrainState, config: LlamaConfig) -> dict[str, Any]:
   """{'masks', 'importance'} of all groups, those cut on the way included.
 
   Args:
@@ -161,11 +76,11 @@ def widened(state: steps.TrainState, config: LlamaConfig) -> dict[str, Any]:
 
 
 def cut_on_the_way(
-  state: steps.TrainState,
+  state: TrainState,
   base: Base,
   counts: dict[str, tuple[int, ...]],
   settings: RunSettings,
-) -> tuple[steps.TrainState, Base]:
+) -> tuple[TrainState, Base]:
   """State and base with only `counts` of each group.
 
   What is alive stays, and of what is masked the most important.
@@ -183,9 +98,7 @@ def cut_on_the_way(
     state.masks,
   )
   everything = jax.tree.map(jnp.ones_like, state.masks)
-  present = steps.select_stack_masks(
-    order, everything, steps.by_stack(counts, config)
-  )
+  present = select_stack_masks(order, everything, by_stack(counts, config))
   kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
   lora_axes = block_axes(base.compute.lora)['lora']
   structure = jax.tree.structure(state.lora)
@@ -193,7 +106,7 @@ def cut_on_the_way(
   def like_lora(tree: Any) -> bool:
     return jax.tree.structure(tree) == structure
 
-  def smaller(state: steps.TrainState) -> steps.TrainState:
+  def smaller(state: TrainState) -> TrainState:
     def moments(tree: Any) -> Any:
       if like_lora(tree):
         return shrink(tree, lora_axes, kept, config)
@@ -212,7 +125,7 @@ def cut_on_the_way(
   state = jax.jit(smaller, out_shardings=base.places.state)(state)
   state = state.replace(whole={'masks': there, 'importance': known})
   state = jax.device_put(state, base.places.state)
-  return state, base.cut(kept, settings)
+  return state, base.cut(kept)
 
 
 def decide_budgets(plan: PruningPlan, importance: Any) -> PruningPlan:
@@ -279,5 +192,5 @@ def print_cuts(cuts: tuple[int, ...], display: Display) -> None:
   display.print(f'masked groups are cut out at step: {places}')
 
 
-def _axes_of_groups(state: steps.TrainState) -> dict[str, Axes]:
+def _axes_of_groups(state: TrainState) -> dict[str, Axes]:
   return {group: Axes(group_axes(group)) for group in state.masks[0]}

@@ -15,7 +15,7 @@ import optax
 from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.pruning.masks import alive_counts
+from lorapr_jax.pruning.masks import alive_counts, by_stack, select_stack_masks
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import metrics, summary
@@ -25,15 +25,20 @@ from lorapr_jax.runtime.compilation_cache import SavedSeconds
 from lorapr_jax.runtime.workdir import trim_metrics
 from lorapr_jax.settings.phases import Phase, total_steps
 from lorapr_jax.settings.run import RunSettings
-from lorapr_jax.training import checkpoint, optimizer, steps
-from lorapr_jax.training.batches import device_batches, weight_shapes
-from lorapr_jax.training.cut import (
+from lorapr_jax.training import checkpoint, steps
+from lorapr_jax.training.base import (
   Base,
+  kept_of,
+  weight_shapes,
+)
+from lorapr_jax.training.batches import (
+  device_batches,
+)
+from lorapr_jax.training.cut import (
   cut_on_the_way,
   decide_budgets,
   fastest_cuts,
   first_cuts,
-  kept_of,
   print_cuts,
 )
 from lorapr_jax.training.repair import (
@@ -41,6 +46,7 @@ from lorapr_jax.training.repair import (
   repaired_of,
   with_repaired,
 )
+from lorapr_jax.training.state import TrainState, init_state
 
 
 class Functions(NamedTuple):
@@ -74,7 +80,7 @@ class Functions(NamedTuple):
         base_sharding=base.places.base,
       ),
       steps.make_update_importance(base.compute, settings.criterion, place),
-      jax.jit(steps.select_stack_masks, out_shardings=place),
+      jax.jit(select_stack_masks, out_shardings=place),
       steps.make_apply_update(adamw, place),
       compensate,
     )
@@ -91,7 +97,7 @@ class Trained(NamedTuple):
       while that is not known.
   """
 
-  state: steps.TrainState
+  state: TrainState
   base: Base
   plan: PruningPlan | None
   cuts: tuple[int, ...] | None
@@ -128,15 +134,15 @@ def train_phase(
   """
   display.start('compile')
   train, plan, schedule = settings.train, settings.plan, phase.schedule
-  learning_rate = optimizer.learning_rate(
+  learning_rate = steps.learning_rate(
     train.lr_schedule, phase.learning_rate, phase.steps
   )
-  adamw = optimizer.make_optimizer(learning_rate)
+  adamw = steps.make_optimizer(learning_rate)
   init_key, step_key = jax.random.split(jax.random.key(train.seed))
 
-  def new_state(size: Compute) -> steps.TrainState:
+  def new_state(size: Compute) -> TrainState:
     groups = tuple(plan.keep) if schedule else ()
-    return steps.init_state(init_key, size, groups, adamw)
+    return init_state(init_key, size, groups, adamw)
 
   # --- Resume: all is in the state, and the data's position is its step.
   checkpoints = checkpoint.Checkpoints(
@@ -247,7 +253,7 @@ def train_phase(
         masks = state.masks
         if schedule and schedule.is_pruning_step(step):
           keep = plan.keep_at(schedule.progress(step))
-          counts = steps.by_stack(keep, base.compute.config)
+          counts = by_stack(keep, base.compute.config)
           masks = functions.select_masks(importance, masks, counts)
         if repairing:
           if first_repair:
@@ -323,7 +329,7 @@ def resume(
   checkpoints: checkpoint.Checkpoints,
   base: Base,
   phase: Phase,
-  new_state: Callable[[Compute], steps.TrainState],
+  new_state: Callable[[Compute], TrainState],
   settings: RunSettings,
   display: Display,
 ) -> Trained | None:
@@ -367,7 +373,7 @@ def resume(
       if repaired:
         shapes = shapes.replace(
           repaired=repaired_of(
-            weight_shapes(settings, size.config), repaired.leaf
+            weight_shapes(base.places.mesh, size, base.dtype), repaired.leaf
           )
         )
       state = checkpoints.restore(saved, shapes, base.places.state)
@@ -377,7 +383,7 @@ def resume(
         raise
       display.warn(done)
   if size != base.compute:
-    base = base.cut(kept_of(state.whole['masks']), settings)
+    base = base.cut(kept_of(state.whole['masks']))
   if repaired:
     for array in jax.tree.leaves(repaired_of(base.params, repaired.leaf)):
       array.delete()

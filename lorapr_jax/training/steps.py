@@ -5,16 +5,13 @@ comes out with the sharding it goes in with. The base is an argument: never
 differentiated, never donated, never in the state, but for what repair.py does.
 """
 
-from collections.abc import Callable, Mapping
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from flax import struct
 import jax
 from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Sharding
-import numpy as np
 import optax
 
 from lorapr_jax.axes import PROJECTIONS
@@ -24,79 +21,16 @@ from lorapr_jax.models.compute import (
   run_model,
   token_losses,
 )
-from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.quantization import dequantized
-from lorapr_jax.models.trees import block_axes, init_lora
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning import importance as importance_lib
 from lorapr_jax.pruning.block_sums import block_sums, runs_on
-from lorapr_jax.pruning.masks import initial_masks, select_masks
 from lorapr_jax.runtime.sharding import mesh_of, platform
 
 # Of rank 8, XLA for TPU estimates outer products at 0.7 of the cycles of dots,
 # and their operations grow with the rank. Nothing was timed on a TPU, and on a
 # GPU rank 8.
 _LARGEST_FUSED_RANK = 16
-
-
-@struct.dataclass
-class TrainState:
-  """All that training changes. Checkpointed whole.
-
-  Attributes:
-    step: the next step, from 0.
-    lora: the adapters, by stack.
-    opt_state: optax's state for `lora`.
-    masks: {group: 0 or 1}, by stack.
-    importance: the moving average, as `masks`.
-    whole: {'masks', 'importance'} of the model before any cut, as the last
-      cut on the way left them: a mask is 1 where `masks` still has the group.
-    skipped: steps whose gradients or scores were not finite, in all.
-    skipped_in_a_row: the same, since the last good step.
-    repaired: `repair.repaired_of` the base where prune.compensate changes it,
-      in a checkpoint; in the loop these are in the base, and this is ().
-    unrepaired: projections that an event of it left as they were, in all,
-      because their repair was not finite.
-  """
-
-  step: Array
-  lora: Any
-  opt_state: Any
-  masks: Any
-  importance: Any
-  whole: dict[str, Any]
-  skipped: Array
-  skipped_in_a_row: Array
-  repaired: tuple[Any, ...] = ()
-  unrepaired: Array | int = 0
-
-
-def init_state(
-  key: Array,
-  settings: Compute,
-  groups: tuple[str, ...],
-  optimizer: optax.GradientTransformation,
-) -> TrainState:
-  """Step 0: fresh adapters, nothing masked, no importance known."""
-  config = settings.config
-  lora = init_lora(key, config, settings.lora)
-  masks = initial_masks(
-    groups, tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
-  )
-  zeros = functools.partial(jax.tree.map, jnp.zeros_like, masks)
-  return TrainState(
-    step=jnp.int32(0),
-    lora=lora,
-    opt_state=optimizer.init(lora),
-    masks=masks,
-    importance=zeros(),
-    whole={
-      'masks': jax.tree.map(jnp.ones_like, masks),
-      'importance': zeros(),
-    },
-    skipped=jnp.int32(0),
-    skipped_in_a_row=jnp.int32(0),
-    unrepaired=jnp.int32(0),
-  )
 
 
 def projections(stacks: Any) -> Any:
@@ -300,14 +234,6 @@ def make_update_importance(
   )
 
 
-def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
-  """`select_masks` for every stack; `keep` is from `by_stack`."""
-  return tuple(
-    select_masks(i, m, k)
-    for i, m, k in zip(importance, masks, keep, strict=True)
-  )
-
-
 def make_apply_update(
   optimizer: optax.GradientTransformation, out_sharding: Sharding
 ) -> Callable[..., Any]:
@@ -334,18 +260,27 @@ def make_apply_update(
   return jax.jit(apply, donate_argnums=0, out_shardings=out_sharding)
 
 
-def by_stack(
-  keep: Mapping[str, tuple[int, ...]], config: LlamaConfig
-) -> tuple[dict[str, np.ndarray], ...]:
-  """Counts by layer, cut into the model's stacks."""
-  return tuple(
-    {
-      group: np.asarray(counts[stack.start : stack.start + stack.size])
-      for group, counts in keep.items()
-    }
-    for stack in config.stacks
-  )
-
-
 def _where(condition: Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def learning_rate(name: str, peak: float, steps: int) -> optax.Schedule:
+  """The learning rate by step: from `peak` down to 0 after `steps` steps.
+
+  Args:
+    name: linear, cosine or constant.
+    peak: at step 0.
+    steps: of the phase.
+  """
+  if name == 'linear':
+    return optax.linear_schedule(peak, 0.0, steps)
+  if name == 'cosine':
+    return optax.cosine_decay_schedule(peak, steps)
+  if name == 'constant':
+    return optax.constant_schedule(peak)
+  raise ValueError(name)
+
+
+def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:
+  """AdamW with its usual moments; gradients come in clipped."""
+  return optax.adamw(schedule, weight_decay=0.0)

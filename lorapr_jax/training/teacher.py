@@ -23,9 +23,11 @@ from lorapr_jax.models.loss import chunked_top_k, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import mesh_of
 from lorapr_jax.settings.phases import Phase
 from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.training.base import (
+  Base,
+)
 from lorapr_jax.training.batches import device_batches
 from lorapr_jax.training.checkpoint import saved_steps
-from lorapr_jax.training.cut import Base
 
 # (phase, step) -> what its batch is taught.
 Teacher = Callable[[Phase, int], dict[str, Array]]

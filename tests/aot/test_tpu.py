@@ -36,6 +36,7 @@ from lorapr_jax.pruning.solve import solve_in_blocks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
 from lorapr_jax.training.repair import make_compensate
+from lorapr_jax.training.state import init_state
 
 pytestmark = pytest.mark.aot
 
@@ -85,7 +86,7 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
   axes = logical_axes(config)['params']
   state = jax.eval_shape(
     functools.partial(
-      steps.init_state,
+      init_state,
       settings=Compute(config, LORA),
       groups=GROUPS,
       optimizer=optax.identity(),

@@ -14,7 +14,10 @@ from lorapr_jax.planning import compiled
 from lorapr_jax.planning import needs as plan_lib
 from lorapr_jax.planning.topology import CHIPS, Topology
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.batches import Places, load_base
+from lorapr_jax.training.base import (
+  Places,
+  load_base,
+)
 
 TINY = ['--config=configs/tiny.py', '--topology=cpu:8']
 
@@ -73,7 +76,12 @@ def test_a_step_of_one_device_takes_the_operations_of_its_model(capsys):
 def test_the_shapes_are_those_of_a_run(capsys):
   config, _ = parse_flags([TINY[0], '--workdir=none'])
   settings = split_config(config)
-  places = Places.of(settings, settings.compute.config)
+  places = Places.of(
+    settings.device_mesh,
+    settings.compute,
+    settings.base_dtype,
+    settings.train.micro_batch,
+  )
   base = load_base(
     None, settings.compute.config, settings.base_dtype, places.base, 0
   )

@@ -21,13 +21,13 @@ from lorapr_jax.models.compute import (
   Compute,
 )
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.masks import initial_masks
-from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
-from lorapr_jax.pruning.targets import Targets, plan_pruning
-from lorapr_jax.training.steps import (
+from lorapr_jax.pruning.masks import (
   by_stack,
+  initial_masks,
   select_stack_masks,
 )
+from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
+from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 WORDS = ['the', 'quick', 'brown', 'fox', 'jumps', 'over', 'a', 'lazy', 'dog']
 SEQ_LEN = 16

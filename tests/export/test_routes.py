@@ -25,11 +25,19 @@ from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.masks import initial_masks
+from lorapr_jax.pruning.masks import (
+  by_stack,
+  initial_masks,
+  select_stack_masks,
+)
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from lorapr_jax.report.summary import pruning_report
-from lorapr_jax.training.cut import cut_adapters, cut_params
-from lorapr_jax.training.steps import by_stack, select_stack_masks
+from lorapr_jax.training.base import (
+  cut_params,
+)
+from lorapr_jax.training.cut import (
+  cut_adapters,
+)
 
 BEFORE = LlamaConfig(
   vocab_size=96,

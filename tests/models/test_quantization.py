@@ -27,8 +27,10 @@ from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 from lorapr_jax.training import steps
-from lorapr_jax.training.batches import load_base
-from lorapr_jax.training.cut import cut_params
+from lorapr_jax.training.base import (
+  cut_params,
+  load_base,
+)
 
 CONFIG = LlamaConfig(
   vocab_size=48,

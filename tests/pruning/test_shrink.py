@@ -26,7 +26,9 @@ from lorapr_jax.pruning.importance import (
   update_importance,
 )
 from lorapr_jax.pruning.masks import (
+  by_stack,
   initial_masks,
+  select_stack_masks,
 )
 from lorapr_jax.pruning.shrink import (
   kept_groups,
@@ -35,8 +37,9 @@ from lorapr_jax.pruning.shrink import (
   shrunk_config,
 )
 from lorapr_jax.pruning.targets import Targets, plan_pruning
-from lorapr_jax.training.optimizer import make_optimizer
-from lorapr_jax.training.steps import by_stack, select_stack_masks
+from lorapr_jax.training.steps import (
+  make_optimizer,
+)
 
 LORA = LoraConfig(rank=2, alpha=3.0)
 AXES = block_axes(LORA)

@@ -15,7 +15,9 @@ from lorapr_jax.report.metrics import Log, check_finite, check_writers
 from lorapr_jax.runtime.files import write_json
 from lorapr_jax.settings.run import split_config
 from lorapr_jax.settings.sections import LogSettings
-from lorapr_jax.training.steps import TrainState
+from lorapr_jax.training.state import (
+  TrainState,
+)
 
 TINY = Path(__file__).parents[2] / 'configs' / 'tiny.py'
 RECORD = {'loss': 2.5, 'heads_sparsity': 0.25, 'params_kept': 0.75}

@@ -20,10 +20,13 @@ from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.quantization import quantized_like
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.masks import alive_counts
+from lorapr_jax.pruning.masks import alive_counts, by_stack, select_stack_masks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
-from lorapr_jax.training.optimizer import make_optimizer
+from lorapr_jax.training.state import init_state
+from lorapr_jax.training.steps import (
+  make_optimizer,
+)
 
 LORA = LoraConfig(rank=2, alpha=4.0)
 MHA = LlamaConfig(
@@ -185,7 +188,7 @@ def _prune(config, mesh, params, names, packed):
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
   groups = ('kv_heads', 'mlp')
   state = jax.device_put(
-    steps.init_state(jax.random.key(0), settings, groups, optimizer), everywhere
+    init_state(jax.random.key(0), settings, groups, optimizer), everywhere
   )
   heads = config.layers[0].num_kv_heads
   batch_axes = ('accumulation', 'batch', 'length')
@@ -211,7 +214,7 @@ def _prune(config, mesh, params, names, packed):
       state.masks,
       metrics['grad_norm'],
     )
-    keep = steps.by_stack(
+    keep = by_stack(
       {
         'kv_heads': (heads if step == 0 else heads // 2,) * 2,
         'mlp': (20 - 4 * step,) * 2,
@@ -219,7 +222,7 @@ def _prune(config, mesh, params, names, packed):
       config,
     )
     gaps.append(_smallest_gap(importance, state.masks, keep))
-    masks = steps.select_stack_masks(importance, state.masks, keep)
+    masks = select_stack_masks(importance, state.masks, keep)
     state = state.replace(importance=importance, masks=masks)
     state = apply_update(state, grads, ok)
     losses.append(float(metrics['loss']))

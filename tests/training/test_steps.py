@@ -17,12 +17,20 @@ from lorapr_jax.models.compute import Compute, token_losses
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.masks import alive_counts, initial_masks
+from lorapr_jax.pruning.masks import (
+  alive_counts,
+  by_stack,
+  initial_masks,
+  select_stack_masks,
+)
 from lorapr_jax.settings.devices import CPU_OFFLOADS, resolve_remat
 from lorapr_jax.training import steps
-from lorapr_jax.training.optimizer import make_optimizer
+from lorapr_jax.training.state import init_state
+from lorapr_jax.training.steps import (
+  make_optimizer,
+)
 
-SELECT = jax.jit(steps.select_stack_masks)
+SELECT = jax.jit(select_stack_masks)
 GROUPS = ('kv_heads', 'mlp')
 CONFIG = LlamaConfig(
   vocab_size=40,
@@ -336,7 +344,7 @@ def functions():
 @pytest.fixture
 def state():
   """Step 0."""
-  state = steps.init_state(jax.random.key(0), SETTINGS, GROUPS, OPTIMIZER)
+  state = init_state(jax.random.key(0), SETTINGS, GROUPS, OPTIMIZER)
   return jax.device_put(state, _device())
 
 
@@ -357,7 +365,7 @@ def _train_step(functions, state, params, keep=None):
   )
   masks = state.masks
   if keep:
-    masks = SELECT(importance, masks, steps.by_stack(keep, CONFIG))
+    masks = SELECT(importance, masks, by_stack(keep, CONFIG))
   state = state.replace(importance=importance, masks=masks)
   return float(metrics['loss']), apply_update(state, grads, ok)
 

@@ -1,0 +1,203 @@
+"""The base: the weights at one size, and where they lie on the mesh."""
+
+from collections.abc import Collection
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lorapr_jax.errors import MeshError
+from lorapr_jax.hf.load import load_params
+from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.quantization import quantized_like
+from lorapr_jax.models.trees import (
+  block_axes,
+  init_params,
+  logical_axes,
+  param_shapes,
+)
+from lorapr_jax.pruning.shrink import Kept, kept_groups, shrink, shrunk_config
+from lorapr_jax.runtime import sharding
+
+
+class Places(NamedTuple):
+  """Where things lie on the mesh.
+
+  Attributes:
+    base: a sharding for every tensor of the base.
+    batch: of (micro-batches, sequences, tokens).
+    state: replicated: the state is small.
+  """
+
+  base: Any
+  batch: NamedSharding
+  state: NamedSharding
+
+  @classmethod
+  def of(
+    cls,
+    mesh: Mesh,
+    compute: Compute,
+    base_dtype: Any,
+    micro_batch: tuple[int, int],
+  ) -> 'Places':
+    """Refuses sizes that the mesh does not divide, before any work.
+
+    Args:
+      mesh: of the run.
+      compute: whose sizes the base has.
+      base_dtype: of the weights that are not quantised.
+      micro_batch: sequences and tokens.
+
+    Raises:
+      MeshError: naming the size that the mesh does not divide.
+    """
+    parts = sharding.parts(mesh, 'batch')
+    if micro_batch[0] % parts:
+      raise MeshError(
+        f'train.micro_batch_size {micro_batch[0]} is not a multiple '
+        f'of mesh.data * mesh.fsdp = {parts}'
+      )
+    return cls(
+      base=_base_places(mesh, compute, base_dtype),
+      batch=sharding.sharding(
+        mesh, ('accumulation', 'batch', 'length'), (1, *micro_batch)
+      ),
+      state=NamedSharding(mesh, P()),
+    )
+
+  @property
+  def mesh(self) -> Mesh:
+    """That everything lies on."""
+    return self.state.mesh
+
+
+def _base_places(mesh: Mesh, compute: Compute, dtype: Any) -> Any:
+  config, quantized = compute.config, compute.quantized
+  return sharding.shardings(
+    mesh,
+    logical_axes(config, quantized=quantized)['params'],
+    param_shapes(config, dtype, quantized),
+  )
+
+
+def weight_shapes(mesh: Mesh, compute: Compute, dtype: Any) -> Any:
+  """A `jax.ShapeDtypeStruct` with its sharding for every weight."""
+  return jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+    param_shapes(compute.config, dtype, compute.quantized),
+    _base_places(mesh, compute, dtype),
+  )
+
+
+def load_base(
+  path: Path | None,
+  config: LlamaConfig,
+  dtype: Any,
+  shardings: Any,
+  seed: int,
+) -> Any:
+  """The frozen weights, sharded: from the folder, or random.
+
+  Those are quantised whose shardings are of quantised weights.
+  """
+  if path:
+    return load_params(path, config, shardings, dtype)
+
+  @functools.partial(jax.jit, out_shardings=shardings)
+  def init(key):
+    return quantized_like(init_params(key, config, dtype), shardings)
+
+  return init(jax.random.key(seed))
+
+
+class Base(NamedTuple):
+  """The weights at one size.
+
+  Attributes:
+    params: the weights, of which compensation alone changes any.
+    compute: what the functions of the loop are specialised to, with this size.
+    places: where arrays of this size lie.
+  """
+
+  params: Any
+  compute: Compute
+  places: Places
+
+  @property
+  def dtype(self) -> Any:
+    """Of the weights that are not quantised."""
+    return self.params['norm']['weight'].dtype
+
+  def cut(self, kept: Kept) -> 'Base':
+    """With only what is kept; the larger weights are deleted."""
+    config = shrunk_config(self.compute.config, kept)
+    if config == self.compute.config:
+      return self
+    compute = dataclasses.replace(self.compute, config=config)
+    places = _base_places(self.places.mesh, compute, self.dtype)
+    params = cut_params(
+      self.params,
+      kept,
+      self.compute.config,
+      places,
+      quantized=self.compute.quantized,
+      delete=True,
+    )
+    return Base(params, compute, self.places._replace(base=places))
+
+
+def kept_of(masks: Any) -> Kept:
+  """What the masks keep, by layer; empty where nothing is pruned."""
+  return kept_groups(masks) if any(masks) else ()
+
+
+def cut_params(
+  params: Any,
+  kept: Kept,
+  config: LlamaConfig,
+  shardings: Any = None,
+  *,
+  quantized: Collection[str] = (),
+  delete: bool = False,
+) -> Any:
+  """Smaller weights, tensor by tensor.
+
+  Args:
+    params: the base.
+    kept: from `kept_of`; empty: nothing is cut.
+    config: the sizes before the cut.
+    shardings: of the smaller base; None: as it comes.
+    quantized: as of `block_axes`.
+    delete: whether each tensor makes room as soon as it has been cut, so that
+      there is never a second copy of the model.
+  """
+  if not kept:
+    return params
+  axes, structure = jax.tree.flatten(
+    block_axes(quantized=quantized, biased=config.biased)['params']
+  )
+  # From a tree for each stack to a tuple of stacks for each tensor, and back.
+  tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
+  places: Any = [None] * len(axes)
+  if shardings is not None:
+    stacks = shardings['stacks']
+    places = zip(*map(structure.flatten_up_to, stacks), strict=True)
+  smaller = []
+  for tensor, names, place in zip(tensors, axes, places, strict=True):
+    cut = jax.jit(
+      lambda stacks, names=names: shrink(stacks, names, kept, config),
+      out_shardings=place,
+    )
+    smaller.append(cut(tensor))
+    if delete:
+      jax.block_until_ready(smaller[-1])
+      for stack in tensor:
+        stack.delete()
+  stacks = zip(*smaller, strict=True)
+  return {**params, 'stacks': tuple(map(structure.unflatten, stacks))}

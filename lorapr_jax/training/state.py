@@ -1,0 +1,77 @@
+"""The train state: all that training changes."""
+
+import functools
+from typing import Any
+
+from flax import struct
+import jax
+from jax import Array
+import jax.numpy as jnp
+import optax
+
+from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.trees import (
+  init_lora,
+)
+from lorapr_jax.pruning.masks import initial_masks
+
+
+@struct.dataclass
+class TrainState:
+  """All that training changes. Checkpointed whole.
+
+  Attributes:
+    step: the next step, from 0.
+    lora: the adapters, by stack.
+    opt_state: optax's state for `lora`.
+    masks: {group: 0 or 1}, by stack.
+    importance: the moving average, as `masks`.
+    whole: {'masks', 'importance'} of the model before any cut, as the last
+      cut on the way left them: a mask is 1 where `masks` still has the group.
+    skipped: steps whose gradients or scores were not finite, in all.
+    skipped_in_a_row: the same, since the last good step.
+    repaired: `repair.repaired_of` the base where prune.compensate changes it,
+      in a checkpoint; in the loop these are in the base, and this is ().
+    unrepaired: projections that an event of it left as they were, in all,
+      because their repair was not finite.
+  """
+
+  step: Array
+  lora: Any
+  opt_state: Any
+  masks: Any
+  importance: Any
+  whole: dict[str, Any]
+  skipped: Array
+  skipped_in_a_row: Array
+  repaired: tuple[Any, ...] = ()
+  unrepaired: Array | int = 0
+
+
+def init_state(
+  key: Array,
+  settings: Compute,
+  groups: tuple[str, ...],
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """Step 0: fresh adapters, nothing masked, no importance known."""
+  config = settings.config
+  lora = init_lora(key, config, settings.lora)
+  masks = initial_masks(
+    groups, tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
+  )
+  zeros = functools.partial(jax.tree.map, jnp.zeros_like, masks)
+  return TrainState(
+    step=jnp.int32(0),
+    lora=lora,
+    opt_state=optimizer.init(lora),
+    masks=masks,
+    importance=zeros(),
+    whole={
+      'masks': jax.tree.map(jnp.ones_like, masks),
+      'importance': zeros(),
+    },
+    skipped=jnp.int32(0),
+    skipped_in_a_row=jnp.int32(0),
+    unrepaired=jnp.int32(0),
+  )
