@@ -23,7 +23,6 @@ MARKERS = dict(zip(ORDERS, 'osx', strict=True))
 ADDITIONS: dict[str, dict[str, Any]] = {
   'own': {'prune.lora_gradient': 'own'},
   'compensation': {'prune.compensate': 'ridge'},
-  'global': {'prune.scope': 'global'},
   'distillation': {'train.distill': 0.5, 'train.distill_top_k': 64},
   'recovery': {'train.steps': 60, 'recover.steps': 40},
 }
@@ -37,7 +36,7 @@ TOGETHER: dict[str, dict[str, Any]] = {
     'prune.every': 10,
   },
 }
-ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pdv<>*P', strict=True))
+ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pd<>*P', strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +302,6 @@ with its own defaults:
 
 - `own`: `prune.lora_gradient=own`
 - `compensation`: `prune.compensate=ridge`
-- `global`: `prune.scope=global`
 - `distillation`: `train.distill=0.5`, of the dense model's 64 likeliest tokens
 - `recovery`: pruned in the first 60 steps, the other 40 go to what is left
 - `everything`: `configs/smollm2_135m.py`, the demo's config, as it is

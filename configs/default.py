@@ -162,13 +162,6 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.shrink = 'end'
   # reference (the first tenth of the layers and the last one) or none.
   config.prune.protect = 'reference'
-  # layer (as many from each layer that is not protected) or global: where the
-  # scores of all layers and kinds are lowest, as many parameters in all
-  # (docs/targets.md).
-  config.prune.scope = 'layer'
-  # Under scope=global: blocks of neighbouring layers, each of which keeps as
-  # much as the others of its block. Every block is compiled by itself.
-  config.prune.blocks = 8
   # How what is removed is shared out over depth: relative shares, of the first
   # layers to the last, such as 0.5,1,1.5, each for a block of the layers that
   # are not protected. Of each group as many go in all (docs/targets.md).

@@ -20,7 +20,6 @@ def get_config(name: str = 'default') -> config_dict.ConfigDict:
   config.prune.lora_gradient = 'full'
   config.prune.order = 'joint'
   config.prune.compensate = 'none'
-  config.prune.scope = 'layer'
   config.prune.layer_profile = '1'
   config.train.distill = 0.0
   config.train.distill_top_k = 0

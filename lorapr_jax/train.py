@@ -1,6 +1,5 @@
 """LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
 
-import dataclasses
 import functools
 from pathlib import Path
 import shlex
@@ -171,8 +170,7 @@ def run_phases(
     display=display,
     teacher=teacher,
   )
-  state, base, plan, cuts = run_phase(first, base, settings=settings)
-  settings = dataclasses.replace(settings, plan=plan)
+  state, base, cuts = run_phase(first, base, settings=settings)
   skipped = int(state.skipped)
   if unrepaired := int(state.unrepaired):
     display.warn(
@@ -266,8 +264,8 @@ def run_phases(
 def resolved(settings: RunSettings) -> dict[str, Any]:
   """What the config leaves open, and a resumed run must find unchanged."""
   plan = settings.plan
-  # Sizes on the way follow from the multiples, and counts that scores decide.
-  open_sizes = plan and (settings.shrink != END or not plan.decided)
+  # Sizes on the way follow from the multiples.
+  open_sizes = plan and settings.shrink != END
   return {
     'base_dtype': settings.base_dtype.name,
     'compute_dtype': settings.compute.dtype.name,

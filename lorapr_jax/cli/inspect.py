@@ -106,7 +106,6 @@ def describe_plan(
   """What a target would leave, asked and reached."""
   plan = plan_pruning(config, targets)
   return {
-    'decided': plan.decided,
     'kept_per_layer': plan.keep,
     'kept_by_depth': plan.kept_by_depth,
     'parameters': plan.pruned_config.num_parameters,
@@ -147,17 +146,13 @@ def show(report: dict[str, Any]) -> None:
       f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
     )
     for group, kept in plan['kept_by_depth'].items():
-      if not plan['decided']:
-        text = f'as if {kept[0][0]} were kept in each layer not protected'
-      elif len(kept) == 1:
+      if len(kept) == 1:
         text = f'{kept[0][0]} kept in each layer not protected'
       else:
         counts = ', '.join(f'{count} in {layers}' for count, layers in kept)
         text = f'kept by depth in those not protected: {counts} layers'
       console.print(f'{group}: {text}')
     for name, achieved in plan['achieved'].items():
-      if not plan['decided'] and name != 'params':
-        continue
       target = plan['target'][name]
       asked = '' if target is None else f' (target {target:.2%})'
       console.print(f'{name} removed: {achieved:.2%}{asked}')

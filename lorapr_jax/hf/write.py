@@ -94,7 +94,7 @@ def resolve_layout(config: LlamaConfig, layout: str) -> str:
   if layout in ('uniform', 'padded') and not config.is_uniform:
     raise UserError(
       f'export.layout={layout} needs layers of one size: prune with '
-      'prune.protect=none, prune.layer_profile=1 and prune.scope=layer, or '
+      'prune.protect=none and prune.layer_profile=1, or '
       'export with layout two_shape'
     )
   return layout

@@ -28,7 +28,6 @@ CHOICES = {
   'unit': ('groups', 'params'),
   'heads': tuple(HEAD_GROUPS),
   'protect': ('reference', 'none'),
-  'scope': ('layer', 'global'),
 }
 
 

@@ -72,12 +72,6 @@ class PruneSchedule:
     end = math.ceil(round((1 - self.cooldown) * self.total_steps, 6))
     return min(end, self.total_steps - 1)
 
-  @property
-  def first_masking(self) -> int:
-    """The first pruning step at which some of the target is due."""
-    steps = filter(self.is_pruning_step, range(self.total_steps))
-    return next(step for step in steps if self.progress(step))
-
   def is_pruning_step(self, step: int) -> bool:
     """Whether groups are masked at this step."""
     if step == self.ramp_end:

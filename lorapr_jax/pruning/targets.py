@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 import dataclasses
-from fractions import Fraction
 import itertools
 import math
-from typing import NamedTuple
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.counts import Choice, round_share, solve_parameters
 from lorapr_jax.pruning.groups import (
   CHANNELS,
   CHOICES,
@@ -16,7 +15,6 @@ from lorapr_jax.pruning.groups import (
   KV_HEADS,
   group_size,
   kind,
-  member_parameters,
   protected_layers,
   with_kept,
 )
@@ -38,8 +36,6 @@ class Targets:
   heads: str = 'kv_groups'
   channels: bool = True
   protect: str = 'reference'
-  scope: str = 'layer'
-  blocks: int = 8
   layer_profile: str = '1'
   heads_multiple_of: int = 1
   channels_multiple_of: int = 1
@@ -56,17 +52,12 @@ class Targets:
       value = getattr(self, key)
       if value is not None and not 0.0 <= value < 1.0:
         raise UserError(f'prune.{key} is {value}: it must be in [0, 1)')
-    for key in ('blocks', 'heads_multiple_of', 'channels_multiple_of'):
+    for key in ('heads_multiple_of', 'channels_multiple_of'):
       if getattr(self, key) < 1:
         raise UserError(
           f'prune.{key} is {getattr(self, key)}: it must be at least 1'
         )
     parse_profile(self.layer_profile)
-    if self.scope == 'global' and len(set(self.profile)) > 1:
-      raise UserError(
-        f'prune.layer_profile={self.layer_profile} says what each layer loses, '
-        'and prune.scope=global lets the scores say it: set one of them'
-      )
     if self.heads == 'none' and not self.channels:
       raise UserError(
         'prune.heads is none and prune.channels is false: there is nothing '
@@ -98,15 +89,6 @@ class Targets:
     return ((heads,) if heads else ()) + ((CHANNELS,) if self.channels else ())
 
 
-def nearest_kept(size: int, multiple: int, kept: Fraction) -> int:
-  """The multiple nearest to `kept`, at least one of them; a tie keeps more.
-
-  `size` where that multiple is not less than `size`: nothing is pruned.
-  """
-  choices = range(multiple, size + multiple, multiple)
-  return min(size, min(choices, key=lambda c: (abs(c - kept), -c)))
-
-
 @dataclasses.dataclass(frozen=True)
 class PruningPlan:
   """What will be left: counts by group and layer.
@@ -116,16 +98,11 @@ class PruningPlan:
     targets: what was asked for.
     keep: {group: the number kept in each layer}. For query heads it counts
       those under one KV head. Groups that lose nothing are absent.
-    decided: False under scope=global until there are scores: `keep` then
-      removes as much, from all layers alike.
-    asked: under scope=global, the share of the model's parameters to remove.
   """
 
   config: LlamaConfig
   targets: Targets
   keep: dict[str, tuple[int, ...]]
-  decided: bool = True
-  asked: float | None = None
 
   @property
   def pruned_config(self) -> LlamaConfig:
@@ -136,11 +113,6 @@ class PruningPlan:
   def multiples(self) -> dict[str, int]:
     """What the counts of each group divide by."""
     return {g: multiple_of(self.config, self.targets, g) for g in self.keep}
-
-  def undecided(self) -> 'PruningPlan':
-    """The plan whose counts only say how much is to go."""
-    share = self.sparsity(self.keep)['params']
-    return dataclasses.replace(self, decided=False, asked=share)
 
   @property
   def prunable_layers(self) -> list[int]:
@@ -196,8 +168,6 @@ class PruningPlan:
     """What was asked for, in the units of `sparsity`; None if not asked."""
     if self.targets.unit == 'params':
       return {'heads': None, 'channels': None, 'params': self.targets.target}
-    if self.asked is not None:
-      return {'heads': None, 'channels': None, 'params': self.asked}
     asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
@@ -216,36 +186,6 @@ def multiple_of(config: LlamaConfig, targets: Targets, group: str) -> int:
   )
 
 
-class Choice(NamedTuple):
-  """The counts that one group may have in a prunable layer."""
-
-  group: str
-  size: int
-  multiple: int
-
-  @property
-  def fewest(self) -> int:
-    return min(self.multiple, self.size)
-
-  @property
-  def counts(self) -> list[int]:
-    below = range(self.multiple, self.size, self.multiple)
-    return [*below, self.size]
-
-
-def group_choices(plan: PruningPlan) -> list[Choice]:
-  """Of every group that is to be pruned."""
-  config, targets = plan.config, plan.targets
-  return [
-    Choice(
-      group,
-      group_size(config, config.layers[0], group),
-      multiple_of(config, targets, group),
-    )
-    for group in targets.groups
-  ]
-
-
 def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   """Turns targets into counts (design of the rule: docs/method.md).
 
@@ -255,8 +195,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   heads and channels, pruned alike, would meet the target; channels, which are
   finer, then make up the difference. Where they cannot, the counts of heads
   that come nearest. A profile moves counts between layers; of each group as
-  many go in all. Under scope=global the plan is not decided: `budgets.decide`
-  moves what it removes between layers and kinds.
+  many go in all.
 
   Raises:
     UserError: if a target that is not zero prunes nothing, or a share of the
@@ -269,7 +208,6 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
       'pruning starts from a model whose layers are equal'
     )
   plan = PruningPlan(config, targets, {})
-  choices = group_choices(plan)
   if not plan.prunable_layers:
     raise UserError(
       f'all {len(config.layers)} layers are protected: use prune.protect=none'
@@ -280,15 +218,22 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
       f'prune.layer_profile has {shares} shares for the {layers} layers that '
       'are pruned: give at most one for each'
     )
+  choices = [
+    Choice(
+      group,
+      group_size(config, config.layers[0], group),
+      multiple_of(config, targets, group),
+    )
+    for group in targets.groups
+  ]
   if targets.unit == 'groups':
-    kept = {c.group: _round_share(c, targets.of(c.group)) for c in choices}
+    kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
   else:
-    kept = _solve_parameters(plan, choices)
+    kept = solve_parameters(config, layers, choices, targets.target)
   keep = {c.group: _by_layer(plan, c, kept[c.group]) for c in choices}
-  plan = dataclasses.replace(
+  return dataclasses.replace(
     plan, keep={group: counts for group, counts in keep.items() if counts}
   )
-  return plan if targets.scope == 'layer' else plan.undecided()
 
 
 def _by_layer(
@@ -310,85 +255,3 @@ def _by_layer(
   return tuple(
     of_layer.get(i, choice.size) for i in range(len(plan.config.layers))
   )
-
-
-def _round_share(choice: Choice, target: float) -> int:
-  # A Fraction of the decimal that was written: 0.35 of 10 is 3.5, a tie.
-  exact = choice.size * (1 - Fraction(repr(target)))
-  kept = nearest_kept(choice.size, choice.multiple, exact)
-  if target and kept == choice.size:
-    below = range(choice.multiple, kept, choice.multiple)
-    name = f'prune.{kind(choice.group)}_target'
-    if not below:
-      raise UserError(
-        f'{name}: {choice.size} in multiples of {choice.multiple} cannot be '
-        'pruned; choose a smaller multiple, another prune.heads, or target 0'
-      )
-    share = 1 - below[-1] / choice.size
-    raise UserError(
-      f'{name}={target} of {choice.size} (in multiples of '
-      f'{choice.multiple}) rounds to nothing pruned; the nearest that works '
-      f'is {share:.6f}, or 0 to leave them alone'
-    )
-  return kept
-
-
-def _solve_parameters(
-  plan: PruningPlan, choices: list[Choice]
-) -> dict[str, int]:
-  target = plan.targets.target
-  dense = plan.config.num_parameters
-  prunable = len(plan.prunable_layers)
-  shape = plan.config.layers[0]
-  cost = {
-    c.group: member_parameters(plan.config, shape, c.group) for c in choices
-  }
-
-  def removed(kept: Mapping[str, float]) -> float:
-    # Every projection is linear in each group's count, so that this holds for
-    # counts that are not whole too.
-    gone = sum((c.size - kept[c.group]) * cost[c.group] for c in choices)
-    return prunable * gone / dense
-
-  most = removed({c.group: c.fewest for c in choices})
-  if target > most:
-    raise UserError(
-      f'prune.target={target} of the parameters is beyond what can be pruned; '
-      f'the nearest that works is {math.floor(most * 1e4) / 1e4:.4f} (at least '
-      'one of each group is kept, embeddings and protected layers stay)'
-    )
-  # `removed` is linear in the share: one division solves it.
-  share = Fraction(target) / Fraction(removed({c.group: 0 for c in choices}))
-  finest = min(choices, key=lambda c: c.multiple / c.size)
-
-  def distance(kept: Mapping[str, int]) -> float:
-    return abs(removed(kept) - target)
-
-  def complete(coarse: Mapping[str, int]) -> dict[str, int]:
-    counts = reversed(finest.counts)
-    options = [{**coarse, finest.group: count} for count in counts]
-    return min(options, key=distance)
-
-  kept = complete(
-    {
-      c.group: nearest_kept(c.size, c.multiple, c.size * (1 - share))
-      for c in choices
-    }
-  )
-  step = prunable * finest.multiple * cost[finest.group] / dense
-  if distance(kept) > step / 2:  # The finest cannot make up the difference.
-    others = [
-      complete({**kept, c.group: count})
-      for c in choices
-      if c is not finest
-      for count in reversed(c.counts)
-    ]
-    kept = min([kept, *others], key=distance)
-  if target and all(kept[c.group] == c.size for c in choices):
-    below = finest.counts[-2] if len(finest.counts) > 1 else finest.fewest
-    least = removed(kept | {finest.group: below})
-    raise UserError(
-      f'prune.target={target} of the parameters rounds to nothing pruned; the '
-      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or 0'
-    )
-  return kept

@@ -143,14 +143,20 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     return
   protected = len(config.layers) - len(plan.prunable_layers)
   pruned = plan.pruned_config.with_biases(settings.compute.config.biased)
-  print_kept(plan, show)
+  for group, kept in plan.kept_by_depth.items():
+    size = group_size(config, config.layers[0], group)
+    if len(kept) == 1:
+      show(f'{group}: {kept[0][0]:,} of {size:,} kept in each layer')
+    else:
+      counts = ', '.join(f'{count:,} in {layers}' for count, layers in kept)
+      show(f'{group}: of {size:,} kept, by depth: {counts} layers')
+  if (loops := len(plan.pruned_config.stacks)) > 3:
+    show(f'what is left has {loops} runs of equal layers, each compiled')
   show(
     f'{protected} layers protected; '
     f'{pruned.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
-    if not plan.decided and kind != 'params':
-      continue
     show(f'{kind} to remove: {_share(share)}')
   if settings.criterion.needs == 'base_grads':
     bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)
@@ -158,25 +164,6 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
       f'prune.criterion={settings.criterion.name} holds a gradient of the base '
       f'that lora does without: {bytes_more / 1e9:.2f} GB, over all devices'
     )
-
-
-def print_kept(plan: PruningPlan, show: Callable[[str], None]) -> None:
-  """What each layer will keep, or that scores will say so."""
-  config = plan.config
-  for group, kept in plan.kept_by_depth.items():
-    size = group_size(config, config.layers[0], group)
-    if not plan.decided:
-      show(
-        f'{group}: as if {kept[0][0]:,} of {size:,} were kept in each layer; '
-        'the scores at the first masking decide where'
-      )
-    elif len(kept) == 1:
-      show(f'{group}: {kept[0][0]:,} of {size:,} kept in each layer')
-    else:
-      counts = ', '.join(f'{count:,} in {layers}' for count, layers in kept)
-      show(f'{group}: of {size:,} kept, by depth: {counts} layers')
-  if (loops := len(plan.pruned_config.stacks)) > 3:
-    show(f'what is left has {loops} runs of equal layers, each compiled')
 
 
 def _share(share: dict[str, float | None]) -> str:

@@ -18,7 +18,12 @@ _SHIPPED = next(
   if folder.is_dir()
 )
 # Settings that the releases before this one had, and what to do instead.
-REMOVED: dict[str, str] = {}
+REMOVED = {
+  'prune.scope': 'leave it out; prune.layer_profile takes more from some '
+  'layers than from others',
+  'prune.blocks': 'leave it out; it belonged to prune.scope, which was '
+  'removed too',
+}
 
 
 def find_config(name: str) -> Path:

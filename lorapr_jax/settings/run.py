@@ -275,8 +275,6 @@ def split_model(
     counts = {group: tuple(n) for group, n in keep.items()}
     targets = _targets(config.prune, tensor_parallel)
     plan = PruningPlan(sizes, targets, counts) if counts else None
-    if plan and targets.scope == 'global':
-      plan = plan.undecided()
   compensation = resolve_compensation(config.prune, plan)
   if compensation and compensation.kind == BIAS:
     parts = {'heads': 'self_attn', 'channels': 'mlp'}
@@ -293,11 +291,6 @@ def _export_settings(
   if plan and not padded:
     final = plan.pruned_config.with_biases(sizes.biased)
   resolve_layout(final, export.layout)
-  if plan and not plan.decided and export.layout == 'uniform':
-    raise UserError(
-      'export.layout=uniform needs layers of one size, and prune.scope=global '
-      'decides them later: use prune.scope=layer, or export with layout auto'
-    )
   resolve_model_type(final, export.layout, export.model_type)
   return export
 

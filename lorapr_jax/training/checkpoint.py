@@ -139,12 +139,10 @@ class Saved(NamedTuple):
     step: the next step.
     cuts: of this phase, the steps before which masked groups are cut out, past
       and future ones; None if that is not decided yet.
-    keep: as `PruningPlan.keep`; None if that is not decided yet.
   """
 
   step: int
   cuts: tuple[int, ...] | None
-  keep: dict[str, tuple[int, ...]] | None
 
 
 class _Manager(ocp.CheckpointManager):
@@ -178,13 +176,8 @@ class Checkpoints:
     if step is None:
       return None
     with _reading(self._folder / str(step)):
-      known = self._manager.metadata(step).custom_metadata
-      cuts, keep = known['cuts'], known['keep']
-      return Saved(
-        step,
-        None if cuts is None else tuple(cuts),
-        keep and {group: tuple(counts) for group, counts in keep.items()},
-      )
+      cuts = self._manager.metadata(step).custom_metadata['cuts']
+      return Saved(step, None if cuts is None else tuple(cuts))
 
   def restore(
     self, saved: Saved, shapes: TrainState, place: Sharding
@@ -245,7 +238,7 @@ class Checkpoints:
       self._manager.save(
         saved.step,
         args=ocp.args.StandardSave(state),
-        custom_metadata={'cuts': saved.cuts, 'keep': saved.keep},
+        custom_metadata={'cuts': saved.cuts},
       )
 
   def __enter__(self) -> 'Checkpoints':

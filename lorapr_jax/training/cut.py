@@ -1,6 +1,5 @@
 """The cut: what is masked leaves a run's arrays, on the way or at the end."""
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -16,7 +15,6 @@ from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import (
   block_axes,
 )
-from lorapr_jax.pruning.budgets import decide
 from lorapr_jax.pruning.masks import by_stack, select_stack_masks
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.shrink import (
@@ -24,7 +22,6 @@ from lorapr_jax.pruning.shrink import (
   pad,
   shrink,
 )
-from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report.display import Display
 from lorapr_jax.settings.run import RunSettings
 from lorapr_jax.training.base import Base, kept_of
@@ -128,33 +125,13 @@ def cut_on_the_way(
   return state, base.cut(kept)
 
 
-def decide_budgets(plan: PruningPlan, importance: Any) -> PruningPlan:
-  """`budgets.decide`, by the first process for all.
-
-  Args:
-    plan: that is not decided.
-    importance: of a state of which nothing has been cut.
-  """
-  plan = decide(plan, jax.tree.map(np.asarray, importance))
-  keep = {group: np.array(counts) for group, counts in plan.keep.items()}
-  # One bit of a sum may differ between processors, and all must compile alike.
-  keep = multihost_utils.broadcast_one_to_all(keep)
-  counts = {group: tuple(kept.tolist()) for group, kept in keep.items()}
-  return dataclasses.replace(plan, keep=counts)
-
-
 def first_cuts(
   milestones: Milestones | None, shrink: str | tuple[float, ...]
 ) -> tuple[int, ...] | None:
-  """The steps before which is cut; None while that is not known.
-
-  `fastest_cuts` is to find them, or the plan is not decided.
-  """
+  """The steps before which is cut; None until `fastest_cuts` finds them."""
   if milestones is None or shrink == END:
     return ()
-  if shrink == AUTO or not milestones.plan.decided:
-    return None
-  return milestones.at(shrink)
+  return None if shrink == AUTO else milestones.at(shrink)
 
 
 def fastest_cuts(

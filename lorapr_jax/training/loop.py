@@ -17,7 +17,6 @@ from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.pruning.masks import alive_counts, by_stack, select_stack_masks
 from lorapr_jax.pruning.milestones import AUTO, END, Milestones
-from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.runtime import interrupt, processes
@@ -36,7 +35,6 @@ from lorapr_jax.training.batches import (
 )
 from lorapr_jax.training.cut import (
   cut_on_the_way,
-  decide_budgets,
   fastest_cuts,
   first_cuts,
   print_cuts,
@@ -92,14 +90,12 @@ class Trained(NamedTuple):
   Attributes:
     state: the last one.
     base: the weights, in the size of the state.
-    plan: settings.plan, decided once groups have been masked.
     cuts: the steps before which masked groups are cut out on the way; None
       while that is not known.
   """
 
   state: TrainState
   base: Base
-  plan: PruningPlan | None
   cuts: tuple[int, ...] | None
 
 
@@ -150,14 +146,11 @@ def train_phase(
   )
   resumed = resume(checkpoints, base, phase, new_state, settings, display)
   if resumed:
-    state, base, plan, cuts = resumed
-    if plan != settings.plan:
-      summary.print_kept(plan, display.print)
+    state, base, cuts = resumed
   milestones = Milestones(plan, schedule) if schedule else None
-  given = milestones and settings.shrink not in (END, AUTO)
   if not resumed:
     cuts = first_cuts(milestones, settings.shrink)
-    if given and plan.decided:
+    if milestones and settings.shrink not in (END, AUTO):
       print_cuts(cuts, display)
     state = new_state(base.compute)
     if lora is not None:
@@ -166,7 +159,7 @@ def train_phase(
   first_step, total = int(state.step), total_steps(settings)
   if first_step == phase.steps:
     checkpoints.close()
-    return Trained(state, base, plan, cuts or ())
+    return Trained(state, base, cuts or ())
   first_of_run = phase.first_step + first_step
   if processes.is_first():
     trim_metrics(workdir, first_of_run)
@@ -183,10 +176,7 @@ def train_phase(
   previous_loss = state.step
   # Of the newest batches no more than there are when masking begins.
   most = settings.compensation.batches if functions.compensate else 0
-  begin = 0
-  if milestones:
-    by_scores = plan.targets.scope == 'global'
-    begin = schedule.first_masking if by_scores else milestones.maskings[0]
+  begin = milestones.maskings[0] if milestones else 0
   newest = collections.deque(maxlen=min(most, begin + 1))
   # What a run that was not cut short would have kept at this step.
   seen = min(first_step, newest.maxlen)
@@ -205,17 +195,13 @@ def train_phase(
       if teacher:
         batch = {**batch, 'teacher': teacher(phase, step)}
       cutting = step in (cuts or ())
-      deciding = bool(plan) and not plan.decided and step == begin
-      repairing = functions.compensate and (
-        deciding or step in milestones.maskings
-      )
+      repairing = functions.compensate and step in milestones.maskings
       compiling = cutting or step == first_step or (repairing and first_repair)
-      apart_from_steps = compiling or deciding
-      if apart_from_steps:
+      if compiling:
         interrupt.wait_for(state.step)
       # Compiling holds the calls up; after that they only queue.
       with contextlib.ExitStack() as apart:
-        if apart_from_steps:
+        if compiling:
           apart.enter_context(log.paused())
           apart.enter_context(saved_by_cache.counted())
         if cutting:
@@ -242,14 +228,6 @@ def train_phase(
           results['grad_norm'],
         )
         del more  # A gradient of the base would stay through the next step.
-        if deciding:
-          interrupt.wait_for(ok)
-          plan = decide_budgets(plan, importance)
-          milestones = Milestones(plan, schedule)
-          summary.print_kept(plan, display.print)
-          cuts = first_cuts(milestones, settings.shrink)
-          if given:
-            print_cuts(cuts, display)
         masks = state.masks
         if schedule and schedule.is_pruning_step(step):
           keep = plan.keep_at(schedule.progress(step))
@@ -298,7 +276,7 @@ def train_phase(
         # Much of the first step is over once it is compiled: a record with
         # that step in it says too little of what one takes.
         timed = step >= first_step + train.log_every
-        if cuts is None and milestones.plan.decided and timed:
+        if cuts is None and timed:
           compiled = display.seconds['compile'] + saved_by_cache.total
           cuts = fastest_cuts(
             milestones, step, record['seconds'], compiled, settings
@@ -310,9 +288,8 @@ def train_phase(
         repaired = ()
         if functions.compensate:
           repaired = repaired_of(base.params, settings.compensation.leaf)
-        keep = plan.keep if plan and plan.decided else None
         checkpoints.save(
-          checkpoint.Saved(step + 1, cuts, keep),
+          checkpoint.Saved(step + 1, cuts),
           state.replace(repaired=repaired),
         )
       if stopping:
@@ -322,7 +299,7 @@ def train_phase(
       f'stopped at step {phase.first_step + int(state.step)} of {total}',
       signals.signum,
     )
-  return Trained(state, base, plan, cuts or ())
+  return Trained(state, base, cuts or ())
 
 
 def resume(
@@ -346,8 +323,8 @@ def resume(
     display: of the run.
 
   Returns:
-    What it had come to: the base cut and repaired, the plan and the cuts as far
-    as they were decided. None if there is no checkpoint.
+    What it had come to: the base cut and repaired, and the cuts. None if there
+    is no checkpoint.
 
   Raises:
     checkpoint.Damaged: if there is but one, and it cannot be read.
@@ -357,11 +334,9 @@ def resume(
     try:
       if not (saved := checkpoints.newest()):
         return None
-      size, plan = base.compute, settings.plan
-      if saved.keep:
-        plan = dataclasses.replace(plan, keep=saved.keep, decided=True)
+      size = base.compute
       if saved.cuts:
-        milestones = Milestones(plan, phase.schedule)
+        milestones = Milestones(settings.plan, phase.schedule)
         config = milestones.size_at(saved.step, saved.cuts)
         config = config.with_biases(size.config.biased)
         size = dataclasses.replace(size, config=config)
@@ -388,4 +363,4 @@ def resume(
     for array in jax.tree.leaves(repaired_of(base.params, repaired.leaf)):
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
-  return Trained(state.replace(repaired=()), base, plan, saved.cuts)
+  return Trained(state.replace(repaired=()), base, saved.cuts)

@@ -149,17 +149,8 @@ def test_json_has_what_a_target_would_leave(
   assert found['bytes'] == 2 * found['parameters']
   assert found['achieved'] == plan.sparsity(plan.keep)
   assert found['target'] == plan.targets_by_kind()
-  assert found['decided']
   if targets.unit == 'params':
     assert found['achieved']['params'] == pytest.approx(0.3, abs=0.005)
-
-
-def test_what_scores_decide_is_not_known_yet(capsys, folder):
-  flags = ('--target', '0.5', '--scope', 'global')
-  assert not inspect(capsys, folder, *flags)['plan']['decided']
-  assert main(['inspect', '--model', str(folder), *flags]) == 0
-  said = capsys.readouterr().out
-  assert 'as if 2 were kept in each layer not protected' in said
 
 
 def test_people_see_couplings_counts_bytes_and_the_plan(

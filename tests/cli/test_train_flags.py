@@ -304,7 +304,7 @@ def refusal(capsys, workdir, *argv):
     # Export.
     (
       'export.layout=uniform',
-      'prune with prune.protect=none, prune.layer_profile=1 and prune.scope',
+      'prune with prune.protect=none and prune.layer_profile=1, or export',
     ),
     ('export.layout=zip', "export.layout is 'zip': choose from auto"),
     ('export.dtype=int8', "export.dtype is 'int8'"),

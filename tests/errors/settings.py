@@ -100,21 +100,8 @@ CASES = [
       'recover.steps=5',
     )
   ),
-  tiny_override('prune.scope=model'),
-  tiny_override('prune.blocks=0'),
-  Case(
-    '`--config.prune.scope=global --config.prune.layer_profile=1,2`',
-    with_argv(*train_tiny('prune.scope=global', 'prune.layer_profile=1,2')),
-  ),
-  Case(
-    '`--config.prune.scope=global --config.prune.protect=none '
-    '--config.export.layout=uniform`',
-    with_argv(
-      *train_tiny(
-        'prune.scope=global', 'prune.protect=none', 'export.layout=uniform'
-      )
-    ),
-  ),
+  tiny_override('prune.scope=global', 'which was removed'),
+  tiny_override('prune.blocks=4', 'which was removed'),
   tiny_override('prune.compensate=wish'),
   *(
     Case(

@@ -47,35 +47,6 @@ def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
   assert list(config.layers[:3]) == layers
 
 
-def test_scores_decide_what_each_layer_keeps_when_all_go_at_once(
-  tmp_path, capsys
-):
-  arguments = [
-    *('--config=configs/tiny.py', f'--workdir={tmp_path / "run"}'),
-    *('--config.train.steps=6', '--config.prune.calibration_steps=2'),
-    *('--config.prune.order=prune_then_tune', '--config.prune.scope=global'),
-    *(
-      '--config.prune.channels_multiple_of=4',
-      '--config.export.format=hf,gguf',
-    ),
-    *('--config.mesh.data=-1', '--config.mesh.fsdp=1'),
-  ]
-  assert main(['train', *arguments]) == 0, capsys.readouterr().err
-  said = capsys.readouterr().err
-  assert 'mlp: as if 64 of 128 were kept in each layer' in said
-  layers = load_config(tmp_path / 'run' / 'export').layers
-  channels = [layer.mlp_dim for layer in layers[:3]]
-  assert len(set(channels)) > 1 and all(n % 4 == 0 for n in channels)
-  counts = ', '.join(f'{n} in 1' for n in channels)
-  assert f'mlp: of 128 kept, by depth: {counts} layers' in said
-  assert layers[3] == LayerShape(4, 2, 128)
-  summary = json.loads((tmp_path / 'run' / 'summary.json').read_text())
-  # A channel has 96 parameters, and four go at a time.
-  gone = summary['sparsity']['params']
-  left = summary['params_dense'] * (gone['target'] - gone['achieved'])
-  assert abs(left) <= 2 * 3 * 64
-
-
 @pytest.mark.parametrize(
   'parts, pruned',
   [
@@ -148,7 +119,7 @@ def test_the_dense_self_teaches_in_the_step_or_from_memory(tmp_path):
 
 def test_the_teacher_is_the_dense_model_however_the_base_changes(tmp_path):
   flags = ('train.distill=1', 'train.distill_top_k=32', 'recover.steps=3')
-  changes = ('prune.compensate=ridge', 'prune.shrink=0.3', 'prune.scope=global')
+  changes = ('prune.compensate=ridge', 'prune.shrink=0.3')
   found = losses_of(tmp_path / 'run', *flags, *changes)
   assert abs(found[0]) < 1e-5
   assert len(found) == 11 and np.all(found[-4:] > 1e-4)

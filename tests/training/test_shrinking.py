@@ -40,14 +40,6 @@ CASES = {
     *('--config.mesh.fsdp=2', '--config.mesh.tensor=2'),
     '--config.prune.compensate=bias',
   ],
-  'global': [
-    *(
-      '--config.prune.scope=global',
-      '--config.model.sizes.num_key_value_heads=8',
-    ),
-    *('--config.mesh.data=2', '--config.mesh.tensor=2'),
-    *('--config.prune.compensate=ridge', '--config.recover.steps=2'),
-  ],
   'queries': [
     *('--config.prune.heads=queries', '--config.mesh.data=2'),
     '--config.mesh.sequence=2',
@@ -142,12 +134,10 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
 SHRINK = [*RUN, *EVERY_STATE, '--config.prune.shrink=0.3,0.7']
 # What is compiled: the step for each of three sizes, and the repair for the two
 # in which something is masked.
-COMPILED = {'none': 3, 'ridge': 5, 'bias': 5, 'global': 5}
+COMPILED = {'none': 3, 'ridge': 5, 'bias': 5}
 
 
 def flags_of(kind):
-  if kind == 'global':
-    return [*flags_of('ridge'), '--config.prune.scope=global']
   return [*SHRINK, f'--config.prune.compensate={kind}']
 
 
@@ -184,8 +174,6 @@ def cut_short(workdir, copy, last):
     pytest.param('none', 0, 2, marks=pytest.mark.slow),
     *(('ridge', 0, 0), ('ridge', 0, 2), ('ridge', 1, 1)),
     ('bias', 0, 2),
-    # Before what each layer keeps is decided, and after.
-    *(('global', 0, -6), ('global', 1, 1)),
   ],
 )
 def test_a_run_cut_short_goes_on_bit_for_bit(

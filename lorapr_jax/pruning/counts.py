@@ -1,0 +1,139 @@
+"""How many of each group a layer keeps, from the share that is to go."""
+
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+import math
+from typing import NamedTuple
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.groups import kind, member_parameters
+
+
+class Choice(NamedTuple):
+  """The counts that one group may have in a prunable layer.
+
+  Attributes:
+    group: the group.
+    size: the count before pruning.
+    multiple: what every smaller count divides by.
+  """
+
+  group: str
+  size: int
+  multiple: int
+
+  @property
+  def fewest(self) -> int:
+    """The least count."""
+    return min(self.multiple, self.size)
+
+  @property
+  def counts(self) -> list[int]:
+    """All counts, ascending."""
+    below = range(self.multiple, self.size, self.multiple)
+    return [*below, self.size]
+
+  def nearest(self, kept: Fraction) -> int:
+    """The multiple nearest to `kept`, at least one of them; a tie keeps more.
+
+    `size` where that multiple is not less than `size`: nothing is pruned.
+    """
+    multiples = range(self.multiple, self.size + self.multiple, self.multiple)
+    return min(self.size, min(multiples, key=lambda c: (abs(c - kept), -c)))
+
+
+def round_share(choice: Choice, target: float) -> int:
+  """The count that is left where the share `target` goes: unit=groups.
+
+  Raises:
+    UserError: if a target that is not zero prunes nothing.
+  """
+  # A Fraction of the decimal that was written: 0.35 of 10 is 3.5, a tie.
+  kept = choice.nearest(choice.size * (1 - Fraction(repr(target))))
+  if not target or kept < choice.size:
+    return kept
+  below = choice.counts[:-1]
+  name = f'prune.{kind(choice.group)}_target'
+  if not below:
+    raise UserError(
+      f'{name}: {choice.size} in multiples of {choice.multiple} cannot be '
+      'pruned; choose a smaller multiple, another prune.heads, or target 0'
+    )
+  share = 1 - below[-1] / choice.size
+  raise UserError(
+    f'{name}={target} of {choice.size} (in multiples of '
+    f'{choice.multiple}) rounds to nothing pruned; the nearest that works '
+    f'is {share:.6f}, or 0 to leave them alone'
+  )
+
+
+def solve_parameters(
+  config: LlamaConfig, layers: int, choices: Sequence[Choice], target: float
+) -> dict[str, int]:
+  """The counts with which a share of all parameters goes: unit=params.
+
+  Every group gets the count nearest to the share at which all groups, pruned
+  alike, would meet the target. The group with the finest steps then makes up
+  the difference. Where it cannot, the counts of another group that come
+  nearest are taken.
+
+  Args:
+    config: the model before pruning; its layers are equal.
+    layers: how many of them are pruned.
+    choices: of the groups that are to be pruned.
+    target: the share.
+
+  Returns:
+    {group: the count in each pruned layer}.
+
+  Raises:
+    UserError: if the target is beyond what can be pruned, or is not zero and
+      prunes nothing.
+  """
+  dense, shape = config.num_parameters, config.layers[0]
+  cost = {c.group: member_parameters(config, shape, c.group) for c in choices}
+
+  def removed(kept: Mapping[str, float]) -> float:
+    # Every projection is linear in each group's count, so that this holds for
+    # counts that are not whole too.
+    gone = sum((c.size - kept[c.group]) * cost[c.group] for c in choices)
+    return layers * gone / dense
+
+  most = removed({c.group: c.fewest for c in choices})
+  if target > most:
+    raise UserError(
+      f'prune.target={target} of the parameters is beyond what can be pruned; '
+      f'the nearest that works is {math.floor(most * 1e4) / 1e4:.4f} (at least '
+      'one of each group is kept, embeddings and protected layers stay)'
+    )
+  # `removed` is linear in the share: one division solves it.
+  share = Fraction(target) / Fraction(removed({c.group: 0 for c in choices}))
+  finest = min(choices, key=lambda c: c.multiple / c.size)
+
+  def distance(kept: Mapping[str, int]) -> float:
+    return abs(removed(kept) - target)
+
+  def complete(coarse: Mapping[str, int]) -> dict[str, int]:
+    counts = reversed(finest.counts)
+    options = [{**coarse, finest.group: count} for count in counts]
+    return min(options, key=distance)
+
+  kept = complete({c.group: c.nearest(c.size * (1 - share)) for c in choices})
+  step = layers * finest.multiple * cost[finest.group] / dense
+  if distance(kept) > step / 2:  # The finest cannot make up the difference.
+    others = [
+      complete({**kept, c.group: count})
+      for c in choices
+      if c is not finest
+      for count in reversed(c.counts)
+    ]
+    kept = min([kept, *others], key=distance)
+  if target and all(kept[c.group] == c.size for c in choices):
+    below = finest.counts[-2] if len(finest.counts) > 1 else finest.fewest
+    least = removed(kept | {finest.group: below})
+    raise UserError(
+      f'prune.target={target} of the parameters rounds to nothing pruned; the '
+      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or 0'
+    )
+  return kept
