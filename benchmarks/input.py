@@ -17,12 +17,12 @@ import time
 import jax
 import numpy as np
 
+from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.settings.files import read_config
 from lorapr_jax.settings.run import RunSettings, split_config
 from lorapr_jax.training import steps
 from lorapr_jax.training.base import (
   Places,
-  load_base,
 )
 from lorapr_jax.training.batches import (
   device_batches,
@@ -58,7 +58,9 @@ def input_speed(settings: RunSettings, places: Places) -> float:
 def step_speed(settings: RunSettings, places: Places) -> float:
   """Tokens per second of the gradient: the median of some, once compiled."""
   step, seed = settings.compute, settings.train.seed
-  params = load_base(None, step.config, settings.base_dtype, places.base, seed)
+  params = load_or_draw(
+    None, step.config, places.base, settings.base_dtype, seed
+  )
   key = jax.random.key(seed)
   state = init_state(key, step, (), make_optimizer(1e-4))
   state = jax.device_put(state, places.state)

@@ -55,11 +55,10 @@ def measure(stage: str, folder: Path) -> None:
   import jax
   import jax.numpy as jnp
 
-  from lorapr_jax.hf.load import load_params
+  from lorapr_jax.hf.load import load_params, weight_places
   from lorapr_jax.hf.write import export_model
   from lorapr_jax.models.config import LayerShape, LlamaConfig
-  from lorapr_jax.models.trees import logical_axes, param_shapes
-  from lorapr_jax.runtime import sharding
+  from lorapr_jax.models.trees import param_shapes
 
   config = LlamaConfig(
     vocab_size=32000,
@@ -67,11 +66,8 @@ def measure(stage: str, folder: Path) -> None:
     head_dim=64,
     layers=(LayerShape(8, 4, 8192),) * 16,
   )
-  mesh = sharding.make_mesh(
-    {'data': 1, 'fsdp': jax.device_count(), 'tensor': 1}
-  )
   shapes = param_shapes(config, jnp.bfloat16)
-  places = sharding.shardings(mesh, logical_axes(config)['params'], shapes)
+  places = weight_places(config, jnp.bfloat16)
   arrays = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
   if stage == 'export':
     # Drawing random ones leaves memory behind that is freed in between.

@@ -31,12 +31,12 @@ from ml_collections import config_dict
 
 from configs import llama
 from lorapr_jax.cli.flags import parse_flags
+from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.settings.run import RunSettings, split_config
 from lorapr_jax.training import steps
 from lorapr_jax.training.base import (
   Places,
-  load_base,
 )
 from lorapr_jax.training.state import init_state
 
@@ -153,8 +153,8 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   places = Places.of(
     settings.device_mesh, size, settings.base_dtype, train.micro_batch
   )
-  params = load_base(
-    None, size.config, settings.base_dtype, places.base, train.seed
+  params = load_or_draw(
+    None, size.config, places.base, settings.base_dtype, train.seed
   )
   adamw = steps.make_optimizer(
     steps.learning_rate(train.lr_schedule, train.learning_rate, 100)

@@ -14,8 +14,8 @@ from lorapr_jax.eval import generation
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
 from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
 from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
-from lorapr_jax.hf.memory import Model, folder_and_config, in_memory
-from lorapr_jax.hf.memory import load as load
+from lorapr_jax.hf.load import Model, folder_and_config, in_memory
+from lorapr_jax.hf.load import load as load
 from lorapr_jax.models.compute import (
   Compute,
 )

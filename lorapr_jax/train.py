@@ -20,7 +20,7 @@ from lorapr_jax.export.finish import (
   pruned_model,
 )
 from lorapr_jax.gguf.vocabulary import vocabulary
-from lorapr_jax.hf.load import check_tensors
+from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.pruning.milestones import END
 from lorapr_jax.report import metrics, summary
@@ -43,7 +43,6 @@ from lorapr_jax.training.base import (
   Base,
   Places,
   kept_of,
-  load_base,
 )
 from lorapr_jax.training.batches import (
   load_data,
@@ -122,11 +121,11 @@ def run_phases(
   # is small.
   display.start('load')
   load = functools.partial(
-    load_base,
+    load_or_draw,
     settings.model_path,
     settings.compute.config,
-    settings.base_dtype,
     places.base,
+    settings.base_dtype,
     settings.train.seed,
   )
   base = Base(load(), settings.compute, places)

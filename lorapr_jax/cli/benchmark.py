@@ -10,8 +10,7 @@ from rich.table import Table
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.latency import GenerationTimes, paired_generation
-from lorapr_jax.hf import memory as model_lib
-from lorapr_jax.hf.load import load_config
+from lorapr_jax.hf.load import Model, load, load_config
 from lorapr_jax.models.compute import (
   Compute,
 )
@@ -106,7 +105,7 @@ def benchmark(
   """
   models, described = {}, {}
   for name, folder in folders.items():
-    loaded = model_lib.load(folder, dtype)
+    loaded = load(folder, dtype)
     models[name] = (
       loaded.params,
       Compute(loaded.config, dtype=loaded.dtype),
@@ -148,7 +147,7 @@ def benchmark(
   }
 
 
-def describe(folder: str, loaded: model_lib.Model) -> dict[str, Any]:
+def describe(folder: str, loaded: Model) -> dict[str, Any]:
   """A model's size, in the dtype that it runs in."""
   config: LlamaConfig = loaded.config
   each = loaded.dtype.itemsize

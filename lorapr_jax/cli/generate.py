@@ -10,18 +10,13 @@ import sys
 import time
 from typing import Any
 
-import jax
 import numpy as np
 
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import generation
-from lorapr_jax.hf.load import load_config, load_params
-from lorapr_jax.models.compute import (
-  resolve_dtype,
-)
-from lorapr_jax.models.trees import param_shapes
+from lorapr_jax.hf.load import folder_and_config, load
 
 
 def main(argv: list[str]) -> None:
@@ -33,9 +28,8 @@ def main(argv: list[str]) -> None:
   interactive = args.prompt is None and sys.stdin.isatty()
   if interactive and args.json:
     raise UserError('--json needs --prompt, or prompts on standard input')
-  dtype = resolve_dtype('--dtype', args.dtype)
-  config = load_config(args.model)
-  tokenizer = Tokenizer(args.model)
+  folder, config = folder_and_config(args.model)
+  tokenizer = Tokenizer(folder)
   chat = tokenizer.has_chat_template and not args.raw
   prompts = [] if args.prompt is None else [checked(args.prompt)]
 
@@ -49,15 +43,13 @@ def main(argv: list[str]) -> None:
 
   for prompt in prompts:
     encode([message('user', prompt)])
-  place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  places = jax.tree.map(lambda _: place, param_shapes(config, dtype))
-  params = load_params(args.model, config, places, dtype)
-  stop = generation.stop_ids(args.model)
+  model = load(args.model, args.dtype)
+  stop = generation.stop_ids(folder)
 
   def answer(messages):
     ids = encode(messages)
     tokens = generation.stream_tokens(
-      params, config, ids, sampling, stop=stop, dtype=dtype
+      model.params, config, ids, sampling, stop=stop, dtype=model.dtype
     )
     return Answer(tokenizer, ids, tokens)
 

@@ -20,7 +20,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.eval import generation
 from lorapr_jax.eval.continuations import score_continuations
-from lorapr_jax.hf.memory import Model, load
+from lorapr_jax.hf.load import Model, load
 
 # As lm_eval's `hf` has them.
 _MAX_GEN_TOKS = 256

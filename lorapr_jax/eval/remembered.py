@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from lorapr_jax.eval.perplexity import Perplexity
-from lorapr_jax.hf.load import content_hash
+from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.files import cache_dir, read_json, write_json
 from lorapr_jax.settings.run import RunSettings

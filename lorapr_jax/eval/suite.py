@@ -18,7 +18,7 @@ from lorapr_jax.data.tfds import parse_tfds
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
-from lorapr_jax.hf.memory import Model, folder_and_config, in_memory
+from lorapr_jax.hf.load import Model, folder_and_config, in_memory
 from lorapr_jax.models.compute import (
   Compute,
 )

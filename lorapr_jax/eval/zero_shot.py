@@ -13,7 +13,7 @@ from typing import Any
 from lorapr_jax.data.hub import import_datasets, readable
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
-from lorapr_jax.hf.memory import Model, folder_and_config, in_memory
+from lorapr_jax.hf.load import Model, folder_and_config, in_memory
 
 # The seven of the papers (docs/method.md, evaluation).
 PAPER_TASKS = (

@@ -11,7 +11,7 @@ from lorapr_jax.eval.generation import Sampling, stream_text
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.export import routes
-from lorapr_jax.hf.load import content_hash
+from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.hf.write import parse_size
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig, LoraConfig

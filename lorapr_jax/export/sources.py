@@ -1,6 +1,5 @@
 """A run's checkpoint, or a folder, written in any layout and format."""
 
-from collections.abc import Collection
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,17 @@ import numpy as np
 from lorapr_jax.errors import UserError
 from lorapr_jax.export import routes
 from lorapr_jax.export.finish import merge, pruned_model
-from lorapr_jax.hf.load import check_tensors, load_config, load_params
+from lorapr_jax.hf.load import (
+  check_tensors,
+  load_config,
+  load_or_draw,
+  load_params,
+  weight_places,
+)
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.trees import block_axes, logical_axes, param_shapes
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
-from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import (
@@ -33,7 +37,6 @@ from lorapr_jax.settings.run import (
 from lorapr_jax.training.base import (
   cut_params,
   kept_of,
-  load_base,
 )
 from lorapr_jax.training.checkpoint import (
   read_state,
@@ -98,7 +101,7 @@ def _of_run(
       f'{config.model.path} is not the base of {workdir}: its config.json has '
       'other sizes'
     )
-  dtype = run['resolved']['base_dtype']
+  dtype = jnp.dtype(run['resolved']['base_dtype'])
   _, quantized = resolve_base(config, plan)
   state = TrainState(**read_state(workdir, CHECKPOINTS))
   kept = kept_of(widened(state, sizes)['masks'])
@@ -109,19 +112,14 @@ def _of_run(
     path,
     sizes,
     kept,
-    dtype=dtype,
+    dtype=dtype.name,
     plan=plan,
     settings=run['config']['prune'],
   )
   _check_same_base(workdir, model)
   route.check(model)
-  params = load_base(
-    path,
-    sizes,
-    jnp.dtype(dtype),
-    _places(sizes, dtype, quantized),
-    config.train.seed,
-  )
+  places = weight_places(sizes, dtype, quantized=quantized)
+  params = load_or_draw(path, sizes, places, dtype, config.train.seed)
   params = cut_params(params, kept, sizes, quantized=quantized, delete=True)
   # Some of it may have been cut on the way.
   size = shrunk_config(sizes, kept_of(state.whole['masks']))
@@ -201,8 +199,8 @@ def _of_folder(
 ) -> tuple[routes.Model, routes.Weights]:
   model = _model_of(folder, route)
   route.check(model)
-  config, dtype = model.config, model.dtype
-  params = load_params(folder, config, _places(config, dtype), jnp.dtype(dtype))
+  config, dtype = model.config, jnp.dtype(model.dtype)
+  params = load_params(folder, config, weight_places(config, dtype), dtype)
   return model, routes.Weights(params)
 
 
@@ -250,16 +248,3 @@ def _cut_of(
       'config.json has'
     )
   return before, kept
-
-
-def _places(
-  config: LlamaConfig, dtype: str, quantized: Collection[str] = ()
-) -> Any:
-  """A sharding for every tensor: over all devices where they divide it."""
-  divides = config.embed_dim % jax.device_count() == 0
-  sizes = (1, -1, 1) if divides else (-1, 1, 1)
-  return sharding.shardings(
-    sharding.make_mesh(sharding.mesh_sizes(*sizes)),
-    logical_axes(config, quantized=quantized)['params'],
-    param_shapes(config, jnp.dtype(dtype), quantized),
-  )

@@ -1,15 +1,15 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection
+import dataclasses
 import functools
-import hashlib
+import math
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
@@ -23,11 +23,72 @@ from lorapr_jax.hf.names import (
   read_slices,
 )
 from lorapr_jax.hf.shards import DTYPES, Shards
+from lorapr_jax.models.compute import resolve_dtype
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.quantization import is_quantized, quantized
-from lorapr_jax.models.trees import param_shapes
+from lorapr_jax.models.quantization import (
+  is_quantized,
+  quantized,
+  quantized_like,
+)
+from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
+from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
-from lorapr_jax.runtime.paths import files_in, is_folder, path_of, version_of
+from lorapr_jax.runtime.paths import is_folder, path_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model in memory, on all devices of the machine.
+
+  Attributes:
+    params: its weights, a tree of arrays.
+    config: its sizes.
+    folder: where it was read, and its tokenizer lies.
+    dtype: of the weights, and of computation with them.
+  """
+
+  params: Any = dataclasses.field(repr=False)
+  config: LlamaConfig
+  folder: Path
+  dtype: Any
+
+
+def load(folder: str | Path, dtype: str = 'auto') -> Model:
+  """Reads a model from a Hugging Face folder, in parts, onto all devices.
+
+  Each device holds a part of every matrix (`fsdp`) where the width of the
+  embeddings can be divided so, and works on a part of every batch.
+
+  Args:
+    folder: a llama or mistral in safetensors, or an export.
+    dtype: float32, bfloat16, or auto: float32 on CPU, bfloat16 elsewhere.
+
+  Raises:
+    UserError: if there is no such folder or its model is not supported.
+  """
+  config = load_config(folder)
+  resolved = resolve_dtype('dtype', dtype)
+  places = weight_places(config, resolved)
+  params = load_params(folder, config, places, resolved)
+  return Model(params, config, path_of(folder), resolved)
+
+
+def folder_and_config(model: Model | str | Path) -> tuple[Path, LlamaConfig]:
+  """Where a model lies, and its sizes; no weights are read.
+
+  Raises:
+    UserError: if there is no such folder or its model is not supported.
+  """
+  if isinstance(model, Model):
+    return model.folder, model.config
+  config = load_config(model)
+  check_tensors(Shards(model), config)
+  return path_of(model), config
+
+
+def in_memory(model: Model | str | Path, dtype: str) -> Model:
+  """The model itself, or that of its folder."""
+  return model if isinstance(model, Model) else load(model, dtype)
 
 
 def load_config(folder: str | Path) -> LlamaConfig:
@@ -90,6 +151,60 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
   return list(expected)
 
 
+def weight_places(
+  config: LlamaConfig,
+  dtype: Any,
+  mesh: Mesh | None = None,
+  quantized: Collection[str] = (),
+) -> Any:
+  """Where a model's tensors lie: a `NamedSharding` for each.
+
+  Args:
+    config: the sizes.
+    dtype: of the weights.
+    mesh: None: all devices. As many as divide the width of the embeddings
+      share every matrix (`fsdp`), the rest share batches (`data`).
+    quantized: the projections that are.
+
+  Raises:
+    MeshError: for a size that the mesh does not divide.
+  """
+  if mesh is None:
+    parts = math.gcd(config.embed_dim, jax.device_count())
+    mesh = sharding.make_mesh(sharding.mesh_sizes(-1, parts, 1))
+  return sharding.shardings(
+    mesh,
+    logical_axes(config, quantized=quantized)['params'],
+    param_shapes(config, dtype, quantized),
+  )
+
+
+def load_or_draw(
+  folder: Path | None,
+  config: LlamaConfig,
+  shardings: Any,
+  dtype: Any,
+  seed: int,
+) -> Any:
+  """The weights of a folder, or random ones where there is none.
+
+  Args:
+    folder: as of `load_params`, or None.
+    config: the sizes.
+    shardings: as of `load_params`; random weights are quantised alike.
+    dtype: of the weights that are not quantised.
+    seed: of the random weights.
+  """
+  if folder:
+    return load_params(folder, config, shardings, dtype)
+
+  @functools.partial(jax.jit, out_shardings=shardings)
+  def draw(key):
+    return quantized_like(init_params(key, config, dtype), shardings)
+
+  return draw(jax.random.key(seed))
+
+
 def load_params(
   folder: str | Path, config: LlamaConfig, shardings: Any, dtype: Any
 ) -> Any:
@@ -136,30 +251,30 @@ def place_params(
   """
   shapes = param_shapes(config, dtype)
 
-  def load(key_path, leaf, sharding):
+  def place(key_path, leaf, where):
     path, layers = locate(key_path, config.stacks)
 
     def read_one(index):
       return tensor_of(hf_name(path))[index].astype(dtype, copy=False)
 
     if layers is None:
-      return jax.make_array_from_callback(leaf.shape, sharding, read_one)
+      return jax.make_array_from_callback(leaf.shape, where, read_one)
 
-    as_dtype = np.float32 if is_quantized(sharding) else dtype
+    as_dtype = np.float32 if is_quantized(where) else dtype
 
     def read_layer(layer, index):
       tensor, letters = tensor_of(hf_name(path, layer)), letters_of(path)
       layer = read_slices(tensor, leaf.shape[1:], index, letters)
       return layer.astype(as_dtype, copy=False)
 
-    if is_quantized(sharding):
-      as_read = sharding.qvalue
+    if is_quantized(where):
+      as_read = where.qvalue
       shape = jax.eval_shape(lambda x: quantized(x, path[1]), leaf)
     else:
-      as_read, shape = sharding, leaf
+      as_read, shape = where, leaf
     # On the host there is one layer at a time, on the devices nothing more.
     stack = jax.tree.map(
-      lambda place, x: _zeros(place)(x.shape, x.dtype), sharding, shape
+      lambda place, x: _zeros(place)(x.shape, x.dtype), where, shape
     )
     for row, layer in enumerate(layers):
       one = jax.make_array_from_callback(
@@ -167,18 +282,18 @@ def place_params(
         _of_a_layer(as_read),
         functools.partial(read_layer, layer),
       )
-      if is_quantized(sharding):
+      if is_quantized(where):
         one = _quantize(one, path[1])
       stack = jax.tree.map(
         lambda place, stack, x, row=row: _with_row(place)(stack, x, row),
-        sharding,
+        where,
         stack,
         one,
       )
       jax.block_until_ready(stack)
     return stack
 
-  return jax.tree_util.tree_map_with_path(load, shapes, shardings)
+  return jax.tree_util.tree_map_with_path(place, shapes, shardings)
 
 
 _quantize = jax.jit(quantized, static_argnums=1)
@@ -205,26 +320,3 @@ def _with_row(place: Sharding) -> Callable[..., jax.Array]:
     donate_argnums=0,
     out_shardings=place,
   )
-
-
-def content_hash(folder: Path) -> str:
-  """The SHA-256 of a folder's config.json and weights.
-
-  A process reads files that have not changed once.
-  """
-  paths = [folder / 'config.json', *files_in(folder, '*.safetensors')]
-  return _hashed(tuple((path.absolute(), version_of(path)) for path in paths))
-
-
-@functools.cache
-def _hashed(versions: tuple[tuple[Path, str], ...]) -> str:
-  def sha256(path: Path) -> bytes:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').digest()
-
-  digest = hashlib.sha256()
-  # A bucket gives each file at a pace of its own.
-  with ThreadPoolExecutor() as pool:
-    for each in pool.map(sha256, [path for path, _ in versions]):
-      digest.update(each)
-  return digest.hexdigest()

@@ -1,7 +1,9 @@
 """safetensors files: read by slices, written a tensor at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import read_json, write_json
-from lorapr_jax.runtime.paths import files_in, is_local, path_of
+from lorapr_jax.runtime.paths import files_in, is_local, path_of, version_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX_FILE = 'model.safetensors.index.json'
@@ -238,3 +240,26 @@ def write_file(
       values = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
       for begin in range(0, len(values), _PIECE):
         file.write(values[begin : begin + _PIECE])
+
+
+def content_hash(folder: Path) -> str:
+  """The SHA-256 of a folder's config.json and weights.
+
+  A process reads files that have not changed once.
+  """
+  paths = [folder / 'config.json', *files_in(folder, '*.safetensors')]
+  return _hashed(tuple((path.absolute(), version_of(path)) for path in paths))
+
+
+@functools.cache
+def _hashed(versions: tuple[tuple[Path, str], ...]) -> str:
+  def sha256(path: Path) -> bytes:
+    with path.open('rb') as file:
+      return hashlib.file_digest(file, 'sha256').digest()
+
+  digest = hashlib.sha256()
+  # A bucket gives each file at a pace of its own.
+  with ThreadPoolExecutor() as pool:
+    for each in pool.map(sha256, [path for path, _ in versions]):
+      digest.update(each)
+  return digest.hexdigest()

@@ -2,8 +2,6 @@
 
 from collections.abc import Collection
 import dataclasses
-import functools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +9,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lorapr_jax.errors import MeshError
-from lorapr_jax.hf.load import load_params
+from lorapr_jax.hf.load import weight_places
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.quantization import quantized_like
-from lorapr_jax.models.trees import (
-  block_axes,
-  init_params,
-  logical_axes,
-  param_shapes,
-)
+from lorapr_jax.models.trees import block_axes, param_shapes
 from lorapr_jax.pruning.shrink import Kept, kept_groups, shrink, shrunk_config
 from lorapr_jax.runtime import sharding
 
@@ -64,7 +56,7 @@ class Places(NamedTuple):
         f'of mesh.data * mesh.fsdp = {parts}'
       )
     return cls(
-      base=_base_places(mesh, compute, base_dtype),
+      base=weight_places(compute.config, base_dtype, mesh, compute.quantized),
       batch=sharding.sharding(
         mesh, ('accumulation', 'batch', 'length'), (1, *micro_batch)
       ),
@@ -77,43 +69,14 @@ class Places(NamedTuple):
     return self.state.mesh
 
 
-def _base_places(mesh: Mesh, compute: Compute, dtype: Any) -> Any:
-  config, quantized = compute.config, compute.quantized
-  return sharding.shardings(
-    mesh,
-    logical_axes(config, quantized=quantized)['params'],
-    param_shapes(config, dtype, quantized),
-  )
-
-
 def weight_shapes(mesh: Mesh, compute: Compute, dtype: Any) -> Any:
   """A `jax.ShapeDtypeStruct` with its sharding for every weight."""
+  config, quantized = compute.config, compute.quantized
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    param_shapes(compute.config, dtype, compute.quantized),
-    _base_places(mesh, compute, dtype),
+    param_shapes(config, dtype, quantized),
+    weight_places(config, dtype, mesh, quantized),
   )
-
-
-def load_base(
-  path: Path | None,
-  config: LlamaConfig,
-  dtype: Any,
-  shardings: Any,
-  seed: int,
-) -> Any:
-  """The frozen weights, sharded: from the folder, or random.
-
-  Those are quantised whose shardings are of quantised weights.
-  """
-  if path:
-    return load_params(path, config, shardings, dtype)
-
-  @functools.partial(jax.jit, out_shardings=shardings)
-  def init(key):
-    return quantized_like(init_params(key, config, dtype), shardings)
-
-  return init(jax.random.key(seed))
 
 
 class Base(NamedTuple):
@@ -140,7 +103,9 @@ class Base(NamedTuple):
     if config == self.compute.config:
       return self
     compute = dataclasses.replace(self.compute, config=config)
-    places = _base_places(self.places.mesh, compute, self.dtype)
+    places = weight_places(
+      config, self.dtype, self.places.mesh, compute.quantized
+    )
     params = cut_params(
       self.params,
       kept,

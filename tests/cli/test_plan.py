@@ -9,15 +9,13 @@ import pytest
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
 from lorapr_jax.cli.plan import show
+from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.planning import compiled
 from lorapr_jax.planning import needs as plan_lib
 from lorapr_jax.planning.topology import CHIPS, Topology
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.base import (
-  Places,
-  load_base,
-)
+from lorapr_jax.training.base import Places
 
 TINY = ['--config=configs/tiny.py', '--topology=cpu:8']
 
@@ -82,8 +80,8 @@ def test_the_shapes_are_those_of_a_run(capsys):
     settings.base_dtype,
     settings.train.micro_batch,
   )
-  base = load_base(
-    None, settings.compute.config, settings.base_dtype, places.base, 0
+  base = load_or_draw(
+    None, settings.compute.config, places.base, settings.base_dtype, 0
   )
   phase = next(plan_lib.lowered_phases(settings))
   params = phase.lowered.in_avals[0][0]

@@ -17,7 +17,7 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import zero_shot
 from lorapr_jax.eval.harness import HarnessModel, read_generation_kwargs
-from lorapr_jax.hf.memory import Model
+from lorapr_jax.hf.load import Model
 
 ROOT = Path(__file__).parents[2]
 # In lm_eval's words; each takes its data from a file beside it.

@@ -10,7 +10,7 @@ import pytest
 
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.export.finish import merge
-from lorapr_jax.hf.load import load_params
+from lorapr_jax.hf.load import load_or_draw, load_params, weight_places
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
@@ -23,13 +23,13 @@ from lorapr_jax.models.quantization import (
 )
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 from lorapr_jax.training import steps
 from lorapr_jax.training.base import (
   cut_params,
-  load_base,
 )
 
 CONFIG = LlamaConfig(
@@ -199,11 +199,7 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
     dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True)),
     jax.devices()[:devices],
   )
-  places = sharding.shardings(
-    mesh,
-    logical_axes(config, quantized=LORA_TARGETS)['params'],
-    param_shapes(config, jnp.float32, LORA_TARGETS),
-  )
+  places = weight_places(config, jnp.float32, mesh, LORA_TARGETS)
   # Quantised from what the file has, whatever the dtype of the rest.
   got = load_params(folder, config, places, jnp.dtype('bfloat16'))
   assert jax.tree.map(lambda x: x.sharding, got) == places
@@ -227,12 +223,8 @@ def test_random_weights_are_quantised_too():
   mesh = make_mesh(mesh_sizes(2, 2, 2))
 
   def base(names):
-    places = sharding.shardings(
-      mesh,
-      logical_axes(CONFIG, quantized=names)['params'],
-      param_shapes(CONFIG, jnp.float32, names),
-    )
-    return load_base(None, CONFIG, jnp.dtype('float32'), places, 3), places
+    places = weight_places(CONFIG, jnp.float32, mesh, names)
+    return load_or_draw(None, CONFIG, places, jnp.float32, 3), places
 
   (dense, _), (small, places) = base(()), base(LORA_TARGETS)
   assert jax.tree.map(lambda x: x.sharding, small) == places
@@ -251,7 +243,7 @@ def test_step_and_importance_are_those_of_the_weights_dequantised(
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   lora = random_lora(CONFIG, LORA)
   axes = tuple((s.size, CONFIG.sizes(s.shape)) for s in CONFIG.stacks)
-  masks = steps.initial_masks(('kv_heads', 'mlp'), axes)
+  masks = initial_masks(('kv_heads', 'mlp'), axes)
   batch = {
     'tokens': jnp.asarray(TOKENS)[None],
     'weights': jnp.ones((1, *TOKENS.shape)),

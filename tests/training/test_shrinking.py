@@ -10,8 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from lorapr_jax.cli.main import main
-from lorapr_jax.hf.load import load_config
-from lorapr_jax.hf.memory import load
+from lorapr_jax.hf.load import load, load_config
 from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.training.checkpoint import Checkpoints, read_state
