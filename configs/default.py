@@ -103,12 +103,11 @@ def get_config() -> config_dict.ConfigDict:
   # each device of the axes data, fsdp and sequence.
   config.train.loss_chunk = 0
   # The share of the loss that is the divergence from the dense model's
-  # predictions; the rest is that of the text (docs/alternatives.md).
+  # predictions; the rest is the loss on the text (docs/alternatives.md).
   config.train.distill = 0.0
-  # The dense model's most probable tokens, remembered from before the run, and
-  # the rest as one. 0: all tokens, in the same step; then the base must stay
-  # whole, without prune.compensate, prune.shrink and steps after the cut.
-  config.train.distill_top_k = 0
+  # With distill: how many of the dense model's most probable tokens are
+  # remembered for each token. All others count as one.
+  config.train.distill_top_k = 64
   # Of XLA, for the training step: NAME=VALUE,... beside its own defaults
   # (docs/scaling.md has what some change).
   config.train.compiler_options = ''

@@ -22,6 +22,5 @@ def get_config(name: str = 'default') -> config_dict.ConfigDict:
   config.prune.compensate = 'none'
   config.prune.layer_profile = '1'
   config.train.distill = 0.0
-  config.train.distill_top_k = 0
   config.recover.steps = 0
   return config

@@ -32,7 +32,6 @@ def get_config() -> config_dict.ConfigDict:
   config.train.seq_len = 128
   config.train.learning_rate = 1e-3
   config.train.distill = 0.5
-  config.train.distill_top_k = 64
   config.train.log_every = 2
   config.train.checkpoint_every = 30
   # Whole KV heads are coarse here: there are three. Their query heads, three

@@ -153,10 +153,15 @@ def run_phases(
 
   # --- Teacher: the dense model is asked while it is there.
   teacher = None
-  if settings.train.distill_top_k:
+  if settings.train.distill:
     display.start('teacher')
     teacher = remember_teacher(
-      base, (first, *later), settings=settings, streams=streams, workdir=workdir
+      base,
+      (first, *later),
+      top_k=settings.train.distill_top_k,
+      micro_batch_size=settings.train.micro_batch_size,
+      streams=streams,
+      workdir=workdir,
     )
 
   # --- Prune: groups are masked while LoRA trains, or at once. Where some are

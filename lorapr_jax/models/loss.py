@@ -1,10 +1,10 @@
 """The loss over chunks of tokens: the (N, V) logits never exist."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax import Array
@@ -30,17 +30,17 @@ def chunked_cross_entropy(
 ) -> Array:
   """The negative log-likelihood in nats of each token, times its weight.
 
-  With a teacher it is (1 - d) of that and d KL(teacher || model), the forward
-  Kullback-Leibler divergence of the two distributions over the vocabulary
-  (Hinton et al., arXiv 1503.02531, at temperature 1), times the weight. Of a
-  teacher's top K alone all other tokens count as one.
+  With a teacher it is (1 - d) of that and d KL(teacher || model), times the
+  weight: the forward Kullback-Leibler divergence (Hinton et al., arXiv
+  1503.02531, at temperature 1) of two distributions over K + 1 outcomes, the
+  teacher's top K tokens and all others together.
 
-  The output matrix is part of the frozen base: no gradient flows into it, so
+  The output matrix is part of the frozen base: no gradient flows into it. So
   the gradient with respect to `hidden` is known as soon as a chunk's logits
   are, and the backward pass computes no logits again.
 
   On a mesh the vocabulary is cut over the axes tensor and fsdp, once, and each
-  device multiplies its own rows alone: no chunk gathers the matrix. A chunk's
+  device multiplies only its own rows: no chunk gathers the matrix. A chunk's
   tokens are cut over data and sequence.
 
   Args:
@@ -51,8 +51,8 @@ def chunked_cross_entropy(
     chunk_size: tokens whose logits exist at the same time.
     dtype: of the products' operands; None: hidden's. Logits are in float32.
     mesh: that the arrays lie on; None: one device.
-    teacher: {'hidden': (N, D)}, which the same matrix turns into logits, or
-      {'ids': (N, K), 'log_probs': (N, K)}. No gradient flows into it.
+    teacher: {'ids': (N, K), 'log_probs': (N, K)} from `chunked_top_k`. No
+      gradient flows into it.
     distill: d.
 
   Returns:
@@ -62,11 +62,11 @@ def chunked_cross_entropy(
   places = _Places.of(mesh, chunk_size, weight.shape[0])
   weight = _output_matrix(places, weight, dtype or hidden.dtype)
 
-  def loss(hidden, *rest):
-    return _chunk_loss(places, distill, hidden, weight, *rest)
+  def loss(hidden, labels):
+    return _chunk_loss(places, distill, hidden, weight, labels)
 
-  inputs = (hidden, targets, token_weights, teacher or {})
-  return _by_chunk(places, loss, chunk_size, inputs)
+  labels = _Labels(targets, token_weights, teacher or {})
+  return _by_chunk(places, loss, chunk_size, (hidden, labels))
 
 
 def chunked_top_k(
@@ -78,7 +78,7 @@ def chunked_top_k(
   dtype: Any = None,
   mesh: Mesh | None = None,
 ) -> dict[str, Array]:
-  """{'ids', 'log_probs'}, (N, K) each, of the K most probable next tokens.
+  """The K most probable next tokens: {'ids', 'log_probs'}, (N, K) each.
 
   Args:
     hidden: (N, D).
@@ -100,13 +100,18 @@ def chunked_top_k(
   return _by_chunk(places, top, chunk_size, (hidden,))
 
 
-def _output_matrix(places, weight, dtype):
+def _output_matrix(places: '_Places', weight: Array, dtype: Any) -> Array:
   weight = jax.lax.stop_gradient(weight.astype(dtype))
   return places(weight, places.vocab, None)
 
 
-def _by_chunk(places, function, chunk_size, inputs):
-  """function(*chunk) of every chunk of tokens, all of (N, ...), as (N, ...)."""
+def _by_chunk(
+  places: '_Places',
+  function: Callable[..., Any],
+  chunk_size: int,
+  inputs: tuple[Any, ...],
+) -> Any:
+  """(N, ...): function(*chunk) for every chunk of the inputs, (N, ...) each."""
   N = inputs[0].shape[0]
   padding = -N % chunk_size
 
@@ -131,7 +136,7 @@ def _by_chunk(places, function, chunk_size, inputs):
 
 
 def in_rows(x: Array, mesh: Mesh | None) -> Array:
-  """(B, T, ...) as (N, ...), of which each device has a run of its own."""
+  """(B, T, ...) as (N, ...): each device keeps its part, as one run of rows."""
   B, T, *rest = x.shape
   rows, lengths = parts(mesh, 'batch'), parts(mesh, 'length')
   if lengths > 1:
@@ -193,58 +198,65 @@ class _Places:
     return jax.lax.with_sharding_constraint(x, place)
 
 
+class _Labels(NamedTuple):
+  """What a chunk's tokens are measured by; as of `chunked_cross_entropy`."""
+
+  targets: Array
+  weights: Array
+  teacher: Mapping[str, Array]
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunk_loss(
-  places, distill, hidden, weight, targets, token_weights, taught
-):
-  return _loss_and_error(
-    places, distill, hidden, weight, targets, token_weights, taught
-  )[0]
+  places: _Places,
+  distill: float,
+  hidden: Array,
+  weight: Array,
+  labels: _Labels,
+) -> Array:
+  return _loss_and_error(places, distill, hidden, weight, labels)[0]
 
 
 def _loss_and_error(
-  places, distill, hidden, weight, targets, token_weights, taught
-):
+  places: _Places,
+  distill: float,
+  hidden: Array,
+  weight: Array,
+  labels: _Labels,
+) -> tuple[Array, Array]:
+  """The loss (N,), and its gradient with respect to the logits (N, V)."""
   logits = _logits(places, hidden, weight)
   top = jnp.max(logits, axis=-1, keepdims=True)
   total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
-  target = jnp.take_along_axis(logits, targets[:, None], axis=-1)
+  target = jnp.take_along_axis(logits, labels.targets[:, None], axis=-1)
   log_total = jnp.log(total) + top
   loss = (log_total - target)[:, 0]
   softmax = jnp.exp(logits - log_total)
   # By a comparison: a scatter would copy the logits.
-  one_hot = targets[:, None] == jnp.arange(weight.shape[0])
+  one_hot = labels.targets[:, None] == jnp.arange(weight.shape[0])
   error = softmax - one_hot
-  if taught:
-    if 'hidden' in taught:
-      teacher = _logits(places, taught['hidden'], weight)
-      distance, pull = _divergence(teacher, logits - log_total, softmax)
-    else:
-      distance, pull = _divergence_of_top(
-        taught['ids'], taught['log_probs'], logits - log_total, softmax
-      )
+  if labels.teacher:
+    distance, pull = _divergence(labels.teacher, logits - log_total, softmax)
     loss = (1 - distill) * loss + distill * distance
     error = (1 - distill) * error + distill * pull
-  return loss * token_weights, error * token_weights[:, None]
+  return loss * labels.weights, error * labels.weights[:, None]
 
 
-def _divergence(teacher, log_softmax, softmax):
-  """KL(p || q), and its gradient with respect to q's logits: q - p."""
-  log_p = jax.nn.log_softmax(teacher)
-  p = jnp.exp(log_p)
-  return jnp.sum(p * (log_p - log_softmax), axis=-1), softmax - p
+def _divergence(
+  teacher: Mapping[str, Array], log_softmax: Array, softmax: Array
+) -> tuple[Array, Array]:
+  """KL(p || q) (N,), and its gradient with respect to q's logits (N, V).
 
-
-def _divergence_of_top(ids, log_p, log_softmax, softmax):
-  """The same, where all tokens outside the top K are one, of probability r.
-
-  The gradient is q - p in the top K and (1 - r_p / r_q) q outside.
+  p is the teacher's distribution and q the model's. All tokens outside the top
+  K are one outcome, of probability r. The gradient is q - p for a token of the
+  top K, and (1 - r_p / r_q) q for one outside.
   """
+  ids, log_p = teacher['ids'], teacher['log_probs']
   p, log_q = jnp.exp(log_p), jnp.take_along_axis(log_softmax, ids, axis=-1)
   q, rows = jnp.exp(log_q), jnp.arange(len(ids))[:, None]
   outside = softmax.at[rows, ids].set(0)
   rest_q = jnp.maximum(jnp.sum(outside, axis=-1, keepdims=True), 1e-30)
-  # What rounding leaves of a rest that is nothing.
+  # At least what rounding may leave where the teacher has no rest.
   rest_p = jnp.maximum(1 - jnp.sum(p, axis=-1, keepdims=True), 1e-6)
   distance = jnp.sum(p * (log_p - log_q), axis=-1, keepdims=True)
   distance += rest_p * (jnp.log(rest_p) - jnp.log(rest_q))
@@ -252,7 +264,7 @@ def _divergence_of_top(ids, log_p, log_softmax, softmax):
   return distance[:, 0], pull
 
 
-def _logits(places, hidden, weight):
+def _logits(places: _Places, hidden: Array, weight: Array) -> Array:
   hidden = places(hidden, places.tokens, None)
   logits = _product('ND,VD->NV', hidden, weight)
   return places(logits, places.tokens, places.vocab)
@@ -264,16 +276,15 @@ def _product(spec: str, x: Array, weight: Array) -> Array:
   )
 
 
-def _chunk_forward(places, distill, hidden, *rest):
-  weight, *_ = rest
-  loss, error = _loss_and_error(places, distill, hidden, *rest)
+def _chunk_forward(places, distill, hidden, weight, labels):
+  loss, error = _loss_and_error(places, distill, hidden, weight, labels)
   grad = _product('NV,VD->ND', error, weight).astype(hidden.dtype)
   return loss, places(grad, places.rows, None)
 
 
 def _chunk_backward(places, distill, grad_hidden, grad_loss):
   grad = grad_hidden * grad_loss[:, None].astype(grad_hidden.dtype)
-  return grad, None, None, None, None
+  return grad, None, None
 
 
 _chunk_loss.defvjp(_chunk_forward, _chunk_backward)

@@ -259,8 +259,6 @@ def _ideal_step_flops(settings: RunSettings, needs: str | None) -> float:
   if needs == 'base_grads':  # Of the layers alone.
     layers = forward_flops_per_token(config, seq_len, with_logits=0.0)
     flops += layers - attention
-  if settings.compute.distill and not settings.train.distill_top_k:
-    flops += forward + attention
   return settings.train.batch_size * seq_len * flops
 
 
@@ -311,7 +309,7 @@ def batch_shapes(settings: RunSettings, places: Places) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=places.batch)
 
   batch = {name: of(shape, dtype) for name, dtype in names.items()}
-  if train.distill_top_k:
+  if train.distill:
     top = (*shape, train.distill_top_k)
     batch['teacher'] = {
       'ids': of(top, jnp.int32),

@@ -187,7 +187,8 @@ def split_config(
         devices[0],
         mesh['sequence'],
       )
-  _check_teacher(config, plan, sizes)
+  if train.distill:
+    _check_teacher(train, prune.order, sizes.vocab_size)
   criterion = Criterion(
     name=prune.criterion,
     score=prune.score,
@@ -402,37 +403,19 @@ def resolve_compensation(
   return compensation if plan and prune.compensate != NONE else None
 
 
-def _check_teacher(
-  config: config_dict.ConfigDict, plan: PruningPlan | None, sizes: LlamaConfig
-) -> None:
-  """The dense model must be there when it is asked."""
-  train, prune = config.train, config.prune
-  if train.distill_top_k >= sizes.vocab_size:
+def _check_teacher(train: TrainSettings, order: str, vocab_size: int) -> None:
+  """Refuses distillation that would teach nothing."""
+  if train.distill_top_k >= vocab_size:
     raise UserError(
       f'train.distill_top_k is {train.distill_top_k}, and the model has '
-      f'{sizes.vocab_size} tokens: choose fewer, such as 64'
+      f'{vocab_size} tokens: choose fewer, such as 64'
     )
-  if train.distill == 1 and prune.order != 'joint':
+  if train.distill == 1 and order != 'joint':
     raise UserError(
-      f'train.distill=1 with prune.order={prune.order}: while importance is '
+      f'train.distill=1 with prune.order={order}: while importance is '
       'measured the model is its own teacher, and gradients are zero: use a '
       'smaller share'
     )
-  if not train.distill or train.distill_top_k:
-    return
-  changes = {
-    f'prune.compensate={prune.compensate}': resolve_compensation(prune, plan),
-    f'prune.shrink={prune.shrink}': _shrink(prune, plan) != END,
-    f'prune.order={prune.order}': prune.order == 'prune_then_tune',
-    f'recover.steps={config.recover.steps}': config.recover.steps,
-  }
-  for setting, is_so in changes.items():
-    if is_so:
-      raise UserError(
-        f'train.distill={train.distill} asks the dense model in every step, '
-        f'and {setting} changes its weights: remember what it says with '
-        'train.distill_top_k=64'
-      )
 
 
 def _lora_targets(names: str) -> tuple[str, ...]:

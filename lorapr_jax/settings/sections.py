@@ -66,10 +66,13 @@ class TrainSettings:
       raise UserError(
         f'train.distill is {self.distill}: a share of the loss, from 0 to 1'
       )
-    if self.distill_top_k < 0 or (self.distill_top_k and not self.distill):
+    if self.distill_top_k < 0:
       raise UserError(
-        f'train.distill_top_k is {self.distill_top_k}: 0, or a number of '
-        'tokens, with train.distill'
+        f'train.distill_top_k is {self.distill_top_k}: it must be positive'
+      )
+    if self.distill and not self.distill_top_k:
+      raise UserError(
+        'train.distill_top_k=0 was removed: use train.distill_top_k=64'
       )
     if not math.isfinite(self.learning_rate):
       raise UserError('train.learning_rate is inf: it must be finite')

@@ -18,7 +18,6 @@ from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.models.compute import (
   Compute,
   compiler_options,
-  run_model,
   token_losses,
 )
 from lorapr_jax.models.quantization import dequantized
@@ -49,12 +48,11 @@ def make_lora_gradients(
 
   `batch` is {'tokens', 'weights'}, with 'segments' where documents share a
   window, each (M, B, T): M micro-batches whose gradients are summed inside, so
-  that one micro-batch's activations exist at a time. The loss is the mean over
-  all the batch's target tokens. Under settings.distill the batch's 'teacher',
-  (M, B, T, ...), is that of `token_losses`, and without one the base alone is:
-  no adapters, no masks. `grads` has the structure of `lora`, clipped to
-  `clip_norm`; `metrics` has `loss` and `grad_norm` (before clipping). `more` is
-  {} or, if `needs` is
+  that one micro-batch's activations exist at a time. With settings.distill it
+  also has 'teacher', (M, B, T, ...), for `token_losses`. The loss is the mean
+  over all the batch's target tokens. `grads` has the structure of `lora`,
+  clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
+  clipping). `more` is {} or, if `needs` is
 
     'base_grads'  {'base_grads': the gradients of `projections(params)`, in
                   float32, scaled as `grads` were by the clipping}
@@ -80,22 +78,15 @@ def make_lora_gradients(
       stacks = tuple(
         stack | new for stack, new in zip(params['stacks'], base, strict=True)
       )
-      run = {
-        'mesh': mesh_of(out_sharding),
-        'segments': micro.get('segments'),
-        'matmul_dtype': settings.matmul_dtype,
-      }
-      teacher = micro.get('teacher')
-      if settings.distill and teacher is None:
-        hidden, _ = run_model(params, micro['tokens'], settings, **run)
-        teacher = {'hidden': hidden}
       losses, observed = token_losses(
         {**params, 'stacks': stacks},
         micro['tokens'],
         micro['weights'],
         settings,
-        **run,
-        teacher=teacher,
+        mesh=mesh_of(out_sharding),
+        segments=micro.get('segments'),
+        matmul_dtype=settings.matmul_dtype,
+        teacher=micro['teacher'] if settings.distill else None,
         lora=trained['lora'],
         masks=masks,
         dropout_key=key if use_dropout else None,

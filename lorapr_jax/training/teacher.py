@@ -1,8 +1,8 @@
-"""Distillation from the dense self where the base changes: its top K, kept.
+"""Distillation: the dense model's K most probable tokens, remembered.
 
-Repairs, cuts on the way and all that comes after the cut leave no dense model
-to ask. So it is asked first, and what it says of every token of the steps to
-come waits in the host's memory: 8 K bytes a token.
+Repairs and cuts change the base, so that no dense model is left to ask later.
+It is asked before the first step. What it predicts for every token of the
+steps to come waits in the host's memory: 8 K bytes a token.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,14 +22,11 @@ from lorapr_jax.models.compute import (
 from lorapr_jax.models.loss import chunked_top_k, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import mesh_of
 from lorapr_jax.settings.phases import Phase
-from lorapr_jax.settings.run import RunSettings
-from lorapr_jax.training.base import (
-  Base,
-)
+from lorapr_jax.training.base import Base
 from lorapr_jax.training.batches import device_batches
 from lorapr_jax.training.checkpoint import saved_steps
 
-# (phase, step) -> what its batch is taught.
+# (phase, step) -> the 'teacher' of its batch.
 Teacher = Callable[[Phase, int], dict[str, Array]]
 
 
@@ -37,31 +34,33 @@ def remember_teacher(
   base: Base,
   phases: Sequence[Phase],
   *,
-  settings: RunSettings,
+  top_k: int,
+  micro_batch_size: int,
   streams: Mapping[str, Callable[..., Any]],
   workdir: Path,
 ) -> Teacher:
-  """What the dense model says of every batch that is still to come.
+  """Asks the dense model about every batch that is still to come.
 
   Args:
     base: the dense weights.
     phases: of the run, in order.
-    settings: of the run.
-    streams: {spec: the function of `batches`}.
-    workdir: of the run, whose checkpoints say what is done.
+    top_k: K.
+    micro_batch_size: B.
+    streams: {spec: the function of `batches`}, from `load_data`.
+    workdir: of the run. Its checkpoints say which steps are done.
 
   Returns:
     (phase, step) -> a batch's 'teacher': {'ids', 'log_probs'}, (M, B, T, K).
-    Each is given once.
+    Each is given once, and then forgotten.
   """
-  top, known = make_top_tokens(base, settings), {}
+  top, known = make_top_tokens(base, top_k), {}
   for phase in phases:
     # The newest checkpoint may be damaged, and the one before it is used.
     first = min(saved_steps(workdir / phase.checkpoints), default=0)
     batches = device_batches(
       streams[phase.data],
       base.places.batch,
-      settings.train.micro_batch_size,
+      micro_batch_size,
       range(phase.first_batch + first, phase.first_batch + phase.steps),
     )
     with batches as stream:
@@ -79,26 +78,26 @@ def remember_teacher(
 
 
 def make_top_tokens(
-  base: Base, settings: RunSettings
+  base: Base, top_k: int
 ) -> Callable[[Any, Any], dict[str, Array]]:
   """The jitted (params, batch) -> {'ids', 'log_probs'}, (M, B, T, K) each."""
-  step, mesh = base.compute, mesh_of(base.places.state)
+  compute, mesh = base.compute, mesh_of(base.places.state)
 
   def of_one(params: Any, micro: Any) -> dict[str, Array]:
     hidden, _ = run_model(
       params,
       micro['tokens'],
-      step,
+      compute,
       mesh=mesh,
       segments=micro.get('segments'),
-      matmul_dtype=step.matmul_dtype,
+      matmul_dtype=compute.matmul_dtype,
     )
     found = chunked_top_k(
       in_rows(hidden, mesh),
       decoder.output_weight(params),
-      settings.train.distill_top_k,
-      step.loss_chunk,
-      dtype=step.matmul_dtype,
+      top_k,
+      compute.loss_chunk,
+      dtype=compute.matmul_dtype,
       mesh=mesh,
     )
     shape = micro['tokens'].shape

@@ -71,7 +71,7 @@ CASES = [
   tiny_override('prune.layer_profile=1,1,1,1', 'of a model with 4 layers'),
   tiny_override('prune.layer_profile=0,1,3', 'with prune.target=0.5'),
   tiny_override('train.distill=2'),
-  tiny_override('train.distill_top_k=8', 'without train.distill'),
+  tiny_override('train.distill_top_k=-1'),
   Case(
     '`--config.train.distill=1 --config.prune.order=none`',
     with_argv(*train_tiny('train.distill=1', 'prune.order=none')),
@@ -81,24 +81,7 @@ CASES = [
       f'`--config.train.distill=0.5 --config.{more}`',
       with_argv(*train_tiny('train.distill=0.5', more)),
     )
-    for more in (
-      *('train.distill_top_k=256', 'prune.compensate=ridge'),
-      'prune.compensate=bias',
-    )
-  ),
-  *(
-    Case(
-      '`--config.train.distill=0.5 --config.prune.compensate=none '
-      f'--config.{more}`',
-      with_argv(
-        *train_tiny('train.distill=0.5', 'prune.compensate=none', more)
-      ),
-    )
-    for more in (
-      'prune.shrink=auto',
-      'prune.order=prune_then_tune',
-      'recover.steps=5',
-    )
+    for more in ('train.distill_top_k=256', 'train.distill_top_k=0')
   ),
   tiny_override('prune.scope=global', 'which was removed'),
   tiny_override('prune.blocks=4', 'which was removed'),
