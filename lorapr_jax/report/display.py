@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import contextlib
-from datetime import timedelta
 import logging
 import time
 from typing import Any
@@ -14,25 +13,37 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from lorapr_jax.report import units
+from lorapr_jax.runtime.time_left import TimeLeft
+
 
 class Display(contextlib.AbstractContextManager):
-  """Phases with the time spent in each, the loop's progress, and warnings.
+  """Shows the phases of a run, the progress of its steps, and warnings.
 
-  On a terminal a panel is kept up to date in place; elsewhere each phase and
-  each logged step is a line. What the package's modules log as warnings in
-  the meantime is printed, and kept for the summary.
+  On a terminal it draws a panel and updates it in place. Elsewhere it prints a
+  line for each phase and for each logged step. It prints the warnings that the
+  package's modules log meanwhile, and keeps them for the summary.
 
   Attributes:
-    seconds: spent in each phase that has ended.
-    warnings: each once.
+    seconds: the time spent in each phase that has ended.
+    warnings: each warning once.
   """
 
   def __init__(self, console: Console, title: str, steps: int, hint: str = ''):
-    """A run of `steps` steps; `title` is the panel's, `hint` goes with each."""
+    """For a run.
+
+    Args:
+      console: where to print.
+      title: of the panel.
+      steps: of the whole run.
+      hint: a line that is shown with every logged step.
+    """
     self.seconds: dict[str, float] = {}
     self.warnings: list[str] = []
     self._console, self._title, self._steps = console, title, steps
     self._hint = hint
+    self._left = TimeLeft(steps)
+    self._compiled = False
     self._phase: str | None = None
     self._begin = 0.0
     self._step: int | None = None
@@ -63,6 +74,7 @@ class Display(contextlib.AbstractContextManager):
     """Ends the phase before and starts this one."""
     self.stop()
     self._begin, self._phase = time.perf_counter(), phase
+    self._compiled = self._compiled or phase == 'compile'
     if not self._live:
       self.print(phase)
 
@@ -78,22 +90,27 @@ class Display(contextlib.AbstractContextManager):
       memory_bytes: the largest use so far.
     """
     self._step = int(record['step']) + 1
-    left = timedelta(
-      seconds=round(record['seconds'] * (self._steps - self._step))
-    )
+    self._left.add(self._step, record['seconds'], compiled=self._compiled)
+    self._compiled = False
     quality = f'loss {record["loss"]:.3f}'
     if 'perplexity' in record:
       quality += f'  perplexity {record["perplexity"]:.2f}'
-    self._lines = [
-      f'{quality}  heads -{record["heads_sparsity"]:.1%}  '
-      f'channels -{record["channels_sparsity"]:.1%}  '
-      f'parameters kept {record["params_kept"]:.1%}',
+    cost = (
       f'{record["tokens_per_second"]:,.0f} tokens/s  '
-      f'memory {memory_bytes / 1e9:.2f} GB  {left} left',
+      f'memory {memory_bytes / 1e9:.2f} GB'
+    )
+    if left := self._left.seconds():
+      cost += f'  {units.duration(left)} left'
+    self._lines = [
+      quality,
+      f'pruned: heads {record["heads_sparsity"]:.1%}, '
+      f'channels {record["channels_sparsity"]:.1%}, '
+      f'parameters {1 - record["params_kept"]:.1%}',
+      cost,
       *([self._hint] if self._hint else []),
     ]
     if not self._live:
-      self.print(f'{self._step}/{self._steps}  ' + '  '.join(self._lines))
+      self.print('  '.join([self._progress(), *self._lines]))
 
   def print(self, text: str) -> None:
     """A line of its own, above the panel."""
@@ -123,6 +140,9 @@ class Display(contextlib.AbstractContextManager):
       times[self._phase] = times.get(self._phase, 0.0) + spent
     return times
 
+  def _progress(self) -> str:
+    return f'step {self._step} of {self._steps}'
+
   def _panel(self) -> RenderableType:
     """The panel as it is now; called in a thread of its own."""
     phase = self._phase
@@ -137,7 +157,7 @@ class Display(contextlib.AbstractContextManager):
       progress.add_column(no_wrap=True)
       progress.add_column(ratio=1)
       progress.add_row(
-        f'step {self._step} of {self._steps}',
+        self._progress(),
         ProgressBar(total=self._steps, completed=self._step),
       )
       parts += [progress, *(Text(line) for line in self._lines)]

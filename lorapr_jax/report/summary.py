@@ -146,14 +146,19 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   for group, kept in plan.kept_by_depth.items():
     size = group_size(config, config.layers[0], group)
     if len(kept) == 1:
-      show(f'{group}: {kept[0][0]:,} of {size:,} kept in each layer')
+      show(
+        f'{group}: {kept[0][0]:,} of {size:,} kept in each layer not protected'
+      )
     else:
       counts = ', '.join(f'{count:,} in {layers}' for count, layers in kept)
-      show(f'{group}: of {size:,} kept, by depth: {counts} layers')
+      show(
+        f'{group}: kept of {size:,}, from the first layers not protected to '
+        f'the last: {counts}'
+      )
   if (loops := len(plan.pruned_config.stacks)) > 3:
-    show(f'what is left has {loops} runs of equal layers, each compiled')
+    show(f'what is left has {loops} stacks of equal layers, each compiled')
   show(
-    f'{protected} layers protected; '
+    f'{protected} of {len(config.layers)} layers protected (prune.protect); '
     f'{pruned.num_parameters:,} parameters will be left'
   )
   for kind, share in sparsity_report(plan).items():
@@ -161,8 +166,8 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
   if settings.criterion.needs == 'base_grads':
     bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)
     show(
-      f'prune.criterion={settings.criterion.name} holds a gradient of the base '
-      f'that lora does without: {bytes_more / 1e9:.2f} GB, over all devices'
+      f'prune.criterion={settings.criterion.name} keeps gradients of the base '
+      f'in memory: {bytes_more / 1e9:.2f} GB more over all devices than lora'
     )
 
 
@@ -261,7 +266,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_column(column, justify='right' if column else 'left')
 
   def row(name, dense, pruned, form):
-    change = f'{pruned / dense - 1:+.1%}'
+    change = f'{pruned / dense - 1:+z.1%}'
     table.add_row(name, form.format(dense), form.format(pruned), change)
 
   row('parameters', summary['params_dense'], summary['params_pruned'], '{:,}')
@@ -274,7 +279,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     if 'cut' in summary['perplexity']:
       cut = summary['perplexity']['cut']['value']
       row(
-        '... before what was trained after the cut',
+        'perplexity right after the cut',
         dense['value'],
         cut,
         '{:.2f}',

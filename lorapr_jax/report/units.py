@@ -60,4 +60,4 @@ def change(before: float, after: float) -> str:
     return '–'
   if before == after:
     return '0%'
-  return f'{after / before - 1:+.1%}'.replace('-', '\N{MINUS SIGN}')
+  return f'{after / before - 1:+z.1%}'.replace('-', '\N{MINUS SIGN}')

@@ -44,8 +44,9 @@ def test_elsewhere_each_phase_and_each_logged_step_is_a_line(display):
   assert out.getvalue() == (
     'data\n'
     'prune\n'
-    '12/60  loss 3.210  heads -25.0%  channels -12.5%  '
-    'parameters kept 90.0%  1,234 tokens/s  memory 2.44 GB  0:04:48 left\n'
+    'step 12 of 60  loss 3.210  '
+    'pruned: heads 25.0%, channels 12.5%, parameters 10.0%  '
+    '1,234 tokens/s  memory 2.44 GB  4 min 48 s left\n'
   )
 
 
@@ -53,7 +54,29 @@ def test_a_perplexity_is_shown_where_there_is_one(display):
   shown, out = display(terminal=False)
   with shown:
     shown.show(RECORD | {'perplexity': 41.5}, 0)
-  assert '12/60  loss 3.210  perplexity 41.50  heads' in out.getvalue()
+  assert 'of 60  loss 3.210  perplexity 41.50  pruned' in out.getvalue()
+
+
+def test_a_share_of_nothing_has_no_sign(display):
+  shown, out = display(terminal=False)
+  nothing = {'heads_sparsity': 0.0, 'channels_sparsity': 0.0, 'params_kept': 1}
+  with shown:
+    shown.show(RECORD | nothing, 0)
+  assert 'pruned: heads 0.0%, channels 0.0%, parameters 0.0%' in out.getvalue()
+  assert '-' not in out.getvalue()
+
+
+def test_no_time_is_left_at_the_end_or_known_while_it_compiles(display):
+  shown, out = display(terminal=False)
+  with shown:
+    shown.start('compile')
+    shown.start('prune')
+    shown.show(RECORD, 0)
+    shown.show(RECORD | {'step': 13, 'seconds': 2.0}, 0)
+    shown.show(RECORD | {'step': 59, 'seconds': 2.0}, 0)
+  compiled, timed, last = out.getvalue().splitlines()[2:]
+  assert 'left' not in compiled and 'left' not in last
+  assert timed.endswith('  1 min 32 s left')
 
 
 def test_on_a_terminal_a_panel_is_drawn_in_place(display):
@@ -70,9 +93,11 @@ def test_on_a_terminal_a_panel_is_drawn_in_place(display):
   assert lines[0] == 'a [model]'
   assert lines[1] == 'compile 0 s  prune 0 s'
   assert 'step 12 of 60' in lines[2]
-  assert lines[3].endswith('parameters kept 90.0%')
-  assert lines[4] == '1,234 tokens/s  memory 2.44 GB  0:04:48 left'
-  assert 'stopping after this step' in lines[5]
+  assert lines[3] == 'loss 3.210'
+  assert lines[4] == 'pruned: heads 25.0%, channels 12.5%, parameters 10.0%'
+  # The first step took long to compile: it does not say how long others take.
+  assert lines[5] == '1,234 tokens/s  memory 2.44 GB'
+  assert 'stopping after this step' in lines[6]
   assert Text.from_ansi(out.getvalue()).plain.count('above [it]\n') == 1
 
 

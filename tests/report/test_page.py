@@ -295,4 +295,5 @@ def test_changes():
   assert units.change(100, 70.1) == '−29.9%'
   assert units.change(100, 268.5) == '+168.5%'
   assert units.change(7, 7) == '0%'
+  assert units.change(1e6, 1e6 - 1) == '+0.0%'
   assert units.change(0, 7) == units.change(7, float('nan')) == '–'

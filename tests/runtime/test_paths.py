@@ -250,7 +250,7 @@ def test_a_run_in_gs_that_was_killed_goes_on_as_undisturbed(
   env = store | {'LORAPR_CACHE': str(tmp_path / 'cache')}
   killed = start('gs://bucket/run', settings, **env)
   for line in killed.stderr:
-    if line.startswith('35/60'):
+    if line.startswith('step 35 of 60'):
       break
   killed.kill()
   killed.communicate()
