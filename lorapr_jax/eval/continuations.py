@@ -35,11 +35,11 @@ _log = logging.getLogger(__name__)
 
 
 class Score(NamedTuple):
-  """Of a continuation.
+  """How likely a continuation is.
 
   Attributes:
-    log_likelihood: of all its tokens, in nats.
-    is_greedy: whether each of them is the likeliest.
+    log_likelihood: the sum over its tokens, in nats.
+    is_greedy: whether each of its tokens is the likeliest one.
   """
 
   log_likelihood: float
@@ -86,10 +86,10 @@ def score_continuations(
   *,
   dtype: Any,
   batch_size: int,
-) -> Iterator[tuple[int, Score]]:
-  """(index of the pair, its score), the longest first.
+) -> Iterator[dict[int, Score]]:
+  """Scores the pairs, a batch at a time, the longest ones first.
 
-  A context that is too long loses its beginning; a warning counts them.
+  A context that is too long loses its beginning; a warning says how many do.
 
   Args:
     params: the weights. On a mesh, its data and fsdp axes share each batch.
@@ -97,6 +97,9 @@ def score_continuations(
     pairs: (ids of a context, ids that follow), neither empty.
     dtype: of the computation.
     batch_size: rows at a time; raised to a multiple of these axes.
+
+  Yields:
+    {index of a pair: its score}, for each batch.
 
   Raises:
     UserError: for a pair with nothing in it, with ids that the model does not
@@ -116,8 +119,10 @@ def score_continuations(
     ]
     most = max(len(row.targets) for row in batch)
     scores = score(params, most, *jax.device_put(arrays, place))
-    for row, *found in zip(batch, *map(np.asarray, scores), strict=False):
-      yield from _split(row, *found)
+    found: dict[int, Score] = {}
+    for row, *values in zip(batch, *map(np.asarray, scores), strict=False):
+      found.update(_split(row, *values))
+    yield found
 
 
 def _rows(pairs, config) -> list[_Row]:

@@ -4,6 +4,8 @@ Importing this imports lm_eval, an optional extra; see eval/zero_shot.py.
 """
 
 from collections.abc import Sequence
+import contextlib
+import time
 from typing import Any
 
 import jinja2
@@ -21,6 +23,7 @@ from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.eval import generation
 from lorapr_jax.eval.continuations import score_continuations
 from lorapr_jax.hf.load import Model, load
+from lorapr_jax.runtime.time_left import TimeLeft
 
 # As lm_eval's `hf` has them.
 _MAX_GEN_TOKS = 256
@@ -30,6 +33,38 @@ _MAX_GEN_TOKS_NAMES = (
   'max_tokens',
   'max_completion_tokens',
 )
+
+# tqdm's own, but for its time left and its rate.
+_BAR_FORMAT = '{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]'
+
+
+class Progress(contextlib.AbstractContextManager):
+  """A bar with the requests that are done, and the time that is left.
+
+  The first batch includes compiling, so the time is shown once there is a
+  second.
+  """
+
+  def __init__(self, title: str, total: int, hidden: bool):
+    """A bar for `total` requests."""
+    self._bar = tqdm(
+      desc=title, total=total, disable=hidden, bar_format=_BAR_FORMAT
+    )
+    self._left = TimeLeft(total)
+    self._done, self._time = 0, time.perf_counter()
+
+  def __exit__(self, *_: Any) -> None:
+    self._bar.close()
+
+  def add(self, count: int) -> None:
+    """Says that a batch of so many requests is done."""
+    first, self._done = not self._done, self._done + count
+    before, self._time = self._time, time.perf_counter()
+    self._left.add(self._done, (self._time - before) / count, compiled=first)
+    if (left := self._left.seconds()) is not None:
+      text = f'{tqdm.format_interval(left)} left'
+      self._bar.set_postfix_str(text, refresh=False)
+    self._bar.update(count)
 
 
 @register_model('lorapr')
@@ -143,14 +178,14 @@ class HarnessModel(TemplateLM):
       batch_size=self._batch_size,
     )
     results: list[Any] = [None] * len(requests)
-    progress = tqdm(
-      scores, 'log-likelihoods', total=len(requests), disable=disable_tqdm
-    )
-    for i, score in progress:
-      results[i] = tuple(score)
-      # Those of a rolling window have no text of their own.
-      if (text := requests[i][0]) is not None:
-        self.cache_hook.add_partial('loglikelihood', text, results[i])
+    with Progress('log-likelihoods', len(requests), disable_tqdm) as progress:
+      for batch in scores:
+        for i, score in batch.items():
+          results[i] = tuple(score)
+          # Those of a rolling window have no text of their own.
+          if (text := requests[i][0]) is not None:
+            self.cache_hook.add_partial('loglikelihood', text, results[i])
+        progress.add(len(batch))
     return results
 
   def loglikelihood_rolling(
@@ -181,12 +216,13 @@ class HarnessModel(TemplateLM):
   ) -> list[str]:
     """What follows each context, up to a stop sequence or EOS."""
     texts = []
-    progress = tqdm(requests, 'generations', disable=disable_tqdm)
-    for i, request in enumerate(progress):
-      context, settings = request.args
-      # Repeated draws from the same context differ.
-      texts.append(self._generate(context, settings, seed=i))
-      self.cache_hook.add_partial('generate_until', request.args, texts[-1])
+    with Progress('generations', len(requests), disable_tqdm) as progress:
+      for i, request in enumerate(requests):
+        context, settings = request.args
+        # Repeated draws from the same context differ.
+        texts.append(self._generate(context, settings, seed=i))
+        self.cache_hook.add_partial('generate_until', request.args, texts[-1])
+        progress.add(1)
     return texts
 
   def _generate(self, context: str, settings: dict[str, Any], seed: int) -> str:

@@ -65,11 +65,11 @@ def alone(params, pairs):
 
 
 def score(params, pairs, batch_size):
-  found = dict(
-    continuations.score_continuations(
-      params, CONFIG, pairs, dtype=jnp.float32, batch_size=batch_size
-    )
-  )
+  found = {}
+  for batch in continuations.score_continuations(
+    params, CONFIG, pairs, dtype=jnp.float32, batch_size=batch_size
+  ):
+    found |= batch
   assert len(found) == len(pairs)
   return [found[i] for i in range(len(pairs))]
 

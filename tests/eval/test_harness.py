@@ -1,10 +1,12 @@
 """lm_eval's tasks: the numbers of its own model `hf` on the same folder."""
 
+import itertools
 import json
 import os
 from pathlib import Path
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import lm_eval
@@ -15,7 +17,7 @@ import pytest
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
-from lorapr_jax.eval import zero_shot
+from lorapr_jax.eval import harness, zero_shot
 from lorapr_jax.eval.harness import HarnessModel, read_generation_kwargs
 from lorapr_jax.hf.load import Model
 
@@ -235,6 +237,28 @@ def test_generation_kwargs():
   assert sampling.temperature == 0.0
   with pytest.raises(UserError, match='generation_kwargs top_k: only until'):
     read_generation_kwargs({'top_k': 5}, 0)
+
+
+@pytest.mark.parametrize(
+  'seconds, end',
+  [
+    # 496 hours, were this what a batch takes.
+    ((480,), '8/30000 [00:00]'),
+    # A second for each of the 29,984 that are left.
+    ((480, 8), '16/30000 [00:00, 8:19:44 left]'),
+    ((480, 8, 24), '24/30000 [00:00, 16:39:12 left]'),
+  ],
+)
+def test_the_time_left_is_not_that_of_compiling(
+  monkeypatch, capsys, seconds, end
+):
+  clock = itertools.accumulate((0, *seconds))
+  time = SimpleNamespace(perf_counter=clock.__next__)
+  monkeypatch.setattr(harness, 'time', time)
+  with harness.Progress('questions', 30000, hidden=False) as progress:
+    for _ in seconds:
+      progress.add(8)
+  assert capsys.readouterr().err.endswith(f'| {end}\n')
 
 
 def test_a_generation_needs_room(ours):
