@@ -88,7 +88,7 @@ def main() -> int:
   settings = split_config(config)
   places = Places.of(
     settings.device_mesh,
-    settings.compute,
+    settings.compute.config,
     settings.base_dtype,
     settings.train.micro_batch,
   )

@@ -151,7 +151,7 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   """Of a run's settings, with random weights and tokens."""
   train, size = settings.train, settings.compute
   places = Places.of(
-    settings.device_mesh, size, settings.base_dtype, train.micro_batch
+    settings.device_mesh, size.config, settings.base_dtype, train.micro_batch
   )
   params = load_or_draw(
     None, size.config, places.base, settings.base_dtype, train.seed

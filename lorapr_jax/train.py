@@ -78,7 +78,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   settings = split_config(config)
   places = Places.of(
     settings.device_mesh,
-    settings.compute,
+    settings.compute.config,
     settings.base_dtype,
     settings.train.micro_batch,
   )

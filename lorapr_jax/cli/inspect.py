@@ -78,7 +78,7 @@ def describe(
     protect: which layers are protected; see pruning.groups.
     bytes_each: of a weight.
   """
-  axes = block_axes(biased=config.biased)['params']
+  axes = block_axes(config)['params']
   protected = protected_layers(len(config.layers), protect)
   groups = {}
   for group in (KV_HEADS, QUERIES, CHANNELS):

@@ -43,7 +43,7 @@ def remembered_perplexity(
     'windows': hashlib.sha256(np.ascontiguousarray(windows)).hexdigest(),
     'shape': windows.shape,
     'dtypes': (settings.base_dtype.name, settings.compute.dtype.name),
-    'quantized': settings.compute.quantized,
+    'quantized': settings.compute.config.quantized,
     'attention': settings.compute.attention,
     'jax': (jax.__version__, jax.default_backend()),
   }

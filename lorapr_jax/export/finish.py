@@ -59,13 +59,14 @@ def pruned_model(
 
   Args:
     base: the base's folder, or None for random weights.
-    config: the sizes before the cut, with the biases that compensation added.
+    config: the sizes before the cut, with the biases that compensation added,
+      as they are in memory.
     kept: what it left.
     dtype: of the weights, by name.
     plan: what was asked for, of the base as it was.
     settings: the config's section prune.
   """
-  name = model_name(base)
+  name, config = model_name(base), config.dequantized
   origin = {
     'name': name,
     # Many processes would read all of it many times, and one writes it.

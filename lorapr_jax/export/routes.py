@@ -283,7 +283,7 @@ def _padded(weights: Weights, model: Model) -> Weights:
   """The weights at the sizes before the cut, with zeros in what was cut."""
   if model.config == model.before:  # Nothing was cut, or it is padded.
     return weights
-  axes = block_axes(weights.lora_config, biased=model.config.biased)
+  axes = block_axes(model.config, weights.lora_config)
 
   def widen(stacks: Any, kind: str) -> Any:
     return jax.jit(

@@ -30,7 +30,6 @@ from lorapr_jax.runtime.workdir import (
 )
 from lorapr_jax.settings.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.settings.run import (
-  resolve_base,
   resolve_compensation,
   split_model,
 )
@@ -102,12 +101,11 @@ def _of_run(
       'other sizes'
     )
   dtype = jnp.dtype(run['resolved']['base_dtype'])
-  _, quantized = resolve_base(config, plan)
   state = TrainState(**read_state(workdir, CHECKPOINTS))
   kept = kept_of(widened(state, sizes)['masks'])
   path = path_of(config.model.path) if config.model.path else None
   if path:
-    check_tensors(Shards(path), plan.config if plan else sizes)
+    check_tensors(Shards(path), plan.config if plan else sizes.dequantized)
   model = pruned_model(
     path,
     sizes,
@@ -118,15 +116,15 @@ def _of_run(
   )
   _check_same_base(workdir, model)
   route.check(model)
-  places = weight_places(sizes, dtype, quantized=quantized)
+  places = weight_places(sizes, dtype)
   params = load_or_draw(path, sizes, places, dtype, config.train.seed)
-  params = cut_params(params, kept, sizes, quantized=quantized, delete=True)
+  params = cut_params(params, kept, sizes, delete=True)
   # Some of it may have been cut on the way.
   size = shrunk_config(sizes, kept_of(state.whole['masks']))
   left = kept_of(state.masks)
   if state.repaired:
     leaf = resolve_compensation(config.prune, plan).leaf
-    axes = block_axes(biased=size.biased)['params']
+    axes = block_axes(size)['params']
     axes = repaired_part(axes, leaf)
     repaired = cut_stacks(state.repaired, axes, left, size)
     places = jax.tree.map(lambda x: x.sharding, repaired_of(params, leaf))

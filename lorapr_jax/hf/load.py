@@ -1,6 +1,6 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -28,7 +28,6 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.quantization import (
   is_quantized,
   quantized,
-  quantized_like,
 )
 from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
@@ -152,10 +151,7 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
 
 
 def weight_places(
-  config: LlamaConfig,
-  dtype: Any,
-  mesh: Mesh | None = None,
-  quantized: Collection[str] = (),
+  config: LlamaConfig, dtype: Any, mesh: Mesh | None = None
 ) -> Any:
   """Where a model's tensors lie: a `NamedSharding` for each.
 
@@ -164,7 +160,6 @@ def weight_places(
     dtype: of the weights.
     mesh: None: all devices. As many as divide the width of the embeddings
       share every matrix (`fsdp`), the rest share batches (`data`).
-    quantized: the projections that are.
 
   Raises:
     MeshError: for a size that the mesh does not divide.
@@ -173,9 +168,7 @@ def weight_places(
     parts = math.gcd(config.embed_dim, jax.device_count())
     mesh = sharding.make_mesh(sharding.mesh_sizes(-1, parts, 1))
   return sharding.shardings(
-    mesh,
-    logical_axes(config, quantized=quantized)['params'],
-    param_shapes(config, dtype, quantized),
+    mesh, logical_axes(config)['params'], param_shapes(config, dtype)
   )
 
 
@@ -190,8 +183,8 @@ def load_or_draw(
 
   Args:
     folder: as of `load_params`, or None.
-    config: the sizes.
-    shardings: as of `load_params`; random weights are quantised alike.
+    config: the sizes, and which projections are quantised.
+    shardings: as of `load_params`.
     dtype: of the weights that are not quantised.
     seed: of the random weights.
   """
@@ -200,7 +193,7 @@ def load_or_draw(
 
   @functools.partial(jax.jit, out_shardings=shardings)
   def draw(key):
-    return quantized_like(init_params(key, config, dtype), shardings)
+    return init_params(key, config, dtype)
 
   return draw(jax.random.key(seed))
 
@@ -215,7 +208,8 @@ def load_params(
 
   Args:
     folder: with config.json and safetensors.
-    config: `load_config(folder)`, or that with biases which are then zero.
+    config: `load_config(folder)`, or that with biases which are then zero, or
+      with projections to be quantised.
     shardings: a `NamedSharding` for every tensor.
     dtype: to convert to.
 
@@ -224,7 +218,7 @@ def load_params(
   """
   shards, held = Shards(folder), load_config(folder)
   there = set(check_tensors(shards, held))
-  shapes = hf_shapes(param_shapes(config, np.float32), config)
+  shapes = hf_shapes(param_shapes(config.dequantized, np.float32), config)
 
   def tensor_of(name: str) -> Any:
     if name in there:
@@ -244,45 +238,41 @@ def place_params(
 
   Args:
     tensor_of: from a name to a tensor, which is read when it is indexed.
-    config: the model's sizes.
-    shardings: a `Sharding` for every tensor; where it is of a quantised
-      weight, the tensor is quantised.
+    config: the model's sizes, and which projections are quantised.
+    shardings: a `Sharding` for every tensor.
     dtype: to convert to.
   """
   shapes = param_shapes(config, dtype)
 
-  def place(key_path, leaf, where):
+  def place(key_path, shape, where):
     path, layers = locate(key_path, config.stacks)
 
     def read_one(index):
       return tensor_of(hf_name(path))[index].astype(dtype, copy=False)
 
     if layers is None:
-      return jax.make_array_from_callback(leaf.shape, where, read_one)
+      return jax.make_array_from_callback(shape.shape, where, read_one)
 
-    as_dtype = np.float32 if is_quantized(where) else dtype
+    int8 = is_quantized(shape)
+    as_dtype = np.float32 if int8 else dtype
+    whole, as_read = (x.qvalue if int8 else x for x in (shape, where))
 
     def read_layer(layer, index):
       tensor, letters = tensor_of(hf_name(path, layer)), letters_of(path)
-      layer = read_slices(tensor, leaf.shape[1:], index, letters)
+      layer = read_slices(tensor, whole.shape[1:], index, letters)
       return layer.astype(as_dtype, copy=False)
 
-    if is_quantized(where):
-      as_read = where.qvalue
-      shape = jax.eval_shape(lambda x: quantized(x, path[1]), leaf)
-    else:
-      as_read, shape = where, leaf
     # On the host there is one layer at a time, on the devices nothing more.
     stack = jax.tree.map(
       lambda place, x: _zeros(place)(x.shape, x.dtype), where, shape
     )
     for row, layer in enumerate(layers):
       one = jax.make_array_from_callback(
-        leaf.shape[1:],
+        whole.shape[1:],
         _of_a_layer(as_read),
         functools.partial(read_layer, layer),
       )
-      if is_quantized(where):
+      if int8:
         one = _quantize(one, path[1])
       stack = jax.tree.map(
         lambda place, stack, x, row=row: _with_row(place)(stack, x, row),
@@ -293,7 +283,9 @@ def place_params(
       jax.block_until_ready(stack)
     return stack
 
-  return jax.tree_util.tree_map_with_path(place, shapes, shardings)
+  return jax.tree_util.tree_map_with_path(
+    place, shapes, shardings, is_leaf=is_quantized
+  )
 
 
 _quantize = jax.jit(quantized, static_argnums=1)

@@ -52,7 +52,6 @@ class Compute:
     loss_chunk: tokens whose logits exist at the same time.
     clip_norm: the gradients' largest global norm.
     distill: the share of the loss that is the divergence from a teacher.
-    quantized: the projections of the base that are (models/quantization.py).
     compiler_options: more of XLA's, of the step that trains.
   """
 
@@ -66,7 +65,6 @@ class Compute:
   loss_chunk: int = 128
   clip_norm: float = 1.0
   distill: float = 0.0
-  quantized: tuple[str, ...] = ()
   compiler_options: tuple[tuple[str, str | bool], ...] = ()
 
 

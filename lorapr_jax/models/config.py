@@ -121,6 +121,14 @@ class LlamaConfig:
   bos_token_id: int | None = None
   eos_token_id: int | tuple[int, ...] | None = None
   pad_token_id: int | None = None
+  # The projections that are int8 in memory (models/quantization.py). No file
+  # has them so, and no config.json says it.
+  quantized: tuple[str, ...] = ()
+
+  @property
+  def dequantized(self) -> 'LlamaConfig':
+    """The same model with no projection quantised."""
+    return dataclasses.replace(self, quantized=())
 
   @property
   def stacks(self) -> tuple[Stack, ...]:

@@ -101,7 +101,7 @@ def observed_hidden_states(
   rotation = rope_rotation(config, positions.astype(jnp.float32))
   if lora is None:
     lora_config, lora = None, tuple({} for _ in config.stacks)
-  axes = block_axes(lora_config, biased=config.biased)
+  axes = block_axes(config.dequantized, lora_config)
   if masks is None:
     masks = tuple({} for _ in config.stacks)
   if flat:

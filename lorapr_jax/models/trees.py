@@ -8,7 +8,6 @@ Trees:
 A stack's arrays have the axis `layers` in front. Letters: axes.py.
 """
 
-from collections.abc import Collection
 import functools
 from typing import Any
 
@@ -24,16 +23,13 @@ from lorapr_jax.models.quantization import quantized_axes, quantized_like
 
 
 def block_axes(
-  lora_config: LoraConfig | None = None,
-  quantized: Collection[str] = (),
-  biased: Collection[str] = (),
+  config: LlamaConfig, lora_config: LoraConfig | None = None
 ) -> dict[str, Any]:
   """The axis names of one block: {'params': ..., 'lora': ...}.
 
   Args:
+    config: says which projections have biases and which are quantised.
     lora_config: of the adapters; None: there are none.
-    quantized: the projections of the base that are (models/quantization.py).
-    biased: the parts whose projections have biases; `LlamaConfig.biased`.
   """
   params: dict[str, Any] = {
     'input_layernorm': {'weight': Axes.of('D')},
@@ -43,10 +39,14 @@ def block_axes(
   for part, specs in PROJECTIONS.items():
     letters = {n: ProjectionLetters.of(spec) for n, spec in specs.items()}
     params[part] = {
-      n: {'weight': quantized_axes(n) if n in quantized else Axes.of(p.weight)}
+      n: {
+        'weight': quantized_axes(n)
+        if n in config.quantized
+        else Axes.of(p.weight)
+      }
       for n, p in letters.items()
     }
-    if part in biased:
+    if part in config.biased:
       for n, p in letters.items():
         params[part][n]['bias'] = Axes.of(p.outputs)
     adapters = {
@@ -60,9 +60,7 @@ def block_axes(
 
 
 def logical_axes(
-  config: LlamaConfig,
-  lora_config: LoraConfig | None = None,
-  quantized: Collection[str] = (),
+  config: LlamaConfig, lora_config: LoraConfig | None = None
 ) -> dict[str, Any]:
   """The axis names of every tensor: {'params': Axes, 'lora': Axes}.
 
@@ -70,7 +68,7 @@ def logical_axes(
   """
   block = jax.tree.map(
     lambda axes: Axes(('layers', *axes)),
-    block_axes(lora_config, quantized, config.biased),
+    block_axes(config, lora_config),
   )
   stacks = range(len(config.stacks))
   params = {
@@ -83,17 +81,14 @@ def logical_axes(
   return {'params': params, 'lora': tuple(block['lora'] for _ in stacks)}
 
 
-def param_shapes(
-  config: LlamaConfig, dtype: Any, quantized: Collection[str] = ()
-) -> Any:
+def param_shapes(config: LlamaConfig, dtype: Any) -> Any:
   """A `jax.ShapeDtypeStruct` for every tensor of `params`.
 
   Args:
     config: the sizes.
     dtype: of what is not quantised.
-    quantized: as of `block_axes`.
   """
-  axes = logical_axes(config)['params']
+  axes = logical_axes(config.dequantized)['params']
 
   def shapes(tree, sizes):
     return jax.tree.map(
@@ -105,8 +100,7 @@ def param_shapes(
     for tree, stack in zip(axes.pop('stacks'), config.stacks, strict=True)
   )
   dense = {**shapes(axes, config.sizes(config.layers[0])), 'stacks': stacks}
-  like = logical_axes(config, quantized=quantized)['params']
-  return jax.eval_shape(functools.partial(quantized_like, like=like), dense)
+  return jax.eval_shape(functools.partial(_as_stored, config=config), dense)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
@@ -121,7 +115,13 @@ def init_params(key: Array, config: LlamaConfig, dtype: Any) -> Any:
   }
   if not config.tie_embeddings:
     params['lm_head'] = {'weight': 0.02 * jax.random.normal(head, shape)}
-  return jax.tree.map(lambda x: x.astype(dtype), params)
+  params = jax.tree.map(lambda x: x.astype(dtype), params)
+  return _as_stored(params, config)
+
+
+def _as_stored(params: Any, config: LlamaConfig) -> Any:
+  """Dense weights, quantised where the config says so."""
+  return quantized_like(params, logical_axes(config)['params'])
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'lora_config'))

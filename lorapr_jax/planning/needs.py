@@ -166,7 +166,9 @@ class Shapes(NamedTuple):
       optimizer=adamw,
     )
     return cls(
-      params=weight_shapes(places.mesh, settings.compute, settings.base_dtype),
+      params=weight_shapes(
+        places.mesh, settings.compute.config, settings.base_dtype
+      ),
       state=replicated(jax.eval_shape(init, key), places),
       batch=batch_shapes(settings, places),
       key=key,
@@ -186,7 +188,7 @@ def lowered_phases(settings: RunSettings) -> Iterator[Phase]:
   phase, *_ = phases(settings)
   places = Places.of(
     settings.device_mesh,
-    settings.compute,
+    settings.compute.config,
     settings.base_dtype,
     settings.train.micro_batch,
   )

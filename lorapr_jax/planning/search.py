@@ -87,7 +87,9 @@ def try_mesh(
   try:
     settings = split_config(config, topology.devices)
     base = bytes_of(
-      weight_shapes(settings.device_mesh, settings.compute, settings.base_dtype)
+      weight_shapes(
+        settings.device_mesh, settings.compute.config, settings.base_dtype
+      )
     )
   except MeshError as error:
     return Tried(topology, mesh, reason=str(error))

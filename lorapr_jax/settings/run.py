@@ -73,7 +73,7 @@ class RunSettings:
   Attributes:
     model_path: the base's folder, or None for random weights.
     base_dtype: of the frozen weights that are not quantised.
-    compute: what the compiled functions are specialised to: the base's sizes,
+    compute: what the compiled functions are specialised to: the base in memory,
       with the biases that compensation adds.
     order: one of ORDERS.
     plan: what will be left, of the base as it is; None if nothing is pruned.
@@ -112,33 +112,23 @@ class RunSettings:
   @property
   def dense(self) -> LlamaConfig:
     """The sizes of the base as it is."""
-    return self.plan.config if self.plan else self.compute.config
+    return self.plan.config if self.plan else self.compute.config.dequantized
 
 
-def resolve_base(
-  config: config_dict.ConfigDict,
-  plan: PruningPlan | None,
-  platform: str | None = None,
-) -> tuple[Any, tuple[str, ...]]:
-  """The dtype of the base, and which of its projections are quantised.
+def _quantized(
+  base_dtype: str, compensation: Compensation | None
+) -> tuple[str, ...]:
+  """The projections of the base that are held in int8.
 
-  The weights that compensation repairs are not: a repair would be rounded to
-  int8 each time.
-
-  Args:
-    config: its sections model and prune are read.
-    plan: what will be left.
-    platform: of the devices; None: of the default ones.
+  Those that compensation repairs are not: a repair would be rounded to int8
+  each time.
   """
-  name, quantized = config.model.base_dtype, ()
-  choose('model.base_dtype', name, (*DTYPES, INT8))
-  if name == INT8:
-    name, quantized = 'auto', LORA_TARGETS
-    compensation = resolve_compensation(config.prune, plan)
-    if compensation and compensation.leaf == 'weight':
-      repaired = REPAIRED.values()
-      quantized = tuple(x for x in quantized if x not in repaired)
-  return resolve_dtype('model.base_dtype', name, platform), quantized
+  choose('model.base_dtype', base_dtype, (*DTYPES, INT8))
+  if base_dtype != INT8:
+    return ()
+  if compensation and compensation.leaf == 'weight':
+    return tuple(x for x in LORA_TARGETS if x not in REPAIRED.values())
+  return LORA_TARGETS
 
 
 def split_config(
@@ -196,8 +186,7 @@ def split_config(
     norm=prune.norm,
     decay=prune.decay,
   )
-  base_dtype, quantized = resolve_base(config, plan, platform)
-  if quantized and criterion.needs == 'base_grads':
+  if sizes.quantized and criterion.needs == 'base_grads':
     raise UserError(
       f'prune.criterion={criterion.name} needs gradients of the base, which '
       'model.base_dtype=int8 has none of: use prune.criterion=lora'
@@ -214,12 +203,15 @@ def split_config(
     loss_chunk=resolve_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,
     distill=train.distill,
-    quantized=quantized,
     compiler_options=resolve_compiler_options(train.compiler_options, devices),
   )
   return RunSettings(
     model_path=path_of(model.path) if model.path else None,
-    base_dtype=base_dtype,
+    base_dtype=resolve_dtype(
+      'model.base_dtype',
+      'auto' if model.base_dtype == INT8 else model.base_dtype,
+      platform,
+    ),
     compute=compute,
     data=data,
     train=train,
@@ -248,8 +240,8 @@ def split_model(
 ) -> tuple[LlamaConfig, LoraConfig, PruningPlan | None]:
   """The sizes, the adapters and the plan: what a checkpoint's shapes follow.
 
-  The sizes are the base's, with the biases that compensation adds; those of the
-  plan are without.
+  The sizes are the base's in memory, with the biases that compensation adds and
+  what is quantised; those of the plan are without either.
 
   Args:
     config: its sections model, lora and prune are read.
@@ -280,7 +272,8 @@ def split_model(
   if compensation and compensation.kind == BIAS:
     parts = {'heads': 'self_attn', 'channels': 'mlp'}
     sizes = sizes.with_biases(parts[kind(group)] for group in plan.keep)
-  return sizes, lora, plan
+  quantized = _quantized(config.model.base_dtype, compensation)
+  return dataclasses.replace(sizes, quantized=quantized), lora, plan
 
 
 def _export_settings(
@@ -448,7 +441,7 @@ def _plan(
       )
     return None
   if prune.criterion == 'lora':
-    adapters = block_axes(lora)['lora']
+    adapters = block_axes(sizes, lora)['lora']
     for group in plan.keep:
       paths = [path.split('.') for path, _ in couplings(adapters, group)]
       targets = f'lora.targets {",".join(lora.targets)}'

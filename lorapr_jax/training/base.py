@@ -1,6 +1,5 @@
 """The base: the weights at one size, and where they lie on the mesh."""
 
-from collections.abc import Collection
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ class Places(NamedTuple):
   def of(
     cls,
     mesh: Mesh,
-    compute: Compute,
+    config: LlamaConfig,
     base_dtype: Any,
     micro_batch: tuple[int, int],
   ) -> 'Places':
@@ -42,7 +41,7 @@ class Places(NamedTuple):
 
     Args:
       mesh: of the run.
-      compute: whose sizes the base has.
+      config: of the base.
       base_dtype: of the weights that are not quantised.
       micro_batch: sequences and tokens.
 
@@ -56,7 +55,7 @@ class Places(NamedTuple):
         f'of mesh.data * mesh.fsdp = {parts}'
       )
     return cls(
-      base=weight_places(compute.config, base_dtype, mesh, compute.quantized),
+      base=weight_places(config, base_dtype, mesh),
       batch=sharding.sharding(
         mesh, ('accumulation', 'batch', 'length'), (1, *micro_batch)
       ),
@@ -69,13 +68,12 @@ class Places(NamedTuple):
     return self.state.mesh
 
 
-def weight_shapes(mesh: Mesh, compute: Compute, dtype: Any) -> Any:
+def weight_shapes(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Any:
   """A `jax.ShapeDtypeStruct` with its sharding for every weight."""
-  config, quantized = compute.config, compute.quantized
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-    param_shapes(config, dtype, quantized),
-    weight_places(config, dtype, mesh, quantized),
+    param_shapes(config, dtype),
+    weight_places(config, dtype, mesh),
   )
 
 
@@ -102,18 +100,11 @@ class Base(NamedTuple):
     config = shrunk_config(self.compute.config, kept)
     if config == self.compute.config:
       return self
-    compute = dataclasses.replace(self.compute, config=config)
-    places = weight_places(
-      config, self.dtype, self.places.mesh, compute.quantized
-    )
+    places = weight_places(config, self.dtype, self.places.mesh)
     params = cut_params(
-      self.params,
-      kept,
-      self.compute.config,
-      places,
-      quantized=self.compute.quantized,
-      delete=True,
+      self.params, kept, self.compute.config, places, delete=True
     )
+    compute = dataclasses.replace(self.compute, config=config)
     return Base(params, compute, self.places._replace(base=places))
 
 
@@ -128,7 +119,6 @@ def cut_params(
   config: LlamaConfig,
   shardings: Any = None,
   *,
-  quantized: Collection[str] = (),
   delete: bool = False,
 ) -> Any:
   """Smaller weights, tensor by tensor.
@@ -138,15 +128,12 @@ def cut_params(
     kept: from `kept_of`; empty: nothing is cut.
     config: the sizes before the cut.
     shardings: of the smaller base; None: as it comes.
-    quantized: as of `block_axes`.
     delete: whether each tensor makes room as soon as it has been cut, so that
       there is never a second copy of the model.
   """
   if not kept:
     return params
-  axes, structure = jax.tree.flatten(
-    block_axes(quantized=quantized, biased=config.biased)['params']
-  )
+  axes, structure = jax.tree.flatten(block_axes(config)['params'])
   # From a tree for each stack to a tuple of stacks for each tensor, and back.
   tensors = zip(*map(structure.flatten_up_to, params['stacks']), strict=True)
   places: Any = [None] * len(axes)

@@ -32,7 +32,7 @@ def cut_adapters(
   lora: Any, kept: Kept, config: LlamaConfig, lora_config: LoraConfig
 ) -> Any:
   """Smaller adapters, or their moments; see `cut_params`."""
-  return cut_stacks(lora, block_axes(lora_config)['lora'], kept, config)
+  return cut_stacks(lora, block_axes(config, lora_config)['lora'], kept, config)
 
 
 def cut_stacks(
@@ -97,7 +97,7 @@ def cut_on_the_way(
   everything = jax.tree.map(jnp.ones_like, state.masks)
   present = select_stack_masks(order, everything, by_stack(counts, config))
   kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
-  lora_axes = block_axes(base.compute.lora)['lora']
+  lora_axes = block_axes(config, base.compute.lora)['lora']
   structure = jax.tree.structure(state.lora)
 
   def like_lora(tree: Any) -> bool:

@@ -337,8 +337,8 @@ def resume(
       size = base.compute
       if saved.cuts:
         milestones = Milestones(settings.plan, phase.schedule)
-        config = milestones.size_at(saved.step, saved.cuts)
-        config = config.with_biases(size.config.biased)
+        layers = milestones.size_at(saved.step, saved.cuts).layers
+        config = dataclasses.replace(size.config, layers=layers)
         size = dataclasses.replace(size, config=config)
       shapes, uncut = (
         jax.eval_shape(functools.partial(new_state, x))
@@ -348,7 +348,8 @@ def resume(
       if repaired:
         shapes = shapes.replace(
           repaired=repaired_of(
-            weight_shapes(base.places.mesh, size, base.dtype), repaired.leaf
+            weight_shapes(base.places.mesh, size.config, base.dtype),
+            repaired.leaf,
           )
         )
       state = checkpoints.restore(saved, shapes, base.places.state)

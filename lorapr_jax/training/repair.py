@@ -216,7 +216,7 @@ def _repair_layer(settings, leaf, repair, read, carry, layer):
   x, repaired, failed = carry
   i, trees, before, after = layer
   biased = settings.config.biased
-  axes = block_axes(settings.lora, biased=biased)
+  axes = block_axes(settings.config.dequantized, settings.lora)
   weights = jax.tree.map(lambda stack: stack[i], repaired)
   params = dequantized(_with_part(trees['params'], weights), x.dtype)
   trees = {'params': params, 'lora': trees['lora']}

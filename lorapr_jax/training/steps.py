@@ -148,7 +148,7 @@ def make_update_importance(
   (pruning/block_sums.py). Where the gradients or the new scores are not finite,
   the old average stays and `ok` is False. The old importance is donated.
   """
-  axes = block_axes(settings.lora)
+  axes = block_axes(settings.config.dequantized, settings.lora)
   stacks = settings.config.stacks
   # On accelerators XLA makes one pass of a few outer products and what is
   # summed of them; on CPU a product of matrices is many times as fast.
@@ -158,7 +158,7 @@ def make_update_importance(
   kernel = (
     small
     and criterion.name == 'lora'
-    and not settings.quantized
+    and not settings.config.quantized
     and runs_on(out_sharding)
   )
   options = importance_lib.Options(criterion, settings.lora.scale, fused)

@@ -76,7 +76,7 @@ def test_the_shapes_are_those_of_a_run(capsys):
   settings = split_config(config)
   places = Places.of(
     settings.device_mesh,
-    settings.compute,
+    settings.compute.config,
     settings.base_dtype,
     settings.train.micro_batch,
   )

@@ -182,7 +182,7 @@ def test_an_exported_pruned_model_has_the_masked_models_perplexity(
 
   kept = kept_groups(masks)
   small = shrunk_config(config, kept)
-  cut = shrink(params['stacks'], block_axes()['params'], kept, config)
+  cut = shrink(params['stacks'], block_axes(config)['params'], kept, config)
   export = tmp_path / 'export'
   export_model(export, {**params, 'stacks': cut}, small, base=folder)
   assert load_config(export) == small

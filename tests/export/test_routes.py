@@ -157,7 +157,7 @@ def test_padded_is_a_stock_llama_with_the_same_logits(
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
   # What was kept is where it was; all the rest is zero.
-  axes = block_axes()['params']
+  axes = block_axes(BEFORE)['params']
   back = shrink(read['stacks'], axes, model.kept, BEFORE)
   jax.tree.map(
     np.testing.assert_array_equal, back, tuple(weights.merged['stacks'])

@@ -38,6 +38,7 @@ CONFIG = LlamaConfig(
   head_dim=4,
   layers=(LayerShape(2, 3, 24),) * 2 + (LayerShape(2, 3, 16),),
 )
+INT8 = dataclasses.replace(CONFIG, quantized=LORA_TARGETS)
 LORA = LoraConfig(rank=2, alpha=4.0, targets=('q_proj', 'o_proj', 'up_proj'))
 TOKENS = np.random.default_rng(0).integers(0, 48, (2, 7))
 # What each layer keeps.
@@ -53,8 +54,7 @@ KEPT = tuple(
 @pytest.fixture
 def params(random_params):
   """Random weights, quantised."""
-
-  like = logical_axes(CONFIG, quantized=LORA_TARGETS)['params']
+  like = logical_axes(INT8)['params']
   return quantized_like(random_params(CONFIG), like)
 
 
@@ -89,9 +89,10 @@ def test_each_output_has_the_scale_of_its_largest_input(layers):
 
 @pytest.mark.parametrize('names', [LORA_TARGETS, ('q_proj', 'down_proj')])
 def test_axes_and_shapes_are_those_of_the_arrays(names, params):
+  config = dataclasses.replace(CONFIG, quantized=names)
   trees = (
-    logical_axes(CONFIG, quantized=names)['params'],
-    param_shapes(CONFIG, jnp.float32, names),
+    logical_axes(config)['params'],
+    param_shapes(config, jnp.float32),
   )
   axes, shapes = ({jax.tree_util.keystr(k): x for k, x in
                    jax.tree_util.tree_leaves_with_path(tree)}
@@ -109,8 +110,8 @@ def test_scales_lie_with_their_values():
   mesh = make_mesh(mesh_sizes(2, 2, 2))
   places = sharding.shardings(
     mesh,
-    logical_axes(CONFIG, quantized=LORA_TARGETS)['params'],
-    param_shapes(CONFIG, jnp.float32, LORA_TARGETS),
+    logical_axes(INT8)['params'],
+    param_shapes(INT8, jnp.float32),
   )
   mlp = places['stacks'][0]['mlp']
   assert mlp['up_proj']['weight'].qvalue.spec == P(
@@ -128,17 +129,17 @@ def test_every_forward_pass_is_that_of_the_weights_dequantised(
   lora = random_lora(CONFIG, LORA)
   dense = dequantized(params, jnp.float32)
 
-  def outputs(params):
-    cache = cached.empty_cache(CONFIG, 2, 7, jnp.float32)
+  def outputs(params, config):
+    cache = cached.empty_cache(config, 2, 7, jnp.float32)
     return (
       decoder.hidden_states(
-        params, TOKENS, CONFIG, lora=lora, lora_config=LORA
+        params, TOKENS, config, lora=lora, lora_config=LORA
       ),
-      cached.hidden_states(params, TOKENS, cache, 0, CONFIG)[0],
+      cached.hidden_states(params, TOKENS, cache, 0, config)[0],
       merge_adapters(params, lora, LORA.scale),
     )
 
-  _assert_close(outputs(params), outputs(dense), atol=1e-5)
+  _assert_close(outputs(params, INT8), outputs(dense, CONFIG), atol=1e-5)
 
 
 def test_what_is_merged_or_dequantised_is_dense_in_the_norms_dtype(
@@ -178,11 +179,11 @@ def test_base_and_adapters_apart_come_to_what_is_merged(params, random_lora):
 
 
 def test_the_cut_takes_values_and_scales(params):
-  cut = cut_params(params, KEPT, CONFIG, quantized=LORA_TARGETS)
-  small = shrunk_config(CONFIG, KEPT)
+  cut = cut_params(params, KEPT, INT8)
+  small = shrunk_config(INT8, KEPT)
   assert jax.tree.map(lambda x: (x.shape, x.dtype), cut) == jax.tree.map(
     lambda x: (tuple(x.shape), x.dtype),
-    param_shapes(small, jnp.float32, LORA_TARGETS),
+    param_shapes(small, jnp.float32),
   )
   dense = dequantized(params, jnp.float32)
   _assert_close(
@@ -199,9 +200,10 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
     dict(zip(('data', 'fsdp', 'tensor'), sizes, strict=True)),
     jax.devices()[:devices],
   )
-  places = weight_places(config, jnp.float32, mesh, LORA_TARGETS)
+  int8 = dataclasses.replace(config, quantized=LORA_TARGETS)
+  places = weight_places(int8, jnp.float32, mesh)
   # Quantised from what the file has, whatever the dtype of the rest.
-  got = load_params(folder, config, places, jnp.dtype('bfloat16'))
+  got = load_params(folder, int8, places, jnp.dtype('bfloat16'))
   assert jax.tree.map(lambda x: x.sharding, got) == places
   compiled = jax.jit(quantized, static_argnums=1)
   for part, projections in dense['stacks'][0].items():
@@ -222,11 +224,11 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
 def test_random_weights_are_quantised_too():
   mesh = make_mesh(mesh_sizes(2, 2, 2))
 
-  def base(names):
-    places = weight_places(CONFIG, jnp.float32, mesh, names)
-    return load_or_draw(None, CONFIG, places, jnp.float32, 3), places
+  def base(config):
+    places = weight_places(config, jnp.float32, mesh)
+    return load_or_draw(None, config, places, jnp.float32, 3), places
 
-  (dense, _), (small, places) = base(()), base(LORA_TARGETS)
+  (dense, _), (small, places) = base(CONFIG), base(INT8)
   assert jax.tree.map(lambda x: x.sharding, small) == places
   down = dense['stacks'][1]['mlp']['down_proj']['weight']
   found = small['stacks'][1]['mlp']['down_proj']['weight']
@@ -249,8 +251,8 @@ def test_step_and_importance_are_those_of_the_weights_dequantised(
     'weights': jnp.ones((1, *TOKENS.shape)),
   }
 
-  def results(params, quantized):
-    own = dataclasses.replace(settings, quantized=quantized)
+  def results(params, config):
+    own = dataclasses.replace(settings, config=config)
     metrics, grads, more = steps.make_lora_gradients(own, place)(
       params, lora, masks, batch, jax.random.key(0)
     )
@@ -263,5 +265,5 @@ def test_step_and_importance_are_those_of_the_weights_dequantised(
 
   dense = dequantized(params, jnp.float32)
   _assert_close(
-    results(params, LORA_TARGETS), results(dense, ()), rtol=1e-4, atol=1e-6
+    results(params, INT8), results(dense, CONFIG), rtol=1e-4, atol=1e-6
   )

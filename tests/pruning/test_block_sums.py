@@ -34,6 +34,10 @@ def _config(embed_dim, head_dim, shape):
   )
 
 
+# Those of every size.
+AXES = block_axes(_config(16, 4, LayerShape(1, 1, 8)), LORA)
+
+
 def _random(shapes, seed):
   rng = np.random.default_rng(seed)
   return jax.tree.map(
@@ -56,7 +60,7 @@ def _trees(config, dtype):
 def _sums(trees, criterion, **options):
   return kernel.block_sums(
     *trees,
-    block_axes(LORA),
+    AXES,
     scale=LORA.scale,
     square=criterion.score == 'square',
     lora_gradient=criterion.lora_gradient,
@@ -66,7 +70,7 @@ def _sums(trees, criterion, **options):
 
 
 def _over_embed(part, name):
-  return block_axes()['params'][part][name]['weight'].index('embed') + 1
+  return AXES['params'][part][name]['weight'].index('embed') + 1
 
 
 def _assert_sums(sums, trees, criterion):

@@ -448,7 +448,8 @@ def test_what_a_kind_that_is_not_pruned_has_lost_is_zero():
   ],
 )
 def test_couplings_are_the_tensors_that_have_all_axes(group, params, lora):
-  axes = block_axes(LoraConfig(targets=('v_proj', 'o_proj', 'gate_proj')))
+  adapters = LoraConfig(targets=('v_proj', 'o_proj', 'gate_proj'))
+  axes = block_axes(SMOLLM2, adapters)
   for tree, expected in (('params', params), ('lora', lora)):
     found = {
       name: ' '.join(names) for name, names in couplings(axes[tree], group)

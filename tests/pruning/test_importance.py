@@ -138,7 +138,7 @@ OPTIONS = [
 def run_steps(group, criterion, steps=3, targets=LORA.targets, fused=False):
   """The package's and the reference's average after every step."""
   lora_config = LoraConfig(rank=2, alpha=3.0, targets=targets)
-  axes = block_axes(lora_config)['params']
+  axes = block_axes(model(SHAPE), lora_config)['params']
   sizes = model(SHAPE).sizes(SHAPE)
   mask = np.ones([sizes[axis] for axis in group_axes(group)], np.float32)
   ours, truth = {group: np.zeros_like(mask)}, {group: np.zeros(mask.size)}

@@ -42,7 +42,6 @@ from lorapr_jax.training.steps import (
 )
 
 LORA = LoraConfig(rank=2, alpha=3.0)
-AXES = block_axes(LORA)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5))
 
 
@@ -57,6 +56,7 @@ def model(layers, *shape):
 
 MHA, GQA = model(3, 4, 1, 6), model(3, 2, 3, 6)
 DEEP = model(10, 2, 3, 6)  # Reference protection: layers 0 and 9.
+AXES = block_axes(GQA, LORA)
 
 CASES = {
   'kv_heads_and_channels': (GQA, dict(protect='none')),

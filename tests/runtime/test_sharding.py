@@ -175,7 +175,8 @@ def _prune(config, mesh, params, names, packed):
   windows, and there is dropout.
   """
   lora = dataclasses.replace(LORA, dropout=0.1) if packed else LORA
-  settings = Compute(config, lora, loss_chunk=20, quantized=names)
+  config = dataclasses.replace(config, quantized=names)
+  settings = Compute(config, lora, loss_chunk=20)
   everywhere = NamedSharding(mesh, P())
   optimizer = make_optimizer(optax.constant_schedule(1e-2))
   lora_gradients = steps.make_lora_gradients(settings, everywhere)
@@ -183,7 +184,7 @@ def _prune(config, mesh, params, names, packed):
     settings, Criterion(), everywhere
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
-  axes = logical_axes(config, quantized=names)['params']
+  axes = logical_axes(config)['params']
   params = quantized_like(params, axes)
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
   groups = ('kv_heads', 'mlp')

@@ -91,7 +91,7 @@ def random_model(config=CONFIG):
 
 def model_with_doubles(group):
   params, lora = random_model()
-  axes = block_axes(LORA)
+  axes = block_axes(CONFIG, LORA)
   # A of what reads a member has its axes too, with the rank behind.
   readers = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
   new = {
@@ -110,7 +110,7 @@ def model_with_doubles(group):
 def model_with_a_constant(group):
   """What the member to go hands on is the same for every token."""
   params, lora = random_model(BIASED)
-  axes = block_axes(LORA, biased=BIASED.biased)
+  axes = block_axes(BIASED, LORA)
   _, (mask,) = masks_of(group)
   if group == QUERIES:  # Of every KV head; what reads it is constant.
     mask = {KV_HEADS: jnp.zeros((2, 4))}
@@ -271,7 +271,7 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
   )
 
   block = Block(config, config.layers[0], adapters)
-  axes = block_axes(adapters, biased=config.biased)
+  axes = block_axes(config, adapters)
   rotation = rope_rotation(config, jnp.arange(12.0))
 
   def run(x, layer, params, masks):
@@ -360,7 +360,7 @@ def test_what_masked_groups_hold_is_of_no_account(group):
   again[..., (gone + 1) % again.shape[-1]] = 0
   again = ({group: jnp.asarray(again)},)
   noise = jax.tree.map(lambda x: x + 0.0, params)
-  axes = block_axes(LORA)['params']
+  axes = block_axes(CONFIG, LORA)['params']
 
   def disturb(x, names):
     if not set(group_axes(group)) <= set(names):
@@ -405,9 +405,9 @@ def test_eight_devices_repair_as_one_does(group, kind, sizes):
 def test_the_biases_of_an_int8_base_are_repaired():
   params, lora = random_model(BIASED)
   before, after = masks_of(KV_HEADS)
-  like = logical_axes(BIASED, quantized=LORA_TARGETS)['params']
-  int8 = quantized_like(params, like)
-  settings = dataclasses.replace(SETTINGS[BIAS], quantized=LORA_TARGETS)
+  config = dataclasses.replace(BIASED, quantized=LORA_TARGETS)
+  int8 = quantized_like(params, logical_axes(config)['params'])
+  settings = dataclasses.replace(SETTINGS[BIAS], config=config)
   tokens = batches(2)
   (found, failed), (expected, _) = (
     compensate(base, lora, before, after, tokens, kind=BIAS, settings=settings)

@@ -444,13 +444,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
     assert all(jax.tree.leaves(moved))
 
 
-def _abstract_smollm2(lora_config, dtype, quantized=()):
+def _abstract_smollm2(lora_config, dtype, config=SMOLLM2):
   """params, lora, masks, batch, key without any memory."""
   key = jax.eval_shape(lambda: jax.random.key(0))
   init = functools.partial(init_lora, config=SMOLLM2, lora_config=lora_config)
   sizes = ((30, SMOLLM2.sizes(SMOLLM2.layers[0])),)
   return (
-    param_shapes(SMOLLM2, dtype, quantized),
+    param_shapes(config, dtype),
     jax.eval_shape(init, key),
     jax.eval_shape(lambda: initial_masks(GROUPS, sizes)),
     {
@@ -477,10 +477,9 @@ def test_a_step_of_smollm2_holds_less_than_one_copy_of_the_model(dtype):
 def test_an_int8_base_is_dequantised_a_layer_at_a_time():
   held = {}
   for quantized in ((), LORA_TARGETS):
-    settings = Compute(SMOLLM2, LoraConfig(dropout=0.0), quantized=quantized)
-    arguments = _abstract_smollm2(
-      settings.lora, jnp.dtype('float32'), quantized
-    )
+    config = dataclasses.replace(SMOLLM2, quantized=quantized)
+    settings = Compute(config, LoraConfig(dropout=0.0))
+    arguments = _abstract_smollm2(settings.lora, jnp.dtype('float32'), config)
     step = steps.make_lora_gradients(settings, _device())
     held[quantized] = step.lower(*arguments).compile().memory_analysis()
   float32, int8 = held[()], held[LORA_TARGETS]
