@@ -3,8 +3,9 @@
   python -m lorapr_jax plan --config=configs/llama.py:7b --topology=v5e:2x4
 
 Sizes: 7b, 13b, 30b, 65b, llama3-8b and llama3-70b, as published in the models'
-config.json. To prune one, take --config=default, its folder in
---config.model.path, a text in --config.data.train and what else is set below.
+config.json. To prune one, use --config=default, give its folder in
+--config.model.path and a text in --config.data.train, and set what is set
+below.
 """
 
 from ml_collections import config_dict

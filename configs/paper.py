@@ -1,11 +1,11 @@
-"""LoRAPrune alone: another config without what this project adds to it.
+"""LoRAPrune alone: another config, without what this project adds.
 
   python train.py --config=configs/paper.py:smollm2_135m --workdir=runs/paper
 
-What follows the colon is a config's name or file, and what that takes:
-paper:llama:7b; nothing means default. The criterion is that of the reference
-implementation; where the paper's text differs it is prune.score=square and
-prune.norm=False (docs/method.md has every such place).
+After the colon comes the other config's name or file, and what that config
+takes: paper:llama:7b. Without a name it is default. The criterion is that of
+the reference implementation. The paper's text says prune.score=square and
+prune.norm=False instead (docs/method.md has every such difference).
 """
 
 from ml_collections import config_dict

@@ -40,6 +40,6 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.heads_target = 1 / 3
   config.prune.target = 0.5
   config.prune.every = 5
-  # Of this model's later layers less can go (docs/alternatives.md).
+  # This model's later layers can lose less (docs/alternatives.md).
   config.prune.layer_profile = '1.6,1.2,0.8,0.4'
   return config
