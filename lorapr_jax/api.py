@@ -177,8 +177,8 @@ def export(
     RuntimeError: if what was read back is another model.
   """
   # Here, since the other functions need none of it.
-  from lorapr_jax.export import sources as exports
-  from lorapr_jax.export.routes import Route
+  from lorapr_jax.exporting import sources as exports
+  from lorapr_jax.exporting.routes import Route
   from lorapr_jax.hf.write import parse_size
   from lorapr_jax.settings.sections import ROUTES
 

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.remembered import remembered_perplexity
-from lorapr_jax.export.finish import (
+from lorapr_jax.exporting.finish import (
   check_counts,
   compare,
   export_run,

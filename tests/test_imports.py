@@ -22,7 +22,7 @@ FLOORS = (
   ('eval',),
   ('report',),
   ('training',),
-  ('export', 'planning'),
+  ('exporting', 'planning'),
   ('train',),
   ('api',),
   ('cli',),
@@ -89,6 +89,11 @@ def test_the_syntax_trees_are_read():
 
 def test_every_wing_has_a_floor():
   assert {wing(module) for module in MODULES} == FLOOR.keys()
+
+
+def test_no_wing_hides_a_function_of_the_package():
+  # Importing a submodule sets the package's attribute of its name.
+  assert not FLOOR.keys() & set(lorapr_jax.__all__)
 
 
 @pytest.mark.parametrize('module', MODULES)

@@ -1,7 +1,7 @@
 """convert: a GGUF file or a Hugging Face folder to a Hugging Face folder."""
 
 from lorapr_jax.cli.arguments import Parser, print_json
-from lorapr_jax.export.convert import DEMO, convert
+from lorapr_jax.exporting.convert import DEMO, convert
 
 
 def main(argv: list[str]) -> None:

@@ -1,8 +1,8 @@
 """export: a run's workdir or a folder, in another layout or format."""
 
 from lorapr_jax.cli.arguments import Parser, print_json
-from lorapr_jax.export import sources as exports
-from lorapr_jax.export.routes import Route
+from lorapr_jax.exporting import sources as exports
+from lorapr_jax.exporting.routes import Route
 from lorapr_jax.hf.write import (
   DTYPES,
   GGUF_DTYPES,

@@ -22,7 +22,7 @@ from tokenizers import (
 )
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.export.convert import convert
+from lorapr_jax.exporting.convert import convert
 from lorapr_jax.gguf.format import rope_factors
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES, write_gguf

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.export.convert import convert
+from lorapr_jax.exporting.convert import convert
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.hf.write import export_model, hf_config

@@ -19,7 +19,7 @@ from configs import tiny
 import lorapr_jax as lp
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
-from lorapr_jax.export.convert import convert
+from lorapr_jax.exporting.convert import convert
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.shards import Shards, content_hash
 from lorapr_jax.models.trees import logical_axes, param_shapes

@@ -13,10 +13,10 @@ import torch
 import transformers
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.export import routes
-from lorapr_jax.export import sources as exports
-from lorapr_jax.export.finish import merge
-from lorapr_jax.export.routes import Model, Route, Weights
+from lorapr_jax.exporting import routes
+from lorapr_jax.exporting import sources as exports
+from lorapr_jax.exporting.finish import merge
+from lorapr_jax.exporting.routes import Model, Route, Weights
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES
 from lorapr_jax.hf.load import place_params

@@ -10,8 +10,8 @@ from ml_collections import config_dict
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.export import routes
-from lorapr_jax.export.finish import merge, pruned_model
+from lorapr_jax.exporting import routes
+from lorapr_jax.exporting.finish import merge, pruned_model
 from lorapr_jax.hf.load import (
   check_tensors,
   load_config,

@@ -10,7 +10,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.generation import Sampling, stream_text
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import Perplexity
-from lorapr_jax.export import routes
+from lorapr_jax.exporting import routes
 from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.hf.write import parse_size
 from lorapr_jax.models.compute import Compute
