@@ -176,8 +176,8 @@ def get_config() -> config_dict.ConfigDict:
   # the last one) or none.
   config.prune.protect = 'reference'
   # How what is removed is spread over depth: relative shares from the first
-  # layers to the last, such as 0.5,1,1.5, each for a block of the layers that
-  # are not protected. In all, as many groups of each kind go as without it
+  # layers to the last, such as 0.5,1,1.5, each for an equal part of the layers
+  # that are not protected. In all, as many groups of each kind go as without it
   # (docs/targets.md).
   config.prune.layer_profile = '1'
   # The number of heads kept is a multiple of this (under queries, the query
