@@ -229,7 +229,7 @@ def show(
 def _table(*columns: str) -> Table:
   table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
   table.add_column('criterion', no_wrap=True)
-  table.add_column('phase', no_wrap=True)
+  table.add_column('function', no_wrap=True)
   for name in columns:
     table.add_column(name, justify='right', no_wrap=True)
   return table
