@@ -14,6 +14,7 @@ import pdoc
 
 from configs import default, llama
 import lorapr_jax
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.schedule import cubic_sparsity
@@ -118,7 +119,7 @@ def target_table() -> str:
 
 
 def _config(size: str) -> LlamaConfig:
-  return LlamaConfig.from_hf(llama.get_config(size).model.sizes.to_dict())
+  return config_from_hf(llama.get_config(size).model.sizes.to_dict())
 
 
 def _billions(config: LlamaConfig) -> str:

@@ -20,6 +20,7 @@ from lorapr_jax.exporting.finish import (
   pruned_model,
 )
 from lorapr_jax.gguf.vocabulary import vocabulary
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.pruning.milestones import END
@@ -274,7 +275,7 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
     'base_dtype': settings.base_dtype.name,
     'compute_dtype': settings.compute.dtype.name,
     'matmul_dtype': settings.compute.matmul_dtype.name,
-    'model': settings.compute.config.to_hf(),
+    'model': config_to_hf(settings.compute.config),
     # With another mesh.tensor other counts may be the nearest.
     'keep': plan.keep if plan else {},
     'multiples': plan.multiples if open_sizes else {},

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 import lorapr_jax
+from lorapr_jax.models import families
 
 PACKAGE = Path(lorapr_jax.__path__[0])
 
@@ -138,6 +139,18 @@ def test_pruning_knows_neither_flax_nor_the_model(module):
 def test_only_the_models_and_the_step_import_flax():
   users = {name for name in MODULES if 'flax' in third_party(name)}
   assert users == {'models.layers', 'models.block', 'training.state'}
+
+
+def test_families_are_known_where_files_are_read_and_written():
+  users = {name for name in MODULES if 'models.families' in IMPORTS[name]}
+  assert {wing(name) for name in users} <= {'hf', 'gguf'}
+  names = {*families.FAMILIES, *families.REMOTE_CODE}
+  for name, path in MODULES.items():
+    tree = ast.walk(ast.parse(path.read_text(encoding='utf-8')))
+    strings = {x.value for x in tree if isinstance(x, ast.Constant)}
+    # The tokenizer of the first LLaMA has that name in a GGUF.
+    if name not in ('models.families', 'gguf.vocabulary'):
+      assert not strings & names, name
 
 
 def test_sizes_and_axes_need_no_jax():

@@ -8,10 +8,11 @@ import numpy as np
 from lorapr_jax.data.demo import demo_gguf
 from lorapr_jax.gguf.format import hf_names
 from lorapr_jax.gguf.read import open_gguf
+from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import check_tensors, load_config
 from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.shards import Shards, write_safetensors
-from lorapr_jax.hf.write import copy_companions, hf_config, write_config
+from lorapr_jax.hf.write import copy_companions, write_config
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.runtime.paths import new_folder, path_of

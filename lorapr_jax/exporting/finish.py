@@ -11,6 +11,7 @@ from lorapr_jax.eval.generation import Sampling, stream_text
 from lorapr_jax.eval.latency import paired_latency
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.exporting import routes
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.hf.write import parse_size
 from lorapr_jax.models.compute import Compute
@@ -71,7 +72,7 @@ def pruned_model(
     'name': name,
     # Many processes would read all of it many times, and one writes it.
     'sha256': content_hash(base) if base and processes.is_first() else None,
-    'config': (plan.config if plan else config).to_hf(),
+    'config': config_to_hf(plan.config if plan else config),
   }
   return routes.Model(
     name=name,

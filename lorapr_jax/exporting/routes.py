@@ -14,6 +14,7 @@ from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.gguf.write import write_gguf, zero_biases
 from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
+from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config, load_params, place_params
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.hf.write import (
@@ -21,8 +22,6 @@ from lorapr_jax.hf.write import (
   GGUF_DTYPES,
   export_model,
   hf_tensors,
-  resolve_layout,
-  resolve_model_type,
 )
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import compiler_options
@@ -89,9 +88,9 @@ class Route:
   Attributes:
     kind: hf, gguf or peft.
     path: a new folder; for gguf a new file.
-    layout: one of hf.export.LAYOUTS.
-    model_type: one of hf.export.MODEL_TYPES.
-    dtype: auto, one of hf.export.DTYPES or, for gguf, GGUF_DTYPES.
+    layout: one of hf.layout.LAYOUTS.
+    model_type: one of hf.layout.MODEL_TYPES.
+    dtype: auto, one of hf.write.DTYPES or, for gguf, GGUF_DTYPES.
     max_shard_bytes: the largest size of one weights file of a folder.
   """
 

@@ -12,6 +12,7 @@ import numpy as np
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting import routes
 from lorapr_jax.exporting.finish import merge, pruned_model
+from lorapr_jax.hf.config import config_to_hf, layers_from_hf
 from lorapr_jax.hf.load import (
   check_tensors,
   load_config,
@@ -95,7 +96,7 @@ def _of_run(
   # Of another mesh, other counts might have been the nearest.
   keep = run['resolved']['keep']
   sizes, lora_config, plan = split_model(config, tensor_parallel=1, keep=keep)
-  if sizes.to_hf() != run['resolved']['model']:
+  if config_to_hf(sizes) != run['resolved']['model']:
     raise UserError(
       f'{config.model.path} is not the base of {workdir}: its config.json has '
       'other sizes'
@@ -233,7 +234,7 @@ def _cut_of(
   sizes = pruning['base'].get('config')
   if sizes is None:  # Written before the sizes were.
     return None, None
-  layers = LlamaConfig.from_hf({'model_type': 'llama', **sizes}).layers
+  layers = layers_from_hf(sizes)
   before = dataclasses.replace(config, layers=layers)
   kept = tuple(
     {group: np.asarray(indices) for group, indices in layer.items()}

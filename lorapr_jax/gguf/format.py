@@ -13,9 +13,11 @@ import numpy as np
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import BIAS_KEYS, LlamaConfig, RopeScaling
+from lorapr_jax.models.families import FAMILIES
 
-# One size for all layers; and a list of sizes, one a layer.
-UNIFORM, PER_LAYER = 'llama', 'deci'
+# Architectures of equal layers; and the one whose layers have sizes each.
+UNIFORM = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+PER_LAYER = 'deci'
 ROPE_FACTORS = 'rope_freqs.weight'
 # What llama.cpp has no key for, and skips: the parameters behind the table of
 # RoPE factors, and the end tokens where there are several.
@@ -66,6 +68,13 @@ class Metadata(dict[str, Any]):
       supported = ' and '.join(map(repr, values))
       raise self.error(f'{key} is {found!r}; only {supported} is supported')
     return found
+
+
+def architecture(config: LlamaConfig) -> str:
+  """The one that a model is written as."""
+  if not config.is_uniform:
+    return PER_LAYER
+  return next(x.gguf for x in FAMILIES.values() if x.holds(config))
 
 
 def hf_names(config: LlamaConfig) -> dict[str, str]:

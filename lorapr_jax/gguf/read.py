@@ -23,6 +23,7 @@ from lorapr_jax.gguf.format import (
   rope_factors,
 )
 from lorapr_jax.gguf.tokenizer import write_tokenizer_files
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.runtime.files import write_json
 from lorapr_jax.runtime.paths import local_file, path_of
@@ -73,7 +74,7 @@ class GgufModel:
     folder = path_of(folder)
     if self._metadata.get('tokenizer.ggml.model') != 'none':
       write_tokenizer_files(self._metadata, folder, self.config.max_positions)
-    ids = self.config.to_hf().items()
+    ids = config_to_hf(self.config).items()
     write_json(
       folder / 'generation_config.json',
       {k: v for k, v in ids if k.endswith('_token_id') and v is not None},
@@ -125,7 +126,7 @@ def _dequantised(metadata: Metadata, tensor: gguf.ReaderTensor) -> np.ndarray:
 def _read_config(metadata: Metadata, tied: bool) -> LlamaConfig:
   # Every key that is understood is taken out, for what is left may change what
   # the model computes: experts, a sliding window, a scaled RoPE, ...
-  arch = metadata.take_only('general.architecture', UNIFORM, PER_LAYER)
+  arch = metadata.take_only('general.architecture', *UNIFORM, PER_LAYER)
   metadata.take_only(f'{arch}.rope.scaling.type', 'none')
   metadata.take_only(f'{arch}.tensor_data_layout', 'Meta AI original pth')
   embed_dim = metadata.take(f'{arch}.embedding_length', int)
@@ -163,7 +164,7 @@ def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
 
   def take(name, default=None):
     key = f'{arch}.{name}'
-    if arch == UNIFORM or not isinstance(metadata.get(key, default), list):
+    if arch != PER_LAYER or not isinstance(metadata.get(key, default), list):
       sizes = [metadata.take(key, int, default)] * num_layers
     else:
       sizes = metadata.take(key, list, default)

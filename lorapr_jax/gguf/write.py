@@ -13,10 +13,9 @@ from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.format import (
   EOS_IDS,
-  PER_LAYER,
   ROPE_FACTORS,
   SCALING_KEYS,
-  UNIFORM,
+  architecture,
   halves_to_interleaved,
   hf_names,
   is_rotated,
@@ -82,8 +81,7 @@ def write_gguf(
     **vocabulary(base and path_of(base), config),
   }
   with new_path(path) as partial, written_locally(partial) as local:
-    arch = UNIFORM if config.is_uniform else PER_LAYER
-    writer = gguf.GGUFWriter(local, arch)
+    writer = gguf.GGUFWriter(local, architecture(config))
     with contextlib.closing(writer):
       for key, value in metadata.items():
         _add(writer, key, value)
@@ -92,7 +90,7 @@ def write_gguf(
 
 def _sizes(config: LlamaConfig) -> dict[str, Any]:
   """The metadata that take the place of config.json."""
-  arch = UNIFORM if config.is_uniform else PER_LAYER
+  arch = architecture(config)
   layers = {
     'attention.head_count': [s.num_heads for s in config.layers],
     'attention.head_count_kv': [s.num_kv_heads for s in config.layers],

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.names import (
   IGNORED,
   hf_name,
@@ -104,7 +105,7 @@ def load_config(folder: str | Path) -> LlamaConfig:
     )
   hf = read_json(folder / 'config.json')
   try:
-    return LlamaConfig.from_hf(hf)
+    return config_from_hf(hf)
   except UserError as error:
     raise UserError(f'{folder}: {error}') from None
 

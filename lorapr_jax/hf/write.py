@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.names import (
   hf_name,
   hf_shapes,
@@ -25,10 +26,8 @@ from lorapr_jax.runtime.files import write_json
 from lorapr_jax.runtime.paths import copy_file, files_in, new_folder, path_of
 from lorapr_jax.runtime.processes import to_host
 
-LAYOUTS = ('auto', 'uniform', 'two_shape', 'padded')
 DTYPES = ('float32', 'bfloat16', 'float16')
 GGUF_DTYPES = ('f32', 'bf16', 'f16', 'q8_0')
-MODEL_TYPES = ('auto', 'llama', 'mistral')
 
 # Copied byte for byte from the base: a tokenizer that is saved again is not
 # the same file any more, and llama.cpp recognises it by its hash.
@@ -72,119 +71,6 @@ def parse_size(key: str, text: str) -> int:
       'expected, such as 5GB'
     )
   return size
-
-
-def resolve_layout(config: LlamaConfig, layout: str) -> str:
-  """'uniform', 'two_shape' or 'padded'.
-
-  Args:
-    config: the sizes of what is written: under padded, those before the cut.
-    layout: one of LAYOUTS.
-
-  Raises:
-    UserError: if the layout cannot hold this model.
-  """
-  if layout not in LAYOUTS:
-    raise UserError(
-      f'export.layout is {layout!r}: choose from {", ".join(LAYOUTS)}'
-    )
-  if layout == 'auto':
-    stock = config.is_uniform and (_llama_holds(config) or not config.biased)
-    return 'uniform' if stock else 'two_shape'
-  if layout in ('uniform', 'padded') and not config.is_uniform:
-    raise UserError(
-      f'export.layout={layout} needs layers of one size: prune with '
-      'prune.protect=none and prune.layer_profile=1, or '
-      'export with layout two_shape'
-    )
-  return layout
-
-
-def _llama_holds(config: LlamaConfig) -> bool:
-  """Whether every transformers takes a `llama` of these equal layers.
-
-  5.4 to 5.23 refuse one whose hidden size is no multiple of its number of
-  heads, even with an explicit head_dim (issue 46082).
-  """
-  return config.embed_dim % config.layers[0].num_heads == 0
-
-
-def resolve_model_type(
-  config: LlamaConfig, layout: str, model_type: str
-) -> str:
-  """'pruned_llama' under layout two_shape; else 'llama' or 'mistral'.
-
-  A `mistral` without a sliding window is the same function as a `llama`, but
-  that it has no biases.
-
-  Args:
-    config: the sizes of what is written.
-    layout: one of LAYOUTS.
-    model_type: one of MODEL_TYPES. auto: a mistral where transformers would
-      refuse a llama.
-
-  Raises:
-    UserError: if the layout or the type cannot hold this model.
-  """
-  if model_type not in MODEL_TYPES:
-    raise UserError(
-      f'export.model_type is {model_type!r}: choose from '
-      + ', '.join(MODEL_TYPES)
-    )
-  if resolve_layout(config, layout) == 'two_shape':
-    return 'pruned_llama'
-  if model_type == 'auto':
-    model_type = 'llama' if _llama_holds(config) else 'mistral'
-  if model_type == 'mistral' and config.biased:
-    why, instead = 'export.model_type=mistral', 'export.model_type=llama'
-    if not _llama_holds(config):
-      why = (
-        f'transformers refuses a llama of {config.layers[0].num_heads} heads '
-        f'with a hidden size of {config.embed_dim}, and a mistral'
-      )
-      instead = 'export.layout=two_shape'
-    raise UserError(
-      f'{why} has no biases, which the model has (prune.compensate=bias makes '
-      f'them): use {instead}'
-    )
-  return model_type
-
-
-def hf_config(
-  config: LlamaConfig, dtype: str, layout: str, model_type: str
-) -> dict[str, Any]:
-  """The config.json of an export.
-
-  Args:
-    config: the sizes.
-    dtype: of the weights, as torch names it.
-    layout: one of LAYOUTS.
-    model_type: one of MODEL_TYPES; the uniform layout's.
-  """
-  hf = config.to_hf()
-  kind = resolve_model_type(config, layout, model_type)
-  if kind == 'pruned_llama':
-    head = {
-      'architectures': ['PrunedLlamaForCausalLM'],
-      'model_type': 'pruned_llama',
-      'auto_map': {
-        'AutoConfig': 'configuration_pruned_llama.PrunedLlamaConfig',
-        'AutoModel': 'modeling_pruned_llama.PrunedLlamaModel',
-        'AutoModelForCausalLM': 'modeling_pruned_llama.PrunedLlamaForCausalLM',
-      },
-    }
-    hf.setdefault('per_layer_config', {})
-  elif kind == 'llama':
-    head = {'architectures': ['LlamaForCausalLM'], 'model_type': 'llama'}
-    head |= {'attention_bias': False, 'mlp_bias': False}
-  else:
-    head = {'architectures': ['MistralForCausalLM'], 'model_type': 'mistral'}
-    # Absent, it would mean a window of 4096.
-    head |= {'sliding_window': None}
-    if config.vocab_size > 100_000:
-      # Without it transformers takes the tokenizer for one with a known flaw.
-      head |= {'transformers_version': '5.0.0'}
-  return {**head, **hf, 'torch_dtype': dtype}
 
 
 def hf_tensors(
@@ -247,8 +133,8 @@ def export_model(
     folder: to be made; it must not exist.
     params: the merged weights.
     config: their sizes.
-    layout: one of LAYOUTS.
-    model_type: one of MODEL_TYPES.
+    layout: one of layout.LAYOUTS.
+    model_type: one of layout.MODEL_TYPES.
     dtype: of the weights; None keeps theirs.
     base: the folder whose tokenizer, generation config and licence are copied.
     pruning: the contents of pruning.json.

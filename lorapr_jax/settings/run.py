@@ -22,8 +22,9 @@ from lorapr_jax.errors import (
   UserError,
   choose,
 )
+from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.hf.load import load_config
-from lorapr_jax.hf.write import resolve_layout, resolve_model_type
 from lorapr_jax.models.compute import (
   DTYPES,
   Compute,
@@ -298,7 +299,7 @@ def _model_sizes(model: config_dict.ConfigDict) -> LlamaConfig:
   if model.path:
     return load_config(model.path)
   try:
-    return LlamaConfig.from_hf(model.sizes.to_dict())
+    return config_from_hf(model.sizes.to_dict())
   except UserError as error:
     reason = str(error).removeprefix('config.json: ')
     raise UserError(f'model.sizes: {reason}') from None

@@ -16,9 +16,10 @@ from tokenizers import decoders, models, pre_tokenizers
 from configs import tiny
 from lorapr_jax import train
 from lorapr_jax.cli.main import main
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.trees import init_params
 from lorapr_jax.training.checkpoint import read_state
 
@@ -28,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 def write_base(folder, seed=0, **sizes):
   """The random model of configs/tiny.py, and a tokenizer of bytes."""
   sizes = tiny.get_config().model.sizes.to_dict() | sizes
-  config = LlamaConfig.from_hf(sizes)
+  config = config_from_hf(sizes)
   export_model(
     folder,
     init_params(jax.random.key(seed), config, np.dtype('float32')),

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from lorapr_jax.cli.main import main
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
@@ -21,7 +22,7 @@ KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'
 def write(folder, config, model_type='llama'):
   """A folder that holds sizes and nothing else."""
   folder.mkdir()
-  text = json.dumps({'model_type': model_type, **config.to_hf()})
+  text = json.dumps({'model_type': model_type, **config_to_hf(config)})
   (folder / 'config.json').write_text(text)
   return folder
 

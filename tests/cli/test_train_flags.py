@@ -17,8 +17,8 @@ from lorapr_jax.cli import train as train_command
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.trees import init_params
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.settings.files import REMOVED, read_config
@@ -416,7 +416,7 @@ def folder(tmp_path):
   """A random model with a tokenizer."""
   folder = tmp_path / 'model'
   sizes = parse().model.sizes.to_dict()
-  config = LlamaConfig.from_hf(sizes)
+  config = config_from_hf(sizes)
   params = init_params(jax.random.key(0), config, jnp.float32)
   export_model(folder, params, config)
   vocab = {'<eos>': 0, '<unk>': 1, 'word': 2}

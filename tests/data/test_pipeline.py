@@ -10,7 +10,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.write import hf_config
+from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.runtime.files import write_json
 

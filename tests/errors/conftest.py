@@ -13,8 +13,8 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.trees import init_params
 from tests.errors import runs
 from tests.errors.case import train_tiny
@@ -36,7 +36,7 @@ SIZES = {
 
 def make_model(folder):
   """A good model with a tokenizer."""
-  config = LlamaConfig.from_hf(SIZES)
+  config = config_from_hf(SIZES)
   params = init_params(jax.random.key(0), config, jnp.float32)
   export_model(folder, params, config)
   vocab = {'<eos>': 0, '<unk>': 1, 'word': 2}

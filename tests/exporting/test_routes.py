@@ -19,6 +19,7 @@ from lorapr_jax.exporting.finish import merge
 from lorapr_jax.exporting.routes import Model, Route, Weights
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.load import place_params
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors, parse_size
 from lorapr_jax.models import decoder
@@ -74,7 +75,7 @@ def pruned(random_params, random_lora):
     params = cut_params(random_params(before, dtype), kept, before)
     lora = cut_adapters(random_lora(BEFORE, LORA), kept, BEFORE, LORA)
     weights = merge(params, lora, LORA, unmerged=True)
-    origin = {'name': 'tiny', 'sha256': None, 'config': BEFORE.to_hf()}
+    origin = {'name': 'tiny', 'sha256': None, 'config': config_to_hf(BEFORE)}
     model = Model(
       name='tiny',
       config=shrunk_config(before, kept),

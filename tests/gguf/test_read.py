@@ -20,6 +20,7 @@ from tokenizers import (
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.read import open_gguf
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 
 CONFIG = LlamaConfig(
@@ -393,7 +394,7 @@ def test_tokenizer_files_load_in_transformers(tmp_path, add_bos):
   model = open_gguf(path)
   model.write_tokenizer(tmp_path)
   (tmp_path / 'config.json').write_text(
-    json.dumps({'model_type': 'llama', **model.config.to_hf()})
+    json.dumps({'model_type': 'llama', **config_to_hf(model.config)})
   )
 
   tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -16,9 +16,10 @@ import transformers
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
+from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.shards import content_hash
-from lorapr_jax.hf.write import export_model, hf_config
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.models.trees import logical_axes, param_shapes

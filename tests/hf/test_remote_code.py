@@ -17,6 +17,7 @@ import torch
 import transformers
 
 import lorapr_jax
+from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 
 CODE = Path(lorapr_jax.__path__[0]) / 'hf/remote_code'
@@ -101,7 +102,7 @@ def _write(folder: Path, config: LlamaConfig) -> Path:
     'auto_map': AUTO_MAP,
     'torch_dtype': 'float32',
   }
-  text = json.dumps({**extra, **config.to_hf()}, indent=2)
+  text = json.dumps({**extra, **config_to_hf(config)}, indent=2)
   (folder / 'config.json').write_text(text)
   save_file(
     _weights(config), folder / 'model.safetensors', metadata={'format': 'pt'}
@@ -139,7 +140,7 @@ def _padded_stock(config: LlamaConfig) -> transformers.LlamaForCausalLM:
   f_full = max(shape.mlp_dim for shape in config.layers)
   full = LayerShape(k_full, g_full, f_full)
   layers = (full,) * len(config.layers)
-  hf = dataclasses.replace(config, layers=layers).to_hf()
+  hf = config_to_hf(dataclasses.replace(config, layers=layers))
   weights = _weights(config)
   for i, shape in enumerate(config.layers):
     k, g = shape.num_kv_heads, shape.queries_per_kv
@@ -325,7 +326,7 @@ def test_a_saved_config_is_read_by_lorapr_jax(name, tmp_path):
   model = _load(_write(tmp_path / 'export', config))
   model.config.save_pretrained(tmp_path / 'saved')
   hf = json.loads((tmp_path / 'saved/config.json').read_text())
-  assert LlamaConfig.from_hf(hf) == config
+  assert config_from_hf(hf) == config
 
 
 @pytest.mark.parametrize('rope_scaling', [None, LLAMA3])

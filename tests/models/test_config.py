@@ -1,38 +1,12 @@
-"""config.json is read whole, or refused by the name of the key."""
+"""Sizes are counted; impossible adapters are refused."""
 
 import dataclasses
-import json
 
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import (
-  LayerShape,
-  LlamaConfig,
-  LoraConfig,
-  RopeScaling,
-  Stack,
-)
+from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig, Stack
 
-HF = {
-  'model_type': 'llama',
-  'vocab_size': 96,
-  'hidden_size': 32,
-  'head_dim': 16,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 6,
-  'num_key_value_heads': 2,
-  'intermediate_size': 48,
-  'hidden_act': 'silu',
-  'max_position_embeddings': 128,
-  'rms_norm_eps': 1e-5,
-  'rope_theta': 500000.0,
-  'rope_scaling': None,
-  'tie_word_embeddings': True,
-  'bos_token_id': 1,
-  'eos_token_id': [2, 3],
-  'pad_token_id': 0,
-}
 CONFIG = LlamaConfig(
   vocab_size=96,
   embed_dim=32,
@@ -47,14 +21,6 @@ CONFIG = LlamaConfig(
   eos_token_id=(2, 3),
   pad_token_id=0,
 )
-LLAMA3 = {
-  'rope_type': 'llama3',
-  'factor': 8.0,
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0,
-  'original_max_position_embeddings': 8192,
-}
-SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
 UNEQUAL = dataclasses.replace(
   CONFIG,
   layers=(
@@ -66,139 +32,9 @@ UNEQUAL = dataclasses.replace(
 )
 
 
-def _changed(changes, base=HF):
-  """The keys of `base` with changes; a value of ... drops the key."""
-  return {k: v for k, v in {**base, **changes}.items() if v is not ...}
-
-
-def test_every_size_is_read():
-  assert LlamaConfig.from_hf(HF) == CONFIG
-
-
-def test_every_size_is_written():
-  hf = CONFIG.to_hf()
-  assert {key: hf[key] for key in HF if key != 'model_type'} == {
-    key: value for key, value in HF.items() if key != 'model_type'
-  }
-  assert 'per_layer_config' not in hf
-
-
-def test_unequal_layers_are_written_as_differences_from_the_largest():
-  hf = UNEQUAL.to_hf()
-  assert hf['num_hidden_layers'] == 4
-  assert hf['num_attention_heads'] == 6
-  assert hf['num_key_value_heads'] == 2
-  assert hf['intermediate_size'] == 48
-  assert hf['per_layer_config'] == {
-    '0': {
-      'num_attention_heads': 3,
-      'num_key_value_heads': 1,
-      'intermediate_size': 16,
-    },
-    '3': {
-      'num_attention_heads': 2,
-      'num_key_value_heads': 2,
-      'intermediate_size': 40,
-    },
-  }
-
-
-@pytest.mark.parametrize(
-  'config',
-  [
-    CONFIG,
-    UNEQUAL,
-    dataclasses.replace(CONFIG, rope_scaling=SCALING),
-    dataclasses.replace(CONFIG, tie_embeddings=False, eos_token_id=7),
-    dataclasses.replace(CONFIG, attention_bias=True),
-    UNEQUAL.with_biases(('self_attn', 'mlp')),
-    dataclasses.replace(
-      UNEQUAL, bos_token_id=None, eos_token_id=None, pad_token_id=None
-    ),
-  ],
-)
-def test_written_and_read_again_it_is_the_same(config):
-  hf = json.loads(json.dumps(config.to_hf()))
-  assert LlamaConfig.from_hf({'model_type': 'pruned_llama', **hf}) == config
-
-
-@pytest.mark.parametrize(
-  'rope',
-  [
-    {'rope_theta': 1e6, 'rope_scaling': LLAMA3},
-    {'rope_theta': ..., 'rope_parameters': {'rope_theta': 1e6, **LLAMA3}},
-    {'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 1e6, **LLAMA3}},
-    {'rope_theta': 1e6, 'rope_parameters': LLAMA3},
-    {
-      'rope_theta': 1e6,
-      'rope_scaling': {
-        'type': 'llama3',
-        **{k: v for k, v in LLAMA3.items() if k != 'rope_type'},
-      },
-    },
-  ],
-)
-def test_both_spellings_of_llama3_scaling_are_understood(rope):
-  config = LlamaConfig.from_hf(_changed(rope))
-  assert (config.rope_theta, config.rope_scaling) == (1e6, SCALING)
-
-
-@pytest.mark.parametrize(
-  'rope',
-  [
-    {'rope_theta': 1e6},
-    {'rope_theta': 1e6, 'rope_scaling': ...},
-    {'rope_theta': 1e6, 'rope_scaling': {'rope_type': 'default'}},
-    {
-      'rope_theta': ...,
-      'rope_scaling': ...,
-      'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
-    },
-    {
-      'rope_theta': ...,
-      'rope_parameters': {'rope_theta': 1e6, 'partial_rotary_factor': 1.0},
-    },
-  ],
-)
-def test_both_spellings_of_the_default_rope_are_understood(rope):
-  config = LlamaConfig.from_hf(_changed(rope))
-  assert (config.rope_theta, config.rope_scaling) == (1e6, None)
-
-
-def test_keys_that_old_files_leave_out_have_hugging_faces_defaults():
-  sizes = (
-    'model_type',
-    'vocab_size',
-    'hidden_size',
-    'num_hidden_layers',
-    'num_attention_heads',
-    'intermediate_size',
-  )
-  old = {key: HF[key] for key in sizes} | {'num_attention_heads': 4}
-  assert LlamaConfig.from_hf(old) == LlamaConfig(
-    vocab_size=96,
-    embed_dim=32,
-    head_dim=8,
-    layers=(LayerShape(4, 1, 48),) * 2,
-    norm_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    tie_embeddings=False,
-    max_positions=2048,
-  )
-  nulls = {'head_dim': None, 'num_key_value_heads': None, 'rope_scaling': None}
-  assert LlamaConfig.from_hf(old | nulls) == LlamaConfig.from_hf(old)
-
-
-def test_biases_are_read_written_and_counted():
-  for key, value in (('attention_bias', True), ('mlp_bias', None)):
-    assert key not in CONFIG.to_hf()
-    config = LlamaConfig.from_hf({**HF, key: value})
-    assert config == dataclasses.replace(CONFIG, **{key: bool(value)})
+def test_biases_are_counted():
   both = CONFIG.with_biases(('self_attn', 'mlp'))
   assert both.biased == ('self_attn', 'mlp') and CONFIG.biased == ()
-  hf = both.to_hf()
-  assert hf['attention_bias'] is hf['mlp_bias'] is True
   # Of a layer: q, k, v and o; gate, up and down.
   attention, mlp = 96 + 32 + 32 + 32, 48 + 48 + 32
   for parts, more in (
@@ -208,117 +44,6 @@ def test_biases_are_read_written_and_counted():
   ):
     found = CONFIG.with_biases(parts).num_parameters
     assert found == CONFIG.num_parameters + 2 * more
-
-
-def test_a_mistral_without_a_window_is_the_same_model():
-  hf = _changed({'model_type': 'mistral', 'sliding_window': None})
-  assert LlamaConfig.from_hf(hf) == CONFIG
-
-
-def test_an_absent_number_of_kv_heads_is_eight_for_mistral():
-  # The default of transformers' MistralConfig, unlike LlamaConfig's.
-  mistral = {'model_type': 'mistral', 'sliding_window': None}
-  changes = {'num_attention_heads': 16, 'num_key_value_heads': ...}
-  config = LlamaConfig.from_hf(_changed({**mistral, **changes}))
-  assert config.layers == (LayerShape(8, 2, 48),) * 2
-
-
-@pytest.mark.parametrize('key', ['3', '03'])
-def test_layers_are_found_by_number_however_it_is_padded(key):
-  hf = _changed(
-    {
-      'model_type': 'pruned_llama',
-      'num_hidden_layers': 11,
-      'per_layer_config': {
-        key: {'num_attention_heads': 3, 'num_key_value_heads': 1},
-        '10': {'intermediate_size': 16},
-      },
-    }
-  )
-  full = LayerShape(2, 3, 48)
-  expected = [full] * 11
-  expected[3], expected[10] = LayerShape(1, 3, 48), LayerShape(2, 3, 16)
-  assert LlamaConfig.from_hf(hf).layers == tuple(expected)
-
-
-MISTRAL = {'model_type': 'mistral', 'sliding_window': None}
-# The change to a good file, and what the message must name.
-UNSUPPORTED = [
-  ({'model_type': 'qwen2'}, 'model_type'),
-  ({'model_type': ...}, 'model_type'),
-  ({**MISTRAL, 'attention_bias': True}, 'attention_bias'),
-  ({'attention_bias': 1}, 'attention_bias'),
-  ({'attention_dropout': 0.1}, 'attention_dropout'),
-  ({**MISTRAL, 'mlp_bias': True}, 'mlp_bias'),
-  ({'mlp_bias': 'yes'}, 'mlp_bias'),
-  ({'model_type': 'mistral'}, 'sliding_window'),
-  ({'model_type': 'mistral', 'sliding_window': 4096}, 'sliding_window'),
-  ({'sliding_window': 4096}, 'sliding_window'),
-  ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling'),
-  ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'rope_scaling'),
-  ({'rope_parameters': {'rope_type': 'linear'}}, 'rope_parameters'),
-  ({'rope_parameters': {'rope_type': 'yarn'}}, 'rope_parameters'),
-  ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2.0}}, 'low_freq_factor'),
-  ({'hidden_act': 'gelu'}, 'hidden_act'),
-  ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
-  ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
-  ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),
-  (
-    {'rope_parameters': {'partial_rotary_factor': 0.5}},
-    'rope_parameters.partial_rotary_factor',
-  ),
-  ({'rope_parameters': {'rope_theta': 10000.0}}, 'rope_theta'),
-  ({'rope_scaling': {'rope_theta': 10000.0}}, 'rope_theta'),
-  ({'per_layer_config': {'1': {'intermediate_size': 8}}}, 'per_layer_config'),
-  ({'num_attention_heads': 5}, 'num_attention_heads'),
-  ({'hidden_size': ...}, 'hidden_size'),
-  ({'vocab_size': None}, 'vocab_size'),
-  ({'intermediate_size': '48'}, 'intermediate_size'),
-  ({'num_hidden_layers': 2.5}, 'num_hidden_layers'),
-  ({'num_attention_heads': 0}, 'num_attention_heads'),
-  (
-    {'model_type': 'pruned_llama', 'per_layer_config': {'x': {}}},
-    'per_layer_config',
-  ),
-  (
-    {'model_type': 'pruned_llama', 'per_layer_config': {'2': {}}},
-    'per_layer_config',
-  ),
-  (
-    {
-      'rope_theta': 1e6,
-      'rope_scaling': LLAMA3,
-      'rope_parameters': {'rope_theta': 1e6, 'rope_type': 'default'},
-    },
-    'rope_scaling',
-  ),
-]
-
-
-@pytest.mark.parametrize('change, key', UNSUPPORTED)
-def test_what_is_not_supported_is_refused_by_its_key(change, key):
-  with pytest.raises(UserError) as error:
-    LlamaConfig.from_hf(_changed(change))
-  assert key in str(error.value)
-
-
-@pytest.mark.parametrize(
-  'key, value',
-  [
-    ('attention_bias', False),
-    ('mlp_bias', False),
-    ('attention_dropout', 0.0),
-    ('sliding_window', None),
-    ('partial_rotary_factor', 1.0),
-    ('quantization_config', None),
-    ('layer_types', ['full_attention', 'full_attention']),
-    ('layer_types', None),
-    ('per_layer_config', None),
-    ('rope_parameters', None),
-  ],
-)
-def test_a_key_with_its_harmless_value_changes_nothing(key, value):
-  assert LlamaConfig.from_hf({**HF, key: value}) == CONFIG
 
 
 def test_stacks_are_the_runs_of_equal_layers():

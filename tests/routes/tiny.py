@@ -16,6 +16,7 @@ from tokenizers import (
   trainers,
 )
 
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.models.trees import init_params
@@ -119,7 +120,7 @@ def _write_tokenizer(folder: Path, config: LlamaConfig, text: Path) -> None:
     )
   tokenizer.save(str(folder / 'tokenizer.json'))
   write_json(folder / 'tokenizer_config.json', settings)
-  ids = config.to_hf().items()
+  ids = config_to_hf(config).items()
   write_json(
     folder / 'generation_config.json',
     {k: v for k, v in ids if k.endswith('_token_id') and v is not None},

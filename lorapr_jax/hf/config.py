@@ -1,0 +1,236 @@
+"""A config.json's keys as the sizes of a model, and back."""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.rope import rope_from_hf, rope_to_hf
+from lorapr_jax.models.config import BIAS_KEYS, LayerShape, LlamaConfig
+from lorapr_jax.models.families import FAMILIES, REMOTE_CODE, Family
+
+# The value each of these keys must have, or be absent.
+_ONLY_SUPPORTED = {
+  'attention_dropout': 0.0,
+  'hidden_act': 'silu',
+  'partial_rotary_factor': 1.0,
+  'quantization_config': None,
+  'sliding_window': None,
+}
+# What each of these keys is, where it is neither absent nor null.
+_TYPES = {
+  'attention_bias': (bool, 'true or false'),
+  'bos_token_id': (int, 'an integer'),
+  'eos_token_id': (int | list, 'an integer or a list of them'),
+  'layer_types': (list, 'a list'),
+  'mlp_bias': (bool, 'true or false'),
+  'pad_token_id': (int, 'an integer'),
+  'per_layer_config': (dict, 'an object'),
+  'rope_parameters': (dict, 'an object'),
+  'rope_scaling': (dict, 'an object'),
+  'tie_word_embeddings': (bool, 'true or false'),
+}
+_POSITIVE = (
+  'head_dim',
+  'max_position_embeddings',
+  'num_key_value_heads',
+  'rms_norm_eps',
+  'rope_theta',
+)
+
+
+def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
+  """The sizes that a config.json says.
+
+  Args:
+    hf: the file's contents. The keys `rope_theta` + `rope_scaling` and the
+      newer `rope_parameters` are both understood.
+
+  Raises:
+    UserError: naming the key that asks for something unsupported.
+  """
+  family = _family(hf)
+  _check_supported(hf, family)
+  hf = {
+    **family.absent,
+    **{key: value for key, value in hf.items() if value is not None},
+  }
+  layers = layers_from_hf(hf)
+  embed_dim = _required(hf, 'hidden_size')
+  head_dim = hf.get('head_dim') or (
+    embed_dim // _required(hf, 'num_attention_heads')
+  )
+  if head_dim < 2 or head_dim % 2:
+    raise UserError(
+      f'config.json: heads of {head_dim} dimensions, which RoPE cannot pair'
+    )
+  theta, scaling = rope_from_hf(hf)
+  eos = hf.get('eos_token_id')
+  return LlamaConfig(
+    vocab_size=_required(hf, 'vocab_size'),
+    embed_dim=embed_dim,
+    head_dim=head_dim,
+    layers=layers,
+    norm_eps=hf['rms_norm_eps'],
+    rope_theta=theta,
+    rope_scaling=scaling,
+    tie_embeddings=hf['tie_word_embeddings'],
+    **{key: hf[key] for key in BIAS_KEYS.values()},
+    max_positions=hf['max_position_embeddings'],
+    bos_token_id=hf.get('bos_token_id'),
+    eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+    pad_token_id=hf.get('pad_token_id'),
+  )
+
+
+def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+  """The keys of a config.json that a model's sizes decide.
+
+  The sizes at the top are those of the largest layer; layers that differ are
+  listed in `per_layer_config`. `architectures`, `model_type` and the like
+  follow from the layout (hf/layout.py).
+  """
+  top = max(config.layers, key=config.layer_parameters)
+  eos = config.eos_token_id
+  hf = {
+    'vocab_size': config.vocab_size,
+    'hidden_size': config.embed_dim,
+    'head_dim': config.head_dim,
+    'num_hidden_layers': len(config.layers),
+    **_layer_to_hf(top),
+    'hidden_act': 'silu',
+    'max_position_embeddings': config.max_positions,
+    'rms_norm_eps': config.norm_eps,
+    **rope_to_hf(config.rope_theta, config.rope_scaling),
+    'tie_word_embeddings': config.tie_embeddings,
+    'bos_token_id': config.bos_token_id,
+    'eos_token_id': list(eos) if isinstance(eos, tuple) else eos,
+    'pad_token_id': config.pad_token_id,
+    'use_cache': True,
+  }
+  # Where there are none the keys are left out: not every family has them.
+  hf |= {BIAS_KEYS[part]: True for part in config.biased}
+  if not config.is_uniform:
+    hf['per_layer_config'] = {
+      str(i): _layer_to_hf(shape)
+      for i, shape in enumerate(config.layers)
+      if shape != top
+    }
+  return hf
+
+
+def layers_from_hf(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
+  """The sizes of each layer, of keys that `config_to_hf` wrote or more.
+
+  Raises:
+    UserError: naming the key that is no size.
+  """
+  per_layer = hf.get('per_layer_config') or {}
+  # We write the keys as '3'; transformers 5, saving, as '03'.
+  num_layers = _required(hf, 'num_hidden_layers')
+  for index in per_layer:
+    if not index.isdigit() or int(index) >= num_layers:
+      raise UserError(
+        f'config.json: per_layer_config has {index!r}, but the layers are 0 '
+        f'to {num_layers - 1}'
+      )
+    if not isinstance(per_layer[index], dict):
+      raise UserError(
+        f'config.json: per_layer_config has no sizes for layer {index}'
+      )
+  by_index = {int(index): sizes for index, sizes in per_layer.items()}
+  return tuple(
+    _layer_from_hf({**hf, **by_index.get(i, {})}) for i in range(num_layers)
+  )
+
+
+def _layer_from_hf(hf: Mapping[str, Any]) -> LayerShape:
+  heads, key = _required(hf, 'num_attention_heads'), 'num_key_value_heads'
+  kv_heads = _required({key: heads, **hf}, key)
+  if heads % kv_heads:
+    raise UserError(
+      f'config.json: num_attention_heads {heads} is not a multiple of '
+      f'num_key_value_heads {kv_heads}'
+    )
+  return LayerShape(
+    num_kv_heads=kv_heads,
+    queries_per_kv=heads // kv_heads,
+    mlp_dim=_required(hf, 'intermediate_size'),
+  )
+
+
+def _layer_to_hf(shape: LayerShape) -> dict[str, int]:
+  return {
+    'num_attention_heads': shape.num_heads,
+    'num_key_value_heads': shape.num_kv_heads,
+    'intermediate_size': shape.mlp_dim,
+  }
+
+
+def _required(hf: Mapping[str, Any], key: str) -> int:
+  if not isinstance(hf.get(key), int) or hf[key] < 1:
+    raise UserError(
+      f'config.json: {key} is {json.dumps(hf.get(key))}, not a positive integer'
+    )
+  return hf[key]
+
+
+def _family(hf: Mapping[str, Any]) -> Family:
+  """The row of a config.json's model_type."""
+  model_type = hf.get('model_type')
+  types = {**FAMILIES, **REMOTE_CODE}
+  if model_type not in list(types):  # It may have no hash.
+    raise UserError(
+      f'config.json: model_type is {model_type!r}; only '
+      f'{", ".join(FAMILIES)} and {" and ".join(REMOTE_CODE)} (our own export) '
+      'are supported'
+    )
+  return types[model_type]
+
+
+def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
+  model_type = hf['model_type']
+  for key, value in _ONLY_SUPPORTED.items():
+    found = hf.get(key, family.absent.get(key, value))
+    if found == value:
+      continue
+    if key not in hf:
+      raise UserError(
+        f'config.json: {key} is absent, which means {json.dumps(found)} for '
+        f'{model_type}; only "{key}": {json.dumps(value)} is supported'
+      )
+    raise UserError(
+      f'config.json: {key} is {json.dumps(found)}; only {json.dumps(value)} is '
+      'supported'
+    )
+  _check_types(hf)
+  for key in BIAS_KEYS.values():
+    if hf.get(key) and not family.has_biases:
+      with_biases = [name for name, x in FAMILIES.items() if x.has_biases]
+      raise UserError(
+        f'config.json: {key} is true, and a {model_type} has no biases; only a '
+        f'{" or ".join(with_biases)} with them is supported'
+      )
+  if set(hf.get('layer_types') or ()) - {'full_attention'}:
+    raise UserError(
+      f'config.json: layer_types has {sorted(set(hf["layer_types"]))}; only '
+      'full_attention is supported'
+    )
+  if hf.get('per_layer_config') and model_type not in REMOTE_CODE:
+    raise UserError(
+      'config.json: per_layer_config is only understood for model_type '
+      + ' and '.join(REMOTE_CODE)
+    )
+
+
+def _check_types(hf: Mapping[str, Any]) -> None:
+  for key, (kind, text) in _TYPES.items():
+    value = hf.get(key)
+    if value is not None and not isinstance(value, kind):
+      raise UserError(f'config.json: {key} is {json.dumps(value)}, not {text}')
+  for key in _POSITIVE:
+    value = hf.get(key)
+    if value is not None and not (isinstance(value, int | float) and value > 0):
+      raise UserError(
+        f'config.json: {key} is {json.dumps(value)}, not a positive number'
+      )

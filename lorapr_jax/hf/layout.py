@@ -1,0 +1,133 @@
+"""As what a model is saved: the layout, the model_type, the config.json."""
+
+from typing import Any
+
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.config import config_to_hf
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.families import FAMILIES, REMOTE_CODE
+
+AUTO = 'auto'
+LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')
+MODEL_TYPES = (AUTO, *FAMILIES)
+
+
+def resolve_layout(config: LlamaConfig, layout: str) -> str:
+  """'uniform', 'two_shape' or 'padded'.
+
+  Args:
+    config: the sizes of what is written: under padded, those before the cut.
+    layout: one of LAYOUTS.
+
+  Raises:
+    UserError: if the layout cannot hold this model.
+  """
+  if layout not in LAYOUTS:
+    raise UserError(
+      f'export.layout is {layout!r}: choose from {", ".join(LAYOUTS)}'
+    )
+  if layout == AUTO:
+    stock = config.is_uniform and _loaded(config)
+    return 'uniform' if stock else 'two_shape'
+  if layout in ('uniform', 'padded') and not config.is_uniform:
+    raise UserError(
+      f'export.layout={layout} needs layers of one size: prune with '
+      'prune.protect=none and prune.layer_profile=1, or '
+      'export with layout two_shape'
+    )
+  return layout
+
+
+def resolve_model_type(
+  config: LlamaConfig, layout: str, model_type: str
+) -> str:
+  """One of FAMILIES or, under layout two_shape, of REMOTE_CODE.
+
+  Args:
+    config: the sizes of what is written.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES. auto: the first that every transformers
+      loads. They are the same function of the same weights.
+
+  Raises:
+    UserError: if the layout or the type cannot hold this model.
+  """
+  if model_type not in MODEL_TYPES:
+    raise UserError(
+      f'export.model_type is {model_type!r}: choose from '
+      + ', '.join(MODEL_TYPES)
+    )
+  if resolve_layout(config, layout) == 'two_shape':
+    return next(name for name, x in REMOTE_CODE.items() if x.holds(config))
+  held = [name for name, x in FAMILIES.items() if x.holds(config)]
+  loaded = _loaded(config)
+  if model_type == AUTO and loaded:
+    return loaded[0]
+  if model_type in held:
+    return model_type
+  why, instead = f'export.model_type={model_type}', 'export.layout=two_shape'
+  if loaded:
+    instead = f'export.model_type={loaded[0]}'
+  else:
+    others = [name for name in FAMILIES if name not in held]
+    why = (
+      f'transformers refuses a {" or ".join(held)} of '
+      f'{config.layers[0].num_heads} heads with a hidden size of '
+      f'{config.embed_dim}, and a {" or ".join(others)}'
+    )
+  raise UserError(
+    f'{why} has no biases, which the model has (prune.compensate=bias makes '
+    f'them): use {instead}'
+  )
+
+
+def _loaded(config: LlamaConfig) -> list[str]:
+  """The types as which every transformers loads a model of equal layers."""
+  divides = config.embed_dim % config.layers[0].num_heads == 0
+  return [
+    name
+    for name, family in FAMILIES.items()
+    if family.holds(config) and (divides or not family.heads_divide_embed)
+  ]
+
+
+def hf_config(
+  config: LlamaConfig, dtype: str, layout: str, model_type: str
+) -> dict[str, Any]:
+  """The config.json of an export.
+
+  Args:
+    config: the sizes.
+    dtype: of the weights, as torch names it.
+    layout: one of LAYOUTS.
+    model_type: one of MODEL_TYPES; the uniform layout's.
+  """
+  model_type = resolve_model_type(config, layout, model_type)
+  hf = config_to_hf(config)
+  if model_type in REMOTE_CODE:
+    head = _remote_code(model_type)
+    hf.setdefault('per_layer_config', {})
+  else:
+    family = FAMILIES[model_type]
+    head = {
+      'architectures': [family.architecture],
+      'model_type': model_type,
+      **family.written,
+    }
+    if family.names_version and config.vocab_size > 100_000:
+      head['transformers_version'] = '5.0.0'
+  return {**head, **hf, 'torch_dtype': dtype}
+
+
+def _remote_code(model_type: str) -> dict[str, Any]:
+  """The keys that name the classes of hf/remote_code/."""
+  name = ''.join(word.capitalize() for word in model_type.split('_'))
+  return {
+    'architectures': [f'{name}ForCausalLM'],
+    'model_type': model_type,
+    'auto_map': {
+      'AutoConfig': f'configuration_{model_type}.{name}Config',
+      'AutoModel': f'modeling_{model_type}.{name}Model',
+      'AutoModelForCausalLM': f'modeling_{model_type}.{name}ForCausalLM',
+    },
+  }
