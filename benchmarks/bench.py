@@ -9,7 +9,7 @@ half of the groups:
   peft             transformers and PEFT, LoRA alone (peft_lora.py)
   masked           train.py, all cuts at the end
   masked, float32  the same, of float32 products, for a quarter of the steps
-  shrinking        train.py, prune.shrink=auto
+  shrinking        train.py, one cut on the way
 
 Each in a process of its own, one after the other, the PyTorch ones before ours
 and after; all in the dtype that is fastest here. Writes docs/benchmarks.md and
@@ -152,7 +152,7 @@ SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens a step, rank 8
 on every projection, half of the groups; each in a process of its own, one after
 the other, the PyTorch ones before ours and after. `reference` is the
 reference's algorithm in PyTorch, `peft` LoRA alone with transformers and PEFT,
-`masked` train.py with all cuts at the end, `shrinking` with prune.shrink=auto
+`masked` train.py with all cuts at the end, `shrinking` with prune.shrink=0.33
 (cuts before steps: {cuts}). Tokens a second are those of the median step, and
 of the mean one where arrays shrink. The dtype is that of the products'
 operands; ours add up, and keep activations, in float32.
@@ -240,7 +240,7 @@ def main() -> None:
         '--config.model.matmul_dtype=float32',
         '--config.model.base_dtype=float32',
       ),
-      'shrinking': ours('shrinking', args.steps, '--config.prune.shrink=auto'),
+      'shrinking': ours('shrinking', args.steps, '--config.prune.shrink=0.33'),
     }
     for name, program in (
       ('reference', 'reference_torch'),

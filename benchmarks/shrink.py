@@ -1,6 +1,6 @@
 """What cutting masked groups on the way saves, and what it leaves to save.
 
-  PYTHONPATH=. python benchmarks/shrink.py [--out runs/shrink] [--shrink auto]
+  PYTHONPATH=. python benchmarks/shrink.py [--out runs/shrink] [--shrink 0.33]
     [--steps 100] [--turns 7] [--paired]
 
 Prunes the demo's model by half of its channels and a third of its query heads.
@@ -121,7 +121,7 @@ def main() -> None:
   """Runs both and prints."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'shrink')
-  parser.add_argument('--shrink', default='auto')
+  parser.add_argument('--shrink', default='0.33')
   parser.add_argument('--steps', type=int, default=100)
   parser.add_argument('--turns', type=int, default=7)
   parser.add_argument('--paired', action='store_true', help='no runs')

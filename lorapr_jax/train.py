@@ -23,7 +23,6 @@ from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
-from lorapr_jax.pruning.milestones import END
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.report.page import REPORT_FILE, render_report
@@ -175,7 +174,7 @@ def run_phases(
     display=display,
     teacher=teacher,
   )
-  state, base, cuts = run_phase(first, base, settings=settings)
+  state, base = run_phase(first, base, settings=settings)
   skipped = int(state.skipped)
   if unrepaired := int(state.unrepaired):
     display.warn(
@@ -208,7 +207,7 @@ def run_phases(
     display.start('evaluate')
     measured['cut'] = perplexity(base.params, base.compute, lora=lora)
   for phase in later:
-    state, base, *_ = run_phase(phase, base, settings=settings, lora=lora)
+    state, base = run_phase(phase, base, settings=settings, lora=lora)
     lora, skipped = state.lora, skipped + int(state.skipped)
   interrupt.let_sigterm_end()
   if skipped:
@@ -250,7 +249,7 @@ def run_phases(
       seq_len=settings.train.seq_len,
     ),
     'sparsity': summary.sparsity_report(settings.plan),
-    'cuts_on_the_way': list(cuts),
+    'cuts_on_the_way': list(settings.cuts),
     **comparison,
     'seconds': display.seconds,
     'tokens_per_second': metrics.median_speed(workdir),
@@ -269,8 +268,6 @@ def run_phases(
 def resolved(settings: RunSettings) -> dict[str, Any]:
   """What the config leaves open, and a resumed run must find unchanged."""
   plan = settings.plan
-  # Sizes on the way follow from the multiples.
-  open_sizes = plan and settings.shrink != END
   return {
     'base_dtype': settings.base_dtype.name,
     'compute_dtype': settings.compute.dtype.name,
@@ -278,5 +275,7 @@ def resolved(settings: RunSettings) -> dict[str, Any]:
     'model': config_to_hf(settings.compute.config),
     # With another mesh.tensor other counts may be the nearest.
     'keep': plan.keep if plan else {},
-    'multiples': plan.multiples if open_sizes else {},
+    'cuts': settings.cuts,
+    # Sizes on the way follow from them.
+    'multiples': plan.multiples if settings.cuts else {},
   }

@@ -15,6 +15,9 @@ from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, multiple_of
 
 END, AUTO = 'end', 'auto'
+# What a cut on the way costs, in steps at full size: it is compiled anew. The
+# figures behind it are in docs/performance.md.
+CUT_STEPS = 20
 
 
 def parse_shrink(text: str) -> str | tuple[float, ...]:
@@ -74,6 +77,19 @@ class Milestones:
     size = group_size(self.plan.config, shape, group)
     return min(size, -(-count // multiple) * multiple)
 
+  def cuts(
+    self, shrink: str | tuple[float, ...], seq_len: int
+  ) -> tuple[int, ...]:
+    """The steps before which masked groups are cut out on the way.
+
+    Args:
+      shrink: from `parse_shrink`.
+      seq_len: tokens of a sequence.
+    """
+    if shrink == END:
+      return ()
+    return self.fastest(seq_len) if shrink == AUTO else self.at(shrink)
+
   @functools.cached_property
   def maskings(self) -> tuple[int, ...]:
     """The steps at which there are fewer alive than before."""
@@ -114,14 +130,10 @@ class Milestones:
         cuts.append(steps[0])
     return tuple(cuts)
 
-  def candidates(self, first: int) -> list[int]:
-    """The steps from `first` on before which there is more to cut.
-
-    Nothing has been cut before; what was masked before can go at `first`.
-    """
+  def candidates(self) -> list[int]:
+    """The steps before which there is more to cut than ever before."""
     found, before = [], self.plan.config
-    later = [step for step in self._after_masking() if step > first]
-    for step in [first, *later] if first < self.schedule.total_steps else []:
+    for step in self._after_masking():
       size = self.size(step)
       if size != before:
         found.append(step)
@@ -133,38 +145,30 @@ class Milestones:
     return [s for s in steps if self.schedule.is_pruning_step(s - 1)]
 
   def fastest(
-    self,
-    seq_len: int,
-    *,
-    step: int,
-    step_seconds: float,
-    compile_seconds: float,
+    self, seq_len: int, cut_steps: float = CUT_STEPS
   ) -> tuple[int, ...]:
-    """The cuts after `step` with which the steps that are left end first.
+    """The cuts with which a run ends first.
 
     A step's time is taken as proportional to its floating-point operations,
-    and compiling it to the number of stacks. The best way on from a cut does
-    not depend on the way to it, so that they are found from the last one back.
+    and a cut's as the same wherever it is. The best way on from a cut does not
+    depend on the way to it, so that they are found from the last one back.
 
     Args:
       seq_len: tokens of a sequence.
-      step: of which `step_seconds` are known, at full size.
-      step_seconds: of such a step.
-      compile_seconds: of the functions of such a step.
+      cut_steps: the price of a cut, in steps at full size.
     """
-    full, end = self.plan.config, self.schedule.total_steps
-    flops = forward_flops_per_token(full, seq_len)
-    # For each cut: the seconds from there on, and the cuts after it.
+    sizes = {0: self.plan.config}
+    sizes |= {step: self.size(step) for step in self.candidates()}
+    full = forward_flops_per_token(sizes[0], seq_len)
+    end = self.schedule.total_steps
+    # For each cut: the time from there on, in steps, and the cuts after it.
     best: dict[int, tuple[float, tuple[int, ...]]] = {}
-    for begin in [*reversed(self.candidates(step + 1)), step]:
-      size = full if begin == step else self.size(begin)
-      each = step_seconds * forward_flops_per_token(size, seq_len) / flops
+    for begin, size in reversed(sizes.items()):
+      each = forward_flops_per_token(size, seq_len) / full
       ways = {end: each * (end - begin)}
       for cut, (rest, _) in best.items():
-        stacks = len(self.size(cut).stacks) / len(full.stacks)
-        steps = each * (cut - begin)
-        ways[cut] = steps + compile_seconds * stacks + rest
+        ways[cut] = each * (cut - begin) + cut_steps + rest
       first = min(ways, key=ways.__getitem__)
       later = () if first == end else (first, *best[first][1])
       best[begin] = ways[first], later
-    return best[step][1]
+    return best[0][1]

@@ -161,6 +161,13 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     f'{protected} of {len(config.layers)} layers protected (prune.protect); '
     f'{pruned.num_parameters:,} parameters will be left'
   )
+  if settings.order == 'joint':
+    steps = ', '.join(map(str, settings.cuts))
+    show(
+      f'masked groups are cut out before steps {steps}, and after the last'
+      if steps
+      else 'masked groups are cut out after the last step'
+    )
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
   if settings.criterion.needs == 'base_grads':

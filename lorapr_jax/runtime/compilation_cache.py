@@ -1,7 +1,6 @@
 """What XLA has compiled, kept on the disk for the next start."""
 
-from collections.abc import Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import hashlib
 import os
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 from lorapr_jax.runtime.files import cache_dir
 
 _LARGEST = 4 * 2**30
-# What JAX reports where it reads a function that it had compiled before.
-_SAVED_EVENT = '/jax/compilation_cache/compile_time_saved_sec'
 
 
 def keep_compiled() -> None:
@@ -54,32 +51,6 @@ def disable_on_cpu_meshes(devices: Sequence[Any]) -> None:
     jax.config.update('jax_enable_compilation_cache', False)
     # JAX remembers that it is used once it was.
     compilation_cache.reset_cache()
-
-
-class SavedSeconds:
-  """What compiling would have taken more, had the cache been empty.
-
-  Attributes:
-    total: of all that was counted; of each function JAX knows whole seconds.
-  """
-
-  def __init__(self):
-    self.total = 0.0
-
-  @contextlib.contextmanager
-  def counted(self) -> Iterator[None]:
-    """Counts what is read from the cache while its block runs."""
-    import jax
-
-    jax.monitoring.register_event_duration_secs_listener(self._add)
-    try:
-      yield
-    finally:
-      jax.monitoring.unregister_event_duration_listener(self._add)
-
-  def _add(self, event: str, seconds: float, **_: str | int) -> None:
-    if event == _SAVED_EVENT:
-      self.total += seconds
 
 
 def _cpu() -> str:

@@ -23,6 +23,7 @@ class Phase:
     first_batch: the batch of `data` at its first step.
     learning_rate: at its first step; 0 leaves the adapters as they are.
     schedule: of the masks; None where nothing is masked.
+    cuts: the steps before which masked groups are cut out on the way.
   """
 
   name: str
@@ -33,6 +34,7 @@ class Phase:
   first_batch: int
   learning_rate: float
   schedule: PruneSchedule | None = None
+  cuts: tuple[int, ...] = ()
 
 
 def phases(settings: RunSettings) -> tuple[Phase, ...]:
@@ -53,16 +55,19 @@ def phases(settings: RunSettings) -> tuple[Phase, ...]:
   tune, recovery = CHECKPOINTS_AFTER_CUT
   rate, result = train.learning_rate, []
 
-  def add(name, folder, steps, rate, schedule=None, data=settings.data.train):
+  spec = settings.data.train
+
+  def add(name, folder, steps, rate, schedule=None, data=spec, cuts=()):
     first = sum(phase.steps for phase in result)
     # Data of its own starts from its beginning; else the stream goes on.
-    start = first if data == settings.data.train else 0
-    phase = Phase(name, folder, first, steps, data, start, rate, schedule)
-    result.append(phase)
+    start = first if data == spec else 0
+    result.append(
+      Phase(name, folder, first, steps, data, start, rate, schedule, cuts)
+    )
 
   if settings.order == 'joint':
     schedule = settings.schedule if settings.plan else None
-    add('prune', CHECKPOINTS, train.steps, rate, schedule)
+    add('prune', CHECKPOINTS, train.steps, rate, schedule, cuts=settings.cuts)
   else:
     once = PruneSchedule.once(calibration)
     add('calibrate', CHECKPOINTS, calibration, 0.0, once)
@@ -70,7 +75,7 @@ def phases(settings: RunSettings) -> tuple[Phase, ...]:
     add('tune', tune, train.steps - calibration, rate)
   if recover.steps:
     rate = recover.learning_rate or rate
-    data = recover.data or settings.data.train
+    data = recover.data or spec
     add('recover', recovery, recover.steps, rate, data=data)
   return tuple(result)
 

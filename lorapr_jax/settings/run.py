@@ -43,7 +43,7 @@ from lorapr_jax.pruning.compensation import (
 )
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.milestones import END, parse_shrink
+from lorapr_jax.pruning.milestones import Milestones, parse_shrink
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
 from lorapr_jax.runtime.paths import path_of
@@ -80,7 +80,7 @@ class RunSettings:
     plan: what will be left, of the base as it is; None if nothing is pruned.
     schedule: of joint pruning.
     calibration_steps: of the other orders.
-    shrink: of joint pruning: from `parse_shrink`.
+    cuts: the steps before which masked groups are cut out on the way.
     compensation: of every pruning step; None for none.
     mesh: sizes of data, fsdp, sequence, tensor.
     devices: that the mesh is made of, all of one kind.
@@ -96,7 +96,7 @@ class RunSettings:
   plan: PruningPlan | None
   schedule: PruneSchedule
   calibration_steps: int
-  shrink: str | tuple[float, ...]
+  cuts: tuple[int, ...]
   compensation: Compensation | None
   criterion: Criterion
   mesh: dict[str, int]
@@ -206,6 +206,9 @@ def split_config(
     distill=train.distill,
     compiler_options=resolve_compiler_options(train.compiler_options, devices),
   )
+  schedule = PruneSchedule(
+    train.steps, prune.every, prune.warmup, prune.cooldown
+  )
   return RunSettings(
     model_path=path_of(model.path) if model.path else None,
     base_dtype=resolve_dtype(
@@ -219,11 +222,9 @@ def split_config(
     recover=recover,
     order=prune.order,
     plan=plan,
-    schedule=PruneSchedule(
-      train.steps, prune.every, prune.warmup, prune.cooldown
-    ),
+    schedule=schedule,
     calibration_steps=_calibration_steps(prune, train),
-    shrink=_shrink(prune, plan),
+    cuts=_cuts(prune, plan, schedule, train.seq_len),
     compensation=resolve_compensation(prune, plan),
     criterion=criterion,
     mesh=mesh,
@@ -364,19 +365,22 @@ def _calibration_steps(
   return steps
 
 
-def _shrink(
-  prune: config_dict.ConfigDict, plan: PruningPlan | None
-) -> str | tuple[float, ...]:
+def _cuts(
+  prune: config_dict.ConfigDict,
+  plan: PruningPlan | None,
+  schedule: PruneSchedule,
+  seq_len: int,
+) -> tuple[int, ...]:
   shrink = parse_shrink(prune.shrink)
   if plan is None or prune.order != 'joint':
     reason = 'there is no ramp: use prune.shrink=end, or prune.order=joint'
   elif prune.criterion == 'random':
     reason = 'scores are drawn for the sizes at the start: use prune.shrink=end'
   else:
-    return shrink
+    return Milestones(plan, schedule).cuts(shrink, seq_len)
   if isinstance(shrink, tuple):
     raise UserError(f'prune.shrink is {prune.shrink!r}, but {reason}')
-  return END
+  return ()
 
 
 def resolve_compensation(

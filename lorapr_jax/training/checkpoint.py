@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import contextlib
 import logging
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from etils import epath
 import jax
@@ -132,19 +132,6 @@ def _writing(folder: Path) -> Iterator[None]:
     ) from error
 
 
-class Saved(NamedTuple):
-  """A complete checkpoint.
-
-  Attributes:
-    step: the next step.
-    cuts: of this phase, the steps before which masked groups are cut out, past
-      and future ones; None if that is not decided yet.
-  """
-
-  step: int
-  cuts: tuple[int, ...] | None
-
-
 class _Manager(ocp.CheckpointManager):
   """Orbax's, but that the loop alone asks whether it is to stop."""
 
@@ -166,26 +153,17 @@ class Checkpoints:
     # Before it raises an error, orbax logs its traceback.
     logging.getLogger('absl').setLevel(logging.CRITICAL)
 
-  def newest(self) -> Saved | None:
-    """The newest complete checkpoint, if there is one.
-
-    Raises:
-      Damaged: if it cannot be read.
-    """
-    step = self._manager.latest_step()
-    if step is None:
-      return None
-    with _reading(self._folder / str(step)):
-      cuts = self._manager.metadata(step).custom_metadata['cuts']
-      return Saved(step, None if cuts is None else tuple(cuts))
+  def newest(self) -> int | None:
+    """The step of the newest complete checkpoint, if there is one."""
+    return self._manager.latest_step()
 
   def restore(
-    self, saved: Saved, shapes: TrainState, place: Sharding
+    self, step: int, shapes: TrainState, place: Sharding
   ) -> TrainState:
     """The state of a checkpoint.
 
     Args:
-      saved: from `newest`.
+      step: from `newest`.
       shapes: `jax.ShapeDtypeStruct`s of the size that it has.
       place: where all that has no sharding of its own will lie.
 
@@ -198,9 +176,9 @@ class Checkpoints:
       ),
       shapes,
     )
-    with _reading(self._folder / str(saved.step)):
+    with _reading(self._folder / str(step)):
       return self._manager.restore(
-        saved.step, args=ocp.args.StandardRestore(abstract)
+        step, args=ocp.args.StandardRestore(abstract)
       )
 
   def set_newest_aside(self) -> str | None:
@@ -224,22 +202,18 @@ class Checkpoints:
       f'{aside}, and the run goes on from step {before[-1]}'
     )
 
-  def save(self, saved: Saved, state: TrainState) -> None:
+  def save(self, step: int, state: TrainState) -> None:
     """Saves in the background; `state` may be donated once this returns.
 
     Args:
-      saved: what `newest` will say of it.
+      step: the next one.
       state: of a phase.
     """
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = jax.tree.map(jnp.copy, state)
     with _writing(self._folder):
-      self._manager.save(
-        saved.step,
-        args=ocp.args.StandardSave(state),
-        custom_metadata={'cuts': saved.cuts},
-      )
+      self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def __enter__(self) -> 'Checkpoints':
     self._loops.__enter__()

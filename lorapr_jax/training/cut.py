@@ -3,9 +3,7 @@
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 import jax.numpy as jnp
-import numpy as np
 
 from lorapr_jax.axes import (
   Axes,
@@ -16,13 +14,11 @@ from lorapr_jax.models.trees import (
   block_axes,
 )
 from lorapr_jax.pruning.masks import by_stack, select_stack_masks
-from lorapr_jax.pruning.milestones import AUTO, END, Milestones
 from lorapr_jax.pruning.shrink import (
   Kept,
   pad,
   shrink,
 )
-from lorapr_jax.report.display import Display
 from lorapr_jax.settings.run import RunSettings
 from lorapr_jax.training.base import Base, kept_of
 from lorapr_jax.training.state import TrainState
@@ -123,50 +119,6 @@ def cut_on_the_way(
   state = state.replace(whole={'masks': there, 'importance': known})
   state = jax.device_put(state, base.places.state)
   return state, base.cut(kept)
-
-
-def first_cuts(
-  milestones: Milestones | None, shrink: str | tuple[float, ...]
-) -> tuple[int, ...] | None:
-  """The steps before which is cut; None until `fastest_cuts` finds them."""
-  if milestones is None or shrink == END:
-    return ()
-  return None if shrink == AUTO else milestones.at(shrink)
-
-
-def fastest_cuts(
-  milestones: Milestones,
-  step: int,
-  step_seconds: float,
-  compile_seconds: float,
-  settings: RunSettings,
-) -> tuple[int, ...]:
-  """The cuts that save most time, from what this run has measured so far.
-
-  Args:
-    milestones: of the phase.
-    step: the last one that is done.
-    step_seconds: of one at full size.
-    compile_seconds: of its functions, by an empty cache: those of what a cut
-      leaves may never have been compiled.
-    settings: of the run.
-  """
-  # Clocks differ, and all processes must cut alike.
-  each, compiling = multihost_utils.broadcast_one_to_all(
-    np.array([step_seconds, compile_seconds])
-  )
-  return milestones.fastest(
-    settings.train.seq_len,
-    step=step,
-    step_seconds=float(each),
-    compile_seconds=float(compiling),
-  )
-
-
-def print_cuts(cuts: tuple[int, ...], display: Display) -> None:
-  """Says where the arrays of a phase get smaller on the way."""
-  places = ', '.join(map(str, cuts)) or 'the end alone'
-  display.print(f'masked groups are cut out at step: {places}')
 
 
 def _axes_of_groups(state: TrainState) -> dict[str, Axes]:

@@ -16,11 +16,10 @@ from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.pruning.masks import alive_counts, by_stack, select_stack_masks
-from lorapr_jax.pruning.milestones import AUTO, END, Milestones
+from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.runtime import interrupt, processes
-from lorapr_jax.runtime.compilation_cache import SavedSeconds
 from lorapr_jax.runtime.workdir import trim_metrics
 from lorapr_jax.settings.phases import Phase, total_steps
 from lorapr_jax.settings.run import RunSettings
@@ -35,9 +34,6 @@ from lorapr_jax.training.batches import (
 )
 from lorapr_jax.training.cut import (
   cut_on_the_way,
-  fastest_cuts,
-  first_cuts,
-  print_cuts,
 )
 from lorapr_jax.training.repair import (
   make_compensate,
@@ -84,21 +80,6 @@ class Functions(NamedTuple):
     )
 
 
-class Trained(NamedTuple):
-  """What a phase comes to, or had when it was cut short.
-
-  Attributes:
-    state: the last one.
-    base: the weights, in the size of the state.
-    cuts: the steps before which masked groups are cut out on the way; None
-      while that is not known.
-  """
-
-  state: TrainState
-  base: Base
-  cuts: tuple[int, ...] | None
-
-
 def train_phase(
   phase: Phase,
   base: Base,
@@ -110,7 +91,7 @@ def train_phase(
   display: Display,
   teacher: Callable[..., Any] | None,
   lora: Any = None,
-) -> Trained:
+) -> tuple[TrainState, Base]:
   """Trains LoRA on the base and, if there is a schedule, masks groups.
 
   Args:
@@ -124,6 +105,9 @@ def train_phase(
     display: of the run.
     teacher: from `remember_teacher`; None where none is remembered.
     lora: the adapters to go on from; None: new ones.
+
+  Returns:
+    The last state, and the weights in its size.
 
   Raises:
     Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
@@ -146,12 +130,8 @@ def train_phase(
   )
   resumed = resume(checkpoints, base, phase, new_state, settings, display)
   if resumed:
-    state, base, cuts = resumed
-  milestones = Milestones(plan, schedule) if schedule else None
-  if not resumed:
-    cuts = first_cuts(milestones, settings.shrink)
-    if milestones and settings.shrink not in (END, AUTO):
-      print_cuts(cuts, display)
+    state, base = resumed
+  else:
     state = new_state(base.compute)
     if lora is not None:
       state = state.replace(lora=lora)
@@ -159,7 +139,7 @@ def train_phase(
   first_step, total = int(state.step), total_steps(settings)
   if first_step == phase.steps:
     checkpoints.close()
-    return Trained(state, base, cuts or ())
+    return state, base
   first_of_run = phase.first_step + first_step
   if processes.is_first():
     trim_metrics(workdir, first_of_run)
@@ -170,8 +150,8 @@ def train_phase(
   # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
   log = metrics.Log(workdir, settings, first_of_run)
-  saved_by_cache = SavedSeconds()
   functions = Functions.of(settings, phase, base, adamw)
+  milestones = Milestones(plan, schedule) if schedule else None
   first_repair = True
   previous_loss = state.step
   # Of the newest batches no more than there are when masking begins.
@@ -194,16 +174,13 @@ def train_phase(
       newest.append(batch)
       if teacher:
         batch = {**batch, 'teacher': teacher(phase, step)}
-      cutting = step in (cuts or ())
+      cutting = step in phase.cuts
       repairing = functions.compensate and step in milestones.maskings
       compiling = cutting or step == first_step or (repairing and first_repair)
       if compiling:
         interrupt.wait_for(state.step)
       # Compiling holds the calls up; after that they only queue.
-      with contextlib.ExitStack() as apart:
-        if compiling:
-          apart.enter_context(log.paused())
-          apart.enter_context(saved_by_cache.counted())
+      with log.paused() if compiling else contextlib.nullcontext():
         if cutting:
           display.start('cut')
           present = milestones.present(step)
@@ -273,25 +250,13 @@ def train_phase(
         )
         display.show(record, summary.peak_memory_bytes())
         metrics.check_finite(done - 1, state, display.print)
-        # Much of the first step is over once it is compiled: a record with
-        # that step in it says too little of what one takes.
-        timed = step >= first_step + train.log_every
-        if cuts is None and timed:
-          compiled = display.seconds['compile'] + saved_by_cache.total
-          cuts = fastest_cuts(
-            milestones, step, record['seconds'], compiled, settings
-          )
-          print_cuts(cuts, display)
       stopping = signals.stops()
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
         repaired = ()
         if functions.compensate:
           repaired = repaired_of(base.params, settings.compensation.leaf)
-        checkpoints.save(
-          checkpoint.Saved(step + 1, cuts),
-          state.replace(repaired=repaired),
-        )
+        checkpoints.save(step + 1, state.replace(repaired=repaired))
       if stopping:
         break
   if signals.signum is not None:
@@ -299,7 +264,7 @@ def train_phase(
       f'stopped at step {phase.first_step + int(state.step)} of {total}',
       signals.signum,
     )
-  return Trained(state, base, cuts or ())
+  return state, base
 
 
 def resume(
@@ -309,7 +274,7 @@ def resume(
   new_state: Callable[[Compute], TrainState],
   settings: RunSettings,
   display: Display,
-) -> Trained | None:
+) -> tuple[TrainState, Base] | None:
   """What a phase goes on from: its newest checkpoint that can be read.
 
   Damaged ones after it are set aside.
@@ -323,8 +288,8 @@ def resume(
     display: of the run.
 
   Returns:
-    What it had come to: the base cut and repaired, and the cuts. None if there
-    is no checkpoint.
+    The state, and the base cut and repaired as it was then. None if there is
+    no checkpoint.
 
   Raises:
     checkpoint.Damaged: if there is but one, and it cannot be read.
@@ -332,12 +297,12 @@ def resume(
   repaired = phase.schedule and settings.compensation
   while True:
     try:
-      if not (saved := checkpoints.newest()):
+      if (step := checkpoints.newest()) is None:
         return None
       size = base.compute
-      if saved.cuts:
+      if phase.cuts:
         milestones = Milestones(settings.plan, phase.schedule)
-        layers = milestones.size_at(saved.step, saved.cuts).layers
+        layers = milestones.size_at(step, phase.cuts).layers
         config = dataclasses.replace(size.config, layers=layers)
         size = dataclasses.replace(size, config=config)
       shapes, uncut = (
@@ -352,7 +317,7 @@ def resume(
             repaired.leaf,
           )
         )
-      state = checkpoints.restore(saved, shapes, base.places.state)
+      state = checkpoints.restore(step, shapes, base.places.state)
       break
     except checkpoint.Damaged:
       if (done := checkpoints.set_newest_aside()) is None:
@@ -364,4 +329,4 @@ def resume(
     for array in jax.tree.leaves(repaired_of(base.params, repaired.leaf)):
       array.delete()
     base = base._replace(params=with_repaired(base.params, state.repaired))
-  return Trained(state.replace(repaired=()), base, saved.cuts)
+  return state.replace(repaired=()), base

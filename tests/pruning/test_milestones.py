@@ -8,7 +8,13 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
-from lorapr_jax.pruning.milestones import Milestones, parse_shrink
+from lorapr_jax.pruning.milestones import (
+  AUTO,
+  CUT_STEPS,
+  END,
+  Milestones,
+  parse_shrink,
+)
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
@@ -48,12 +54,7 @@ def test_a_share_of_the_ramp_is_the_next_step_after_a_masking():
   assert found.at((0.51,)) == (25,)
   assert found.at((0.2, 0.21, 0.22)) == (13,)
   # After step 25 nothing more is masked.
-  assert found.candidates(1) == [9, 13, 17, 21, 25]
-  # What went before 14 can be cut there.
-  assert found.candidates(14) == [14, 17, 21, 25]
-  assert found.candidates(17) == [17, 21, 25]
-  assert found.candidates(39) == [39]
-  assert found.candidates(SCHEDULE.total_steps) == []
+  assert found.candidates() == [9, 13, 17, 21, 25]
   assert found.at((0.6, 0.9, 1.0)) == (25,)
   assert found.at((0.5, 0.9, 1.0)) == (21, 37)
 
@@ -61,14 +62,14 @@ def test_a_share_of_the_ramp_is_the_next_step_after_a_masking():
 def test_a_masking_is_a_step_at_which_something_goes():
   # At step 4 the ramp begins, and from 28 on all is gone that will go.
   found = milestones()
-  assert found.maskings == tuple(x - 1 for x in found.candidates(1))
+  assert found.maskings == tuple(x - 1 for x in found.candidates())
   once = milestones(PruneSchedule.once(3))
   assert once.maskings == (2,)
 
 
 def test_arrays_hold_what_is_alive_then():
   found = milestones()
-  for step in found.candidates(1):
+  for step in found.candidates():
     alive = found.plan.keep_at(SCHEDULE.progress(step - 1))
     assert found.present(step) == alive
   # Between maskings nothing goes, though the ramp goes on.
@@ -83,7 +84,7 @@ def test_arrays_hold_what_is_alive_then():
 
 def test_masked_groups_fill_up_what_must_be_a_multiple():
   found = milestones(heads_multiple_of=2, channels_multiple_of=8)
-  for step in found.candidates(1):
+  for step in found.candidates():
     alive = found.plan.keep_at(SCHEDULE.progress(step - 1))
     for group, many in ((KV_HEADS, 2), (CHANNELS, 8)):
       for there, count in zip(
@@ -91,9 +92,9 @@ def test_masked_groups_fill_up_what_must_be_a_multiple():
       ):
         assert there % many == 0 and 0 <= there - count < many
   # 16 channels become 8 at once, when the last of the eight has gone.
-  sizes = {found.present(step)[CHANNELS][0] for step in found.candidates(1)}
+  sizes = {found.present(step)[CHANNELS][0] for step in found.candidates()}
   assert sizes <= {8, 16}
-  assert len(found.candidates(1)) == 2
+  assert len(found.candidates()) == 2
 
 
 def test_a_state_has_the_size_of_the_last_cut_before_it():
@@ -113,32 +114,38 @@ def test_a_state_has_the_size_of_the_last_cut_before_it():
   assert shapes == [full, full, half, half, end]
 
 
-def seconds(found, cuts, step, each, compile_seconds):
-  """What the steps after `step` take with these cuts."""
-  config = found.plan.config
-  total, full = 0.0, forward_flops_per_token(config, 32)
-  for now in range(step + 1, found.schedule.total_steps):
-    size = found.size_at(now + 1, cuts)
-    total += each * forward_flops_per_token(size, 32) / full
-  # A dense model is one stack; here the last layer becomes another.
-  return total + 2 * compile_seconds * len(cuts)
-
-
-@pytest.mark.parametrize('cut_seconds', [0.0, 0.3, 1.0, 3.0, 100.0])
-@pytest.mark.parametrize('step', [3, 12, 30, 39])
-def test_the_fastest_cuts_are_those_of_all_subsets(cut_seconds, step):
-  found = milestones()
-  best = found.fastest(
-    32, step=step, step_seconds=1.0, compile_seconds=cut_seconds
+def duration(found, cuts, cut_steps):
+  """What all steps take with these cuts, in steps at full size."""
+  full = forward_flops_per_token(found.plan.config, 32)
+  steps = range(found.schedule.total_steps)
+  flops = (
+    forward_flops_per_token(found.size_at(step + 1, cuts), 32) for step in steps
   )
-  candidates = found.candidates(step + 1)
+  return sum(flops) / full + cut_steps * len(cuts)
+
+
+@pytest.mark.parametrize('cut_steps', [0.0, 0.3, 1.0, 3.0, 100.0])
+def test_the_fastest_cuts_are_those_of_all_subsets(cut_steps):
+  found = milestones()
+  best = found.fastest(32, cut_steps)
+  candidates = found.candidates()
   subsets = itertools.chain.from_iterable(
     itertools.combinations(candidates, n) for n in range(len(candidates) + 1)
   )
-  least = min(seconds(found, s, step, 1.0, cut_seconds) for s in subsets)
+  least = min(duration(found, s, cut_steps) for s in subsets)
   assert set(best) <= set(candidates)
-  assert seconds(found, best, step, 1.0, cut_seconds) == pytest.approx(least)
-  if cut_seconds == 0.0:
+  assert duration(found, best, cut_steps) == pytest.approx(least)
+  if cut_steps == 0.0:
     assert best == tuple(candidates)
-  if cut_seconds == 100.0:
+  if cut_steps == 100.0:
     assert best == ()
+
+
+def test_the_key_says_which_cuts():
+  found = milestones(PruneSchedule(400, every=4, warmup=0.1, cooldown=0.1))
+  assert found.cuts(END, 32) == ()
+  assert found.cuts((0.5,), 32) == found.at((0.5,))
+  auto = found.cuts(AUTO, 32)
+  assert auto == found.fastest(32, CUT_STEPS) and auto
+  # A long run can pay for more of them.
+  assert milestones().cuts(AUTO, 32) == ()

@@ -13,7 +13,7 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.hf.load import load, load_config
 from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.pruning.milestones import Milestones
-from lorapr_jax.training.checkpoint import Checkpoints, read_state
+from lorapr_jax.training.checkpoint import read_state
 from tests.runs import assert_same_run, finish, metrics, start
 
 STEPS = 18
@@ -55,10 +55,7 @@ def train(workdir, *settings):
 
 
 def cuts_of(workdir):
-  checkpoints = Checkpoints(workdir / 'checkpoints', keep=100)
-  cuts = checkpoints.newest().cuts
-  checkpoints.close()
-  return cuts
+  return json.loads((workdir / 'run.json').read_text())['resolved']['cuts']
 
 
 def smallest_gap(workdir):
@@ -101,7 +98,7 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
   found = train(
     tmp_path / 'found', *RUN, *CASES[case], '--config.prune.shrink=0.3,0.7'
   )
-  assert cuts_of(end) == () and len(cuts_of(found)) == 2
+  assert cuts_of(end) == [] and len(cuts_of(found)) == 2
   sizes = [
     sum(x.size for x in jax.tree.leaves(read_state(w, 'checkpoints')['lora']))
     for w in (found, end)
@@ -184,7 +181,6 @@ def test_a_run_cut_short_goes_on_bit_for_bit(
   _, err = finish(start(workdir, flags_of(kind)))
   assert f'resuming at step {last} of {STEPS}' in err
   assert_same_run(workdir, whole, 'checkpoints', STEPS)
-  assert cuts_of(workdir) == cuts_of(whole)
   for name in ('importance.safetensors', 'export/model.safetensors'):
     assert (workdir / name).read_bytes() == (whole / name).read_bytes()
 
@@ -213,41 +209,39 @@ def test_an_unfinished_run_is_exported_in_the_base_models_numbering(
   assert 64 < alive[0] < 128
 
 
-def test_auto_cuts_what_was_masked_before_it_knew(
+def test_the_cuts_of_auto_are_known_before_the_first_step(
   tmp_path, capsys, monkeypatch
 ):
-  # Masked at steps 6 and 12; step times are known after step 7. What compiling
-  # takes is given, so that cuts are never worth it, and always.
-  fastest = Milestones.fastest
-
-  def compiling_takes(seconds):
-    monkeypatch.setattr(
-      Milestones,
-      'fastest',
-      lambda self, *args, **known: fastest(
-        self, *args, **known | {'compile_seconds': seconds}
-      ),
-    )
-
-  flags = [
-    *(f'--config.train.steps={STEPS}', '--config.train.log_every=4'),
-    *('--config.prune.every=6', '--config.lora.dropout=0.0'),
+  # As if a cut cost nothing; so short a run pays for none.
+  monkeypatch.setattr(
+    Milestones,
+    'fastest',
+    functools.partialmethod(Milestones.fastest, cut_steps=0),
+  )
+  workdir = train(
+    tmp_path / 'run',
+    *(f'--config.train.steps={STEPS}', '--config.prune.every=6'),
     *('--config.mesh.data=-1', '--config.mesh.fsdp=1'),
     '--config.prune.shrink=auto',
-  ]
-  compiling_takes(1e9)
-  end = train(tmp_path / 'end', *flags)
-  compiling_takes(0.0)
-  found = train(tmp_path / 'found', *flags)
-  assert cuts_of(end) == () and cuts_of(found) == (8, 13)
-  err = capsys.readouterr().err
-  for said in ('the end alone', '8, 13'):
-    assert f'masked groups are cut out at step: {said}' in err
-  expected, ours = (
-    load_file(w / 'importance.safetensors') for w in (end, found)
   )
-  for name in (n for n in expected if n.endswith('.mask')):
-    np.testing.assert_array_equal(ours[name], expected[name], err_msg=name)
+  assert cuts_of(workdir) == [7, 13]
+  summary = json.loads((workdir / 'summary.json').read_text())
+  assert summary['cuts_on_the_way'] == [7, 13]
+  said = capsys.readouterr().err
+  known = 'masked groups are cut out before steps 7, 13, and after the last'
+  assert 0 < said.index(known) < said.index('compile')
+
+
+def test_a_run_with_other_cuts_is_not_gone_on_with(shrunk, tmp_path, capsys):
+  workdir = cut_short(shrunk('ridge'), tmp_path / 'run', 10)
+  path = workdir / 'run.json'
+  run = json.loads(path.read_text())
+  # As a release with another price of a cut would have had it.
+  run['resolved']['cuts'][0] -= 3
+  path.write_text(json.dumps(run))
+  flags = ['--config=configs/tiny.py', f'--workdir={workdir}']
+  assert main(['train', *flags, *flags_of('ridge')]) == 1
+  assert 'a run with another resolved.cuts' in capsys.readouterr().err
 
 
 def test_there_is_nothing_to_cut_on_the_way_without_a_ramp(tmp_path, capsys):
