@@ -290,26 +290,30 @@ def page(
 PYTHONPATH=. {command}
 ```
 
-SmolLM2-135M-Instruct with its three KV heads repeated to nine, 100 steps of
-8 x 128 tokens of news, learning rate 1e-3 down to 0 in each phase, rank 8; the
-first tenth of the layers and the last one are left whole. Of the others, "50%"
-removes 4 of 9 heads and 768 of 1,536 channels, "20%" removes 1 and 284: the
-counts of the reference implementation. `joint` prunes while LoRA trains,
-`prune_then_tune` prunes after 10 steps that only measure and trains LoRA for
-the other 90, `none` prunes after those 10. All that is the paper's method
-(`configs/paper.py:smollm2_135m`), and so is a row without a `+`. What one adds,
-with its own defaults:
+The model is SmolLM2-135M-Instruct with its three KV heads repeated to nine. A
+run takes 100 steps of 8 x 128 tokens of news, with rank 8 and a learning rate
+of 1e-3, down to 0 in each phase. The first tenth of the layers and the last one
+stay whole. In the other layers "50%" removes 4 of 9 heads and 768 of 1,536
+channels, and "20%" removes 1 and 284: the counts of the reference
+implementation. `joint` prunes while LoRA trains. `prune_then_tune` prunes after
+10 steps that only measure, and then trains LoRA for the other 90. `none` prunes
+after those 10. A row without a `+` is the paper's method
+(`configs/paper.py:smollm2_135m`). After a `+` comes what is added to it, with
+its own defaults:
 
 - `own`: `prune.lora_gradient=own`
 - `compensation`: `prune.compensate=ridge`
-- `distillation`: `train.distill=0.5`, of the dense model's 64 likeliest tokens
-- `recovery`: pruned in the first 60 steps, the other 40 go to what is left
+- `distillation`: `train.distill=0.5`, from the dense model's 64 most
+  probable tokens
+- `recovery`: the first 60 steps prune, the other 40 train what is left
 - `everything`: `configs/smollm2_135m.py`, the demo's config, as it is
-- `everything, 12 batches`: with 12 batches and a damping of 0.3 every 10 steps,
-  not 2 and 0.2 every 5; an event costs nine steps' time, not two
+- `everything, 12 batches`: repairs from 12 batches with a damping of 0.3 every
+  10 steps, not from 2 with 0.2 every 5; a masking takes nine steps' time, not
+  two
 
-Perplexity at {SEQ_LEN} tokens, the first {WINDOWS} windows: {specs}.
-A range in brackets is that of the seeds; a row without one is a single run.
+Perplexity is at {SEQ_LEN} tokens, on the first {WINDOWS} windows of each text:
+{specs}.
+A range in brackets is that of the seeds. A row without one is a single run.
 
 {table(dense, results, texts)}
 
@@ -323,8 +327,8 @@ Against joint lora at the same share of groups:
 
 {findings(results, texts)}
 
-A difference smaller than the range of joint lora's seeds says nothing; where
-there is one seed alone, that range is the only measure of chance. Peak memory
-is the process's: `gradient` pays for a gradient of every weight. Tokens per
-second say little: other work ran beside each run, and not all on one machine.
+A difference smaller than the range of joint lora's seeds says nothing. For a
+row with one seed that range is the only measure of chance. Peak memory is the
+process's; `gradient` pays for a gradient of every weight. Tokens per second say
+little: other work ran beside each run, and not all runs were on one machine.
 """
