@@ -148,14 +148,20 @@ def page(
 {date.today()}; {processor()}, {os.cpu_count()} cores. Written by `make bench`:
 jax {jax.__version__}, {versions}.
 
-SmolLM2-135M-Instruct with its KV heads repeated, 8 x 128 tokens a step, rank 8
-on every projection, half of the groups; each in a process of its own, one after
-the other, the PyTorch ones before ours and after. `reference` is the
-reference's algorithm in PyTorch, `peft` LoRA alone with transformers and PEFT,
-`masked` train.py with all cuts at the end, `shrinking` with prune.shrink=0.33
-(cuts before steps: {cuts}). Tokens a second are those of the median step, and
-of the mean one where arrays shrink. The dtype is that of the products'
-operands; ours add up, and keep activations, in float32.
+The model is SmolLM2-135M-Instruct with its KV heads repeated. A step has
+8 x 128 tokens, LoRA has rank 8 on every projection, and half of the groups go.
+Each run has a process of its own, one after the other, the PyTorch ones before
+ours and after.
+
+- `reference` is the reference's algorithm in PyTorch.
+- `peft` is LoRA alone with transformers and PEFT.
+- `masked` is train.py with one cut, at the end.
+- `shrinking` is train.py with prune.shrink=0.33 (cuts on the way before steps:
+  {cuts}).
+
+Tokens a second are those of the median step, or of the mean step where there
+are cuts on the way. The dtype is that of the products' operands. Ours add up,
+and keep activations, in float32.
 
 | | dtype | tokens/s | over reference | {columns} | peak GB | {steps} steps, s |
 |---|---|---|---|{'---|' * len(peaks)}---|---|
@@ -164,9 +170,9 @@ operands; ours add up, and keep activations, in float32.
 The peaks are those of a product of 2048 x 2048 matrices in JAX, in the same
 run: {measured}.
 A step counts 4 N operations a token for the weights, and the attention and the
-output matrix. The last column is the time to the same
-sparsity: of ours all steps with compiling and cutting, of the reference as
-many times its median step. Peak memory is the process's; ours evaluate, merge
+output matrix. The last column is the time to the same sparsity. For ours it is
+the time of all steps, with compiling and cutting. For the reference it is the
+median step as many times. Peak memory is the process's; ours evaluate, merge
 and export in the same process.
 
 ![Tokens a second](figures/bench.svg)
