@@ -267,8 +267,8 @@ def _trust(layout: str) -> str:
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-  """The table at the end of a run: the dense and the pruned model."""
-  table = Table(title=f'{summary["model"]}, pruned')
+  """Prints the dense and the pruned model side by side, and what a run took."""
+  table, notes = Table(title=f'{summary["model"]}, pruned'), []
   for column in ('', 'dense', 'pruned', 'change'):
     table.add_column(column, justify='right' if column else 'left')
 
@@ -279,25 +279,24 @@ def print_summary(summary: dict[str, Any]) -> None:
   row('parameters', summary['params_dense'], summary['params_pruned'], '{:,}')
   if summary['perplexity']:
     dense, pruned = (summary['perplexity'][k] for k in ('dense', 'pruned'))
-    name = (
-      f'perplexity, {dense["data"]}, {dense["windows"]} x {dense["seq_len"]}'
+    row('perplexity', dense['value'], pruned['value'], '{:.2f}')
+    if cut := summary['perplexity'].get('cut'):
+      row('... right after the cut', dense['value'], cut['value'], '{:.2f}')
+    notes.append(
+      f'perplexity: {dense["data"]}, {dense["windows"]} windows of '
+      f'{dense["seq_len"]} tokens'
     )
-    row(name, dense['value'], pruned['value'], '{:.2f}')
-    if 'cut' in summary['perplexity']:
-      cut = summary['perplexity']['cut']['value']
-      row(
-        'perplexity right after the cut',
-        dense['value'],
-        cut,
-        '{:.2f}',
-      )
   latency = summary['latency']
-  name = (
-    f'latency, prefill of {latency["batch_size"]} x {latency["seq_len"]}, ms'
+  row('latency, ms', *(1e3 * latency[x] for x in ('dense', 'pruned')), '{:.1f}')
+  notes.append(
+    f'latency: prefill of {latency["seq_len"]} tokens, batch size '
+    f'{latency["batch_size"]}'
   )
-  row(name, 1e3 * latency['dense'], 1e3 * latency['pruned'], '{:.1f}')
-  console = Console()
-  console.print(table)
+  # A path is printed as it is, on one line, to be copied.
+  console = Console(markup=False, emoji=False, soft_wrap=True)
+  console.print(table, soft_wrap=False)
+  for note in notes:
+    console.print(note)
   for kind, share in summary['sparsity'].items():
     console.print(f'{kind} removed: {_share(share)}')
   seconds = ', '.join(f'{k} {v:.0f} s' for k, v in summary['seconds'].items())
