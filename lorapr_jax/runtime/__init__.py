@@ -1,1 +1,1 @@
-"""Files, processes, signals and devices: what a run stands on."""
+"""What every run needs: files, processes, signals and devices."""

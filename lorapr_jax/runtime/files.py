@@ -1,4 +1,4 @@
-"""JSON files, read with clear errors and written whole; and the cache."""
+"""Reads JSON with clear errors, writes files whole, and names the cache."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from lorapr_jax.runtime.paths import is_local
 
 
 def cache_dir() -> Path:
-  """The folder for what is fetched or made once; it may not exist yet."""
+  """The folder for what is fetched or made only once. It may not exist yet."""
   cache = os.environ.get('LORAPR_CACHE') or '~/.cache/lorapr_jax'
   return Path(cache).expanduser()
 
@@ -38,13 +38,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-  """Writes a text file, in place of the old one once it is complete."""
+  """Writes a text file. An old one stays until the new one is complete."""
   write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-  """Writes a file, in place of the old one once it is complete."""
-  if not is_local(path):  # There it is complete or not there anyhow.
+  """Writes a file. An old one stays until the new one is complete."""
+  if not is_local(path):  # A store shows a file once it is complete.
     path.write_bytes(content)
     return
   partial = path.with_name(path.name + '.partial')

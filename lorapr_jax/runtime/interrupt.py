@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop, the second insists."""
+"""Ctrl-C and SIGTERM: the first asks the loop to stop, the second ends it."""
 
 from collections.abc import Callable
 import signal
@@ -13,18 +13,18 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopSignals:
-  """In its `with` block, the first SIGINT or SIGTERM is only noted.
+  """Notes the first SIGINT or SIGTERM in its `with` block, and does no more.
 
-  With the first, the old handlers come back, so that the second does what it
-  always does: SIGINT raises KeyboardInterrupt, SIGTERM ends the process. Python
-  lets the main thread alone set handlers; in another thread nothing changes.
+  The first signal puts the old handlers back, so the second one has its usual
+  effect: SIGINT raises KeyboardInterrupt, SIGTERM ends the process. Python lets
+  only the main thread set handlers; in another thread this class does nothing.
 
-  Many processes must stop after the same step: there SIGTERM, which announces
-  that a machine will be taken away, is left to JAX, which tells the others, and
-  SIGINT to Python.
+  Many processes must stop after the same step. There JAX handles SIGTERM, which
+  announces that a machine will be taken away: it tells the other processes.
+  Python handles SIGINT as usual.
 
   Attributes:
-    signum: of the signal that came; None so far.
+    signum: the signal that came; None before one comes.
   """
 
   def __init__(self, notify: Callable[[], None]):
@@ -37,8 +37,8 @@ class StopSignals:
     alone = processes.count() == 1
     if alone and threading.current_thread() is threading.main_thread():
       for signum in _SIGNALS:
-        # Shells let background jobs ignore SIGINT: that stays. None is a
-        # handler that Python did not set and could not put back.
+        # A shell makes background jobs ignore SIGINT: they still do. None is
+        # a handler that Python did not set and cannot put back.
         if signal.getsignal(signum) not in (signal.SIG_IGN, None):
           self._old[signum] = signal.signal(signum, self._handle)
     return self
@@ -47,7 +47,7 @@ class StopSignals:
     self._restore()
 
   def stops(self) -> bool:
-    """Whether the loop is to stop; asked after each step, on all processes."""
+    """Whether the loop must stop. All processes ask this after each step."""
     if processes.told_to_stop():
       self.signum = signal.SIGTERM
     return self.signum is not None
@@ -63,7 +63,7 @@ class StopSignals:
 
 
 def let_sigterm_end() -> None:
-  """Gives SIGTERM its own meaning back, which JAX takes from many processes."""
+  """Lets SIGTERM end the process again; with many processes JAX takes it."""
   alone = processes.count() == 1
   if not alone and threading.current_thread() is threading.main_thread():
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -76,7 +76,7 @@ class _Array(Protocol):
 def wait_for(array: _Array) -> None:
   """Waits until an array is computed, and lets signal handlers run meanwhile.
 
-  While Python waits inside JAX they cannot, however often Ctrl-C is pressed.
+  Python runs no handler while it waits inside JAX, however often Ctrl-C comes.
   """
   while not array.is_ready():
     time.sleep(0.001)

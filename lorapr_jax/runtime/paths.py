@@ -1,8 +1,8 @@
-"""Paths of the local disk and of any fsspec file system, such as gs://.
+"""Paths on the local disk and on any fsspec file system, such as gs://.
 
-What is not local is a UPath, which has the methods of `pathlib.Path`; code that
-takes a path of the user's uses no others, and what only a local file can do is
-here: a temporary copy, a new folder, one file in place of another.
+A path that is not local is a UPath, which has the methods of `pathlib.Path`.
+Code that takes a path from the user calls only those methods. This module does
+what a UPath cannot: local copies, new folders, and renaming what is complete.
 """
 
 from collections.abc import Iterator
@@ -18,17 +18,16 @@ from typing import Any
 
 from lorapr_jax.errors import UserError, first_line
 
-# Of a Hugging Face folder, all that a tokenizer may be read from.
+# The files of a Hugging Face folder that a tokenizer may need.
 _TOKENIZERS = ('*.json', '*.jinja', '*.txt', 'tokenizer.model*', 'tekken*')
 
 
 def path_of(name: str | os.PathLike[str]) -> Path:
-  """The path of a name that a user gave; nothing is looked up.
+  """The path for a name that a user gave. Looks nothing up.
 
-  file:// is local, and gcs:// is gs://. What another file system needs to be
-  reached, such as credentials, is taken from where fsspec's package looks. A
-  UPath of it that is given stays as it is, with its own options; of a workdir
-  orbax knows the name alone.
+  file:// is local, and gcs:// means gs://. The fsspec package of a file system
+  finds by itself what it needs, such as credentials. A UPath stays as it is,
+  with its own options; but orbax, which writes checkpoints, only has its name.
 
   Raises:
     UserError: if there is no such file system, or its package is missing.
@@ -38,7 +37,7 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   name = str(name)
   if '://' not in name:
     return Path(name)
-  # Here, since most paths are local.
+  # Imported here because most paths are local.
   import fsspec
   import upath
 
@@ -51,9 +50,9 @@ def path_of(name: str | os.PathLike[str]) -> Path:
     raise UserError(
       f'{name}: the file system {scheme}:// cannot be used: {first_line(error)}'
     ) from None
-  # It logs each request that fails, before it raises an error that says so.
+  # It logs each request that fails, and then raises an error that says so.
   logging.getLogger('gcsfs').setLevel(logging.CRITICAL)
-  # Others write there too: no listing is remembered, here or by orbax.
+  # Other machines write there too, so no listing may be remembered.
   options = fsspec.config.conf.setdefault(scheme, {})
   options.setdefault('use_listings_cache', False)
   path = upath.UPath(name)
@@ -61,17 +60,17 @@ def path_of(name: str | os.PathLike[str]) -> Path:
 
 
 def is_path(value: Any) -> bool:
-  """Whether it is a path of any kind, and no text."""
+  """Whether a value is a path of any kind, and not text."""
   return isinstance(value, os.PathLike) or hasattr(value, 'fs')
 
 
 def is_local(path: Path) -> bool:
-  """Whether the operating system knows a path from `path_of`."""
+  """Whether a path from `path_of` is one of the operating system."""
   return isinstance(path, Path)
 
 
 def is_folder(path: Path) -> bool:
-  """Whether it is one; what keeps that from being known is an error."""
+  """Whether a path is a folder. If that cannot be known, an error is raised."""
   if is_local(path):
     return path.is_dir()
   try:
@@ -81,7 +80,7 @@ def is_folder(path: Path) -> bool:
 
 
 def version_of(path: Path) -> str:
-  """Changes when the file does: its size and time, or what a store says."""
+  """A text that changes with the file: size and times, or what a store says."""
   if not is_local(path):
     return str(path.fs.info(path.path))
   stat = path.stat()
@@ -89,7 +88,7 @@ def version_of(path: Path) -> str:
 
 
 def files_in(folder: Path, *patterns: str) -> list[Path]:
-  """The files of a folder whose names match one of these, by name."""
+  """The files of a folder whose names match one of the patterns, sorted."""
   if not is_folder(folder):
     return []
   return sorted(
@@ -101,7 +100,7 @@ def files_in(folder: Path, *patterns: str) -> list[Path]:
 
 
 def tokenizer_folder(folder: Path) -> Path:
-  """The folder, or a local one with what a tokenizer may need of it."""
+  """The folder if it is local, else a local copy of its tokenizer's files."""
   if is_local(folder):
     return folder
   found = files_in(folder, *_TOKENIZERS)
@@ -109,7 +108,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def local_file(path: Path) -> Path:
-  """The file, or a copy of it that lasts as long as the process."""
+  """The file if it is local, else a copy that lasts as long as the process."""
   if is_local(path):
     return path
   return _copies(((path, version_of(path)),)) / path.name
@@ -129,22 +128,22 @@ def _temporary() -> tempfile.TemporaryDirectory:
 
 
 def copy_file(source: Path, target: Path) -> None:
-  """Copies what a file holds, wherever the two are."""
+  """Copies the content of a file. Each of the two paths may be local or not."""
   with source.open('rb') as read, target.open('wb') as written:
     shutil.copyfileobj(read, written, 2**24)
 
 
 def make_folder(folder: Path) -> None:
-  """Makes a folder and those above it, if it is not there.
+  """Makes a folder and its parents, unless they exist.
 
-  What is not local has folders only where there are files in them.
+  In a store a folder exists once a file lies in it: there is nothing to make.
   """
   if is_local(folder):
     folder.mkdir(parents=True, exist_ok=True)
 
 
 def move(source: Path, target: Path) -> None:
-  """Gives a file or a folder another name, which must be free."""
+  """Renames a file or a folder. The new name must be free."""
   if is_local(source):
     source.rename(target)
     return
@@ -155,12 +154,12 @@ def move(source: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def new_path(path: Path) -> Iterator[Path]:
-  """A path to write to, a file's or a folder's, that must be free.
+  """Gives a path at which to write the file or folder `path`.
 
-  A local one is temporary, and gets its name once what is there is complete.
-  What is not local cannot be renamed as cheaply: it is written where it will
-  lie, and removed if that fails. Those files of a folder should come last
-  without which it is of no use.
+  If `path` is local, the given path is a temporary one, and is renamed when the
+  block ends without an error. If it is not, renaming is slow: the given path is
+  `path` itself, and what is there is removed if the block fails. A process that
+  is killed can leave a part of it, so write a folder's essential files last.
 
   Raises:
     UserError: if `path` exists or cannot be written.
@@ -198,7 +197,7 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-  """As `new_path`, with a folder there.
+  """As `new_path`, and makes a folder at the given path.
 
   Raises:
     UserError: if `folder` exists or cannot be written.
@@ -210,9 +209,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def written_locally(path: Path) -> Iterator[Path]:
-  """A local path, for what can write to no other; its file then gets to `path`.
+  """Gives a local path, for code that can write to no other.
 
-  It is the same where `path` is local.
+  It is `path` itself if that is local. Otherwise the file that the block wrote
+  is copied to `path`.
   """
   if is_local(path):
     yield path

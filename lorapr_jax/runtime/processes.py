@@ -17,9 +17,10 @@ import numpy as np
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import compilation_cache
 
-# After so many seconds without a word from one process the others end: it was
-# killed, or its machine is gone.
+# The others end once a process is silent for this long: it was killed, or its
+# machine is gone.
 HEARTBEAT_SECONDS = 60
+# A file that one process has made must be visible to the others after this.
 VISIBLE_SECONDS = 90
 _FLAGS = '--coordinator_address, --num_processes, --process_id'
 
@@ -32,15 +33,15 @@ def connect(
   """Joins the other processes of the run, if there are any.
 
   Without arguments JAX finds them: on Cloud TPU, under SLURM and under Open
-  MPI. It must come before anything asks for devices.
+  MPI. Call this before anything asks for devices.
 
   Args:
-    coordinator_address: HOST:PORT, of the first process.
-    num_processes: of all.
-    process_id: of this one, from 0.
+    coordinator_address: HOST:PORT of the first process.
+    num_processes: how many processes there are.
+    process_id: the number of this process, from 0.
 
   Raises:
-    UserError: if some of these are given and others not, or cannot be.
+    UserError: if some arguments are given and others not, or one is wrong.
   """
   given = (coordinator_address, num_processes, process_id)
   if given == (None, None, None):
@@ -64,7 +65,7 @@ def connect(
     )
   _initialize(
     *given,
-    # Else what SLURM says would give each process one device.
+    # Under SLURM, JAX would otherwise give each process one device.
     cluster_detection_method='deactivate',
   )
 
@@ -84,13 +85,13 @@ def _initialize(*given: Any, **how: Any) -> None:
 
 
 def _has_others() -> bool:
-  """Whether what started this process says that it started others too."""
+  """Whether SLURM or Open MPI says that it started other processes too."""
   counts = ('SLURM_STEP_NUM_TASKS', 'OMPI_COMM_WORLD_SIZE')
   return any(int(os.environ.get(name, 1)) > 1 for name in counts)
 
 
 def _on_tpu_host() -> bool:
-  """Whether TPU chips are here: then it may be one host of a pod."""
+  """Whether this machine has TPU chips: it may then be one host of a pod."""
   chips = (*Path('/dev').glob('accel[0-9]*'), *Path('/dev/vfio').glob('[0-9]*'))
   wanted = os.environ.get('JAX_PLATFORMS', 'tpu')
   libtpu = importlib.util.find_spec('libtpu') is not None
@@ -98,49 +99,50 @@ def _on_tpu_host() -> bool:
 
 
 def count() -> int:
-  """How many there are."""
+  """How many processes there are."""
   return jax.process_count()
 
 
 def is_first() -> bool:
-  """Whether this is the process that writes, and speaks."""
+  """Whether this is the process that writes files and prints."""
   return jax.process_index() == 0
 
 
 def hint() -> str:
-  """What to do if one of many ends, which ends the others without a word."""
+  """What to do if one of many processes dies: the others then die silently."""
   if count() == 1:
     return ''
   return 'if a process dies, run the same command again on all of them'
 
 
 def wait_for_others(where: str) -> None:
-  """Returns once all processes have come to this place, which has a name."""
+  """Waits until all processes have come to the place that `where` names."""
   if count() > 1:
     multihost_utils.sync_global_devices(where)
 
 
-# How often this process has asked whether to stop.
+# Counts the calls of `told_to_stop`.
 _asked = itertools.count(1)
 
 
 def told_to_stop() -> bool:
-  """Whether one of many got SIGTERM: True for all of them at the same call."""
-  # Of the next call, not of a step: a run that goes on does not begin at 0.
+  """Whether one of many processes got SIGTERM; all see it at the same call."""
+  # JAX wants the number of this call. The number of the step would not do: a
+  # resumed run begins at a later step.
   return count() > 1 and multihost_utils.reached_preemption_sync_point(
     next(_asked)
   )
 
 
 def check_shared(path: Path) -> None:
-  """Refuses a path that the first process has made and this one cannot see.
+  """Refuses a path that the first process made and this process cannot see.
 
   Raises:
-    UserError: saying so.
+    UserError: if the path does not appear in VISIBLE_SECONDS.
   """
   if is_first():
     return
-  # A network's file system may remember for a while that it was not there.
+  # A network file system may show a new file only after a while.
   end = time.monotonic() + VISIBLE_SECONDS
   while not path.exists():
     if time.monotonic() > end:
@@ -152,14 +154,14 @@ def check_shared(path: Path) -> None:
 
 
 def check_same(value: Any, what: str) -> None:
-  """Refuses processes that would not do the same.
+  """Checks that all processes have the same value.
 
   Args:
-    value: of JSON's types.
-    what: it is, for the error.
+    value: something that can be written as JSON.
+    what: a name for it, for the error.
 
   Raises:
-    UserError: on all of them.
+    UserError: on all processes, if they have not.
   """
   if count() == 1:
     return
@@ -174,7 +176,7 @@ def check_same(value: Any, what: str) -> None:
 
 
 def to_host(x: Any) -> np.ndarray:
-  """The whole of an array. If it lies on several processes, all must ask."""
+  """The whole array. If it lies on several processes, all must call this."""
   if isinstance(x, jax.Array) and not (
     x.is_fully_addressable or x.is_fully_replicated
   ):

@@ -1,4 +1,4 @@
-"""Axis names to mesh axes: one table, and the shardings that follow."""
+"""Where tensors lie: mesh axes for axis names, and shardings from them."""
 
 from collections.abc import Sequence
 import math
@@ -38,14 +38,14 @@ def mesh_sizes(
   sequence: int = 1,
   devices: int | None = None,
 ) -> dict[str, int]:
-  """The size of each mesh axis; one may be -1, the devices that are left.
+  """The size of each mesh axis. One may be -1: it gets the devices left over.
 
   Args:
-    data: of this axis, as are
-    fsdp: and
-    tensor: and
-    sequence: too.
-    devices: how many there are; None: all of this machine or pod.
+    data: the size of the axis data.
+    fsdp: the size of the axis fsdp.
+    tensor: the size of the axis tensor.
+    sequence: the size of the axis sequence.
+    devices: how many devices there are; None: all of this machine or pod.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices.
@@ -66,7 +66,7 @@ def mesh_sizes(
 
 
 def divisors(size: int, most: int) -> str:
-  """Those of a size up to `most`, for a message: '1, 2 or 4'."""
+  """The divisors of a size, up to `most`, for a message: '1, 2 or 4'."""
   found = [str(n) for n in range(1, min(size, most) + 1) if size % n == 0]
   return ' or '.join(filter(None, (', '.join(found[:-1]), found[-1])))
 
@@ -74,10 +74,10 @@ def divisors(size: int, most: int) -> str:
 def make_mesh(
   sizes: dict[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """A mesh of these devices, or of all, with the sizes from `mesh_sizes`.
+  """A mesh over some devices, or over all, with the sizes from `mesh_sizes`.
 
-  An axis that is left out has size 1. If these are several CPU devices, JAX's
-  compilation cache is off from now on.
+  An axis that `sizes` leaves out has size 1. If these are several CPU devices,
+  JAX's compilation cache is turned off.
   """
   compilation_cache.disable_on_cpu_meshes(
     jax.devices() if devices is None else devices
@@ -92,14 +92,14 @@ def make_mesh(
 
 
 def platform(place: Sharding | None) -> str:
-  """cpu, gpu or tpu: of the devices, or of the default one."""
+  """The kind of a sharding's devices, or of the default one: cpu, gpu, tpu."""
   if place is None:
     return jax.default_backend()
   return next(iter(place.device_set)).platform
 
 
 def compute_capability(device: Any) -> tuple[int, int] | None:
-  """Of an NVIDIA GPU, as (9, 0); None for any other device."""
+  """The compute capability of an NVIDIA GPU, as (9, 0); of others None."""
   found = re.fullmatch(
     r'(\d+)\.(\d+)', str(getattr(device, 'compute_capability', None))
   )
@@ -107,7 +107,7 @@ def compute_capability(device: Any) -> tuple[int, int] | None:
 
 
 def mesh_of(place: Sharding) -> Mesh | None:
-  """The mesh of a sharding; None: it is one device."""
+  """The mesh of a sharding; None if it is a single device."""
   return place.mesh if isinstance(place, NamedSharding) else None
 
 
@@ -153,9 +153,10 @@ def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
 
 
 def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
-  """The sharding of a tensor with these axis names on the weights' devices.
+  """The sharding of a tensor with these axis names, on the weights' devices.
 
-  No axes: whole on each device. Sizes are not checked; see `batch_parts`.
+  Without axis names the tensor is whole on each device. Sizes are not checked;
+  see `batch_parts`.
   """
   place = params['norm']['weight'].sharding
   mesh = mesh_of(place)
@@ -163,12 +164,12 @@ def beside(params: Any, axes: tuple[str, ...]) -> Sharding:
 
 
 def parts(mesh: Mesh | None, name: str) -> int:
-  """Into how many parts an axis of this name is cut."""
+  """The number of parts into which an axis of this name is cut."""
   if mesh is None:
     return 1
   return math.prod(mesh.shape[place] for place in _places(RULES[name]))
 
 
 def batch_parts(params: Any) -> int:
-  """Into how many parts a batch is cut beside these weights."""
+  """The number of parts into which a batch is cut, on the weights' devices."""
   return parts(mesh_of(params['norm']['weight'].sharding), 'batch')

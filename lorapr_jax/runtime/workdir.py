@@ -1,4 +1,4 @@
-"""A run's folder: the names in it, and whose it is."""
+"""A run's folder: the names of its files, and which run it belongs to."""
 
 import json
 from pathlib import Path
@@ -11,16 +11,11 @@ from lorapr_jax.runtime.files import read_json, write_json, write_text
 from lorapr_jax.runtime.paths import is_local, make_folder
 
 RUN_FILE = 'run.json'
-
-
 SUMMARY_FILE = 'summary.json'
-
-
 METRICS_FILE = 'metrics.jsonl'
 
-
-# Settings with which a run may go on otherwise than it began: how its work is
-# laid out over devices and memory.
+# Settings that may change when a run is resumed: they say how its work is laid
+# out over devices and memory.
 _FREE = {
   'config.mesh.data',
   'config.mesh.fsdp',
@@ -36,7 +31,7 @@ _FREE = {
 
 
 def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
-  """Refuses a workdir that is not new and not this run's.
+  """Refuses a workdir that is neither new nor of this run.
 
   Args:
     workdir: the folder.
@@ -46,7 +41,7 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     UserError: if the folder holds a finished run, another run, or files of
       something else.
   """
-  # Where orbax can write.
+  # orbax, which writes checkpoints, knows no other places.
   if not is_local(workdir) and workdir.protocol != 'gs':
     raise UserError(
       f'{workdir}: checkpoints lie on a disk or in gs://; choose another '
@@ -73,7 +68,8 @@ def _check_writable(workdir: Path) -> None:
   while is_local(parent) and not parent.exists():
     parent = parent.parent
   try:
-    # Permissions say too little: for root, and on a disk that is read-only.
+    # To try is the only way to know: permissions do not hold for root, and
+    # say nothing of a disk that is read-only.
     if is_local(parent):
       tempfile.TemporaryFile(dir=parent).close()
     else:
@@ -88,7 +84,7 @@ def _check_writable(workdir: Path) -> None:
 
 
 def claim_workdir(workdir: Path, run: dict[str, Any]) -> None:
-  """Makes the workdir and its run.json, unless they are there."""
+  """Makes the workdir and its run.json, unless they exist."""
   make_folder(workdir)
   if not (workdir / RUN_FILE).exists():
     write_json(workdir / RUN_FILE, _plain(run))
@@ -102,7 +98,7 @@ def _differences(old: Any, new: Any, at: str = '') -> list[str]:
   if at in _FREE:
     return []
   if isinstance(old, dict | None) and isinstance(new, dict):
-    old = old or {}  # A section that is missing has nothing.
+    old = old or {}  # A missing section counts as an empty one.
     return [
       difference
       for key in sorted(old.keys() | new.keys())
@@ -114,7 +110,7 @@ def _differences(old: Any, new: Any, at: str = '') -> list[str]:
 
 
 def trim_metrics(workdir: Path, step: int) -> None:
-  """Cuts the log back to what was logged before `step`."""
+  """Removes what was logged at `step` and later."""
   path = workdir / METRICS_FILE
   if not path.exists():
     return
@@ -123,7 +119,7 @@ def trim_metrics(workdir: Path, step: int) -> None:
     try:
       record = json.loads(line)
     except json.JSONDecodeError:
-      break  # Cut short by the kill.
+      break  # The process was killed while it wrote this line.
     if record['step'] >= step:
       break
     kept.append(line + '\n')
