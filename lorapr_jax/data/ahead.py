@@ -1,4 +1,4 @@
-"""Work that is done before its result is asked for, in order."""
+"""Does work ahead: before its result is asked for, in order."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +12,11 @@ def in_order(
   items: Iterable[Any],
   ahead: int,
 ) -> Iterator[Any]:
-  """`function(item)` of each item; at most `ahead` wait to be taken.
+  """Yields `function(item)` for each item, computed ahead in the pool.
 
-  An item is asked for no earlier than that, so items may be endless. What
-  `function` raises is raised where its result is taken.
+  At most `ahead` results wait to be taken, and no further item is asked for, so
+  `items` may be endless. If `function` raises an error, it is raised here when
+  its result is due.
   """
   waiting: deque[Any] = deque()
   for item in items:

@@ -1,4 +1,4 @@
-"""Windows to batches: batch t depends on the seed and t alone."""
+"""Makes batches of windows: batch t depends on the seed and t alone."""
 
 from collections.abc import Callable, Sequence
 import itertools
@@ -18,19 +18,20 @@ def batches(
   seed: int,
   shuffle: bool,
 ) -> Callable[..., dict[str, np.ndarray]]:
-  """The function (t, rows) -> batch t, or some rows of its micro-batches.
+  """Makes the function (t, rows) -> batch t, or some rows of its micro-batches.
 
   A batch is {'tokens', 'weights'}, and 'segments' where documents share a
-  window, each (M, B, T). It is a pure function of the seed and t, so that a
-  resumed run goes on with the data it would have seen, and each process of
-  many can read its own rows alone. Every epoch of a part has its own order.
+  window, each (M, B, T): M micro-batches of B windows of T tokens. A batch
+  depends on the seed and t alone. So a resumed run goes on with the data that
+  it would have seen, and each of many processes can read only its own rows.
+  Each part of a mixture gets a new order in every epoch.
 
   Args:
     parts: from `training_windows`.
-    batch_size: windows a batch, M B.
+    batch_size: M B, the windows of a batch.
     micro_batch_size: B.
     seed: of the order.
-    shuffle: False takes the windows as they come.
+    shuffle: whether to shuffle the windows.
 
   Raises:
     UserError: if there is less than one batch.
@@ -42,8 +43,8 @@ def batches(
       f'the training data has {sum(sizes)} windows of {seq_len} tokens: fewer '
       f'than one batch of {batch_size}'
     )
-  # Windows are numbered through the parts; grain gives the numbers, since it
-  # takes its time for each element.
+  # Windows are numbered through all parts. grain only orders the numbers: to
+  # handle the windows themselves it would take too long.
   starts = np.cumsum([0, *sizes])
   orders = []
   for i, (start, end) in enumerate(itertools.pairwise(starts.tolist())):

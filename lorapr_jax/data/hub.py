@@ -1,7 +1,8 @@
 """Hugging Face data sets: NAME[/CONFIG][@REVISION][:SPLIT].
 
-NAME is a local folder, written by `save_to_disk` or of parquet, JSON or CSV
-files, or OWNER/NAME on the Hub. The network is used for the latter alone.
+NAME is a local folder, or OWNER/NAME on the Hub. A local folder was written by
+`save_to_disk`, or holds Parquet, JSON or CSV files. Only the Hub needs the
+network.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,19 +16,19 @@ from typing import Any
 
 from lorapr_jax.errors import UserError, first_line
 
-# What `save_to_disk` leaves of one data set, and of several splits.
+# Files that `save_to_disk` writes, for one split and for several.
 _SAVED = ('state.json', 'dataset_dict.json')
 
 
 @dataclasses.dataclass(frozen=True)
 class HubSpec:
-  """NAME[/CONFIG][@REVISION][:SPLIT] taken apart.
+  """The parts of NAME[/CONFIG][@REVISION][:SPLIT].
 
   Attributes:
     name: a folder, or OWNER/NAME on the Hub.
-    config: of a data set on the Hub, or None.
-    revision: of its repository, or None: the newest.
-    split: or None: `train`, or all that a saved data set without splits has.
+    config: the configuration of a data set on the Hub, or None.
+    revision: of the data set's repository; None: the newest.
+    split: the split; None: `train`, or the whole of a folder without splits.
   """
 
   name: str
@@ -37,11 +38,11 @@ class HubSpec:
 
 
 def parse_hub(path: str) -> HubSpec:
-  """Takes NAME[/CONFIG][@REVISION][:SPLIT] apart; reads and fetches nothing.
+  """Splits NAME[/CONFIG][@REVISION][:SPLIT]. Reads and fetches nothing.
 
   Raises:
     UserError: if it is neither a folder nor a name that the Hub could have, or
-      the package `datasets` is not installed.
+      if the package `datasets` is not installed.
   """
   try:
     importlib.metadata.version('datasets')
@@ -51,7 +52,7 @@ def parse_hub(path: str) -> HubSpec:
     ) from None
   name, _, split = path.partition(':')
   if name and Path(name).is_dir():
-    # Absolute, since `json` alone would be a kind of file to `datasets`.
+    # An absolute path: `datasets` takes a bare `json` for a kind of file.
     return HubSpec(str(Path(name).absolute()), None, None, split or None)
   name, _, revision = name.partition('@')
   parts = name.split('/')
@@ -66,14 +67,14 @@ def parse_hub(path: str) -> HubSpec:
 def read_hub(
   path: str, fields: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-  """The rows, in order.
+  """Yields the rows in order.
 
   Args:
-    path: of the spec.
+    path: the spec, without `hf:`.
     fields: the columns that are needed; None: all.
 
   Raises:
-    UserError: if there is no such data set, split or column, or its rows
+    UserError: if there is no such data set, split or column, or if the rows
       cannot be read.
   """
   data = _load(path)
@@ -90,7 +91,7 @@ def read_hub(
 
 
 def hub_fingerprint(path: str) -> bytes:
-  """What the library itself tells data sets apart by; reads no rows.
+  """What the library itself tells data sets apart by. Reads no rows.
 
   Raises:
     UserError: if there is no such data set or split.
@@ -100,7 +101,7 @@ def hub_fingerprint(path: str) -> bytes:
 
 
 def _load(path: str) -> Any:
-  """The rows of a split, which stay on disk.
+  """The data set of a split; its rows stay on the disk.
 
   Raises:
     UserError: if there is no such data set or split.
@@ -112,11 +113,11 @@ def _load(path: str) -> Any:
 
 @contextlib.contextmanager
 def readable(what: str) -> Iterator[None]:
-  """In its `with` block, what the library raises is one line about `what`.
+  """Turns the errors that the library raises in the block into UserErrors.
 
   Raises:
-    UserError: in place of the library's own errors, whose cause says more than
-      they do.
+    UserError: one line about `what`, with the cause of the library's error,
+      which says more than the error itself.
   """
   datasets = import_datasets()
   try:
@@ -132,9 +133,10 @@ def readable(what: str) -> Iterator[None]:
 
 
 def import_datasets() -> ModuleType:
-  """The library; here, since it takes seconds and other data need none.
+  """Imports `datasets`, which takes seconds and which no other data need.
 
-  It counts downloads on the Hub, even of local files: not for us.
+  It would tell the Hub of each data set that is read, even of local files; that
+  is turned off.
   """
   os.environ.setdefault('HF_UPDATE_DOWNLOAD_COUNTS', '0')
   import datasets

@@ -1,10 +1,11 @@
-"""Documents to windows of tokens on disk: streamed in, memory-mapped out.
+"""Packs documents into windows of tokens on disk, and maps these into memory.
 
-A folder of windows holds `counts.json` and, of W windows of T tokens:
-  tokens.bin    (W, T) int32; what follows the last whole window is left out
+A folder of windows holds `counts.json` and, for W windows of T tokens:
+  tokens.bin    (W, T) int32; what follows the last whole window is not read
   segments.bin  (W, T) int32: 1, 2, ... for the documents that share a window,
-                0 for padding; with packing=documents alone
-  weights.bin   (W, T) uint8: whether a token is a target; where not all are
+                0 for padding; only with packing=documents
+  weights.bin   (W, T) uint8: 1 where a token counts in the loss, else 0; not
+                there if all tokens count
 """
 
 from collections.abc import Iterable, Iterator
@@ -28,18 +29,21 @@ from lorapr_jax.errors import UserError
 PACKINGS = ('documents', 'concatenate')
 _DTYPES = {'tokens': '<i4', 'segments': '<i4', 'weights': 'u1'}
 
-# Documents and characters that are tokenised at a time.
+# At most so many documents, and about so many characters, are tokenised in one
+# call.
 _BATCH, _CHARACTERS = 256, 2**22
-# Windows that are filled at a time.
+# At most so many windows are filled at the same time.
 _OPEN = 64
 
 Windows = dict[str, np.ndarray]  # name -> (W, T)
 
 
 class Packed(NamedTuple):
-  """A part of a mixture, packed: its share of the windows drawn, and its own.
+  """A part of a mixture, packed into windows.
 
-  `windows` are what a folder of windows holds.
+  Attributes:
+    weight: its share of the windows that are drawn.
+    windows: {name: array (W, T)}, as a folder of windows holds them.
   """
 
   weight: float
@@ -47,7 +51,7 @@ class Packed(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """A document's ids (N,), and which of them are targets (N,), 0 or 1."""
+  """A document's ids (N,), and 1 for each that counts in the loss, else 0."""
 
   ids: np.ndarray
   targets: np.ndarray
@@ -55,14 +59,14 @@ class Tokens(NamedTuple):
 
 @dataclasses.dataclass
 class Counts:
-  """What came out of packing.
+  """What packing counted.
 
   Attributes:
-    documents: how many.
-    tokens: of all documents.
-    largest_id: among them; -1 without any.
-    cut: documents that are longer than a window.
-    padding: positions that are filled with nothing.
+    documents: the number of documents.
+    tokens: the number of their tokens.
+    largest_id: the largest id among the tokens; -1 if there are none.
+    cut: the number of documents that are longer than a window.
+    padding: the number of positions that hold no token.
   """
 
   documents: int = 0
@@ -75,16 +79,19 @@ class Counts:
 def tokenise(
   documents: Iterable[Document], tokenizer: Tokenizer, *, whole: bool
 ) -> Iterator[Tokens]:
-  """The tokens of each document, in order, computed in batches ahead.
+  """Yields the tokens of each document, in order, computed in batches ahead.
 
-  The tokenizers library has threads of its own; a tokenizer in Python runs in
-  worker processes.
+  The tokenizers library runs threads of its own. A tokenizer that is written in
+  Python runs in worker processes.
 
   Args:
     documents: read as they are needed.
     tokenizer: the model's.
-    whole: whether the texts have their special tokens already; otherwise each
-      gets the tokenizer's BOS habit, and EOS at its end.
+    whole: whether the texts already have their special tokens. If not, each
+      gets BOS if the tokenizer puts it there, and EOS at its end.
+
+  Raises:
+    UserError: if the worker processes end.
   """
   pool: Executor
   if tokenizer.is_fast:
@@ -140,8 +147,8 @@ def _tokenise(
   tokenizer: Tokenizer, whole: bool, documents: list[Document]
 ) -> list[Tokens]:
   encode = functools.partial(tokenizer.encode_batch, special=not whole)
-  # A span's edge is where the tokens of the text up to it stop being those of
-  # the whole text.
+  # To find the token at which a span begins or ends, tokenise the text up to
+  # there, and count how many tokens it shares with the whole text.
   heads = iter(
     encode(
       [
@@ -166,21 +173,21 @@ def _tokenise(
       for _, end in document.responses:
         first = _common(next(heads), ids)
         last = _common(next(heads), ids)
-        # EOS ends the answer that ends the text.
+        # An answer at the end of the text includes EOS.
         targets[first : None if end == len(document.text) else last] = 1
     result.append(Tokens(ids, targets))
   return result
 
 
 def _common(head: np.ndarray, ids: np.ndarray) -> int:
-  """How many tokens two texts begin with alike."""
+  """How many tokens at their beginning two texts share."""
   count = min(len(head), len(ids))
   differ = np.flatnonzero(head[:count] != ids[:count])
   return int(differ[0]) if len(differ) else count
 
 
 def concatenate(documents: Iterable[Tokens]) -> Iterator[Windows]:
-  """End to end: what is cut into windows crosses documents."""
+  """Yields the documents as they are, to be written one behind the other."""
   for document in documents:
     yield {'tokens': document.ids, 'weights': document.targets}
 
@@ -188,11 +195,12 @@ def concatenate(documents: Iterable[Tokens]) -> Iterator[Windows]:
 def fill(
   documents: Iterable[Tokens], seq_len: int, counts: Counts
 ) -> Iterator[Windows]:
-  """Windows of whole documents, the longer ones in pieces of a window.
+  """Yields windows of whole documents; long documents are cut into pieces.
 
-  Each piece goes to the open window that it fills best (best fit, with a
-  bounded number of open windows, so that memory is bounded too). A document's
-  first token is no target: it must not be learnt from the one before.
+  A piece is as long as a window at most. It goes into the open window that it
+  fills best (best fit). Only a bounded number of windows is open at a time, so
+  memory is bounded too. The first token of a piece does not count in the loss:
+  it must not be predicted from the document before it.
   """
   opened: list[tuple[int, list[Tokens]]] = []  # (room left, its pieces)
   for document in documents:
@@ -231,10 +239,10 @@ def _window(pieces: list[Tokens], seq_len: int, counts: Counts) -> Windows:
 
 
 def write(folder: Path, parts: Iterable[Windows], names: Iterable[str]) -> None:
-  """Appends the arrays of these names to their files.
+  """Writes the arrays with these names, part after part, each to its own file.
 
   Raises:
-    OSError: where the disk does not hold them.
+    OSError: if the disk cannot hold them.
   """
   with contextlib.ExitStack() as stack:
     files = {
@@ -247,7 +255,7 @@ def write(folder: Path, parts: Iterable[Windows], names: Iterable[str]) -> None:
 
 
 def read(folder: Path, seq_len: int) -> Windows:
-  """The windows of a folder, memory-mapped."""
+  """The windows of a folder, mapped into memory."""
   windows = {}
   for name, dtype in _DTYPES.items():
     path = folder / f'{name}.bin'
