@@ -1,1 +1,1 @@
-"""From text to batches of token windows."""
+"""Turns text into batches of token windows."""

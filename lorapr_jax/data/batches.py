@@ -46,15 +46,8 @@ def batches(
   # Windows are numbered through all parts. grain only orders the numbers: to
   # handle the windows themselves it would take too long.
   starts = np.cumsum([0, *sizes])
-  orders = []
-  for i, (start, end) in enumerate(itertools.pairwise(starts.tolist())):
-    order = grain.MapDataset.range(start, end)
-    if shuffle:
-      order = order.seed((seed + i) % 2**32).shuffle()
-    orders.append(order.repeat())
-  order = orders[0]
-  if len(orders) > 1:
-    order = grain.MapDataset.mix(orders, [part.weight for part in parts])
+  weights = [part.weight for part in parts]
+  order = _order(starts.tolist(), weights, seed if shuffle else None)
   order = order.batch(batch_size)
 
   def batch(t: int, rows: slice = slice(None)) -> dict[str, np.ndarray]:
@@ -74,3 +67,24 @@ def batches(
     return result
 
   return batch
+
+
+def _order(
+  starts: Sequence[int], weights: Sequence[float], seed: int | None
+) -> grain.MapDataset:
+  """The numbers of the windows in the order in which they are drawn.
+
+  Args:
+    starts: of each part, and the end of the last.
+    weights: of each part.
+    seed: of the shuffling; None: the windows are not shuffled.
+  """
+  orders = []
+  for i, (start, end) in enumerate(itertools.pairwise(starts)):
+    order = grain.MapDataset.range(start, end)
+    if seed is not None:
+      order = order.seed((seed + i) % 2**32).shuffle()
+    orders.append(order.repeat())
+  if len(orders) == 1:
+    return orders[0]
+  return grain.MapDataset.mix(orders, weights)

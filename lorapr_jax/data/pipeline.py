@@ -1,4 +1,4 @@
-"""Text to windows of tokens, packed once and kept in the cache."""
+"""Turns text into windows of tokens, once, and keeps them in the cache."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -26,7 +26,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import cache_dir, read_json, write_json
 
-# Part of the cache's key: raise it when the windows change.
+# Part of the cache's key. Raise it when a change of code changes the windows.
 _FORMAT = 5
 
 _log = logging.getLogger(__name__)
@@ -42,22 +42,23 @@ def training_windows(
   template: Template = PLAIN,
   max_tokens: int = 0,
 ) -> tuple[Packed, ...]:
-  """The documents of each spec of a mixture, in windows of tokens.
+  """The documents of each spec of a mixture, packed into windows of tokens.
 
-  Every document ends with EOS, unless the chat template wrote it. Packed once
-  and memory-mapped from the cache, whose key is a hash of data, tokenizer and
-  settings. What is cut, padded or left out is counted in a warning.
+  A document ends with EOS, except where the chat template writes its end. The
+  windows are packed once, and then mapped into memory from the cache, under a
+  hash of data, tokenizer and settings. A warning says what was cut, padded or
+  left out.
 
   Args:
     mixture: a data spec, or several with weights (data/sources.py).
-    tokenizer: None for synthetic data.
-    seq_len: T.
+    tokenizer: the model's; None for synthetic data.
+    seq_len: T, the tokens of a window.
     vocab_size: the model's.
-    pack: `documents`: whole ones side by side, apart by their segments;
-      `concatenate`: end to end, as one text.
-    template: what makes texts of records.
-    max_tokens: of each spec no more are read, in the middle of a document if
-      need be; 0: all are.
+    pack: `documents`: whole documents share a window, with a segment each;
+      `concatenate`: all documents are one text.
+    template: makes texts of records.
+    max_tokens: the most tokens to read of each spec, which can end within a
+      document; 0: all.
 
   Raises:
     UserError: if there is less than one window, or a token that the model
@@ -96,10 +97,11 @@ def training_windows(
 def evaluation_windows(
   spec: str, tokenizer: Tokenizer | None, seq_len: int, vocab_size: int
 ) -> np.ndarray:
-  """One text, tokenised once, cut into windows (W, T); the rest is dropped.
+  """All documents as one text, tokenised and cut into windows (W, T).
 
-  Documents are joined by a blank line (docs/method.md, evaluation). The
-  arguments and errors are those of `training_windows`.
+  The documents are joined by a blank line (docs/method.md, evaluation). Tokens
+  that fill no window are dropped. The arguments and errors are those of
+  `training_windows`.
   """
   parsed = parse_spec(spec)
   if tokenizer is None:
@@ -126,7 +128,7 @@ def _windows(
   weighted: bool = False,
   max_tokens: int = 0,
 ) -> Windows:
-  """The windows of the documents, packed unless they lie in the cache."""
+  """The windows of the documents, from the cache or packed into it."""
   key = (_FORMAT, *key, pack, max_tokens, seq_len, spec.column)
   digest = hashlib.sha256(repr(key).encode())
   digest.update(identity(spec) + tokenizer.fingerprint)
@@ -181,7 +183,7 @@ def _counted(
 def check_vocabulary(
   largest_id: int, tokenizer: Tokenizer, vocab_size: int
 ) -> None:
-  """Refuses an id that the model does not know; -1 passes."""
+  """Raises a UserError for an id that the model does not know; not for -1."""
   if largest_id >= vocab_size:
     raise UserError(
       f'the tokenizer of {tokenizer.folder} gives id {largest_id}, but the '
@@ -191,7 +193,7 @@ def check_vocabulary(
 
 @contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
-  """A folder that appears in the cache whole or not at all."""
+  """Makes a folder that appears in the cache complete or not at all."""
   above = folder.parent, folder.parent.parent
   made = [path for path in above if not path.exists()]
   try:
@@ -200,7 +202,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
       partial = Path(temporary) / folder.name
       partial.mkdir()
       yield partial
-      # Another process may have been faster, with the same.
+      # Another process may have packed the same windows meanwhile.
       try:
         os.replace(partial, folder)
       except OSError:
@@ -212,7 +214,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
       f'({error.strerror or error}): set LORAPR_CACHE to a folder with room'
     ) from error
   finally:
-    # Empty ones are left over from what failed; others are not removed.
+    # After a failure the folders that were made are empty: remove them.
     with contextlib.suppress(OSError):
       for path in made:
         path.rmdir()
@@ -221,7 +223,7 @@ def _new_folder(folder: Path) -> Iterator[Path]:
 def _warn(
   spec: Spec, pack: str, max_tokens: int, windows: np.ndarray, counts: Counts
 ) -> None:
-  """Says what was left out, cut or padded."""
+  """Warns of what was left out, cut or padded."""
   if max_tokens and counts.tokens == max_tokens:
     _log.warning(
       '%s: reading ended after %d tokens (data.max_tokens)',
@@ -240,7 +242,7 @@ def _warn(
       'in another, without what came before',
       *(spec.text, counts.cut, counts.documents, seq_len),
     )
-  # The rest of the last windows is no cause for worry, a tenth of them all is.
+  # The last windows are never quite full; a tenth of all is worth a warning.
   if counts.padding * 10 > windows.size:
     _log.warning(
       '%s: %d of %d positions are padding, since documents stay whole; '
@@ -250,7 +252,7 @@ def _warn(
 
 
 def _synthetic(spec: Spec, seq_len: int, vocab_size: int) -> np.ndarray:
-  """A language in which nine tokens of ten follow from the one before."""
+  """A made-up language: nine times of ten the last token decides the next."""
   if spec.scheme != 'synthetic':
     raise UserError(
       f'{spec.text} is text, but the model has no tokenizer: set model.path to '

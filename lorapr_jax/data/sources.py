@@ -1,4 +1,4 @@
-"""Where text comes from: one spec string each.
+"""Reads text from many sources; a spec, one string, names each.
 
   file:PATH            .txt: one document; LF line ends
   file:PATH?lines      its stripped lines, joined by a blank line: one document
@@ -14,12 +14,12 @@
   demo:news:heldout    the last tenth
   synthetic:SEED       token ids of a made-up language, for models without a
                        tokenizer (?windows=256)
-PATH may have wildcards, whose files are read in sorted order, and may end in
+PATH may have wildcards; the files are then read in sorted order. It may end in
 .gz or .zst.
 
-For training there are mixtures, `0.7*SPEC + 0.3*SPEC`: the weights are the
-shares of the windows that are drawn from each, and each begins again when it
-is used up, whatever the others do.
+Training takes mixtures too, `0.7*SPEC + 0.3*SPEC`. A weight is the share of the
+windows that are drawn from its spec. A spec that is used up begins again,
+whatever the others do.
 """
 
 from collections.abc import Iterator, Sequence
@@ -38,13 +38,14 @@ _log = logging.getLogger(__name__)
 
 _NUMBER = r'-?(?:\d+\.?\d*|\.\d+)(?:e[+-]?\d+)?'
 _WEIGHTED = re.compile(rf'({_NUMBER})\s*\*\s*(.*)', re.DOTALL)
-# Where another spec begins: a path may have a plus or a star of its own.
+# A plus only separates two specs if a weight or a scheme follows it: a path may
+# contain one.
 _PLUS = re.compile(rf' \+ +(?=(?:{_NUMBER}\s*\*|[a-z]+:))')
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-  """A data spec taken apart."""
+  """The parts of a data spec, SCHEME:PATH[?OPTION[=VALUE][&...]]."""
 
   text: str
   scheme: str
@@ -62,9 +63,9 @@ class Weighted:
   """A part of a mixture.
 
   Attributes:
-    weight: its share of the windows that are drawn; those of all parts add
-      up to 1.
-    spec: what it is drawn from.
+    weight: the part's share of the windows that are drawn; all shares add up
+      to 1.
+    spec: the data.
   """
 
   weight: float
@@ -72,14 +73,14 @@ class Weighted:
 
 
 def parse_mixture(spec: str) -> tuple[Weighted, ...]:
-  """Takes `0.7*SPEC + 0.3*SPEC` apart; one SPEC alone has weight 1.
+  """Splits `0.7*SPEC + 0.3*SPEC` into its parts. Reads and fetches nothing.
 
-  Weights are any positive numbers; only their ratios count. Reads and fetches
-  nothing.
+  Weights are positive numbers of which only the ratios count. One SPEC alone
+  has weight 1.
 
   Raises:
-    UserError: if a spec cannot be, has no weight beside others, or mixes token
-      ids with text.
+    UserError: if a spec is wrong, if one of several has no weight, or if token
+      ids are mixed with text.
   """
   parts = [part.strip() for part in _PLUS.split(spec)]
   weights, specs = [], []
@@ -109,12 +110,12 @@ def parse_mixture(spec: str) -> tuple[Weighted, ...]:
 
 
 def parse_spec(spec: str) -> Spec:
-  """Takes SCHEME:PATH[?OPTION[=VALUE][&...]] apart and checks it.
+  """Splits SCHEME:PATH[?OPTION[=VALUE][&...]] into its parts and checks them.
 
-  Looks at file names, but reads and fetches nothing.
+  Looks for files by name, but reads and fetches nothing.
 
   Raises:
-    UserError: if the spec is unknown, a mixture, or its file does not exist.
+    UserError: if the spec is unknown or a mixture, or its file does not exist.
   """
   if _WEIGHTED.fullmatch(spec) or _PLUS.search(spec):
     raise UserError(
@@ -162,16 +163,16 @@ def parse_spec(spec: str) -> Spec:
 def read_records(
   spec: Spec, fields: Sequence[str] | None = None
 ) -> Iterator[Record]:
-  """The records of a spec in order, read as they are asked for.
+  """Yields the records of a spec in order, read as they are asked for.
 
-  A record is a dict of columns; one of text alone has the column `text`.
+  A record is a dict of columns. Plain text is a record with the column `text`.
 
   Args:
     spec: what to read.
     fields: the columns that are needed; None: all.
 
   Raises:
-    UserError: if it cannot be read, or has not all the fields.
+    UserError: if the data cannot be read, or if a field is missing.
   """
   match spec.scheme:
     case 'file':
@@ -197,11 +198,11 @@ def _tfds_spec(spec: Spec) -> tfds.TfdsSpec:
 
 
 def read_rows(spec: Spec) -> Iterator[str]:
-  """The texts of one column in order, with those that are empty.
+  """Yields the texts of one column in order, the empty ones included.
 
   Raises:
-    UserError: if it cannot be read, has something else than text, or no text
-      at all.
+    UserError: if the data cannot be read, if the column holds something other
+      than text, or if all of it is empty.
   """
   filled = False
   for number, record in enumerate(read_records(spec, [spec.column]), 1):
@@ -218,9 +219,9 @@ def read_rows(spec: Spec) -> Iterator[str]:
 
 
 def read_documents(spec: Spec | str) -> Iterator[str]:
-  """The documents of a spec: its rows.
+  """Yields the rows of a spec that hold text.
 
-  Those without text are left out; their number is in a warning at the end.
+  At the end a warning says how many rows were left out.
 
   Raises:
     UserError: as `read_rows`.
@@ -242,9 +243,9 @@ def read_documents(spec: Spec | str) -> Iterator[str]:
 
 
 def evaluation_text(spec: Spec) -> str:
-  """All rows, the empty ones too, joined by a blank line.
+  """All rows, the empty ones included, joined by a blank line.
 
-  As the papers do it (docs/method.md, evaluation).
+  This is what the papers do (docs/method.md, evaluation).
 
   Raises:
     UserError: as `read_rows`.
@@ -255,13 +256,13 @@ def evaluation_text(spec: Spec) -> str:
 def identity(spec: Spec) -> bytes:
   """A hash that changes when what `read_records` gives changes.
 
-  Of the content itself, or of what stands for it where another library keeps
-  it. Tokenises nothing; reads no more than it must.
+  It is a hash of the content. Of a data set that another library keeps, it is a
+  hash of what that library knows about it: the content is not read.
 
   Raises:
     UserError: if the data cannot be read.
   """
-  # Where it lies does not count, only what it is.
+  # Only the content counts, not the folder in which it lies.
   options = [o for o in sorted(spec.options.items()) if o[0] != 'data_dir']
   digest = hashlib.sha256(repr((spec.scheme, options)).encode())
   match spec.scheme:

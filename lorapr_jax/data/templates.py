@@ -1,4 +1,4 @@
-"""Records to documents: plain text, a Jinja template, or the chat template."""
+"""Makes documents of records: as they are, or by a Jinja or chat template."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -16,13 +16,13 @@ CHAT = 'chat'
 
 _log = logging.getLogger(__name__)
 
-# The names of ShareGPT's conversations, in those of chat templates.
+# ShareGPT's names of roles, and the names that chat templates use.
 _ROLES = {'human': 'user', 'gpt': 'assistant'}
 
 
 @functools.cache
 def _compile(key: str, source: str) -> Any:
-  # Here, since it is needed for templates alone.
+  # Imported here because only templates need it.
   import jinja2
   from jinja2 import sandbox
 
@@ -48,18 +48,18 @@ def _render(key: str, source: str, record: dict[str, Any], where: str) -> str:
     raise UserError(
       f'{where}: {key}: {error.message}; the record has {", ".join(record)}'
     ) from None
-  # What else a template raises is up to what its author wrote in it.
+  # A template can raise anything, depending on what its author wrote.
   except Exception as error:
     raise UserError(f'{where}: {key}: {error}') from error
 
 
 class Document(NamedTuple):
-  """One text to learn.
+  """A text to learn.
 
   Attributes:
-    text: not empty.
-    responses: the (start, end) of the characters that count in the loss; None:
-      all do.
+    text: the text, which is not empty.
+    responses: the (start, end) of each run of characters that counts in the
+      loss; None: all characters count.
   """
 
   text: str
@@ -68,13 +68,13 @@ class Document(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-  """What makes a text of a record: the keys data.template, response and loss.
+  """Makes a text of a record: the settings data.template, response and loss.
 
   Attributes:
-    template: a Jinja template over the record's columns, or `chat`: the
-      tokenizer's chat template over its `messages` or `conversations`.
-    response: a Jinja template of the answer, which follows the first.
-    loss: one of LOSSES: whether all tokens count or only the answer's.
+    template: a Jinja template over the record's columns; or `chat` for the
+      tokenizer's chat template, over the column `messages` or `conversations`.
+    response: a Jinja template of the answer, which is put after the first text.
+    loss: one of LOSSES: whether all tokens count, or only those of the answer.
   """
 
   template: str = ''
@@ -82,7 +82,7 @@ class Template:
   loss: str = 'all'
 
   def __post_init__(self):
-    """Refuses what no record could be put into."""
+    """Refuses settings that do not go together."""
     if self.loss not in LOSSES:
       raise UserError(
         f'data.loss is {self.loss!r}: choose from {", ".join(LOSSES)}'
@@ -103,14 +103,14 @@ class Template:
 
   @property
   def is_chat(self) -> bool:
-    """Whether the tokenizer's template is used."""
+    """Whether the tokenizer's chat template is used."""
     return self.template == CHAT
 
   def applies_to(self, spec: Spec) -> bool:
-    """Whether the spec has records to fill in, and names no text of its own.
+    """Whether the records of a spec are put into the template.
 
-    So a mixture can have plain text beside records: text files, the demo's
-    news, and what names its column (`?column=text`) are plain text.
+    They are not if they are plain text: text files, the demo's news, and specs
+    that name their column (`?column=text`). So a mixture can have both.
     """
     if not self.template or {'column', 'field'} & set(spec.options):
       return False
@@ -125,13 +125,13 @@ PLAIN = Template()
 def template_documents(
   spec: Spec, template: Template, tokenizer: Tokenizer
 ) -> Iterator[Document]:
-  """The documents of a spec: its records through the template, if it applies.
+  """Yields the documents of a spec, made by the template where it applies.
 
-  Records without text, or without the response that is to be learnt, are left
-  out; their number is in a warning at the end.
+  Records that give no text, or no response to learn, are left out. At the end a
+  warning says how many.
 
   Raises:
-    UserError: if a record does not fit the template, or no text is left.
+    UserError: if a record does not fit the template, or if no text is left.
   """
   if not template.applies_to(spec):
     yield from map(Document, read_documents(spec))
@@ -177,7 +177,7 @@ def _chat(
   record: dict[str, Any],
   where: str,
 ) -> Document:
-  """A conversation; each assistant's turn is a response, its end included."""
+  """A conversation. Each turn of the assistant is a response, with its end."""
   messages = _messages(record, where)
   try:
     text = tokenizer.chat_text(messages)
@@ -200,7 +200,7 @@ def _chat(
 
 
 def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-  """{'role', 'content'} of each turn, from OpenAI's or ShareGPT's form."""
+  """The turns as {'role', 'content'}, from OpenAI's or from ShareGPT's form."""
   turns = record.get('messages', record.get('conversations'))
   if turns is None:
     raise UserError(

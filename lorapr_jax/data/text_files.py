@@ -1,7 +1,8 @@
-"""Records out of files: text, JSON lines, CSV and Parquet, compressed or not.
+"""Reads records from files of text, JSON lines, CSV and Parquet.
 
-What a file is follows from its name: notes.txt, corpus.jsonl.zst, rows.csv.gz.
-They are read a line at a time, or a row group of Parquet at a time.
+A file's name says its kind and whether it is compressed: notes.txt,
+corpus.jsonl.zst, rows.csv.gz. JSON lines and CSV are read a line at a time,
+Parquet a row group at a time.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,27 +20,27 @@ from lorapr_jax.runtime.paths import is_local, path_of
 
 Record = dict[str, Any]
 
-# The kinds, each with the options that a spec may give it.
+# The kinds of files, each with the options that a spec may have.
 OPTIONS = {
   '.txt': ('lines',),
   '.jsonl': ('field',),
   '.csv': ('column',),
   '.parquet': ('column',),
 }
-# And what pyarrow calls it.
+# The compressions, with pyarrow's name of each.
 _COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
-# Longer than any text in one CSV field.
+# The most characters of a CSV field; Python's own limit is too small for texts.
 _FIELD_LIMIT = 2**31 - 1
 
 
 def find_files(path: str) -> list[Path]:
-  """The file, or those that wildcards match in sorted order; reads none.
+  """The file, or the files that match the wildcards, sorted. Reads none.
 
   Raises:
-    UserError: if there is none, or they are not all of one kind that is read.
+    UserError: if there is none, or if they are not all of one known kind.
   """
   named = path_of(path)
-  # A file whose very name has brackets is no pattern.
+  # A file may have brackets in its name.
   if not glob.has_magic(path) or named.is_file():
     files = [named]
   elif is_local(named):
@@ -63,25 +64,24 @@ def find_files(path: str) -> list[Path]:
 
 
 def kind(file: Path) -> str:
-  """The suffix, without that of a compression."""
+  """The suffix of a file's name before that of a compression."""
   return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
 
 
 def read_files(
   path: str, fields: Sequence[str] | None = None, *, lines: bool = False
 ) -> Iterator[Record]:
-  """The records of the files, in order.
+  """Yields the records of the files, in order.
 
-  A text is one record, with its text in `text` and LF line ends.
+  A text file is one record with the field `text`; its line ends become LF.
 
   Args:
-    path: of a file, or with wildcards.
-    fields: what is wanted of a record; None: all.
-    lines: strips the lines of a text and joins them by a blank line.
+    path: of a file, or a pattern with wildcards.
+    fields: the fields that are needed; None: all.
+    lines: whether to strip the lines of a text and join them by blank lines.
 
   Raises:
-    UserError: if a file cannot be read as what it should be, or has not all
-      the fields.
+    UserError: if a file cannot be read as its kind, or if a field is missing.
   """
   for file in find_files(path):
     with _open(file) as stream:
@@ -97,10 +97,10 @@ def read_files(
 
 
 def hash_files(path: str) -> bytes:
-  """A hash of the files' bytes as they lie there, and of their kinds.
+  """A hash of the files' bytes, as they are on the disk, and of their kinds.
 
   Raises:
-    UserError: if one cannot be read.
+    UserError: if a file cannot be read.
   """
   digest = hashlib.sha256()
   for file in find_files(path):
@@ -119,10 +119,10 @@ def pick(
   where: str,
   noun: str = 'column',
 ) -> Record:
-  """These fields of a record; None: all.
+  """A record with these fields alone; None: with all of them.
 
   Raises:
-    UserError: if it has not all of them.
+    UserError: if a field is missing.
   """
   if fields is None:
     return record
@@ -137,11 +137,11 @@ def pick(
 
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[BinaryIO]:
-  """The bytes of a file, decompressed as they are read."""
+  """Opens a file to read its bytes, decompressed on the way."""
   try:
     if file.suffix in _COMPRESSED:
-      # Here, since it takes a while and plain files need it not. It refuses a
-      # stream that was cut short, which zstandard does not.
+      # Imported here: it takes a while, and plain files do not need it. Unlike
+      # zstandard it refuses a stream that was cut short.
       import pyarrow
 
       with (
@@ -159,7 +159,7 @@ def _open(file: Path) -> Iterator[BinaryIO]:
 
 
 def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
-  """Lines with LF ends; a byte order mark is dropped."""
+  """Yields lines of text with LF ends and without a byte order mark."""
   for number, line in enumerate(stream, 1):
     try:
       text = line.decode('utf-8-sig' if number == 1 else 'utf-8')

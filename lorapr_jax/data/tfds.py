@@ -1,7 +1,7 @@
 """TensorFlow Datasets, without TensorFlow: NAME[/CONFIG][:VERSION][:SPLIT].
 
-What lies prepared in the data_dir is read as it is, by no code of its own and
-without a network. What does not is prepared there, as array_record.
+A data set that lies prepared in the data_dir is read as it is, without running
+its code and without a network. Any other is prepared there, as array_record.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,12 +29,12 @@ _CHUNK = 256
 
 @dataclasses.dataclass(frozen=True)
 class TfdsSpec:
-  """NAME[/CONFIG][:VERSION][:SPLIT] taken apart.
+  """The parts of NAME[/CONFIG][:VERSION][:SPLIT].
 
   Attributes:
     name: NAME[/CONFIG][:VERSION], as the library takes it.
     split: `train`, or a slice such as `train[:10%]`.
-    data_dir: where it is prepared; None: the library's own default.
+    data_dir: the folder of prepared data sets; None: the library's default.
   """
 
   name: str
@@ -46,7 +46,7 @@ class TfdsSpec:
 
 
 def parse_tfds(path: str, data_dir: str | None = None) -> TfdsSpec:
-  """Takes NAME[/CONFIG][:VERSION][:SPLIT] apart; looks at nothing else.
+  """Splits NAME[/CONFIG][:VERSION][:SPLIT] into its parts. Reads nothing.
 
   Raises:
     UserError: if it is not of this form.
@@ -67,7 +67,7 @@ def parse_tfds(path: str, data_dir: str | None = None) -> TfdsSpec:
 def read_tfds(
   spec: TfdsSpec, fields: Sequence[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-  """The records of a split, in the order in which they were prepared.
+  """Yields the records of a split, in the order in which they were prepared.
 
   Bytes are decoded as UTF-8; arrays become lists.
 
@@ -76,8 +76,8 @@ def read_tfds(
     fields: the columns that are needed; None: all.
 
   Raises:
-    UserError: if there is no such data set, split or column, it cannot be
-      prepared or read, or it is not UTF-8.
+    UserError: if there is no such data set, split or column, if it cannot be
+      prepared or read, or if it is not UTF-8.
   """
   builder, split = _open(spec)
   columns = list(builder.info.features.keys())
@@ -101,7 +101,7 @@ def read_tfds(
     numbers = range(start, min(start + _CHUNK, len(source)))
     try:
       records = source.__getitems__(list(numbers))
-    except RuntimeError as error:  # array_record's, whatever is wrong
+    except RuntimeError as error:  # array_record raises no other.
       raise _unreadable(spec, builder, error) from None
     for number, record in zip(numbers, records, strict=True):
       yield {
@@ -113,8 +113,9 @@ def read_tfds(
 def tfds_fingerprint(spec: TfdsSpec) -> bytes:
   """A hash of what the data set says of itself, and of its files' state.
 
-  It has the version, the checksums of what was downloaded, the splits' sizes
-  and the slice; the files' names, sizes and times; but reads no records.
+  It covers the version, the checksums of what was downloaded, the sizes of the
+  splits and the slice, and the names, sizes and times of the files. No records
+  are read.
 
   Raises:
     UserError: as `read_tfds`.
@@ -134,12 +135,13 @@ def tfds_fingerprint(spec: TfdsSpec) -> bytes:
 
 
 def _open(spec: TfdsSpec) -> tuple[Any, Any]:
-  """The data set's builder, prepared, and its split.
+  """The builder of the prepared data set, and its split.
 
   Raises:
-    UserError: if there is no such data set or split, or it cannot be prepared.
+    UserError: if there is no such data set or split, or if it cannot be
+      prepared.
   """
-  # Here, since it takes a second and other data need none.
+  # Imported here: it takes a second, and other data do not need it.
   from google.protobuf import json_format
   import tensorflow_datasets as tfds
   from tensorflow_datasets.core import read_only_builder
@@ -150,7 +152,7 @@ def _open(spec: TfdsSpec) -> tuple[Any, Any]:
       builder = from_files(spec.name, data_dir=spec.data_dir)
     except tfds.core.DatasetNotFoundError:
       _prepare(spec)
-      # From the files again, as every later run will have it.
+      # Every later run will read the files, so this one does too.
       builder = from_files(spec.name, data_dir=spec.data_dir)
     return builder, builder.info.splits[spec.split]
   except (OSError, ValueError, json_format.ParseError) as error:
@@ -163,14 +165,14 @@ def _prepare(spec: TfdsSpec) -> None:
 
   where = f'is not prepared in {spec.data_dir or "the default data_dir"}'
   try:
-    # Of its own accord it imports no kind of data sets after the first that
-    # needs TensorFlow; these need none.
+    # The library imports kinds of data sets up to the first that needs
+    # TensorFlow. These need none.
     for kind in ('text', 'summarization', 'question_answering'):
       importlib.import_module(f'tensorflow_datasets.{kind}')
     builder = tfds.builder(
       spec.name, data_dir=spec.data_dir, file_format='array_record'
     )
-    # It prints, but standard output is for results.
+    # The library prints, but standard output is for results.
     with contextlib.redirect_stdout(sys.stderr):
       builder.download_and_prepare()
   except tfds.core.DatasetNotFoundError:
@@ -198,7 +200,7 @@ def _unreadable(spec: TfdsSpec, builder: Any, error: Exception) -> UserError:
 
 
 def _plain(value: Any, where: str) -> Any:
-  """A value of Python's own types, with text for bytes."""
+  """The value in Python's own types, with bytes decoded to text."""
   match value:
     case bytes():
       try:

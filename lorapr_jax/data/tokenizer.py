@@ -1,4 +1,4 @@
-"""A folder's tokenizer: text to ids and back, and its chat template."""
+"""A folder's tokenizer: turns text into ids and back, and writes chats."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -19,7 +19,7 @@ _VOCABULARIES = ('tokenizer.json', 'tokenizer.model*', 'vocab.json', 'tekken*')
 
 @contextlib.contextmanager
 def _quiet(logging: Any) -> Iterator[None]:
-  """Without transformers' warnings, which are about model types like ours."""
+  """Hides transformers' warnings about model types that it does not know."""
   verbosity = logging.get_verbosity()
   logging.set_verbosity_error()
   try:
@@ -31,7 +31,13 @@ def _quiet(logging: Any) -> Iterator[None]:
 
 
 class Tokenizer:
-  """A folder's tokenizer, with its own habits about special tokens."""
+  """A folder's tokenizer, which adds special tokens in its own way.
+
+  Attributes:
+    folder: the folder.
+    eos_token_id: the id that ends a text; None if there is none.
+    is_fast: whether it runs outside Python, in threads of its own.
+  """
 
   def __init__(self, folder: str | Path):
     """Loads the files of a Hugging Face folder.
@@ -39,7 +45,7 @@ class Tokenizer:
     Raises:
       UserError: if there is no tokenizer that transformers can read.
     """
-    # Here, since it takes seconds and synthetic data needs none.
+    # Imported here: it takes seconds, and synthetic data do not need it.
     import transformers
 
     self.folder = path_of(folder)
@@ -49,8 +55,8 @@ class Tokenizer:
         f'{folder} holds no tokenizer files: tokenizer.json (or '
         "tokenizer.model) is missing; copy the original model's"
       )
-    # Without its remote code transformers cannot always read the config of our
-    # own export, for which a tokenizer has no use.
+    # transformers cannot always read the config of our own export without its
+    # remote code. A tokenizer does not need that config: give it another.
     path = self._local / 'config.json'
     remote = path.exists() and 'auto_map' in read_json(path)
     try:
@@ -61,17 +67,16 @@ class Tokenizer:
           local_files_only=True,
           trust_remote_code=False,
         )
-    # What a damaged file raises is up to transformers and tokenizers, which
-    # raises Exception itself.
+    # For a damaged file the libraries raise many kinds of errors, and even
+    # Exception itself.
     except Exception as error:
       self._check_files()
       raise self._error('the tokenizer', error) from error
     self.eos_token_id = self._tokenizer.eos_token_id
-    # Whether it runs outside Python, in threads of its own.
     self.is_fast = self._tokenizer.is_fast
 
   def _check_files(self) -> None:
-    """Names what is wrong with the files, where that can be told."""
+    """Raises a UserError for files that ask for code of their own."""
     for path in files_in(self._local, 'tokenizer*.json'):
       if read_json(path).get('auto_map'):
         raise UserError(
@@ -80,24 +85,24 @@ class Tokenizer:
         )
 
   def encode(self, text: str) -> np.ndarray:
-    """The ids of a text, with BOS in front if that is the tokenizer's habit."""
+    """The ids of a text, with BOS in front if the tokenizer puts it there."""
     return self.encode_batch([text])[0]
 
   def encode_batch(
     self, texts: list[str], *, special: bool = True
   ) -> list[np.ndarray]:
-    """The ids of each text; `special` False is without BOS."""
+    """The ids of each text, with BOS as in `encode` if `special` is set."""
     if not texts:
       return []
     batch = self._tokenizer(texts, add_special_tokens=special, verbose=False)
     ids = [np.asarray(ids, np.int32) for ids in batch['input_ids']]
     if not special:
       return ids
-    # Some tokenizers end every text with EOS: that is the packing's business.
+    # Some tokenizers end every text with EOS, but here the packing adds it.
     return [i[:-1] if len(i) and i[-1] == self.eos_token_id else i for i in ids]
 
   def decode(self, ids: Sequence[int]) -> str:
-    """The text of ids, without special tokens; U+FFFD for half a character."""
+    """The text of ids, without special tokens. Half a character is U+FFFD."""
     return self._tokenizer.decode(
       [int(i) for i in ids],
       skip_special_tokens=True,
@@ -106,7 +111,7 @@ class Tokenizer:
 
   @property
   def wrapped(self) -> Any:
-    """transformers' own object, for what asks for one."""
+    """transformers' own object, for code that needs one."""
     return self._tokenizer
 
   @property
@@ -133,7 +138,7 @@ class Tokenizer:
 
     Args:
       messages: as for `encode_chat`.
-      answer_next: whether it ends where the assistant's answer begins.
+      answer_next: whether the text ends where an assistant's answer begins.
 
     Raises:
       UserError: as `encode_chat`.
