@@ -1,1 +1,1 @@
-"""Perplexity and latency."""
+"""Measures a model: perplexity, tasks, generated text, latency."""

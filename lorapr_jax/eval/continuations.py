@@ -1,8 +1,8 @@
-"""How likely continuations of contexts are, each context computed once.
+"""Scores how likely continuations of contexts are; each context runs once.
 
-Continuations of the same context share a row (models/branches.py), in which
-those of one token take no room at all. Rows are padded to one of few lengths,
-for each of which the model is compiled once.
+Continuations of the same context share a row (models/branches.py). A
+continuation of one token takes no room in it. Rows are padded to one of a few
+lengths, and the model is compiled once for each length.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,9 +26,9 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.runtime import sharding
 
 _SHORTEST = 16
-# A row takes in no further continuation beyond this.
+# A row that would become longer than this takes no further continuation.
 _FULL = 2048
-# Tokens of a row whose logits exist at the same time; divides every length.
+# Logits exist for this many tokens of a row at a time; it divides every length.
 _CHUNK = 8
 
 _log = logging.getLogger(__name__)
@@ -48,15 +48,22 @@ class Score(NamedTuple):
 
 @dataclasses.dataclass
 class _Row:
-  """A context, some of its continuations, and what is asked of each token."""
+  """A context and some of its continuations.
+
+  Attributes:
+    tokens: the ids that the model reads.
+    positions: the position of each token.
+    branches: the branch of each token; see models/branches.py.
+    targets: the ids of the continuations, one behind the other.
+    after: for each target, the index of the token that it follows.
+    pairs: for each continuation, the index of its pair and its length.
+  """
 
   tokens: list[int]
   positions: list[int]
   branches: list[int]
-  # What comes behind which of `tokens`.
   after: list[int] = dataclasses.field(default_factory=list)
   targets: list[int] = dataclasses.field(default_factory=list)
-  # The number of the pair, and its number of targets.
   pairs: list[tuple[int, int]] = dataclasses.field(default_factory=list)
 
   @classmethod
@@ -69,7 +76,7 @@ class _Row:
     return max(len(self.tokens), len(self.targets))
 
   def add(self, pair: int, context_length: int, continuation: Sequence[int]):
-    # The last token predicts nothing.
+    # The model does not read the last token: nothing follows it.
     start, count = len(self.tokens), len(continuation) - 1
     self.tokens += continuation[:-1]
     self.positions += range(context_length, context_length + count)
@@ -142,7 +149,7 @@ def _rows(pairs, config) -> list[_Row]:
         f'a vocabulary of {config.vocab_size}: the tokenizer is not of this '
         'model'
       )
-    # Its last token takes no position.
+    # The last token of the continuation takes no position.
     room = limit + 1 - len(continuation)
     shortened += len(context) > room
     context = tuple(context[-room:])
@@ -167,7 +174,7 @@ def _rows(pairs, config) -> list[_Row]:
 
 
 def bucket(length: int) -> int:
-  """The least of 16, 24, 32, 48, 64, 96, ... that is not below."""
+  """The least of 16, 24, 32, 48, 64, 96, ... that is at least `length`."""
   power = max(_SHORTEST, 1 << (length - 1).bit_length())
   between = power * 3 // 4
   return between if between > _SHORTEST and length <= between else power
@@ -193,11 +200,12 @@ def _split(row: _Row, log_p: np.ndarray, hits: np.ndarray):
 def _make_score(
   config: LlamaConfig, dtype: Any, place: Sharding
 ) -> Callable[..., tuple[Array, Array]]:
-  """The jitted pass; it is compiled for every (B, T).
+  """The function that scores a batch of rows, compiled for each (B, T).
 
-  (params, count, tokens, positions, branches, after, targets), all but the
-  first two (B, T) -> of each row's first `count` targets the log-likelihood
-  behind token number `after`, and whether it is the likeliest; both (B, T).
+  (params, count, tokens, positions, branches, after, targets) -> (log-
+  likelihood of each target after token number `after`, whether the target is
+  the likeliest). All but the first two arguments, and both results, are (B, T);
+  the results are only computed for the first `count` targets of each row.
   """
 
   def score(params, count, tokens, positions, numbers, after, targets):
@@ -223,7 +231,7 @@ def _make_score(
       )
 
     zeros = jnp.zeros(tokens.shape)
-    # No more than there are: a row's targets are few beside its context.
+    # Only as many as needed: a row has few targets beside its context.
     chunks = (count + _CHUNK - 1) // _CHUNK
     return jax.lax.fori_loop(0, chunks, chunk, (zeros, zeros > 0))
 

@@ -1,9 +1,9 @@
-"""Text from a model, token by token, with a cache of keys and values.
+"""Generates text token by token, with a cache of keys and values.
 
-One function takes some tokens, fills the cache with their keys and values and
-draws the token that follows. The prompt goes through it in chunks, padded to a
-power of two; every later token goes through it alone. With the cache's length
-a power of two as well, it is compiled a handful of times.
+One function reads some tokens, writes their keys and values into the cache, and
+draws the token that follows. It reads the prompt in chunks that are padded to a
+power of two, and then each later token by itself. The cache's length is a power
+of two as well, so the function is compiled only a few times.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -30,9 +30,9 @@ from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import path_of
 
-# Tokens of a prompt that go through the model at the same time: powers of two.
+# The sizes of a chunk of the prompt are powers of two between these.
 _SMALLEST, _LARGEST = 16, 512
-# What a tokenizer makes of bytes that are no character, or not yet one.
+# A tokenizer decodes bytes to this if they are no character, or a part of one.
 _HALF = '\ufffd'
 
 
@@ -41,10 +41,10 @@ class Sampling:
   """How tokens are drawn.
 
   Attributes:
-    max_new_tokens: at most so many are.
-    temperature: T of softmax(logits / T); at 0 the likeliest token is taken.
-    top_p: draws come from the likeliest tokens that together reach this
-      probability (nucleus sampling, arXiv 1904.09751); 1 for all tokens.
+    max_new_tokens: the most tokens to draw.
+    temperature: T in softmax(logits / T); at 0 the likeliest token is taken.
+    top_p: tokens are drawn from the likeliest ones that together reach this
+      probability (nucleus sampling, arXiv 1904.09751); 1: from all tokens.
     seed: the same seed draws the same tokens.
   """
 
@@ -69,7 +69,7 @@ class Sampling:
 
 
 def stop_ids(folder: str | Path) -> frozenset[int]:
-  """The ids that end a text: of generation_config.json, else of config.json."""
+  """The ids that end a text, from generation_config.json or config.json."""
   for name in ('generation_config.json', 'config.json'):
     path = path_of(folder) / name
     eos = read_json(path).get('eos_token_id') if path.exists() else None
@@ -79,7 +79,7 @@ def stop_ids(folder: str | Path) -> frozenset[int]:
 
 
 def check_prompt(prompt_ids: Sequence[int], config: LlamaConfig) -> None:
-  """Raises a UserError for a prompt that the model cannot go on from."""
+  """Raises a UserError for a prompt that the model cannot continue."""
   if not len(prompt_ids):
     raise UserError('the prompt is empty')
   if len(prompt_ids) >= config.max_positions:
@@ -104,20 +104,20 @@ def stream_text(
   dtype: Any,
   chat: bool = False,
 ) -> Iterator[str]:
-  """What follows a prompt, in pieces, as they come.
+  """Yields the text that follows a prompt, piece by piece.
 
   Args:
     params: the weights.
     config: the sizes.
-    tokenizer: of the model; its folder names the ids that end the text.
+    tokenizer: the model's; its folder says which ids end a text.
     prompt: a text.
     sampling: how tokens are drawn.
     dtype: of the computation.
     chat: whether the prompt is a user's message, for the chat template.
 
   Raises:
-    UserError: at once, for a prompt that is empty or too long, or a chat
-      template that is not there.
+    UserError: at once, if the prompt is empty or too long, or if there is no
+      chat template.
   """
   if chat:
     ids = tokenizer.encode_chat([{'role': 'user', 'content': prompt}])
@@ -131,10 +131,10 @@ def stream_text(
 def detokenize(
   tokenizer: Tokenizer, prompt_ids: Sequence[int], tokens: Iterable[int]
 ) -> Iterator[str]:
-  """The text of tokens that follow a prompt, never half a character.
+  """Yields the text of tokens that follow a prompt, in whole characters.
 
-  A token's text can depend on the token before it (a space in front), so each
-  is decoded behind those that were shown last.
+  The text of a token can depend on the token before it (a space in front). So
+  each token is decoded together with the tokens that were shown last.
   """
   shown, held = list(prompt_ids), []
   before = tokenizer.decode(shown)
@@ -159,18 +159,20 @@ def stream_tokens(
   stop: Collection[int] = (),
   dtype: Any,
 ) -> Iterator[int]:
-  """The ids that follow a prompt, as they come.
+  """Yields the ids that follow a prompt, one by one.
+
+  The text ends when all of the model's positions are used.
 
   Args:
-    params: the weights; sharded weights are used where they lie.
-    config: the sizes. All positions taken, the text ends.
-    prompt_ids: the prompt's.
+    params: the weights; sharded weights are used on their devices.
+    config: the sizes.
+    prompt_ids: the ids of the prompt.
     sampling: how tokens are drawn.
     stop: ids that end the text; they are not part of it.
     dtype: of the computation.
 
   Raises:
-    UserError: at once, for a prompt that is empty or too long.
+    UserError: at once, if the prompt is empty or too long.
   """
   check_prompt(prompt_ids, config)
   ids = np.asarray(prompt_ids, np.int32)
@@ -194,7 +196,7 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
     cache, token = advance(cache, padded, start, len(chunk))
   for position in range(len(ids), end):
     drawn = token
-    # The next one is on its way before this one is waited for.
+    # Start the next token before waiting for this one.
     if position + 1 < end:
       cache, token = advance(cache, drawn, position, 1)
     if (value := int(drawn[0])) in stop:
@@ -203,7 +205,7 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
 
 
 def _bucket(count: int) -> int:
-  """The next power of two."""
+  """The least power of two that is at least `count` (and _SMALLEST)."""
   return max(_SMALLEST, 1 << (count - 1).bit_length())
 
 
@@ -211,12 +213,12 @@ def _bucket(count: int) -> int:
 def _make_advance(
   config: LlamaConfig, dtype: Any, place: Sharding
 ) -> Callable[..., tuple[cached.Cache, Array]]:
-  """The jitted step; it is compiled for every length of tokens and cache.
+  """The function of one step, compiled for each length of tokens and cache.
 
   (params, cache, tokens (T,), start, count, key, temperature, top_p) ->
-  (cache, the token (1,) that follows). The tokens stand at positions from
-  `start` on; those after the first `count` are padding, of which the cache is
-  cleared by what is written there next. The old cache is donated.
+  (cache, the token (1,) that follows). The tokens are at positions `start`,
+  start + 1, ... All after the first `count` are padding; the next step
+  overwrites what they leave in the cache. The old cache is donated.
   """
 
   def advance(params, cache, tokens, start, count, key, temperature, top_p):
@@ -239,9 +241,9 @@ def sample(logits: Array, key: Array, temperature: Array, top_p: Array):
   """An id drawn from logits (V,); see `Sampling`."""
 
   def draw():
-    # The largest is 0, so that no temperature makes it infinite.
+    # Subtract the largest logit: then no temperature gives infinity.
     scaled = (logits - jnp.max(logits)) / temperature
-    # A sort is slow: it is only done where something is cut off.
+    # A sort is slow: do it only if top_p cuts something off.
     kept = jax.lax.cond(
       top_p < 1.0, nucleus, lambda scaled, _: scaled, scaled, top_p
     )
@@ -252,9 +254,9 @@ def sample(logits: Array, key: Array, temperature: Array, top_p: Array):
 
 
 def nucleus(logits: Array, top_p: Array) -> Array:
-  """-inf outside the fewest likeliest tokens that reach the probability top_p.
+  """Sets all logits to -inf but the likeliest, which together reach top_p.
 
-  Tokens as likely as the last of them stay too.
+  As few as possible are kept, and all that equal the smallest of these.
 
   Args:
     logits: (V,).

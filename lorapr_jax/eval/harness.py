@@ -1,6 +1,6 @@
-"""Our model as lm-evaluation-harness wants one: `lorapr` in its registry.
+"""Our model for lm-evaluation-harness, in whose registry it is `lorapr`.
 
-Importing this imports lm_eval, an optional extra; see eval/zero_shot.py.
+This module imports lm_eval, an optional extra; see eval/zero_shot.py.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
-# So that its own models are registered too, which ours alone would prevent.
+# Registers lm_eval's own models, which it does not do once ours is there.
 import lm_eval.models  # noqa: F401
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -25,7 +25,7 @@ from lorapr_jax.eval.continuations import score_continuations
 from lorapr_jax.hf.load import Model, load
 from lorapr_jax.runtime.time_left import TimeLeft
 
-# As lm_eval's `hf` has them.
+# The default and the names that lm_eval's own model `hf` has.
 _MAX_GEN_TOKS = 256
 _MAX_GEN_TOKS_NAMES = (
   'max_gen_toks',
@@ -69,12 +69,12 @@ class Progress(contextlib.AbstractContextManager):
 
 @register_model('lorapr')
 class HarnessModel(TemplateLM):
-  """A model of ours, on all devices.
+  """A model of ours, on all devices, as lm_eval calls one.
 
   Attributes:
     model: the model.
-    tokenizer: transformers' own.
-    max_length: the tokens that a request may have.
+    tokenizer: transformers' tokenizer object.
+    max_length: the most tokens of a request.
   """
 
   def __init__(
@@ -85,17 +85,17 @@ class HarnessModel(TemplateLM):
     max_batch_size: int | None = None,
     device: str | None = None,
   ):
-    """Reads the model; the arguments are those that lm_eval gives.
+    """Reads the model. The arguments are those that lm_eval gives.
 
     Args:
       pretrained: a model, or its Hugging Face folder.
       dtype: float32, bfloat16 or auto.
       batch_size: rows at a time; `auto` is 8.
-      max_batch_size: of no meaning here.
-      device: nor this, for which lm_eval gives `cuda:0` whatever there is.
+      max_batch_size: not used.
+      device: not used; lm_eval gives `cuda:0` on any machine.
 
     Raises:
-      UserError: for a mistake in them, or in the folder.
+      UserError: for a mistake in the arguments or in the folder.
     """
     super().__init__()
     size = str(batch_size).replace('auto', '8')
@@ -120,21 +120,21 @@ class HarnessModel(TemplateLM):
 
   @property
   def prefix_token_id(self) -> int:
-    """The id that a text without a context begins with: BOS, else EOS."""
+    """The id that stands for an empty context: BOS, else EOS."""
     bos = self.tokenizer.bos_token_id
     return self.eot_token_id if bos is None else bos
 
   @property
   def tokenizer_name(self) -> str:
-    """For lm_eval's cache of requests."""
+    """A name for the tokenizer, for lm_eval's cache of requests."""
     return str(self._tokenizer.folder.absolute()).replace('/', '__')
 
   def tok_encode(
     self, string: str, add_special_tokens: bool | None = None, **_: Any
   ) -> list[int]:
-    """Ids of a text; BOS in front, once, if that is the tokenizer's habit."""
+    """The ids of a text, with one BOS in front if the tokenizer adds it."""
     if add_special_tokens is None:
-      # A chat template writes it out.
+      # What a chat template wrote begins with BOS already.
       prefix = self.tokenizer.decode(self.prefix_token_id)
       add_special_tokens = not string.startswith(prefix)
     return self.tokenizer.encode(
@@ -182,7 +182,7 @@ class HarnessModel(TemplateLM):
       for batch in scores:
         for i, score in batch.items():
           results[i] = tuple(score)
-          # Those of a rolling window have no text of their own.
+          # A rolling window has no text of its own to remember it by.
           if (text := requests[i][0]) is not None:
             self.cache_hook.add_partial('loglikelihood', text, results[i])
         progress.add(len(batch))
@@ -191,7 +191,7 @@ class HarnessModel(TemplateLM):
   def loglikelihood_rolling(
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[float]:
-    """The log-likelihood of whole texts, in windows as large as can be."""
+    """The log-likelihoods of whole texts, in windows of the model's length."""
     windows, owners = [], []
     for owner, request in enumerate(requests):
       rolling = get_rolling_token_windows(
@@ -214,12 +214,12 @@ class HarnessModel(TemplateLM):
   def generate_until(
     self, requests: list[Instance], disable_tqdm: bool = False
   ) -> list[str]:
-    """What follows each context, up to a stop sequence or EOS."""
+    """The text that follows each context, up to a stop sequence or EOS."""
     texts = []
     with Progress('generations', len(requests), disable_tqdm) as progress:
       for i, request in enumerate(requests):
         context, settings = request.args
-        # Repeated draws from the same context differ.
+        # Another seed for each: draws from the same context must differ.
         texts.append(self._generate(context, settings, seed=i))
         self.cache_hook.add_partial('generate_until', request.args, texts[-1])
         progress.add(1)
@@ -256,10 +256,13 @@ class HarnessModel(TemplateLM):
 def read_generation_kwargs(
   settings: dict[str, Any], seed: int
 ) -> tuple[generation.Sampling, list[str]]:
-  """A task's generation_kwargs: how tokens are drawn, and what ends a text.
+  """Reads a task's generation_kwargs.
+
+  Returns:
+    How tokens are drawn, and the texts that end a generation.
 
   Raises:
-    UserError: for one that is not known here.
+    UserError: for a key that is not supported.
   """
   rest = dict(settings)
   until = rest.pop('until', None) or []
@@ -270,7 +273,7 @@ def read_generation_kwargs(
   if not rest.pop('do_sample', temperature > 0.0):
     temperature = 0.0
   top_p = float(rest.pop('top_p', 1.0))
-  # One beam is no beam search.
+  # A search with one beam is no search.
   if rest and rest != {'num_beams': 1}:
     raise UserError(
       f'generation_kwargs {", ".join(sorted(rest))}: only until, do_sample, '

@@ -1,4 +1,4 @@
-"""The time of forward passes and of generation, of models side by side."""
+"""Measures how long forward passes and generation take, of several models."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -39,13 +39,13 @@ def paired_latency(
 ) -> dict[str, float]:
   """Median seconds of a prefill: a forward pass and the last token's logits.
 
-  The models take turns, so that what else the machine does hits both.
+  The models take turns, so that other work on the machine slows all of them.
 
   Args:
-    models: name -> (params, settings).
-    batch_size: sequences.
-    seq_len: tokens a sequence.
-    repeats: timed turns, after one that compiles.
+    models: {name: (params, settings)}.
+    batch_size: the number of sequences.
+    seq_len: the tokens of a sequence.
+    repeats: the number of timed turns, after one turn that compiles.
   """
   vocab = min(s.config.vocab_size for _, s in models.values())
   tokens = jax.random.randint(
@@ -62,11 +62,11 @@ def paired_latency(
 
 @dataclasses.dataclass(frozen=True)
 class GenerationTimes:
-  """Seconds, turn by turn.
+  """The seconds that generation took in each turn.
 
   Attributes:
-    prefill: of the prompt, up to the first token that follows.
-    decode: of each later token, of all sequences together.
+    prefill: from the prompt to the first new token.
+    decode: for each later token, of all sequences together.
   """
 
   prefill: tuple[float, ...]
@@ -81,18 +81,18 @@ def paired_generation(
   new_tokens: int,
   repeats: int,
 ) -> dict[str, GenerationTimes]:
-  """How long models take to read a prompt and to go on, with a KV cache.
+  """Times how models read a prompt and continue it, with a KV cache.
 
-  The models take turns, so that what else the machine does hits all of them:
-  compare the times of the same turn. The likeliest token is taken, and only
-  the last is waited for.
+  The models take turns, so that other work on the machine slows all of them:
+  compare the times of the same turn. Always the likeliest token is taken. Only
+  the last token is waited for.
 
   Args:
-    models: name -> (params, settings).
-    batch_size: sequences.
-    prompt_tokens: of each.
-    new_tokens: that follow; at least 2, of which the prefill gives the first.
-    repeats: timed turns, after one that compiles.
+    models: {name: (params, settings)}.
+    batch_size: the number of sequences.
+    prompt_tokens: the tokens of each prompt.
+    new_tokens: the tokens that follow, at least 2; the prefill gives the first.
+    repeats: the number of timed turns, after one turn that compiles.
   """
   vocab = min(s.config.vocab_size for _, s in models.values())
   shape = (batch_size, prompt_tokens)
@@ -127,9 +127,10 @@ def paired_generation(
 def _make_advance(
   settings: Compute, place: Sharding
 ) -> Callable[..., tuple[cached.Cache, jax.Array]]:
-  """(params, cache, tokens (B, T), start) -> (cache, the next ids (B, 1)).
+  """The function of one step, compiled for each length of tokens and cache.
 
-  The old cache is donated.
+  (params, cache, tokens (B, T), start) -> (cache, the next ids (B, 1)). The old
+  cache is donated.
   """
 
   def advance(params, cache, tokens, start):

@@ -1,4 +1,4 @@
-"""Perplexity by the papers' protocol (docs/method.md, evaluation)."""
+"""Measures perplexity as the papers do (docs/method.md, evaluation)."""
 
 from collections.abc import Callable
 import dataclasses
@@ -27,12 +27,13 @@ class Perplexity:
   Attributes:
     perplexity: exp(nll).
     nll: the mean negative log-likelihood of a predicted token, in nats.
-    tokens: the number of predicted tokens, seq_len - 1 a window.
+    tokens: the number of predicted tokens: seq_len - 1 for each window.
     windows: the number of windows.
-    seq_len: tokens a window; figures of different lengths do not compare.
+    seq_len: tokens in a window. Perplexities at different lengths do not
+      compare.
     data: the spec of the text.
-    tokens_per_second: the windows' tokens over the time of all but the first
-      batch, which compiles (over all the time if there is one batch).
+    tokens_per_second: the speed over all batches but the first, which includes
+      compiling; over the first if it is the only one.
   """
 
   perplexity: float
@@ -48,7 +49,10 @@ class Perplexity:
 def make_window_losses(
   settings: Compute, place: Sharding
 ) -> Callable[..., Any]:
-  """The jitted params, tokens, weights, lora, masks -> losses of windows."""
+  """The compiled function (params, tokens, weights, lora, masks) -> losses.
+
+  It gives the sum of the losses of each window, (B,).
+  """
 
   def losses(params, tokens, weights, lora, masks):
     each, _ = token_losses(
@@ -68,12 +72,14 @@ def make_window_losses(
 
 
 def batch_rows(params: Any, most: int, count: int) -> int:
-  """Windows at a time: as many as there are, or `most`, for all devices alike.
+  """The number of windows in a batch: `most`, or `count` if that is less.
+
+  It is raised so that every device gets equally many.
 
   Args:
-    params: the base, or shapes that know where they lie.
-    most: raised to a multiple of the parts that a batch is cut into.
-    count: of all windows.
+    params: the base's weights, or their shapes with shardings.
+    most: the number of windows that was asked for.
+    count: the number of all windows.
   """
   parts = sharding.batch_parts(params)
   return -(-min(most, count) // parts) * parts
@@ -89,17 +95,19 @@ def evaluate_perplexity(
   lora: Any = None,
   masks: Any = None,
 ) -> Perplexity:
-  """Scores each window alone: exp of the mean NLL of its T - 1 predictions.
+  """exp of the mean NLL of the T - 1 predictions of each window.
+
+  Each window is scored by itself. The last batch is filled up with windows that
+  do not count, so that all batches have one shape and are compiled once.
 
   Args:
-    params: the base. On a mesh, its data and fsdp axes share each batch.
-    windows: (W, T) ids. The last batch is filled up with windows that do not
-      count, so that everything compiles once.
+    params: the base. On a mesh, its axes data and fsdp share each batch.
+    windows: (W, T) ids.
     settings: sizes and dtype.
-    data: the spec, for the result.
+    data: the spec of the text, for the result.
     batch_size: windows at a time; raised to a multiple of these axes.
-    lora: adapters, or None.
-    masks: or None.
+    lora: the adapters, or None.
+    masks: the masks, or None.
   """
   count, seq_len = windows.shape
   batch_size = batch_rows(params, batch_size, count)

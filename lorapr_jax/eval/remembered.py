@@ -15,7 +15,7 @@ from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.files import cache_dir, read_json, write_json
 from lorapr_jax.settings.run import RunSettings
 
-# Part of the key: raise it when what is measured changes.
+# Part of the key. Raise it when a change of code changes what is measured.
 _FORMAT = 2
 
 
@@ -24,15 +24,16 @@ def remembered_perplexity(
   windows: np.ndarray | None,
   measure: Callable[[], Perplexity | None],
 ) -> Perplexity | None:
-  """What `measure` gives, from the cache if it has been called before.
+  """The perplexity of a run's base, from the cache or measured.
+
+  Random weights are always measured.
 
   Args:
-    settings: of the run, whose base is measured. Random weights are measured
-      anew.
+    settings: of the run.
     windows: (W, T) ids, or None.
     measure: measures the base on these windows.
   """
-  # Processes measure together, and their caches may differ.
+  # Many processes must all measure or all not, and their caches may differ.
   alone = processes.count() == 1
   if settings.model_path is None or windows is None or not alone:
     return measure()
@@ -52,7 +53,7 @@ def remembered_perplexity(
   if path.exists():
     return Perplexity(**read_json(path) | {'data': settings.data.eval})
   result = measure()
-  # Another run may be writing the same, or the disk be full: no harm.
+  # The cache may be full, or another run may write the same: go on without it.
   with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, dataclasses.asdict(result))

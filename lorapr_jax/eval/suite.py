@@ -1,7 +1,8 @@
 """The papers' perplexities: named texts at several lengths.
 
-The protocol is that of docs/method.md, evaluation: rows joined by a blank line,
-tokenised once, cut at each length into windows that are scored alone.
+The protocol is in docs/method.md, evaluation: the rows of a text are joined by
+blank lines and tokenised once. For each length the tokens are cut into windows,
+and each window is scored by itself.
 """
 
 from collections.abc import Iterator
@@ -23,8 +24,8 @@ from lorapr_jax.models.compute import (
   Compute,
 )
 
-# The papers' texts. PTB's own repository is a script, which is never run: the
-# Hub's conversion of it to Parquet is read.
+# The papers' texts. PTB's repository holds a script, and no code of a data set
+# is ever run: the Hub's conversion of it to Parquet is read instead.
 PAPER_TEXTS = {
   'wikitext2': 'hf:Salesforce/wikitext/wikitext-2-raw-v1:test',
   'ptb': 'hf:ptb-text-only/ptb_text_only@refs/convert/parquet:validation'
@@ -38,11 +39,11 @@ class TextPerplexity:
   """The perplexity of a text of the suite at one length.
 
   Attributes:
-    name: of the text.
-    split: of the data set; `file` for a file.
-    made_of: what the text is: rows, lines or texts joined by a blank line, or
-      one text as it is.
-    left_out: the tokens that are in no window that was measured.
+    name: the text's name.
+    split: the split of the data set; `file` for a file.
+    made_of: `rows`, `lines` or `texts` if these were joined by blank lines;
+      `one text` if the text is as it was.
+    left_out: the number of tokens that are in no measured window.
     measured: the perplexity.
   """
 
@@ -55,7 +56,7 @@ class TextPerplexity:
 
 @dataclasses.dataclass(frozen=True)
 class Skipped:
-  """A text at a length at which there is nothing to measure, and why."""
+  """A text and a length at which it cannot be measured, and the reason."""
 
   name: str
   seq_len: int
@@ -71,18 +72,22 @@ def evaluate_suite(
   batch_size: int = 8,
   dtype: str = 'auto',
 ) -> Iterator[TextPerplexity | Skipped]:
-  """The perplexity of each text at 128, 512 and 2048 tokens, as they come.
+  """Measures the perplexity of each text at 128, 512 and 2048 tokens.
 
-  Texts are read before the weights. Lengths that the model or a text does not
-  reach are skipped.
+  All texts are read before the weights. A length is skipped if the model has
+  fewer positions or the text fewer tokens.
 
   Args:
     model: a model, or the Hugging Face folder of one.
-    texts: name -> data spec; PAPER_TEXTS are fetched when they are read.
-    seq_len: this length alone, which then must be reached.
-    max_windows: at most so many of each text; None: all.
+    texts: {name: data spec}; PAPER_TEXTS are fetched when they are read.
+    seq_len: the only length to measure, which is then not skipped; None: the
+      papers' three.
+    max_windows: the most windows of each text; None: all.
     batch_size: windows at a time.
     dtype: of weights and computation; a model in memory keeps its own.
+
+  Returns:
+    An iterator over the results, which measures as it goes on.
 
   Raises:
     UserError: for a mistake in the arguments, the folder or a text.
@@ -102,16 +107,15 @@ def evaluate_suite(
       f'seq_len is {min(lengths)}, but the model has {limit} positions '
       '(max_position_embeddings)'
     )
-  tokens, plan = {}, []
-  for name, spec in specs.items():
-    tokens[name] = _tokens(spec, tokenizer, config.vocab_size)
-    for length in lengths:
-      reason = None
-      if length > limit:
-        reason = f'the model has {limit} positions (max_position_embeddings)'
-      elif length > len(tokens[name]):
-        reason = f'{spec.text} has {len(tokens[name])} tokens'
-      plan.append((name, length, reason))
+  tokens = {
+    name: _tokens(spec, tokenizer, config.vocab_size)
+    for name, spec in specs.items()
+  }
+  plan = [
+    (name, length, _obstacle(specs[name], len(tokens[name]), length, limit))
+    for name in specs
+    for length in lengths
+  ]
   reasons = [reason for *_, reason in plan]
   if all(reasons) or (seq_len is not None and any(reasons)):
     name, length, reason = next(entry for entry in plan if entry[-1])
@@ -145,8 +149,17 @@ def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
   return tokens
 
 
+def _obstacle(spec: Spec, count: int, length: int, limit: int) -> str | None:
+  """Why a text of `count` tokens has no window of this length, if so."""
+  if length > limit:
+    return f'the model has {limit} positions (max_position_embeddings)'
+  if length > count:
+    return f'{spec.text} has {count} tokens'
+  return None
+
+
 def origin(spec: Spec) -> tuple[str, str]:
-  """The split, and what the text is made of."""
+  """The split of a spec, and what its text is made of; see TextPerplexity."""
   match spec.scheme:
     case 'hf':
       return parse_hub(spec.path).split or 'train', 'rows'

@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on a model of ours, by its own API."""
+"""Evaluates a model on tasks of lm-evaluation-harness, with its own code."""
 
 from collections.abc import Sequence
 import contextlib
@@ -25,22 +25,22 @@ PAPER_TASKS = (
   'arc_challenge',
   'openbookqa',
 )
-# Resamplings for the error of what is no mean, such as a perplexity.
+# Resamplings for the standard error of what is not a mean, such as perplexity.
 _BOOTSTRAPS = 1000
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskScore:
-  """What a task measured.
+  """The results of a task.
 
   Attributes:
-    task: its name.
-    version: the task's own version; figures of two do not compare.
-    shots: examples before each question.
+    task: the task's name.
+    version: the task's version. Results of different versions do not compare.
+    shots: the number of examples before each question.
     documents: the number of questions.
-    metrics: name -> value; where a task has several filters, the name is
+    metrics: {name: value}. If a task has several filters, the name is
       METRIC,FILTER.
-    errors: name -> standard error, where it is known.
+    errors: {name: standard error}, where there is one.
   """
 
   task: str
@@ -52,10 +52,10 @@ class TaskScore:
 
 
 def import_harness() -> ModuleType:
-  """eval/harness.py, whose import takes seconds and registers the model.
+  """Imports eval/harness.py, which takes seconds and registers our model.
 
-  lm_eval then neither forks, which JAX does not survive, nor tells the Hub of
-  the data sets that it reads.
+  Before that, it keeps lm_eval from forking, which JAX does not survive, and
+  from telling the Hub which data sets it reads.
 
   Raises:
     UserError: if lm_eval is not installed.
@@ -84,22 +84,22 @@ def evaluate_tasks(
   batch_size: int = 8,
   dtype: str = 'auto',
 ) -> list[TaskScore]:
-  """The scores of tasks of lm-evaluation-harness, and of its groups.
+  """Evaluates a model on tasks and groups of tasks of lm-evaluation-harness.
 
   Args:
     model: a model, or the Hugging Face folder of one.
-    tasks: their names; PAPER_TASKS are the papers' seven.
-    include_path: a folder of more tasks, YAML files.
-    limit: at most so many questions of each; None: all.
+    tasks: names of tasks or groups; PAPER_TASKS are the papers' seven.
+    include_path: a folder with more tasks, as YAML files.
+    limit: the most questions of each task; None: all.
     num_fewshot: examples before each question; None: as many as the task says.
-    chat: whether questions are put as a user's message, through the
-      tokenizer's chat template.
+    chat: whether to put each question as a user's message, with the tokenizer's
+      chat template.
     batch_size: rows at a time.
     dtype: of weights and computation; a model in memory keeps its own.
 
   Raises:
-    UserError: for a mistake in the arguments or the folder, an unknown task, or
-      one whose data cannot be read.
+    UserError: for a mistake in the arguments or the folder, for an unknown
+      task, or for one whose data cannot be read.
   """
   check_least(
     limit=(limit, 1), num_fewshot=(num_fewshot, 0), batch_size=(batch_size, 1)
@@ -117,7 +117,7 @@ def evaluate_tasks(
   language_model = harness.HarnessModel(
     in_memory(model, dtype), batch_size=batch_size
   )
-  # It prints.
+  # lm_eval prints, but standard output is for results.
   with contextlib.redirect_stdout(sys.stderr):
     results = lm_eval.simple_evaluate(
       model=language_model,
@@ -133,17 +133,17 @@ def evaluate_tasks(
 
 
 def find_tasks(names: Sequence[str], include_path: str | Path | None) -> Any:
-  """The lm_eval TaskManager that knows all the names.
+  """An lm_eval TaskManager that knows all the names.
 
   Raises:
-    UserError: naming the one that is not known, and others like it.
+    UserError: for a name that is not known, with similar ones.
   """
   from lm_eval.tasks import TaskManager
 
   if not names:
     raise UserError('no tasks are named')
   if include_path is not None:
-    # The thousands that come with it take seconds to look through.
+    # To look through lm_eval's own tasks, thousands, takes seconds.
     manager = TaskManager(include_path=include_path, include_defaults=False)
     if set(names) <= set(manager.all_subtasks):
       return manager
@@ -153,7 +153,7 @@ def find_tasks(names: Sequence[str], include_path: str | Path | None) -> Any:
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-  """Raises a UserError for a name that is not known, with others like it."""
+  """Raises a UserError for a name that is not known, with similar ones."""
   for name in names:
     if name not in known:
       close = difflib.get_close_matches(name, known)
@@ -165,10 +165,10 @@ def check_names(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
-  """The tasks and groups with their data, which is fetched if need be.
+  """The tasks and groups with their data, which are fetched if need be.
 
   Raises:
-    UserError: naming the task whose data cannot be read.
+    UserError: for a task whose data cannot be read.
   """
   loaded = []
   for name in names:
@@ -200,9 +200,10 @@ def _score(name: str, results: dict[str, Any]) -> TaskScore:
 
 
 def mean_accuracies(scores: Sequence[TaskScore]) -> dict[str, float]:
-  """The means over tasks of acc, and of acc_norm (acc where there is none).
+  """The means over tasks of acc and of acc_norm.
 
-  Empty where not every task has an accuracy.
+  A task without acc_norm counts there with its acc. If a task has no accuracy,
+  there are no means: {}.
   """
   if not all('acc' in score.metrics for score in scores):
     return {}
