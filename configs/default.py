@@ -168,10 +168,10 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.compensate_damping = 0.2
   # Repairs use the inputs of the newest N batches.
   config.prune.compensate_batches = 2
-  # When masked groups are really cut out, so that what is left trains faster:
-  # end; ascending shares of the ramp, such as 0.5,0.8 (joint only); or auto,
-  # those that save most time if a cut takes as long as 20 steps
-  # (docs/performance.md).
+  # When masked groups are cut: end (once, at the end), shares of the ramp in
+  # ascending order, such as 0.5,0.8 (on the way too, so that what is left
+  # trains faster; joint only), or auto (the cuts on the way that save most time
+  # if a cut takes as long as 20 steps; docs/performance.md).
   config.prune.shrink = 'end'
   # The layers that are not pruned: reference (the first tenth of the layers and
   # the last one) or none.
