@@ -15,7 +15,8 @@ from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.gguf.write import write_gguf, zero_biases
 from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
 from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
-from lorapr_jax.hf.load import load_config, load_params, place_params
+from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.hf.write import (
   DTYPES,

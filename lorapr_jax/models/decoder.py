@@ -126,24 +126,33 @@ def observed_hidden_states(
       valid if observe and config.biased else None,
     )
     layer = _layer(block, axes, rotation, observe)
-    # Without a loop around them XLA would find both computations of a block,
-    # and keep what they share. The barriers against that cost time, and where
-    # all is kept there is nothing to compute twice.
-    layer = jax.checkpoint(
-      layer,
-      policy=REMAT_POLICIES[remat],
-      prevent_cse=not scan_layers and remat != 'none',
-    )
-    x, statistics = jax.lax.scan(
-      layer,
-      x,
-      (layers, masks[i], keys),
-      unroll=1 if scan_layers else stack.size,
+    x, statistics = _run_stack(
+      layer, x, (layers, masks[i], keys), stack.size, remat, scan_layers
     )
     observed.append(statistics)
   norm = RMSNorm(config.norm_eps)
   x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
   return x, tuple(observed)
+
+
+def _run_stack(
+  layer: Callable[..., Any],
+  x: Array,
+  inputs: Any,
+  size: int,
+  remat: str,
+  scan_layers: bool,
+) -> tuple[Array, Any]:
+  """x through the layers of a stack, rematerialised; and what they observed."""
+  # Without a loop around them XLA would find both computations of a block, and
+  # keep what they share. The barriers against that cost time, and where all is
+  # kept there is nothing to compute twice.
+  layer = jax.checkpoint(
+    layer,
+    policy=REMAT_POLICIES[remat],
+    prevent_cse=not scan_layers and remat != 'none',
+  )
+  return jax.lax.scan(layer, x, inputs, unroll=1 if scan_layers else size)
 
 
 def _squeezed(stack: Any) -> Any:

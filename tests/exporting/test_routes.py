@@ -20,7 +20,7 @@ from lorapr_jax.exporting.routes import Model, Route, Weights
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.hf.load import place_params
+from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors, parse_size
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
