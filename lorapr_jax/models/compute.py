@@ -42,7 +42,7 @@ class Compute:
 
   Attributes:
     config: the model's sizes.
-    lora: the adapters'.
+    lora: the adapters'; None: there are none.
     dtype: of the activations (weights, LoRA and scores keep their own).
     matmul_dtype: of the operands of the products with weights in the step
       that trains; None, and elsewhere: `dtype`.
@@ -56,7 +56,7 @@ class Compute:
   """
 
   config: LlamaConfig
-  lora: LoraConfig = LoraConfig()
+  lora: LoraConfig | None = None
   dtype: Any = jnp.float32
   matmul_dtype: Any = None
   attention: str = AUTO

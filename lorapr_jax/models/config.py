@@ -50,9 +50,9 @@ class RopeScaling:
 class LoraConfig:
   """Which projections get a low-rank update W + (alpha / rank) A B."""
 
-  rank: int = 8
-  alpha: float = 16.0
-  dropout: float = 0.0
+  rank: int
+  alpha: float
+  dropout: float
   targets: tuple[str, ...] = LORA_TARGETS
 
   def __post_init__(self):

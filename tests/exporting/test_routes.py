@@ -48,7 +48,7 @@ BEFORE = LlamaConfig(
   rope_theta=500.0,
   max_positions=64,
 )
-LORA = LoraConfig(rank=2, alpha=3.0)
+LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 # The first layer is protected; of the others, all lose as much or not.
 CUTS = {
   'kv_heads': {KV_HEADS: (2, 1, 1), CHANNELS: (48, 32, 32)},

@@ -21,7 +21,9 @@ CONFIG = LlamaConfig(
   layers=(LayerShape(2, 3, 10), LayerShape(1, 3, 6), LayerShape(2, 3, 10)),
 )
 LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.1)
-SOME = LoraConfig(rank=3, alpha=6.0, targets=('v_proj', 'down_proj'))
+SOME = LoraConfig(
+  rank=3, alpha=6.0, dropout=0.0, targets=('v_proj', 'down_proj')
+)
 WEIGHTS = 'adapter_model.safetensors'
 
 

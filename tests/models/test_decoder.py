@@ -33,7 +33,7 @@ SMALL = LlamaConfig(
   head_dim=8,
   layers=(LayerShape(2, 3, 48),) * 2,
 )
-LORA = LoraConfig(rank=4, alpha=8.0)
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 HALF = dataclasses.replace(LORA, dropout=0.5)
 # Positions beyond the 32 that the llama3 model was first trained on.
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 64))
@@ -137,7 +137,7 @@ def test_dropout_is_decided_by_its_key(random_params, random_lora):
 
 def test_an_adapter_of_the_wrong_shape_is_refused(random_params, random_lora):
   params = random_params(SMALL)
-  lora = random_lora(SMALL, LoraConfig(rank=2))
+  lora = random_lora(SMALL, dataclasses.replace(LORA, rank=2))
   with pytest.raises(ValueError, match=r'q_proj/a is .*, expected \(32, 4\)'):
     _hidden(params, lora, LORA)
 

@@ -103,8 +103,10 @@ def _merged(params, lora, lora_config):
 @pytest.mark.parametrize(
   'lora_config',
   [
-    LoraConfig(rank=2, alpha=3.0),
-    LoraConfig(rank=2, alpha=3.0, targets=('v_proj', 'o_proj', 'down_proj')),
+    LoraConfig(rank=2, alpha=3.0, dropout=0.0),
+    LoraConfig(
+      rank=2, alpha=3.0, dropout=0.0, targets=('v_proj', 'o_proj', 'down_proj')
+    ),
   ],
 )
 def test_merged_logits_are_the_unmerged(
@@ -119,7 +121,7 @@ def test_merged_logits_are_the_unmerged(
 
 
 def test_merging_leaves_what_has_no_adapter(random_params, random_lora):
-  lora_config = LoraConfig(rank=2, targets=('q_proj',))
+  lora_config = LoraConfig(rank=2, alpha=16.0, dropout=0.0, targets=('q_proj',))
   config = CONFIG.with_biases(('self_attn',))
   params = random_params(config)
   merged = _merged(params, random_lora(config, lora_config), lora_config)

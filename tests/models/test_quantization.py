@@ -39,7 +39,9 @@ CONFIG = LlamaConfig(
   layers=(LayerShape(2, 3, 24),) * 2 + (LayerShape(2, 3, 16),),
 )
 INT8 = dataclasses.replace(CONFIG, quantized=LORA_TARGETS)
-LORA = LoraConfig(rank=2, alpha=4.0, targets=('q_proj', 'o_proj', 'up_proj'))
+LORA = LoraConfig(
+  rank=2, alpha=4.0, dropout=0.0, targets=('q_proj', 'o_proj', 'up_proj')
+)
 TOKENS = np.random.default_rng(0).integers(0, 48, (2, 7))
 # What each layer keeps.
 KEPT = tuple(

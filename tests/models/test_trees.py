@@ -25,7 +25,7 @@ CONFIG = LlamaConfig(
 SMALL = dataclasses.replace(CONFIG, layers=(LayerShape(2, 3, 48),) * 2)
 BIASED = dataclasses.replace(CONFIG, mlp_bias=True)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
-LORA = LoraConfig(rank=4, alpha=8.0)
+LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 
 
 def test_shapes_of_a_small_model():
@@ -151,7 +151,7 @@ def test_init_lora_never_materialises_the_base():
     head_dim=128,
     layers=(LayerShape(32, 1, 11008),) * 4,
   )
-  compiled = init_lora.lower(jax.random.key(0), big, LoraConfig())
+  compiled = init_lora.lower(jax.random.key(0), big, LORA)
   memory = compiled.compile().memory_analysis()
   base = 4 * big.num_parameters
   used = memory.temp_size_in_bytes + memory.output_size_in_bytes
@@ -179,7 +179,7 @@ def test_a_is_kaiming_uniform_and_b_zero_in_float32():
 
 def test_only_the_targets_have_adapters():
   targets = ('v_proj', 'q_proj', 'down_proj')
-  lora_config = LoraConfig(rank=4, targets=targets)
+  lora_config = dataclasses.replace(LORA, targets=targets)
   lora = _lora_shapes(CONFIG, lora_config)
   axes = logical_axes(CONFIG, lora_config)['lora']
   for tree in (*lora, *axes):
@@ -188,5 +188,5 @@ def test_only_the_targets_have_adapters():
       'mlp': {'down_proj'},
     }
   # A part without an adapter has no entry.
-  mlp = LoraConfig(rank=4, targets=('up_proj',))
+  mlp = dataclasses.replace(LORA, targets=('up_proj',))
   assert set(_lora_shapes(CONFIG, mlp)[0]) == {'mlp'}

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.skipif(
   not kernel.has_triton(), reason='this JAX has no Pallas for Triton'
 )
 
-LORA = LoraConfig(rank=3, alpha=4.0, targets=('q_proj', 'o_proj', 'up_proj'))
+LORA = LoraConfig(
+  rank=3, alpha=4.0, dropout=0.0, targets=('q_proj', 'o_proj', 'up_proj')
+)
 
 
 def _config(embed_dim, head_dim, shape):

@@ -448,7 +448,7 @@ def test_what_a_kind_that_is_not_pruned_has_lost_is_zero():
   ],
 )
 def test_couplings_are_the_tensors_that_have_all_axes(group, params, lora):
-  adapters = LoraConfig(targets=('v_proj', 'o_proj', 'gate_proj'))
+  adapters = LoraConfig(2, 4.0, 0.0, ('v_proj', 'o_proj', 'gate_proj'))
   axes = block_axes(SMOLLM2, adapters)
   for tree, expected in (('params', params), ('lora', lora)):
     found = {

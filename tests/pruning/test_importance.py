@@ -38,7 +38,7 @@ GROUPS = ('kv_heads', 'kv_heads,queries_per_kv', 'mlp')
 SIZES = dict(K=2, G=3, H=4, F=5)
 SHAPE = LayerShape(num_kv_heads=2, queries_per_kv=3, mlp_dim=5)
 WIDE = LayerShape(num_kv_heads=3, queries_per_kv=2, mlp_dim=7)
-LORA = LoraConfig(rank=2, alpha=3.0)
+LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 PARTS = {'q_proj': 1, 'k_proj': 1, 'v_proj': 1, 'gate_proj': 1, 'up_proj': 1}
 PARTS |= {'o_proj': -1, 'down_proj': -1}
 
@@ -137,7 +137,7 @@ OPTIONS = [
 
 def run_steps(group, criterion, steps=3, targets=LORA.targets, fused=False):
   """The package's and the reference's average after every step."""
-  lora_config = LoraConfig(rank=2, alpha=3.0, targets=targets)
+  lora_config = LoraConfig(rank=2, alpha=3.0, dropout=0.0, targets=targets)
   axes = block_axes(model(SHAPE), lora_config)['params']
   sizes = model(SHAPE).sizes(SHAPE)
   mask = np.ones([sizes[axis] for axis in group_axes(group)], np.float32)

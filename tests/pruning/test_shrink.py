@@ -41,7 +41,7 @@ from lorapr_jax.training.steps import (
   make_optimizer,
 )
 
-LORA = LoraConfig(rank=2, alpha=3.0)
+LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5))
 
 

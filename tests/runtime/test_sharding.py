@@ -28,7 +28,7 @@ from lorapr_jax.training.steps import (
   make_optimizer,
 )
 
-LORA = LoraConfig(rank=2, alpha=4.0)
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 MHA = LlamaConfig(
   vocab_size=48,
   embed_dim=16,

@@ -40,7 +40,7 @@ from lorapr_jax.pruning.masks import (
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training.repair import make_compensate, repaired_of
 
-LORA = LoraConfig(rank=2, alpha=4.0)
+LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 CONFIG = LlamaConfig(
   vocab_size=48,
   embed_dim=16,

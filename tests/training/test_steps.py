@@ -39,7 +39,10 @@ CONFIG = LlamaConfig(
   layers=(LayerShape(2, 2, 24),) * 2,
 )
 SETTINGS = Compute(
-  CONFIG, LoraConfig(rank=2, alpha=3.0), loss_chunk=10, clip_norm=0.1
+  CONFIG,
+  LoraConfig(rank=2, alpha=3.0, dropout=0.0),
+  loss_chunk=10,
+  clip_norm=0.1,
 )
 DROPOUT = dataclasses.replace(
   SETTINGS, lora=dataclasses.replace(SETTINGS.lora, dropout=0.3)
@@ -53,6 +56,7 @@ SMOLLM2 = LlamaConfig(
   rope_theta=100000.0,
   tie_embeddings=True,
 )
+RANK_8 = LoraConfig(rank=8, alpha=16.0, dropout=0.0)
 
 
 def _device():
@@ -463,7 +467,7 @@ def _abstract_smollm2(lora_config, dtype, config=SMOLLM2):
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_step_of_smollm2_holds_less_than_one_copy_of_the_model(dtype):
-  settings = Compute(SMOLLM2, LoraConfig(dropout=0.05))
+  settings = Compute(SMOLLM2, dataclasses.replace(RANK_8, dropout=0.05))
   arguments = _abstract_smollm2(settings.lora, jnp.dtype(dtype))
   step = steps.make_lora_gradients(settings, _device())
   memory = step.lower(*arguments).compile().memory_analysis()
@@ -478,7 +482,7 @@ def test_an_int8_base_is_dequantised_a_layer_at_a_time():
   held = {}
   for quantized in ((), LORA_TARGETS):
     config = dataclasses.replace(SMOLLM2, quantized=quantized)
-    settings = Compute(config, LoraConfig(dropout=0.0))
+    settings = Compute(config, RANK_8)
     arguments = _abstract_smollm2(settings.lora, jnp.dtype('float32'), config)
     step = steps.make_lora_gradients(settings, _device())
     held[quantized] = step.lower(*arguments).compile().memory_analysis()
@@ -492,7 +496,7 @@ def test_an_int8_base_is_dequantised_a_layer_at_a_time():
 
 
 def test_the_true_gradient_costs_a_copy_of_the_projections():
-  settings = Compute(SMOLLM2, LoraConfig(dropout=0.0))
+  settings = Compute(SMOLLM2, RANK_8)
   arguments = _abstract_smollm2(settings.lora, jnp.dtype('bfloat16'))
   held = {}
   for needs in (None, 'statistics', 'base_grads'):
@@ -506,7 +510,7 @@ def test_the_true_gradient_costs_a_copy_of_the_projections():
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_importance_of_smollm2_needs_the_scores_of_one_layer(dtype):
-  settings = Compute(SMOLLM2)
+  settings = Compute(SMOLLM2, RANK_8)
   params, lora, masks, _, _ = _abstract_smollm2(settings.lora, jnp.dtype(dtype))
   update = steps.make_update_importance(settings, Criterion(), _device())
   norm = jax.ShapeDtypeStruct((), jnp.float32)
