@@ -15,11 +15,11 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import BIAS_KEYS, LlamaConfig, RopeScaling
 from lorapr_jax.models.families import FAMILIES
 
-# Architectures of equal layers; and the one whose layers have sizes each.
+# The architectures with layers of one size, and the one where they differ.
 UNIFORM = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
 PER_LAYER = 'deci'
 ROPE_FACTORS = 'rope_freqs.weight'
-# What llama.cpp has no key for, and skips: the parameters behind the table of
+# Keys of our own, which llama.cpp skips: the parameters behind the table of
 # RoPE factors, and the end tokens where there are several.
 SCALING_KEYS = {
   field.name: f'lorapr_jax.rope_scaling.{field.name}'
@@ -58,11 +58,11 @@ class Metadata(dict[str, Any]):
     value = self.pop(key, self[key] if default is None else default)
     if not isinstance(value, kind):
       raise self.error(f'{key} is {value!r}, not of type {kind.__name__}')
-    # Stored in float32: 1e-5 is meant where 9.999999747378752e-06 is read.
+    # It is stored in float32: 9.999999747378752e-06 stands for 1e-5.
     return float(str(np.float32(value))) if kind is float else value
 
   def take_only(self, key: str, *values: Any) -> Any:
-    """Removes and returns a value: one of these, or absent (the first)."""
+    """Removes and returns a value: one of these; if absent, the first."""
     found = self.pop(key, values[0])
     if found not in values:
       supported = ' and '.join(map(repr, values))
@@ -71,7 +71,7 @@ class Metadata(dict[str, Any]):
 
 
 def architecture(config: LlamaConfig) -> str:
-  """The one that a model is written as."""
+  """The architecture that a model is written as."""
   if not config.is_uniform:
     return PER_LAYER
   return next(x.gguf for x in FAMILIES.values() if x.holds(config))
@@ -95,7 +95,7 @@ def hf_names(config: LlamaConfig) -> dict[str, str]:
 
 
 def biased_parts(names: Collection[str]) -> list[str]:
-  """The parts of a block of which a GGUF with tensors of these names has b."""
+  """The parts of a block that have biases, by the tensors of a GGUF."""
   found = {name.split('.')[2] for name in names if is_bias(name)}
   parts = {_LAYER_TENSORS[x].split('.')[0] for x in found & set(_LAYER_TENSORS)}
   return sorted(parts & set(BIAS_KEYS))
@@ -133,7 +133,7 @@ def halves_to_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def rope_factors(config: LlamaConfig) -> np.ndarray:
-  """By what llama.cpp divides each frequency, (H/2,) in float32.
+  """The factors by which llama.cpp divides the frequencies, (H/2,) float32.
 
   1 / (k + (1 - k) / factor), where k is the share of a frequency that Llama
   3's scaling keeps: models/layers.rope_frequencies. Ones without scaling.

@@ -194,7 +194,7 @@ def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
 def _with_scaling(
   config: LlamaConfig, metadata: Metadata, table: gguf.ReaderTensor
 ) -> LlamaConfig:
-  """The config with the RoPE scaling that a table of factors is made by.
+  """The config with the RoPE scaling that a table of factors comes from.
 
   A table does not tell all four parameters. Ours are in the metadata; in other
   files Llama 3's are tried, of which only `factor` varies from model to model.
@@ -211,7 +211,7 @@ def _with_scaling(
     scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
   config = dataclasses.replace(config, rope_scaling=scaling)
   expected = rope_factors(config)
-  # Other programs computed theirs in float32.
+  # Other programs compute their tables in float32.
   if factors.shape != expected.shape or not np.allclose(
     factors, expected, rtol=1e-4
   ):

@@ -1,6 +1,6 @@
 """The scores of SentencePiece's pieces (Llama 1 and 2), by which it merges.
 
-From its own file (tokenizer.model), or from the list of merges that
+They come from its own file (tokenizer.model), or from the list of merges that
 Hugging Face makes of them.
 """
 
@@ -13,7 +13,7 @@ from lorapr_jax.errors import UserError
 
 
 class Piece(NamedTuple):
-  """A token; `kind` counts as gguf.TokenType does, which copied it."""
+  """A token. The values of `kind` are those of gguf.TokenType."""
 
   text: str
   score: float
@@ -26,7 +26,7 @@ def read_pieces(path: Path) -> list[Piece]:
   Raises:
     UserError: if the file is damaged, or is no BPE.
   """
-  # Here, since few tokenizers come with this file.
+  # Imported here, because few tokenizers come with this file.
   from google.protobuf.message import DecodeError
   from sentencepiece import sentencepiece_model_pb2
 

@@ -1,6 +1,6 @@
 """The tokenizer in a GGUF's metadata, as Hugging Face's files.
 
-The other direction: gguf_vocabulary.py.
+The other direction: gguf/vocabulary.py.
 """
 
 from pathlib import Path

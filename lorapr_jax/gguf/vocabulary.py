@@ -1,7 +1,7 @@
 """A Hugging Face folder's tokenizer as a GGUF's metadata.
 
 llama.cpp has its own tokenizers: what a folder does must be one of those.
-The other direction: gguf_tokenizer.py.
+The other direction: gguf/tokenizer.py.
 """
 
 import json
@@ -22,7 +22,7 @@ from lorapr_jax.runtime.paths import tokenizer_folder
 _Kind = gguf.TokenType
 _SPACE = '▁'
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
-# Of a token that is no piece of the model.
+# The score of a token that is no piece of the model.
 _NO_SCORE = -1000.0
 _ROLES = {
   'bos': 'tokenizer.ggml.bos_token_id',
@@ -70,7 +70,7 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   file = base / 'tokenizer.json'
   try:
     tokenizer = tokenizers.Tokenizer.from_file(str(file))
-  # The only type that tokenizers raises.
+  # tokenizers raises no narrower type.
   except Exception as error:
     raise UserError(f'{file} cannot be read: {error}') from None
   settings = _settings(base)

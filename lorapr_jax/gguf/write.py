@@ -1,4 +1,4 @@
-"""Writing a LLaMA as a GGUF file, which llama.cpp and what builds on it run."""
+"""Writing a LLaMA as a GGUF file, for llama.cpp and what is built on it."""
 
 import contextlib
 import dataclasses
@@ -64,7 +64,7 @@ def write_gguf(
 
   Raises:
     UserError: if the file exists, the dtype is unknown, or the tokenizer is
-      none that llama.cpp has (gguf_vocabulary.py); before anything is written.
+      none that llama.cpp has (gguf/vocabulary.py); before anything is written.
   """
   path = path_of(path)
   if dtype not in _TYPES:

@@ -91,7 +91,7 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Any, LoraConfig]:
         f'{folder / _WEIGHTS} lacks {name} of shape {shape}, which the model '
         f'in {BASE_FOLDER} needs'
       )
-    x[...] = tensor[:].T.reshape(x.shape)  # A view into `lora`.
+    x[...] = tensor[:].T.reshape(x.shape)  # x is a view into `lora`.
   if unknown := sorted(names - expected):
     raise UserError(f'{folder / _WEIGHTS} has the unknown {unknown[0]}')
   return lora, lora_config
@@ -100,7 +100,7 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Any, LoraConfig]:
 def _factors(
   lora: Any, config: LlamaConfig
 ) -> Iterator[tuple[str, np.ndarray, ProjectionLetters]]:
-  """(PEFT's name, one layer's A or B, the factor's own letters)."""
+  """Yields (PEFT's name, one layer's A or B, the factor's own letters)."""
   for stack, tree in zip(config.stacks, lora, strict=True):
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       *path, factor = (key.key for key in key_path)

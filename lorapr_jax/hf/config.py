@@ -17,7 +17,7 @@ _ONLY_SUPPORTED = {
   'quantization_config': None,
   'sliding_window': None,
 }
-# What each of these keys is, where it is neither absent nor null.
+# The type of each of these keys, where it is neither absent nor null.
 _TYPES = {
   'attention_bias': (bool, 'true or false'),
   'bos_token_id': (int, 'an integer'),
@@ -108,7 +108,7 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
     'pad_token_id': config.pad_token_id,
     'use_cache': True,
   }
-  # Where there are none the keys are left out: not every family has them.
+  # Not every family has these keys: without biases they are left out.
   hf |= {BIAS_KEYS[part]: True for part in config.biased}
   if not config.is_uniform:
     hf['per_layer_config'] = {
@@ -120,7 +120,10 @@ def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
 
 
 def layers_from_hf(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
-  """The sizes of each layer, of keys that `config_to_hf` wrote or more.
+  """The sizes of each layer.
+
+  Args:
+    hf: at least the keys that `config_to_hf` writes.
 
   Raises:
     UserError: naming the key that is no size.
@@ -179,7 +182,7 @@ def _family(hf: Mapping[str, Any]) -> Family:
   """The row of a config.json's model_type."""
   model_type = hf.get('model_type')
   types = {**FAMILIES, **REMOTE_CODE}
-  if model_type not in list(types):  # It may have no hash.
+  if model_type not in list(types):  # A list has no hash.
     raise UserError(
       f'config.json: model_type is {model_type!r}; only '
       f'{", ".join(FAMILIES)} and {" and ".join(REMOTE_CODE)} (our own export) '

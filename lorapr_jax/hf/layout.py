@@ -1,4 +1,4 @@
-"""As what a model is saved: the layout, the model_type, the config.json."""
+"""The form in which a model is saved: layout, model_type, config.json."""
 
 from typing import Any
 
@@ -82,7 +82,7 @@ def resolve_model_type(
 
 
 def _loaded(config: LlamaConfig) -> list[str]:
-  """The types as which every transformers loads a model of equal layers."""
+  """The model_types as which every transformers loads these equal layers."""
   divides = config.embed_dim % config.layers[0].num_heads == 0
   return [
     name

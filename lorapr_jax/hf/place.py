@@ -50,7 +50,7 @@ def place_params(
       layer = read_slices(tensor, whole.shape[1:], index, letters)
       return layer.astype(as_dtype, copy=False)
 
-    # On the host there is one layer at a time, on the devices nothing more.
+    # Layer by layer: the host never holds a whole stack.
     stack = jax.tree.map(
       lambda place, x: _zeros(place)(x.shape, x.dtype), where, shape
     )
@@ -80,7 +80,7 @@ _quantize = jax.jit(quantized, static_argnums=1)
 
 
 def _of_a_layer(place: Sharding) -> Sharding:
-  """Of a stack's sharding, that of one of its layers."""
+  """The sharding of one layer of a stack that is sharded so."""
   if isinstance(place, NamedSharding):
     return NamedSharding(place.mesh, P(*place.spec[1:]))
   return place
@@ -88,13 +88,16 @@ def _of_a_layer(place: Sharding) -> Sharding:
 
 @functools.cache
 def _zeros(place: Sharding) -> Callable[..., jax.Array]:
-  """The compiled shape, dtype -> zeros."""
+  """The compiled function (shape, dtype) -> zeros."""
   return jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=place)
 
 
 @functools.cache
 def _with_row(place: Sharding) -> Callable[..., jax.Array]:
-  """The compiled (stack, x, row) -> the stack, with x as its row. Donates."""
+  """The compiled function (stack, x, row) -> the stack with x as that row.
+
+  The stack is donated.
+  """
   return jax.jit(
     lambda stack, x, row: jax.lax.dynamic_update_index_in_dim(stack, x, row, 0),
     donate_argnums=0,

@@ -10,7 +10,7 @@ from lorapr_jax.models.config import RopeScaling
 
 
 def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-  """The base of the angles and their scaling, in either spelling.
+  """RoPE's theta and its scaling, from either spelling.
 
   Args:
     hf: with `rope_theta` and `rope_scaling`, or the newer `rope_parameters`.
@@ -62,7 +62,7 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 
 
 def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:
-  """The keys in the older spelling, which every transformers reads."""
+  """RoPE's keys in the older spelling, which every transformers reads."""
   written = None
   if scaling:
     written = {'rope_type': 'llama3', **dataclasses.asdict(scaling)}

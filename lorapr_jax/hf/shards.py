@@ -20,16 +20,16 @@ from lorapr_jax.runtime.paths import files_in, is_local, path_of, version_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 INDEX_FILE = 'model.safetensors.index.json'
-# As safetensors names them.
+# By the names that safetensors gives them.
 DTYPES = {
   'F16': np.dtype(np.float16),
   'BF16': np.dtype(jnp.bfloat16),
   'F32': np.dtype(np.float32),
   'F64': np.dtype(np.float64),
 }
-# As safetensors has it.
+# More than this safetensors refuses.
 _LARGEST_HEADER = 100_000_000
-# Written at a time: some file systems hold all that they are given at once.
+# Bytes written at a time: some file systems hold a whole write in memory.
 _PIECE = 2**25
 
 
@@ -92,7 +92,7 @@ def open_file(path: Path) -> Any:
 
 
 class _FarFile:
-  """A file that cannot be mapped into memory: parts of it are asked for."""
+  """A file that cannot be mapped into memory; its parts are requested."""
 
   def __init__(self, path: Path):
     self._path, end = path, path.stat().st_size
@@ -258,7 +258,7 @@ def _hashed(versions: tuple[tuple[Path, str], ...]) -> str:
       return hashlib.file_digest(file, 'sha256').digest()
 
   digest = hashlib.sha256()
-  # A bucket gives each file at a pace of its own.
+  # All files at once: a bucket limits the speed of each.
   with ThreadPoolExecutor() as pool:
     for each in pool.map(sha256, [path for path, _ in versions]):
       digest.update(each)

@@ -104,7 +104,7 @@ def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
 
 
 def write_config(folder: Path, hf: dict[str, Any]) -> None:
-  """Writes config.json, and the code that it names if it names any.
+  """Writes config.json, with the code that it names, if any.
 
   It comes last: a folder without it is no model.
   """

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention; letters in axes.py."""
+"""Scaled dot-product attention. Letters: axes.py."""
 
 import math
 
@@ -7,8 +7,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
-# What rematerialisation policies may keep: what a block computes on the way,
-# but for the projections' outputs, and for (T, S) scores, which none keeps.
+# What a block computes on the way, by a name for rematerialisation policies;
+# without the projections' outputs, and without (T, S) scores: none keeps them.
 ACTIVATION = 'activation'
 
 
@@ -37,7 +37,7 @@ def causal_attention(
   mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None]
   if segments is not None:
     mask &= same_segment(segments, start, T)
-  # The queries of a KV head as one matrix: no head is repeated.
+  # The queries of a KV head are one matrix: no head is repeated.
   rows = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
   out = _attention(rows, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
   return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
@@ -60,7 +60,7 @@ def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def _product(left: Array, right: Array, contracted: tuple[int, int]) -> Array:
-  """Of the matrices of each KV head: in float32, operands in right's dtype."""
+  """The product of each KV head's matrices, in float32, of right's dtype."""
   dimensions = ((contracted[0],), (contracted[1],)), ((0, 1), (0, 1))
   return jax.lax.dot_general(
     left.astype(right.dtype),
@@ -103,15 +103,18 @@ _attention.defvjp(_attention_forward, _attention_backward)
 def same_segment(
   segments: Array, start: Array | None = None, T: int | None = None
 ) -> Array:
-  """(B, T, S): whether a query and a key are in one segment, of (B, S).
+  """Whether a query and a key are in one segment: (B, T, S).
 
-  The queries are those of the T keys from `start` on; None: of all.
+  Args:
+    segments: (B, S), of the keys.
+    start: the key position of the first query; None: queries are as keys.
+    T: the number of queries, where there is `start`.
   """
   return queries_of(segments, start, T)[:, :, None] == segments[:, None, :]
 
 
 def queries_of(x: Array, start: Array | None, T: int | None) -> Array:
-  """Of (B, S), the (B, T) from `start` on; None: all."""
+  """The T columns of x (B, S) from `start` on; all, if that is None."""
   if start is None:
     return x
   return jax.lax.dynamic_slice_in_dim(x, start, T, axis=1)

@@ -60,9 +60,9 @@ def _activation(x: Array) -> Array:
 
 
 class Attention(nn.Module):
-  """Grouped-query self-attention over tokens (N, D) of sequences of T.
+  """Grouped-query self-attention over tokens, (N, D) or (B, T, D).
 
-  Or over (B, T, D), as all of a block.
+  The rotation says how long a sequence is: T.
   """
 
   config: LlamaConfig
@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-  """down(silu(gate(x)) * up(x)) over tokens (N, D)."""
+  """down(silu(gate(x)) * up(x)) over tokens, (N, D) or (B, T, D)."""
 
   config: LlamaConfig
   shape: LayerShape
@@ -113,14 +113,23 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-  """One decoder layer over tokens (N, D), whose rotation fixes T."""
+  """One decoder layer over tokens, (N, D) or (B, T, D).
+
+  Attributes:
+    config: the model's numbers and flags.
+    shape: the layer's sizes.
+    lora: of the adapters; None: there are none.
+    matmul_dtype: of the projections' operands; None: x's.
+    attend: as `causal_attention`, or one that fills a cache.
+    valid: by token, whether it is observed; None: all are.
+  """
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None = None
-  matmul_dtype: Any = None  # Of the products' operands; None: of x.
-  attend: Callable[..., Array] = causal_attention  # Or with a cache.
-  valid: Array | None = None  # By token, for what is observed; None: all are.
+  matmul_dtype: Any = None
+  attend: Callable[..., Array] = causal_attention
+  valid: Array | None = None
 
   @nn.compact
   def __call__(
@@ -129,7 +138,7 @@ class Block(nn.Module):
     rotation: Rotation,
     parts: tuple[str, ...] = tuple(PROJECTIONS),
   ) -> Array:
-    """Both parts, or one alone."""
+    """The layer's output, or what one of its parts alone makes of x."""
     sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
     norm = functools.partial(RMSNorm, self.config.norm_eps)
     x = checkpoint_name(x, BLOCK)

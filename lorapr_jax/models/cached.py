@@ -36,7 +36,7 @@ def empty_cache(config: LlamaConfig, B: int, S: int, dtype: Any) -> Cache:
 def make_empty_cache(
   config: LlamaConfig, B: int, S: int, dtype: Any, place: Sharding
 ) -> Callable[[], Cache]:
-  """`empty_cache`, compiled, where it is to lie."""
+  """`empty_cache`, compiled; the cache lies at `place`."""
   empty = functools.partial(empty_cache, config, B, S, dtype)
   return jax.jit(empty, out_shardings=place)
 
@@ -71,7 +71,7 @@ def hidden_states(
   filled = []
   for i, stack in enumerate(config.stacks):
     layer = _layer(config, stack.shape, rotation, start)
-    # The cache is carried: written in place, where an output would be a copy.
+    # The scan carries the cache and writes it in place: an output is a copy.
     (x, kv), _ = jax.lax.scan(
       layer, (x, cache[i]), (params['stacks'][i], jnp.arange(stack.size))
     )

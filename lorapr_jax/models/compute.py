@@ -71,7 +71,7 @@ class Compute:
 def compiler_options(
   place: Sharding | None = None,
 ) -> dict[str, Any]:
-  """XLA options of the functions that run the model there.
+  """XLA options for the functions that run the model at `place`.
 
   On CPU, XLA moves the conversion of a bf16 base to float32 out of the scan
   over layers, which makes a second, larger copy of the model.
@@ -91,7 +91,7 @@ def run_model(
   matmul_dtype: Any = None,
   **model: Any,
 ) -> tuple[Array, Any]:
-  """`decoder.observed_hidden_states` of a batch of a run.
+  """Runs `decoder.observed_hidden_states` on a batch.
 
   Args:
     params: the base.

@@ -93,8 +93,8 @@ class LlamaConfig:
   bos_token_id: int | None = None
   eos_token_id: int | tuple[int, ...] | None = None
   pad_token_id: int | None = None
-  # The projections that are int8 in memory (models/quantization.py). No file
-  # has them so, and no config.json says it.
+  # The projections that are int8 in memory (models/quantization.py). A folder
+  # has none, and its config.json does not say it.
   quantized: tuple[str, ...] = ()
 
   @property
@@ -148,7 +148,7 @@ class LlamaConfig:
     return sum(projections) + self.layer_biases(shape) + 2 * self.embed_dim
 
   def layer_biases(self, shape: LayerShape) -> int:
-    """Of `layer_parameters`, those in biases."""
+    """The number of biases among `layer_parameters`."""
     sizes = self.sizes(shape)
     return sum(
       math.prod(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).outputs))

@@ -1,4 +1,4 @@
-"""What a model costs to run, from its sizes alone. No jax."""
+"""What a model costs to run, from its sizes alone."""
 
 from lorapr_jax.models.config import LlamaConfig
 
@@ -10,8 +10,8 @@ def forward_flops_per_token(
 
   Two for each weight that multiplies a token, the output matrix among them,
   plus causal attention: token t meets t keys and t values, so on average
-  4 H (T + 1) / 2 operations in each of a layer's query heads. Norms, RoPE and
-  the softmax and biases are left out: they are below a hundredth.
+  4 H (T + 1) / 2 operations in each of a layer's query heads. Norms, RoPE, the
+  softmax and biases are left out: they are less than a hundredth.
 
   Args:
     config: the sizes.
@@ -30,7 +30,7 @@ def forward_flops_per_token(
 
 
 def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-  """Of `forward_flops_per_token`, the queries' products with keys and values.
+  """The part of `forward_flops_per_token` that is causal attention.
 
   Args:
     config: the sizes.

@@ -45,7 +45,7 @@ REMAT_POLICIES = {
 def hidden_states(
   params: Any, tokens: Array, config: LlamaConfig, **options: Any
 ) -> Array:
-  """`observed_hidden_states`, of which nothing is observed."""
+  """The output of `observed_hidden_states` alone."""
   return observed_hidden_states(params, tokens, config, **options)[0]
 
 
@@ -92,8 +92,8 @@ def observed_hidden_states(
     observe: whether the projections' inputs are observed.
 
   Returns:
-    The output, and by stack what was observed: for each layer and projection
-    {'squares': the sum over tokens of its squared input}; else {}.
+    The output; and for each stack what was observed: {'squares': the sum over
+    tokens of the squared input} of each layer and projection, or {}.
   """
   B, T = tokens.shape
   if positions is None:

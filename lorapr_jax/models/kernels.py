@@ -112,7 +112,7 @@ def check_attention(
 def choose_attention(
   name: str, *, seq_len: int, head_dim: int, dtype: Any, mesh: Mesh | None
 ) -> Callable[..., Array]:
-  """A function of (q, k, v, segments=None), as `causal_attention`.
+  """Chooses a function of (q, k, v, segments=None) like `causal_attention`.
 
   Args:
     name: of ATTENTION; AUTO: the backend's kernel where it fits, else XLA.
@@ -146,7 +146,7 @@ def on_each_device(
   *,
   mesh: Mesh | None,
 ) -> Array:
-  """`kernel(q, k, v, segments)` of each device's own queries and heads."""
+  """Runs `kernel(q, k, v, segments)` on each device's queries and heads."""
   arrays = (q, k, v) if segments is None else (q, k, v, segments)
   if mesh is None:
     return kernel(*arrays)
@@ -159,12 +159,13 @@ def on_each_device(
     mesh=mesh,
     in_specs=(places, places, places, P(rows, length))[: len(arrays)],
     out_specs=places,
-    check_vma=False,  # The kernels do not say what varies.
+    # The kernels do not say along which mesh axes their results vary.
+    check_vma=False,
   )(*arrays)
 
 
 def _with_all_keys(kernel: Callable[..., Array], q: Array, *keys: Array):
-  """`kernel(q, k, v, segments)` of a part of the queries, and of all keys."""
+  """Runs `kernel(q, k, v, segments)` on some of the queries and all keys."""
   axis = RULES['length']
   start = jax.lax.axis_index(axis) * q.shape[1]
   keys = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in keys)
@@ -233,7 +234,8 @@ def splash_attention(
   )
 
   if start is not None:
-    # What it knows of the mask: (heads, tiles of queries, of keys), or (S,).
+    # Its data on the mask are (heads, tiles of queries, of keys) or (S,): take
+    # those of these queries.
     def own(x: Array) -> Array:
       axis = x.ndim // 2
       size = x.shape[axis]

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from lorapr_jax.axes import ProjectionLetters
 from lorapr_jax.models.config import LlamaConfig, LoraConfig, RopeScaling
 
-# What rematerialisation policies may keep: a block's input, the projections'
-# outputs, dropout's masks; and attention.ACTIVATION.
+# Names for rematerialisation policies, beside attention.ACTIVATION: a block's
+# input, the projections' outputs, dropout's masks.
 BLOCK = 'block'
 PROJECTION = 'projection'
 DROPOUT = 'dropout'
-# Collections of what a caller may observe: of the projections' inputs, and
-# these themselves.
+# Collections that a caller may ask for: sums of the projections' squared
+# inputs, and the inputs themselves.
 STATISTICS, INPUTS = 'statistics', 'inputs'
 
 
@@ -147,7 +147,7 @@ def _product(
   out: Any,
   dtype: Any,
 ) -> Array:
-  """Over these axes of each."""
+  """The product of two arrays, summed over these axes of each."""
   dimensions = (contracted, ((), ()))
 
   def product(left, right, result):
@@ -174,7 +174,7 @@ class LoRAEinsum(nn.Module):
   of x^2, as `squares`; where INPUTS is, it gets x, as `inputs`.
 
   Attributes:
-    spec: x, W -> y; one of config.PROJECTIONS.
+    spec: x, W -> y; one of axes.PROJECTIONS.
     shape: W's shape.
     lora: None for a projection without an adapter.
     dtype: of the products' operands; None: x's.
@@ -207,7 +207,7 @@ class LoRAEinsum(nn.Module):
     if self.is_mutable_collection(INPUTS):
       self.put_variable(INPUTS, 'inputs', x)
 
-    # Each einsum as a product of two matrices, which XLA's CPU backend does
+    # Each einsum is a product of two matrices: XLA's CPU backend does that
     # faster than it contracts several axes.
     def project(x: Array, matrix: Array, rows: int) -> Array:
       dtype = self.dtype or x.dtype

@@ -111,17 +111,17 @@ def _by_chunk(
   chunk_size: int,
   inputs: tuple[Any, ...],
 ) -> Any:
-  """(N, ...): function(*chunk) for every chunk of the inputs, (N, ...) each."""
+  """function(*chunk) for every chunk of the inputs (N, ...), put together."""
   N = inputs[0].shape[0]
   padding = -N % chunk_size
 
   def chunked(x: Array) -> Array:
-    # Strided: a chunk has tokens from everywhere, hence from every device.
+    # A chunk has tokens from everywhere, hence from every device.
     x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
     x = x.reshape(chunk_size, -1, *x.shape[1:]).swapaxes(0, 1)
     if parts(places.mesh, 'length') == 1:
       return x
-    # Else all that fsdp cuts would be gathered, in front of the loop.
+    # Without this, XLA gathers all that fsdp cuts before the loop.
     return places(x, None, places.rows)
 
   def together(x: Array) -> Array:
@@ -171,7 +171,9 @@ class _Places:
 
   @classmethod
   def of(cls, mesh: Mesh | None, chunk_size: int, vocab_size: int) -> '_Places':
-    """Tokens over data and sequence, vocabulary over the rest, where they fit.
+    """Cuts tokens over data and sequence, the vocabulary over the rest.
+
+    An axis that does not divide is left out.
 
     Where fsdp does not divide the vocabulary, it shares the tokens too.
     """
@@ -199,7 +201,7 @@ class _Places:
 
 
 class _Labels(NamedTuple):
-  """What a chunk's tokens are measured by; as of `chunked_cross_entropy`."""
+  """What a chunk's tokens are measured by; see `chunked_cross_entropy`."""
 
   targets: Array
   weights: Array
@@ -232,7 +234,7 @@ def _loss_and_error(
   log_total = jnp.log(total) + top
   loss = (log_total - target)[:, 0]
   softmax = jnp.exp(logits - log_total)
-  # By a comparison: a scatter would copy the logits.
+  # A comparison, because a scatter would copy the logits.
   one_hot = labels.targets[:, None] == jnp.arange(weight.shape[0])
   error = softmax - one_hot
   if labels.teacher:
@@ -256,7 +258,7 @@ def _divergence(
   q, rows = jnp.exp(log_q), jnp.arange(len(ids))[:, None]
   outside = softmax.at[rows, ids].set(0)
   rest_q = jnp.maximum(jnp.sum(outside, axis=-1, keepdims=True), 1e-30)
-  # At least what rounding may leave where the teacher has no rest.
+  # Where the teacher has no rest, rounding leaves about this, or less than 0.
   rest_p = jnp.maximum(1 - jnp.sum(p, axis=-1, keepdims=True), 1e-6)
   distance = jnp.sum(p * (log_p - log_q), axis=-1, keepdims=True)
   distance += rest_p * (jnp.log(rest_p) - jnp.log(rest_q))

@@ -34,7 +34,7 @@ def quantized_axes(name: str) -> QArray:
 
 
 def quantized(weight: Array, name: str) -> QArray:
-  """A projection's weight, of one layer or with layers in front."""
+  """Quantises a projection's weight, of one layer or with layers in front."""
   letters = ProjectionLetters.of(_SPECS[name])
   first = weight.ndim - len(letters.weight)
   inputs = range(first, first + len(letters.inputs))
@@ -46,7 +46,7 @@ def quantized(weight: Array, name: str) -> QArray:
 
 
 def quantized_like(params: Any, like: Any) -> Any:
-  """The weights, quantised where `like` is: a tree of axes or shardings."""
+  """Quantises the weights that `like`, a tree of axes, says are quantised."""
 
   def quantize_one(path: Any, like: Any, weight: Array) -> Any:
     return quantized(weight, path[-2].key) if is_quantized(like) else weight

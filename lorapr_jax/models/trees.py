@@ -1,4 +1,4 @@
-"""The trees of a model: their axes, their shapes, and fresh ones.
+"""The trees of a model: their axes, their shapes, their first values.
 
 Trees:
   params  {'embed_tokens', 'norm' and, untied, 'lm_head': {'weight'},
