@@ -8,6 +8,7 @@ and each window is scored by itself.
 from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -107,40 +108,32 @@ def evaluate_suite(
       f'seq_len is {min(lengths)}, but the model has {limit} positions '
       '(max_position_embeddings)'
     )
-  tokens = {
-    name: _tokens(spec, tokenizer, config.vocab_size)
+  read = [
+    _Text(name, spec, _tokens(spec, tokenizer, config.vocab_size))
     for name, spec in specs.items()
-  }
+  ]
   plan = [
-    (name, length, _obstacle(specs[name], len(tokens[name]), length, limit))
-    for name in specs
+    (text, length, _obstacle(text, length, limit))
+    for text in read
     for length in lengths
   ]
   reasons = [reason for *_, reason in plan]
   if all(reasons) or (seq_len is not None and any(reasons)):
-    name, length, reason = next(entry for entry in plan if entry[-1])
-    raise UserError(f'{name}: {reason}, fewer than one window of {length}')
+    text, length, reason = next(entry for entry in plan if entry[-1])
+    raise UserError(f'{text.name}: {reason}, fewer than one window of {length}')
   loaded = in_memory(model, dtype)
-  settings = Compute(loaded.config, dtype=loaded.dtype)
+  return (
+    Skipped(text.name, length, reason)
+    if reason
+    else _measure(text, length, loaded, max_windows, batch_size)
+    for text, length, reason in plan
+  )
 
-  def measure() -> Iterator[TextPerplexity | Skipped]:
-    for name, length, reason in plan:
-      if reason:
-        yield Skipped(name, length, reason)
-        continue
-      spec, ids = specs[name], tokens[name]
-      windows = ids[: len(ids) // length * length].reshape(-1, length)
-      measured = evaluate_perplexity(
-        loaded.params,
-        windows[:max_windows],
-        settings,
-        data=spec.text,
-        batch_size=batch_size,
-      )
-      left_out = len(ids) - measured.windows * length
-      yield TextPerplexity(name, *origin(spec), left_out, measured)
 
-  return measure()
+class _Text(NamedTuple):
+  name: str
+  spec: Spec
+  ids: np.ndarray
 
 
 def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -149,13 +142,32 @@ def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
   return tokens
 
 
-def _obstacle(spec: Spec, count: int, length: int, limit: int) -> str | None:
-  """Why a text of `count` tokens has no window of this length, if so."""
+def _obstacle(text: _Text, length: int, limit: int) -> str | None:
+  """Why there is no window of this length to measure; None if there is one."""
   if length > limit:
     return f'the model has {limit} positions (max_position_embeddings)'
-  if length > count:
-    return f'{spec.text} has {count} tokens'
+  if length > len(text.ids):
+    return f'{text.spec.text} has {len(text.ids)} tokens'
   return None
+
+
+def _measure(
+  text: _Text,
+  length: int,
+  model: Model,
+  max_windows: int | None,
+  batch_size: int,
+) -> TextPerplexity:
+  windows = text.ids[: len(text.ids) // length * length].reshape(-1, length)
+  measured = evaluate_perplexity(
+    model.params,
+    windows[:max_windows],
+    Compute(model.config, dtype=model.dtype),
+    data=text.spec.text,
+    batch_size=batch_size,
+  )
+  left_out = len(text.ids) - measured.windows * length
+  return TextPerplexity(text.name, *origin(text.spec), left_out, measured)
 
 
 def origin(spec: Spec) -> tuple[str, str]:

@@ -1,1 +1,1 @@
-"""What a run shows: progress, log, summary."""
+"""What a run shows: progress, log, summary and report."""

@@ -1,4 +1,4 @@
-"""Runs beside each other, and whether their perplexities compare."""
+"""Compares runs, and says whether their perplexities may be compared."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,11 +7,11 @@ from lorapr_jax.report.run import Run
 
 
 def entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
-  """One entry for each run: what the table of `report` shows."""
+  """One entry for each run, with what the command `report` shows in a table."""
   names = [run.workdir.resolve().name for run in runs]
   return [
     {
-      # Two folders of one name are told apart by their paths.
+      # Two folders with the same name are shown by their paths.
       'name': name if names.count(name) == 1 else str(run.workdir),
       'workdir': str(run.workdir),
       'model': run.summary['model'],
@@ -30,7 +30,7 @@ def entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def warnings(compared: Sequence[dict[str, Any]]) -> list[str]:
-  """Why perplexities of these entries do not compare; none if they do."""
+  """Why the perplexities of these entries do not compare; [] if they do."""
   found = [
     f'{entry["name"]} has no perplexity'
     for entry in compared
@@ -48,12 +48,13 @@ def warnings(compared: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def _base(entry: dict[str, Any]) -> str:
-  # The hash: copies of a folder are the same base. Random weights have none.
+  # Copies of a folder are the same base: they have the same hash. Random
+  # weights have none.
   sha256 = entry['base'].get('sha256')
   return f'SHA-256 {sha256[:12]}...' if sha256 else entry['model']
 
 
-# What perplexities that compare have in common.
+# Perplexities compare if all of these are the same.
 _MEASURED_ON = {
   'other data': lambda entry: entry['perplexity']['pruned']['data'],
   'another split': lambda entry: entry['perplexity']['pruned'].get('split'),

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: metrics.jsonl, TensorBoard, W&B."""
+"""Writes what a run logs: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -25,7 +25,7 @@ MAX_SKIPPED_IN_A_ROW = 5
 TENSORBOARD_FOLDER = 'tensorboard'
 WANDB_FILE = 'wandb.json'
 
-# The sections of charts; what is not here is in `train`.
+# The section of a chart for each value; the others are in `train`.
 _SECTIONS = {
   'heads_sparsity': 'prune',
   'channels_sparsity': 'prune',
@@ -39,12 +39,12 @@ _SECTIONS = {
 class Log:
   """Completes the record of every logged step and writes it.
 
-  Always to metrics.jsonl; also where `log.*` says. Only the first process
-  writes.
+  It is written to metrics.jsonl, and to what else `log.*` asks for. Only the
+  first process writes.
   """
 
   def __init__(self, workdir: Path, settings: RunSettings, first_step: int):
-    """Goes on with what the workdir holds of the steps before `first_step`."""
+    """Goes on with the log of the steps before `first_step` in the workdir."""
     self._tokens = settings.train.batch_size * settings.train.seq_len
     self._last, self._next_step = time.perf_counter(), first_step
     self._writers: list[_Writer] = []
@@ -65,7 +65,7 @@ class Log:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Leaves the time that its block takes out of the next record."""
+    """Keeps the time of its `with` block out of the next record."""
     start = time.perf_counter()
     yield
     self._last += time.perf_counter() - start
@@ -73,8 +73,8 @@ class Log:
   def write(self, step: int, **record: float) -> dict[str, float]:
     """Logs a step that is done.
 
-    Adds `tokens` (of the run so far), `seconds` (of a step, the mean since
-    the last logged one) and `tokens_per_second`.
+    Adds `tokens` (of the whole run so far), `seconds` (of a step, the mean
+    since the last logged step) and `tokens_per_second`.
 
     Returns:
       The whole record.
@@ -101,7 +101,7 @@ class _Writer(Protocol):
 
 
 class _JsonLines:
-  """A line for a record, complete on the disk after every write."""
+  """Writes a line for each record, whole and at once."""
 
   def __init__(self, path: Path):
     self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
@@ -115,7 +115,7 @@ class _JsonLines:
 
 
 class _FarJsonLines:
-  """The same where nothing can be added to a file: it is written again."""
+  """Writes the whole file for each record, in stores that cannot append."""
 
   def __init__(self, path: Path):
     self._path = path
@@ -130,12 +130,12 @@ class _FarJsonLines:
 
 
 class _TensorBoard:
-  """Event files in workdir/tensorboard, without TensorFlow."""
+  """Writes event files to workdir/tensorboard, without TensorFlow."""
 
   def __init__(self, workdir: Path, first_step: int):
     from tensorboardX import SummaryWriter
 
-    # TensorBoard hides what the files before hold of the steps from here on.
+    # TensorBoard hides what older files hold of this step and later ones.
     self._writer = SummaryWriter(
       str(workdir / TENSORBOARD_FOLDER), purge_step=first_step or None
     )
@@ -153,9 +153,9 @@ class _TensorBoard:
 
 
 class _Wandb:
-  """A Weights & Biases run, the same one when the run is resumed.
+  """Writes to a run of Weights & Biases, whose id lies in the workdir.
 
-  Its id lies in the workdir. Steps that it already has it keeps as they are.
+  A resumed run goes on with the same one, which keeps the steps that it has.
   """
 
   def __init__(self, workdir: Path, project: str):
@@ -172,7 +172,7 @@ class _Wandb:
         resume='allow',
         dir=workdir if is_local(workdir) else None,
         config=read_json(workdir / RUN_FILE),
-        # Our standard error is the panel's.
+        # Our panel has standard error for itself.
         settings=wandb.Settings(console='off'),
       )
     except wandb.Error as error:
@@ -201,11 +201,11 @@ def median_speed(workdir: Path) -> float:
 
 
 def check_writers(log: LogSettings, workdir: Path) -> None:
-  """Refuses, before any work, what could not be logged to later.
+  """Checks, before any work, that all that `log.*` asks for can be written to.
 
   Raises:
-    UserError: if a package is missing, TensorBoard's files could not be
-      written there, or W&B knows no user or project.
+    UserError: if a package is missing, if TensorBoard's files cannot be written
+      to the workdir, or if W&B knows no user or project.
   """
   if log.tensorboard and not is_local(workdir):
     raise UserError(
@@ -241,7 +241,7 @@ def _refused(project: str, error: Exception) -> UserError:
 def check_finite(
   step: int, state: Any, print_line: Callable[[str], None]
 ) -> None:
-  """Tells of skipped steps, and stops after a few in a row.
+  """Prints how many steps were skipped, and stops after a few in a row.
 
   Raises:
     UserError: after MAX_SKIPPED_IN_A_ROW steps without finite gradients.

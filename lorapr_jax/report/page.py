@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs nothing but itself."""
+"""Makes the report: one HTML file that needs no other file."""
 
 from collections.abc import Mapping, Sequence
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.report import comparison, plots, units
+from lorapr_jax.report import comparison, kept_map, plots, units
 from lorapr_jax.report.run import Run, read_run
 
 REPORT_FILE = 'report.html'
@@ -24,9 +24,9 @@ _KINDS = {'heads': 'heads', 'channels': 'channels', 'params': 'parameters'}
 
 
 def render_report(workdir: str | Path) -> str:
-  """The page of one run, from the files of its workdir alone.
+  """The page of one run, made from the files of its workdir.
 
-  What an older run did not write is said to be missing.
+  The page says what is missing because an older version made the run.
 
   Raises:
     UserError: if the run is not finished, or a file is damaged.
@@ -94,7 +94,7 @@ def _render(template: str, **context: Any) -> str:
 
 
 def _verdict(summary: Mapping[str, Any]) -> str:
-  """What the run did, in one sentence of numbers."""
+  """One sentence that says, in numbers, what the run did."""
   dense, pruned = summary['params_dense'], summary['params_pruned']
   if dense == pruned:
     text = f'No parameters were removed of {units.parameters(dense)}'
@@ -162,7 +162,7 @@ def _before_after(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _curves(run: Run) -> dict[str, str]:
-  """The figures over steps; empty where nothing was logged."""
+  """The figures over steps; {} if nothing was logged."""
   records = run.metrics
   curves = {}
   if records:
@@ -185,12 +185,12 @@ def _kept(run: Run) -> list[dict[str, Any]]:
       'name': _NAMES[group],
       'title': _title(_NAMES[group]),
       'total': kept.shape[1],
-      'binned': kept.shape[1] > plots.MAX_COLUMNS,
+      'binned': kept.shape[1] > kept_map.MAX_COLUMNS,
       'layers': [
         {'first': first, 'last': last, 'count': int(kept[first].sum())}
-        for first, last in plots.runs(kept.sum(axis=1).tolist())
+        for first, last in kept_map.runs(kept.sum(axis=1).tolist())
       ],
-      'figure': plots.kept_map(f'kept-{i}', _NAMES[group], kept),
+      'figure': kept_map.kept_map(f'kept-{i}', _NAMES[group], kept),
     }
     for i, (group, kept) in enumerate(run.kept.items())
   ]
@@ -228,7 +228,7 @@ def _warnings(run: Run) -> list[str]:
 
 
 def _exports(run: Run) -> list[dict[str, Any]]:
-  """Every export with what loads it."""
+  """Every export, with commands and code that load it."""
   return [
     {**export, 'title': _TITLES[kind], 'snippets': _loaders(kind, export)}
     for kind, export in run.summary['exports'].items()
@@ -238,7 +238,7 @@ def _exports(run: Run) -> list[dict[str, Any]]:
 def _loaders(kind: str, export: Mapping[str, Any]) -> list[str]:
   path = export['path']
   word = shlex.quote(path)
-  # Layers that differ in size need the code that lies beside the weights.
+  # Layers of different sizes need the code that lies beside the weights.
   remote = ', trust_remote_code=True' if export['layout'] == 'two_shape' else ''
   if kind == 'gguf':
     return [f'llama-cli -m {word} -p "Once upon a time"']
@@ -261,7 +261,7 @@ def _loaders(kind: str, export: Mapping[str, Any]) -> list[str]:
 
 
 def _command(command: str) -> str:
-  """The command line again, from the sys.argv that was kept."""
+  """The command line that started the run, from its sys.argv."""
   if not command:
     return ''
   try:

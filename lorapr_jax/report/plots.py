@@ -1,4 +1,4 @@
-"""The report's figures. Empty data draws an empty figure."""
+"""Draws the report's figures. Empty data draw an empty figure."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,10 +8,7 @@ import numpy as np
 from lorapr_jax.report.run import Scores
 from lorapr_jax.report.svg import CUT, DENSE, INK, KEPT, RULE, figure
 
-# So many of them at most beside each other in a heat map.
-MAX_COLUMNS = 64
-_SHADES = 8
-# Of a band of importance.
+# The quantiles at the edges of a band of importance.
 _LOW, _HIGH = 0.1, 0.9
 
 Records = Sequence[Mapping[str, Any]]
@@ -24,7 +21,7 @@ def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _shade_ramp(axes: Any, records: Records) -> None:
-  """Marks the steps from the first group that is masked to the last one."""
+  """Marks the steps between the first masking of groups and the last."""
   steps, kept = _series(records, 'params_kept')
   if kept.size and kept[0] != kept[-1]:
     first = max(0, np.flatnonzero(kept < kept[0])[0] - 1)
@@ -35,17 +32,18 @@ def _shade_ramp(axes: Any, records: Records) -> None:
 def _step_axis(axes: Any) -> None:
   axes.set_xlabel('step')
   axes.margins(x=0.02)
-  axes.xaxis.set_major_locator(_locator())
+  axes.xaxis.set_major_locator(locator())
 
 
-def _locator() -> Any:
+def locator() -> Any:
+  """Places at most five marks of an axis, at whole numbers."""
   from matplotlib.ticker import MaxNLocator
 
   return MaxNLocator(5, integer=True)
 
 
 def loss(records: Records) -> str:
-  """The loss of every logged step, and its running mean."""
+  """Plots the loss of every logged step, and its running mean."""
   steps, values = _series(records, 'loss')
 
   def draw(axes):
@@ -64,7 +62,7 @@ def loss(records: Records) -> str:
 
 
 def sparsity(records: Records) -> str:
-  """The shares of heads, channels and parameters that are gone."""
+  """Plots the shares of heads, channels and parameters that are removed."""
 
   def draw(axes):
     from matplotlib.ticker import PercentFormatter
@@ -88,7 +86,7 @@ def sparsity(records: Records) -> str:
 def perplexity(
   records: Records, dense: float, pruned: float, last_step: int
 ) -> str:
-  """Of the masked, adapted model; the dense and the exported one."""
+  """Plots the perplexity over steps, and that of the dense and pruned model."""
   steps, values = _series(records, 'perplexity')
 
   def draw(axes):
@@ -119,89 +117,13 @@ def _log_axis(axes: Any) -> None:
   axes.minorticks_off()
 
 
-def kept_map(name: str, label: str, kept: np.ndarray) -> str:
-  """Which members every layer keeps.
-
-  Args:
-    name: of the figure.
-    label: of a member, in the plural.
-    kept: (layers, members), bool. More than 64 members are shown in bins, by
-      the share of a bin that is kept.
-  """
-  layers, members = kept.shape
-  columns = min(members, MAX_COLUMNS)
-  edges = np.linspace(0, members, columns + 1).round().astype(int)
-  shares = np.add.reduceat(kept, edges[:-1], axis=1) / np.diff(edges)
-  counts = kept.sum(axis=1)
-
-  def draw(axes):
-    from matplotlib.patches import PathPatch
-    from matplotlib.path import Path
-
-    square = np.array([[0, 0], [1, 0], [1, 1], [0, 1], [0, 0]], float)
-    gap = 0.12 if columns == members else 0.0
-    shades = np.ceil(shares * _SHADES).astype(int)
-    axes.patch.set_visible(False)
-    for shade in range(_SHADES + 1):
-      at = np.argwhere(shades == shade)[:, ::-1]
-      if not len(at):
-        continue
-      # One path for all squares of a shade keeps the file small.
-      corners = at[:, None] * [members / columns, 1] + square * [
-        (1 - gap) * members / columns,
-        0.88,
-      ]
-      codes = [Path.MOVETO, *[Path.LINETO] * 3, Path.CLOSEPOLY] * len(at)
-      axes.add_patch(
-        PathPatch(
-          Path(corners.reshape(-1, 2), codes),
-          color=KEPT if shade else CUT,
-          alpha=shade / _SHADES if shade else 0.3,
-          lw=0,
-        )
-      )
-    axes.set_xlim(0, members)
-    axes.set_ylim(layers, 0)
-    axes.grid(False)
-    axes.spines['bottom'].set_visible(False)
-    axes.tick_params(length=0)
-    axes.set_xlabel(label)
-    axes.set_ylabel('layer')
-    if columns == members:
-      marks = _marks(members)
-      axes.set_xticks([i + 0.44 for i in marks], [str(i) for i in marks])
-    else:
-      axes.xaxis.set_major_locator(_locator())
-    marks = _marks(layers)
-    axes.set_yticks([i + 0.44 for i in marks], [str(i) for i in marks])
-    for first, last in runs(counts):
-      axes.text(
-        members * 1.02,
-        (first + last) / 2 + 0.44,
-        f'{counts[first]:,}',
-        va='center',
-      )
-
-  height = 56 + min(max(11 * layers, 90), 620)
-  return figure(name, f'{label} kept by layer', draw, height)
-
-
-def _marks(count: int) -> range:
-  every = next(step for step in (1, 2, 5, 10, 20, 50) if count <= 12 * step)
-  return range(0, count, every)
-
-
-def runs(counts: Sequence[int]) -> list[tuple[int, int]]:
-  """(first, last) of each run of equal counts."""
-  starts = [i for i, c in enumerate(counts) if not i or c != counts[i - 1]]
-  ends = [*(start - 1 for start in starts[1:]), len(counts) - 1]
-  return list(zip(starts, ends, strict=True))
-
-
 def importance_bands(
   name: str, label: str, scores: Mapping[int, Scores]
 ) -> str:
-  """By layer, the median and the 10% to 90% band, of kept and of cut."""
+  """Plots the importance of kept and of cut groups by layer.
+
+  It shows the median, and a band from the 10% to the 90% quantile.
+  """
 
   def draw(axes):
     for kept, color in ((False, CUT), (True, KEPT)):
@@ -215,17 +137,17 @@ def importance_bands(
       axes.plot(at, levels[1], 'o-', color=color, ms=3)
     _log_axis(axes)
     axes.set_xlabel('layer')
-    axes.xaxis.set_major_locator(_locator())
+    axes.xaxis.set_major_locator(locator())
 
   return figure(name, f'Importance of {label} by layer', draw)
 
 
 def over_cut_line(scores: Mapping[int, Scores]) -> dict[str, np.ndarray]:
-  """Importance over its row's cut line, of kept and of cut groups.
+  """The importance of kept and of cut groups, divided by their row's cut line.
 
-  The line parts as many groups as were kept from the rest: it is the
-  geometric mean of the two values on either side. Values that are not positive
-  have no logarithm and are left out.
+  As many groups are above the cut line as were kept. The line is the geometric
+  mean of the two values on either side of it. Values that are not positive have
+  no logarithm and are left out.
   """
   found: dict[str, list[np.ndarray]] = {'kept': [], 'cut': []}
   for values, mask in scores.values():
@@ -246,16 +168,16 @@ def over_cut_line(scores: Mapping[int, Scores]) -> dict[str, np.ndarray]:
 def importance_histogram(
   name: str, label: str, ratios: Mapping[str, np.ndarray]
 ) -> str:
-  """How many kept and cut groups lie how far from the cut line.
+  """Plots how far from the cut line the kept and the cut groups are.
 
   Args:
-    name: of the figure.
-    label: of a group, in the plural.
+    name: the figure's name.
+    label: the name of the groups, in the plural.
     ratios: from `over_cut_line`.
   """
   values = np.log2(np.concatenate([ratios['cut'], ratios['kept']]))
   low, high = np.quantile(values, (0.002, 0.998))
-  # A bin ends at the cut line.
+  # The cut line is an edge of two bins.
   width = max((high - low) / 40, 1e-6)
   edges = width * np.arange(np.floor(low / width), np.ceil(high / width) + 1)
 
@@ -268,10 +190,10 @@ def importance_histogram(
       axes.stairs(counts, edges, color=color, fill=True, alpha=0.35, lw=0)
       axes.stairs(counts, edges, color=color, lw=1.4)
     axes.axvline(0, color=INK, lw=1, ls='--')
-    axes.xaxis.set_major_locator(_locator())
+    axes.xaxis.set_major_locator(locator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f'{2**x:.3g}'))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f'{y:,.0f}'))
-    axes.yaxis.set_major_locator(_locator())
+    axes.yaxis.set_major_locator(locator())
     axes.set_xlabel('importance over the cut line')
 
   return figure(name, f'Distribution of importance of {label}', draw)
@@ -281,10 +203,10 @@ def perplexity_against_size(
   points: Sequence[tuple[str, float, float]],
   dense: Sequence[tuple[float, float]],
 ) -> str:
-  """Perplexity of runs against the share of parameters that they keep.
+  """Plots the perplexity of runs against the share of parameters they keep.
 
   Args:
-    points: (mark, share kept, perplexity) of each run.
+    points: (label, share kept, perplexity) of each run.
     dense: (share kept, perplexity) of the models before pruning.
   """
 

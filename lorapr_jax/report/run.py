@@ -1,4 +1,4 @@
-"""What a finished run left in its workdir, read without the model."""
+"""Reads what a finished run left in its workdir, without the model."""
 
 import json
 from pathlib import Path
@@ -20,15 +20,16 @@ from lorapr_jax.runtime.workdir import (
 
 IMPORTANCE_FILE = 'importance.safetensors'
 PRUNING_FILE = 'export/pruning.json'
-# What every summary holds, whatever version wrote it.
+# What every version writes into its summary.
 _REQUIRED = ('model', 'params_dense', 'params_pruned', 'sparsity', 'seconds')
 
 
 class Scores(NamedTuple):
-  """The groups of one layer, each row ranked by itself.
+  """The scores of one layer's groups. Each row is ranked by itself.
 
   Attributes:
-    importance: (rows, members). Of a group that was cut: when it was masked.
+    importance: (rows, members); for a group that was cut, its importance when
+      it was masked.
     kept: (rows, members), bool.
   """
 
@@ -37,12 +38,12 @@ class Scores(NamedTuple):
 
 
 class Run(NamedTuple):
-  """A workdir's files. What is not there is empty.
+  """The content of a workdir's files. That of a missing file is empty.
 
   Attributes:
     workdir: the folder.
     config: every setting.
-    sizes: of the base, by the keys of a config.json.
+    sizes: the base's sizes, by the keys of a config.json.
     summary: summary.json.
     metrics: the lines of metrics.jsonl.
     kept: {group: (layers, members), bool}, of all layers.
@@ -64,7 +65,8 @@ def read_run(workdir: str | Path) -> Run:
   """Reads the workdir of a finished run.
 
   Raises:
-    UserError: if there is no run, or it is not finished, or a file is damaged.
+    UserError: if there is no run, if it is not finished, or if a file is
+      damaged.
   """
   workdir = path_of(workdir)
   if not is_folder(workdir):
@@ -112,7 +114,7 @@ def _read_summary(
 
 
 def _planned_steps(config: dict[str, Any]) -> int:
-  """Of all phases (lorapr_jax/settings/phases.py)."""
+  """The steps of all phases; see settings/phases.py."""
   steps = config['train']['steps']
   if config['prune']['order'] == 'none':
     steps = config['prune']['calibration_steps']
@@ -122,7 +124,7 @@ def _planned_steps(config: dict[str, Any]) -> int:
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
-  # What follows the last line end was cut short by a kill.
+  # After the last line end there may be a line that a killed run cut short.
   *lines, _ = path.read_text(encoding='utf-8').split('\n')
   try:
     return [json.loads(line) for line in lines]

@@ -1,4 +1,4 @@
-"""importance.safetensors: what each prunable group scored, and what was cut."""
+"""Writes importance.safetensors: the score of each group, and what was cut."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,18 +17,18 @@ def write_scores(
   config: LlamaConfig,
   layers: Iterable[int],
 ) -> None:
-  """Writes the moving average and the mask of every group, in float32.
+  """Writes the importance and the mask of every group, in float32.
 
-  The tensors are `layers.{i}.{group}.importance` and `layers.{i}.{group}.mask`
-  (1 kept, 0 cut), in the shape of the group's axes. A cut group's importance
-  is the one that it had when it was masked.
+  The tensors are `layers.{i}.{group}.importance`, the moving average, and
+  `layers.{i}.{group}.mask` (1 kept, 0 cut), in the shape of the group's axes. A
+  group that was cut has the importance of the step at which it was masked.
 
   Args:
-    path: the file; a run that is repeated from its last checkpoint writes the
-      same again.
+    path: the file. An old one is replaced: a run that is repeated from its last
+      checkpoint writes the same file again.
     groups: {'masks', 'importance'} at the end, by stack of the uncut model.
     config: the sizes before the cut.
-    layers: those that are not protected.
+    layers: the layers that are not protected.
   """
   tensors, wanted = {}, set(layers)
   for i, stack in enumerate(config.stacks):

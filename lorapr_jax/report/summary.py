@@ -1,4 +1,4 @@
-"""The end of a run: summary.json's contents and the table for people."""
+"""What summary.json holds, and what people see at a run's start and end."""
 
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -35,7 +35,7 @@ _PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-  """Of Python and of the packages that decide a run's numbers."""
+  """The versions of Python and of packages that can change a run's numbers."""
   found = {'python': platform.python_version()}
   for name in _PACKAGES:
     try:
@@ -46,7 +46,7 @@ def versions() -> dict[str, str]:
 
 
 def peak_memory_bytes() -> int:
-  """The first device's peak, or the process's where a device has no count."""
+  """The peak of the first device, or of the process if the device has none."""
   stats = jax.local_devices()[0].memory_stats() or {}
   if 'peak_bytes_in_use' in stats:
     return stats['peak_bytes_in_use']
@@ -57,13 +57,13 @@ def peak_memory_bytes() -> int:
 def cost_report(
   *, dense: LlamaConfig, pruned: LlamaConfig, dtype: str, seq_len: int
 ) -> dict[str, Any]:
-  """Parameters, bytes, operations and KV cache, before and after.
+  """Parameters, bytes, operations and KV cache, before and after the cut.
 
   Args:
     dense: the sizes before the cut.
     pruned: the sizes after it.
-    dtype: of weights and cache, as exported.
-    seq_len: tokens of the forward pass whose operations are counted.
+    dtype: of the weights and the cache, as exported.
+    seq_len: the tokens of the forward pass whose operations are counted.
   """
   models = {'dense': dense, 'pruned': pruned}
   bytes_each = jnp.dtype(dtype).itemsize
@@ -83,11 +83,11 @@ def cost_report(
 def sparsity_report(
   plan: PruningPlan | None, kept: Kept = ()
 ) -> dict[str, Any]:
-  """{heads, channels, params: {target, achieved}}, as shares that are gone.
+  """{heads, channels, params: {target, achieved}}, as shares removed.
 
   Args:
-    plan: what was asked for; None if nothing.
-    kept: what is left; empty: what the plan leaves.
+    plan: what is to be pruned; None: nothing.
+    kept: what is left; if it is empty, what the plan leaves counts.
   """
   if plan is None:
     none = {'target': 0.0, 'achieved': 0.0}
@@ -118,7 +118,7 @@ def sparsity_entry(
 
 
 def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
-  """Perplexities by name, with what they were measured on."""
+  """The perplexities by name, with what each was measured on."""
   return {
     name: {
       'value': result.perplexity,
@@ -135,7 +135,7 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
 
 
 def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
-  """What a run is about to do: counts and sizes, target and achieved."""
+  """Shows what a run will do: counts, sizes, and shares to remove."""
   config, plan = settings.dense, settings.plan
   show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if plan is None:

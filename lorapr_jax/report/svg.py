@@ -1,8 +1,8 @@
-"""matplotlib drawings as inline SVG, made for a page.
+"""Turns matplotlib drawings into SVG elements of a page.
 
-A figure is as wide as a phone, so that its text is legible on one. Its colours
-are roles; the page's style sheet says what they are in light and in dark. Its
-text is text, in the page's font. Equal data gives equal SVG.
+A figure is as wide as a phone's screen, so that its text is legible there. Its
+colours are named by their use; the page's style sheet has a light and a dark
+colour for each. Its text is in the page's font. Equal data gives equal SVG.
 """
 
 from collections.abc import Callable
@@ -11,9 +11,9 @@ import io
 import re
 from typing import Any
 
-# Pixels; a figure is scaled to what the page has.
+# In pixels; the page scales a figure to the room that it has.
 WIDTH, HEIGHT = 360, 230
-# Colours that stand for the page's: matplotlib knows no CSS variables.
+# matplotlib knows no CSS variables: each of these colours stands for one.
 INK, MUTED, RULE = '#0000a1', '#0000a2', '#0000a3'
 KEPT, CUT, DENSE = '#0000a4', '#0000a5', '#0000a6'
 _ROLES = {
@@ -60,16 +60,16 @@ def figure(
   """An SVG element.
 
   Args:
-    name: unique in the page; prefixes the ids.
-    label: what is seen, for those who do not see it.
-    draw: draws onto matplotlib axes.
-    height: in pixels of a figure 360 wide.
+    name: a prefix of the ids, unique in the page.
+    label: what the figure shows, for readers who cannot see it.
+    draw: draws on matplotlib axes.
+    height: in pixels, of a figure that is 360 wide.
   """
   import matplotlib
   from matplotlib.figure import Figure
 
   with matplotlib.rc_context():
-    # The user's own style would change the report.
+    # The user's own style must not change the report.
     matplotlib.rcdefaults()
     matplotlib.rcParams.update(_STYLE)
     drawing = Figure((WIDTH / 72, height / 72), layout='constrained')
@@ -88,7 +88,7 @@ def _inline(svg: str, name: str, label: str) -> str:
   body = re.sub(r' id="([^"]*)"', rf' id="{name}-\1"', body)
   body = body.replace('url(#', f'url(#{name}-')
   body = body.replace('xlink:href="#', f'href="#{name}-')
-  # Its style sheet would be the whole page's.
+  # A style sheet here would hold for the whole page.
   body = re.sub(r'<style.*?</style>', '', body, flags=re.S)
   # A hundredth of a pixel is enough.
   body = re.sub(

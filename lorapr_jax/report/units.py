@@ -1,4 +1,4 @@
-"""Numbers as the report writes them."""
+"""Writes numbers as the report and the progress show them."""
 
 import math
 
@@ -25,7 +25,7 @@ def count(value: float) -> str:
 
 
 def parameters(value: float) -> str:
-  """A count, in words where it is large: 94.3 million."""
+  """A count, with a word if it is large: 94.3 million."""
   for unit, name in ((1e9, 'billion'), (1e6, 'million')):
     if value >= unit:
       return f'{value / unit:#.3g}'.rstrip('.') + f' {name}'
@@ -33,7 +33,7 @@ def parameters(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-  """Seconds, as milliseconds: 159.0 ms."""
+  """Seconds as milliseconds: 159.0 ms."""
   return f'{1e3 * value:.1f} ms' if value < 1e-1 else f'{1e3 * value:,.0f} ms'
 
 
@@ -55,7 +55,7 @@ def share(value: float | None) -> str:
 
 
 def change(before: float, after: float) -> str:
-  """From one to the other: -29.9%."""
+  """The change from one value to another: −29.9%."""
   if not before or not math.isfinite(before + after):
     return '–'
   if before == after:

@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 import pytest
 
-from lorapr_jax.report import plots
+from lorapr_jax.report import kept_map, plots
 from lorapr_jax.report.run import Scores
 from lorapr_jax.report.svg import KEPT, figure
 
@@ -42,7 +42,7 @@ FIGURES = {
   'perplexity': lambda: plots.perplexity(
     records(perplexity=[30.0 + s for s in range(40)]), 30.0, 65.0, 40
   ),
-  'kept-0': lambda: plots.kept_map(
+  'kept-0': lambda: kept_map.kept_map(
     'kept-0', 'channels', random_scores()[1].kept.repeat(4, axis=0)
   ),
   'bands-0': lambda: plots.importance_bands(
@@ -123,7 +123,7 @@ def test_a_wide_range_of_perplexity_is_shown_by_factors():
 def test_the_map_says_how_many_each_layer_keeps():
   kept = np.ones((6, 8), bool)
   kept[1:5, 5:] = False
-  svg = plots.kept_map('kept', 'KV heads', kept)
+  svg = kept_map.kept_map('kept', 'KV heads', kept)
   assert texts(svg)[-3:] == ['8', '5', '8']
   # One path of squares for kept and one for cut.
   squares = [path.count('M') for path in re.findall(r' d="([^"]*)"', svg)]
@@ -134,7 +134,7 @@ def test_a_map_of_many_members_shows_shares_of_bins():
   kept = np.zeros((2, 1000), bool)
   kept[0] = True
   kept[1, ::2] = True
-  svg = plots.kept_map('kept', 'channels', kept)
+  svg = kept_map.kept_map('kept', 'channels', kept)
   assert texts(svg)[-2:] == ['1,000', '500']
   # Bins that keep all are opaque, bins that keep half are not.
   opacities = re.findall(r'var\(--kept\)[^"]*?opacity: ([0-9.]+)', svg)
@@ -144,8 +144,8 @@ def test_a_map_of_many_members_shows_shares_of_bins():
 
 
 def test_runs_of_equal_counts():
-  assert plots.runs([9, 9, 6, 6, 6, 9]) == [(0, 1), (2, 4), (5, 5)]
-  assert plots.runs([3]) == [(0, 0)]
+  assert kept_map.runs([9, 9, 6, 6, 6, 9]) == [(0, 1), (2, 4), (5, 5)]
+  assert kept_map.runs([3]) == [(0, 0)]
 
 
 def test_the_cut_line_parts_as_many_as_were_kept():
