@@ -178,8 +178,8 @@ def run_phases(
   skipped = int(state.skipped)
   if unrepaired := int(state.unrepaired):
     display.warn(
-      f'{unrepaired} projections were left as they were where groups of their '
-      'inputs were masked: prune.compensate found no finite repair'
+      f'prune.compensate found no finite repair for {unrepaired} projections, '
+      'which stay as they were'
     )
 
   # --- Cut: what is left is smaller, and the larger base makes room.

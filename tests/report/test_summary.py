@@ -1,0 +1,83 @@
+"""What a run says before it begins and at its end."""
+
+from configs import tiny
+from lorapr_jax.report import summary
+from lorapr_jax.settings.run import split_config
+
+
+def plan_of(**prune):
+  config = tiny.get_config()
+  config.mesh.data, config.mesh.fsdp = -1, 1
+  config.prune.update(prune)
+  lines = []
+  summary.print_plan(split_config(config), lines.append)
+  return lines
+
+
+def test_a_plan_says_what_each_layer_keeps():
+  lines = plan_of()
+  assert lines[:4] == [
+    '4 layers, 164,416 parameters',
+    'kv_heads: 2 of 4 kept in each layer not protected',
+    'mlp: 64 of 128 kept in each layer not protected',
+    '1 of 4 layers protected (prune.protect); 109,120 parameters will be left',
+  ]
+  assert lines[-3:] == [
+    'heads to remove: 50.00% (target 50.00%)',
+    'channels to remove: 50.00% (target 50.00%)',
+    'params to remove: 33.63%',
+  ]
+
+
+def test_a_plan_by_depth_says_how_many_layers_keep_how_many():
+  lines = plan_of(layer_profile='1.25,1,0.75', protect='none')
+  start = 'mlp: kept of 128, from the first layers not protected to the last: '
+  (line,) = (line for line in lines if line.startswith(start))
+  counts = [part.split(' in ') for part in line.removeprefix(start).split(', ')]
+  kept = [int(count) for count, layers in counts for _ in range(int(layers))]
+  assert len(kept) == 4 and sum(kept) == 4 * 64
+  assert kept == sorted(kept) and len(counts) > 1
+
+
+def test_nothing_to_prune_is_said():
+  assert plan_of(target=0.0)[1:] == ['nothing is pruned (prune.target=0)']
+
+
+def test_the_table_has_no_negative_nothing(capsys):
+  both = {'dense': 1e6, 'pruned': 1e6 - 1}
+  summary.print_summary(
+    {
+      'model': 'a [model]',
+      'params_dense': 10,
+      'params_pruned': 5,
+      'perplexity': {
+        name: {
+          'value': value,
+          'data': 'file:[x].txt',
+          'windows': 3,
+          'seq_len': 8,
+        }
+        for name, value in (both | {'cut': 2e6}).items()
+      },
+      'latency': both | {'batch_size': 1, 'seq_len': 128},
+      'sparsity': {'heads': {'target': 0.5, 'achieved': 0.5}},
+      'seconds': {'data': 1.0},
+      'tokens_per_second': 1000.0,
+      'peak_memory_bytes': 2e9,
+      'exports': {},
+    }
+  )
+  out = capsys.readouterr().out
+  assert 'a [model], pruned' in out
+  rows = {
+    cells[1].strip(): cells[-2].strip()
+    for cells in (line.split('│') for line in out.splitlines() if '│' in line)
+  }
+  assert rows == {
+    'parameters': '-50.0%',
+    'perplexity': '+0.0%',
+    '... right after the cut': '+100.0%',
+    'latency, ms': '+0.0%',
+  }
+  assert 'perplexity: file:[x].txt, 3 windows of 8 tokens\n' in out
+  assert 'latency: prefill of 128 tokens, batch size 1\n' in out
