@@ -1,5 +1,6 @@
 """LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
 
+import dataclasses
 import functools
 from pathlib import Path
 import shlex
@@ -11,14 +12,8 @@ from rich.console import Console
 
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.remembered import remembered_perplexity
-from lorapr_jax.exporting.finish import (
-  check_counts,
-  compare,
-  export_run,
-  merge,
-  model_name,
-  pruned_model,
-)
+from lorapr_jax.exporting.model import describe_run, merge, model_name
+from lorapr_jax.exporting.write import export_run
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.load import check_tensors, load_or_draw
@@ -28,6 +23,7 @@ from lorapr_jax.report.display import Display
 from lorapr_jax.report.page import REPORT_FILE, render_report
 from lorapr_jax.report.run import IMPORTANCE_FILE
 from lorapr_jax.report.scores import write_scores
+from lorapr_jax.report.side_by_side import generations, latencies
 from lorapr_jax.runtime import interrupt, processes
 from lorapr_jax.runtime.files import write_json, write_text
 from lorapr_jax.runtime.paths import path_of
@@ -44,13 +40,8 @@ from lorapr_jax.training.base import (
   Places,
   kept_of,
 )
-from lorapr_jax.training.batches import (
-  load_data,
-)
-from lorapr_jax.training.cut import (
-  cut_adapters,
-  widened,
-)
+from lorapr_jax.training.batches import load_data
+from lorapr_jax.training.cut import check_counts, finished, widened
 from lorapr_jax.training.loop import train_phase
 from lorapr_jax.training.teacher import remember_teacher
 
@@ -186,7 +177,7 @@ def run_phases(
   display.start('cut')
   whole, dense = settings.compute.config, settings.dense
   groups = widened(state, whole)
-  model = pruned_model(
+  model = describe_run(
     settings.model_path,
     whole,
     kept_of(groups['masks']),
@@ -198,9 +189,7 @@ def run_phases(
   if settings.plan and processes.is_first():
     layers = settings.plan.prunable_layers
     write_scores(workdir / IMPORTANCE_FILE, groups, dense, layers)
-  left = kept_of(state.masks)
-  lora = cut_adapters(state.lora, left, base.compute.config, base.compute.lora)
-  base = base.cut(left)
+  lora, base = finished(state, base)
 
   # --- Tune: LoRA goes on, on the small arrays.
   if later:
@@ -228,12 +217,25 @@ def run_phases(
   display.start('load')
   params = load()
   display.start('evaluate')
-  comparison = compare(
-    settings, params, model.config, weights.merged, measured, perplexity
-  )
-  del params
+  small = dataclasses.replace(settings.compute, config=model.config)
+  measured['pruned'] = perplexity(weights.merged, small)
+  models = {
+    'dense': (params, settings.compute),
+    'pruned': (weights.merged, small),
+  }
+  comparison = {
+    'perplexity': summary.perplexity_report(**measured),
+    'latency': latencies(models),
+    'generations': generations(
+      models,
+      settings.model_path,
+      settings.report.prompts,
+      settings.report.max_new_tokens,
+    ),
+  }
+  del params, models
   display.start('export')
-  exports = export_run(settings, workdir, model, weights)
+  exports = export_run(settings.export, workdir, model, weights)
   display.stop()
   if not processes.is_first():
     return {}

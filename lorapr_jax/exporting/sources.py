@@ -4,57 +4,43 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.exporting import routes
-from lorapr_jax.exporting.finish import merge, pruned_model
+from lorapr_jax.exporting.model import Description, Weights, describe_run, merge
+from lorapr_jax.exporting.routes import Route
+from lorapr_jax.exporting.write import write
 from lorapr_jax.hf.config import config_to_hf, layers_from_hf
 from lorapr_jax.hf.load import (
   check_tensors,
   load_config,
   load_or_draw,
   load_params,
+  mesh_of_all,
   weight_places,
 )
 from lorapr_jax.hf.shards import Shards
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
-from lorapr_jax.runtime.workdir import (
-  RUN_FILE,
-)
+from lorapr_jax.runtime.workdir import RUN_FILE
 from lorapr_jax.settings.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.settings.run import (
   resolve_compensation,
   split_model,
 )
-from lorapr_jax.training.base import (
-  cut_params,
-  kept_of,
-)
-from lorapr_jax.training.checkpoint import (
-  read_state,
-  saved_steps,
-)
-from lorapr_jax.training.cut import (
-  cut_adapters,
-  cut_stacks,
-  widened,
-)
-from lorapr_jax.training.repair import repaired_of, repaired_part, with_repaired
-from lorapr_jax.training.state import (
-  TrainState,
-)
+from lorapr_jax.training.base import Base, Places, kept_of
+from lorapr_jax.training.checkpoint import read_state, saved_steps
+from lorapr_jax.training.cut import as_saved, finished, widened
+from lorapr_jax.training.state import TrainState
 
 
 def export(
-  source: Path, route: routes.Route, base: Path | None = None
+  source: Path, route: Route, base: Path | None = None
 ) -> dict[str, Any]:
   """Writes `source` as `route` says, and compares what was written with it.
 
@@ -66,7 +52,7 @@ def export(
     base: of a workdir whose base has moved: where it is now.
 
   Returns:
-    As `routes.write`, and {'parameters'} of the pruned model.
+    As `write`, and {'parameters'} of the pruned model.
 
   Raises:
     UserError: for what cannot be exported so, before any weights are read.
@@ -83,13 +69,30 @@ def export(
       f"{source} is neither a run's workdir, with {RUN_FILE}, nor a Hugging "
       'Face folder, with config.json'
     )
-  written = routes.write(route, model, weights)
+  written = write(route, model, weights)
+  return {**written, 'parameters': model.config.num_parameters}
+
+
+def export_params(
+  params: Any, folder: Path, dtype: str, route: Route
+) -> dict[str, Any]:
+  """As `export` of a folder, with weights that are in memory already.
+
+  Args:
+    params: the weights; their sizes are those of the folder.
+    folder: where all but the weights is read.
+    dtype: of the weights, by name.
+    route: where to and how.
+  """
+  model = dataclasses.replace(_describe_folder(folder, route), dtype=dtype)
+  route.check(model)
+  written = write(route, model, Weights(params))
   return {**written, 'parameters': model.config.num_parameters}
 
 
 def _of_run(
-  workdir: Path, route: routes.Route, base: Path | None
-) -> tuple[routes.Model, routes.Weights]:
+  workdir: Path, route: Route, base: Path | None
+) -> tuple[Description, Weights]:
   run = _read(workdir / RUN_FILE, ('config', 'resolved'))
   config = config_dict.ConfigDict(run['config'])
   config.model.path = _base_path(workdir, config.model.path, base)
@@ -101,43 +104,34 @@ def _of_run(
       f'{config.model.path} is not the base of {workdir}: its config.json has '
       'other sizes'
     )
-  dtype = jnp.dtype(run['resolved']['base_dtype'])
   state = TrainState(**read_state(workdir, CHECKPOINTS))
-  kept = kept_of(widened(state, sizes)['masks'])
   path = path_of(config.model.path) if config.model.path else None
   if path:
     check_tensors(Shards(path), plan.config if plan else sizes.dequantized)
-  model = pruned_model(
+  dtype = jnp.dtype(run['resolved']['base_dtype'])
+  model = describe_run(
     path,
     sizes,
-    kept,
+    kept_of(widened(state, sizes)['masks']),
     dtype=dtype.name,
     plan=plan,
     settings=run['config']['prune'],
   )
   _check_same_base(workdir, model)
   route.check(model)
-  places = weight_places(sizes, dtype)
-  params = load_or_draw(path, sizes, places, dtype, config.train.seed)
-  params = cut_params(params, kept, sizes, delete=True)
-  # Some of it may have been cut on the way.
-  size = shrunk_config(sizes, kept_of(state.whole['masks']))
-  left = kept_of(state.masks)
-  if state.repaired:
-    leaf = resolve_compensation(config.prune, plan).leaf
-    axes = block_axes(size)['params']
-    axes = repaired_part(axes, leaf)
-    repaired = cut_stacks(state.repaired, axes, left, size)
-    places = jax.tree.map(lambda x: x.sharding, repaired_of(params, leaf))
-    params = with_repaired(params, jax.device_put(repaired, places))
+  places = Places.of(mesh_of_all(sizes), sizes, dtype)
+  params = load_or_draw(path, sizes, places.base, dtype, config.train.seed)
+  compensation = resolve_compensation(config.prune, plan)
+  loaded = Base(params, Compute(sizes, lora_config), places)
+  lora, left = finished(
+    state, as_saved(loaded, state, compensation.leaf if compensation else '')
+  )
   for folder in reversed(CHECKPOINTS_AFTER_CUT):
     if saved_steps(workdir / folder):
       lora = read_state(workdir, folder)['lora']
       break
-  else:
-    lora = cut_adapters(state.lora, left, size, lora_config)
-  weights = merge(params, lora, lora_config, unmerged=route.kind == 'peft')
-  return model, weights
+  unmerged = route.kind == 'peft'
+  return model, merge(left.params, lora, lora_config, unmerged=unmerged)
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
@@ -164,7 +158,7 @@ def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
   return str(path)
 
 
-def _check_same_base(workdir: Path, model: routes.Model) -> None:
+def _check_same_base(workdir: Path, model: Description) -> None:
   """A finished run's export says which weights it started from."""
   path = workdir / 'export' / 'pruning.json'
   if path.exists():
@@ -176,34 +170,15 @@ def _check_same_base(workdir: Path, model: routes.Model) -> None:
       )
 
 
-def export_params(
-  params: Any, folder: Path, dtype: str, route: routes.Route
-) -> dict[str, Any]:
-  """As `export` of a folder, with weights that are in memory already.
-
-  Args:
-    params: the weights; their sizes are those of the folder.
-    folder: where all but the weights is read.
-    dtype: of the weights, by name.
-    route: where to and how.
-  """
-  model = dataclasses.replace(_model_of(folder, route), dtype=dtype)
-  route.check(model)
-  written = routes.write(route, model, routes.Weights(params))
-  return {**written, 'parameters': model.config.num_parameters}
-
-
-def _of_folder(
-  folder: Path, route: routes.Route
-) -> tuple[routes.Model, routes.Weights]:
-  model = _model_of(folder, route)
+def _of_folder(folder: Path, route: Route) -> tuple[Description, Weights]:
+  model = _describe_folder(folder, route)
   route.check(model)
   config, dtype = model.config, jnp.dtype(model.dtype)
   params = load_params(folder, config, weight_places(config, dtype), dtype)
-  return model, routes.Weights(params)
+  return model, Weights(params)
 
 
-def _model_of(folder: Path, route: routes.Route) -> routes.Model:
+def _describe_folder(folder: Path, route: Route) -> Description:
   if route.kind == 'peft':
     raise UserError(
       f"{folder}: LoRA is merged into a folder's weights; an adapter is "
@@ -216,7 +191,7 @@ def _model_of(folder: Path, route: routes.Route) -> routes.Model:
     pruning = _read(folder / 'pruning.json', ('base', 'sparsity', 'kept'))
     before, kept = _cut_of(folder / 'pruning.json', pruning, config)
     name = pruning['base']['name']
-  return routes.Model(
+  return Description(
     name=name,
     config=config,
     dtype=shards.dtype.name,

@@ -138,6 +138,16 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
   return list(expected)
 
 
+def mesh_of_all(config: LlamaConfig) -> Mesh:
+  """All devices, for a model of these sizes.
+
+  As many as divide the width of the embeddings share every matrix (`fsdp`),
+  and the rest share batches (`data`).
+  """
+  parts = math.gcd(config.embed_dim, jax.device_count())
+  return sharding.make_mesh(sharding.mesh_sizes(-1, parts, 1))
+
+
 def weight_places(
   config: LlamaConfig, dtype: Any, mesh: Mesh | None = None
 ) -> Any:
@@ -146,17 +156,15 @@ def weight_places(
   Args:
     config: the sizes.
     dtype: of the weights.
-    mesh: None: all devices. As many as divide the width of the embeddings
-      share every matrix (`fsdp`), the rest share batches (`data`).
+    mesh: None: `mesh_of_all`.
 
   Raises:
     MeshError: for a size that the mesh does not divide.
   """
-  if mesh is None:
-    parts = math.gcd(config.embed_dim, jax.device_count())
-    mesh = sharding.make_mesh(sharding.mesh_sizes(-1, parts, 1))
   return sharding.shardings(
-    mesh, logical_axes(config)['params'], param_shapes(config, dtype)
+    mesh or mesh_of_all(config),
+    logical_axes(config)['params'],
+    param_shapes(config, dtype),
   )
 
 

@@ -35,7 +35,7 @@ class Places(NamedTuple):
     mesh: Mesh,
     config: LlamaConfig,
     base_dtype: Any,
-    micro_batch: tuple[int, int],
+    micro_batch: tuple[int, int] | None = None,
   ) -> 'Places':
     """Refuses sizes that the mesh does not divide, before any work.
 
@@ -43,13 +43,13 @@ class Places(NamedTuple):
       mesh: of the run.
       config: of the base.
       base_dtype: of the weights that are not quantised.
-      micro_batch: sequences and tokens.
+      micro_batch: sequences and tokens; None: no step will be taken.
 
     Raises:
       MeshError: naming the size that the mesh does not divide.
     """
     parts = sharding.parts(mesh, 'batch')
-    if micro_batch[0] % parts:
+    if micro_batch and micro_batch[0] % parts:
       raise MeshError(
         f'train.micro_batch_size {micro_batch[0]} is not a multiple '
         f'of mesh.data * mesh.fsdp = {parts}'
@@ -57,7 +57,9 @@ class Places(NamedTuple):
     return cls(
       base=weight_places(config, base_dtype, mesh),
       batch=sharding.sharding(
-        mesh, ('accumulation', 'batch', 'length'), (1, *micro_batch)
+        mesh,
+        ('accumulation', 'batch', 'length'),
+        (1, *micro_batch) if micro_batch else None,
       ),
       state=NamedSharding(mesh, P()),
     )

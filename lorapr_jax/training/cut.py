@@ -19,9 +19,52 @@ from lorapr_jax.pruning.shrink import (
   pad,
   shrink,
 )
+from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.run import RunSettings
 from lorapr_jax.training.base import Base, kept_of
+from lorapr_jax.training.repair import repaired_of, with_repaired
 from lorapr_jax.training.state import TrainState
+
+
+def finished(state: TrainState, base: Base) -> tuple[Any, Base]:
+  """What a run's first phase leaves: (adapters, base) without masked groups.
+
+  Args:
+    state: its last one, or that of any checkpoint.
+    base: the weights, at the size of the state; larger ones are deleted.
+  """
+  left, compute = kept_of(state.masks), base.compute
+  lora = cut_adapters(state.lora, left, compute.config, compute.lora)
+  return lora, base.cut(left)
+
+
+def as_saved(base: Base, state: TrainState, leaf: str) -> Base:
+  """The base at the size of a state that was saved, with what was repaired.
+
+  Args:
+    base: as loaded. Arrays that were cut on the way or repaired are deleted.
+    state: from a checkpoint.
+    leaf: what is repaired; see `repair.repaired_of`.
+  """
+  base = base.cut(kept_of(state.whole['masks']))
+  if not state.repaired:
+    return base
+  loaded = repaired_of(base.params, leaf)
+  places = jax.tree.map(lambda x: x.sharding, loaded)
+  for array in jax.tree.leaves(loaded):
+    array.delete()
+  repaired = jax.device_put(state.repaired, places)
+  return base._replace(params=with_repaired(base.params, repaired))
+
+
+def check_counts(plan: PruningPlan | None, config: LlamaConfig) -> None:
+  """Checks that a finished run left what was planned.
+
+  Raises:
+    RuntimeError: if it did not.
+  """
+  if plan and config.layers != plan.pruned_config.layers:
+    raise RuntimeError(f'masks leave {config}, which was not planned')
 
 
 def cut_adapters(

@@ -24,22 +24,15 @@ from lorapr_jax.runtime.workdir import trim_metrics
 from lorapr_jax.settings.phases import Phase, total_steps
 from lorapr_jax.settings.run import RunSettings
 from lorapr_jax.training import checkpoint, steps
-from lorapr_jax.training.base import (
-  Base,
-  kept_of,
-  weight_shapes,
-)
+from lorapr_jax.training.base import Base, weight_shapes
 from lorapr_jax.training.batches import (
   device_batches,
 )
 from lorapr_jax.training.cut import (
+  as_saved,
   cut_on_the_way,
 )
-from lorapr_jax.training.repair import (
-  make_compensate,
-  repaired_of,
-  with_repaired,
-)
+from lorapr_jax.training.repair import make_compensate, repaired_of
 from lorapr_jax.training.state import TrainState, init_state
 
 
@@ -323,10 +316,5 @@ def resume(
       if (done := checkpoints.set_newest_aside()) is None:
         raise
       display.warn(done)
-  if size != base.compute:
-    base = base.cut(kept_of(state.whole['masks']))
-  if repaired:
-    for array in jax.tree.leaves(repaired_of(base.params, repaired.leaf)):
-      array.delete()
-    base = base._replace(params=with_repaired(base.params, state.repaired))
+  base = as_saved(base, state, repaired.leaf if repaired else '')
   return state.replace(repaired=()), base

@@ -13,10 +13,11 @@ import torch
 import transformers
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.exporting import routes
 from lorapr_jax.exporting import sources as exports
-from lorapr_jax.exporting.finish import merge
-from lorapr_jax.exporting.routes import Model, Route, Weights
+from lorapr_jax.exporting.cards import pruning_report
+from lorapr_jax.exporting.model import Description, Weights, merge
+from lorapr_jax.exporting.routes import Route
+from lorapr_jax.exporting.write import write
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import DTYPES
 from lorapr_jax.hf.config import config_to_hf
@@ -32,7 +33,6 @@ from lorapr_jax.pruning.masks import (
   select_stack_masks,
 )
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
-from lorapr_jax.report.summary import pruning_report
 from lorapr_jax.training.base import (
   cut_params,
 )
@@ -60,7 +60,7 @@ INDEX = 'model.safetensors.index.json'
 
 @pytest.fixture(scope='module')
 def pruned(random_params, random_lora):
-  """A model that was cut and merged: (Model, Weights)."""
+  """A model that was cut and merged: (Description, Weights)."""
 
   @functools.cache
   def make(case='queries', dtype='float32', biased=()):
@@ -76,7 +76,7 @@ def pruned(random_params, random_lora):
     lora = cut_adapters(random_lora(BEFORE, LORA), kept, BEFORE, LORA)
     weights = merge(params, lora, LORA, unmerged=True)
     origin = {'name': 'tiny', 'sha256': None, 'config': config_to_hf(BEFORE)}
-    model = Model(
+    model = Description(
       name='tiny',
       config=shrunk_config(before, kept),
       dtype=dtype,
@@ -96,7 +96,7 @@ def logits(params, config):
 
 
 def check_logits(params, config):
-  """On the tokens that routes.write compares."""
+  """On the tokens that are compared when a model was written."""
   tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, config.vocab_size)
   hidden = decoder.hidden_states(params, tokens, config)
   return np.asarray(decoder.logits(params, hidden))
@@ -135,7 +135,7 @@ def test_padded_is_a_stock_llama_with_the_same_logits(
   case, pruned, load, tmp_path
 ):
   model, weights = pruned(case)
-  result = routes.write(
+  result = write(
     Route('hf', tmp_path / 'padded', layout='padded'), model, weights
   )
   assert result == {
@@ -174,8 +174,8 @@ def test_padded_is_a_stock_llama_with_the_same_logits(
 def test_padded_from_an_export_is_padded_from_the_run(case, pruned, tmp_path):
   model, weights = pruned(case)
   first, run, later, again = (tmp_path / name for name in 'abcd')
-  routes.write(Route('hf', first), model, weights)
-  routes.write(Route('hf', run, layout='padded'), model, weights)
+  write(Route('hf', first), model, weights)
+  write(Route('hf', run, layout='padded'), model, weights)
   result = exports.export(first, Route('hf', later, layout='padded'))
   assert result['layout'] == 'padded'
   assert result['parameters'] == model.config.num_parameters
@@ -194,7 +194,7 @@ def test_padded_from_an_export_is_padded_from_the_run(case, pruned, tmp_path):
 def test_every_route_holds_biases(kind, layout, pruned, load, tmp_path):
   model, weights = pruned(biased=('self_attn', 'mlp'))
   path = tmp_path / ('a.gguf' if kind == 'gguf' else 'a')
-  result = routes.write(Route(kind, path, layout=layout), model, weights)
+  result = write(Route(kind, path, layout=layout), model, weights)
   assert result['max_logit_difference'] < 1e-4
   if (kind, layout) != ('hf', 'padded'):
     return
@@ -208,7 +208,7 @@ def test_every_route_holds_biases(kind, layout, pruned, load, tmp_path):
 def test_uniform_stays_refused_for_unequal_layers(pruned, tmp_path):
   model, weights = pruned()
   with pytest.raises(UserError, match='export.layout=uniform needs layers of'):
-    routes.write(Route('hf', tmp_path / 'a', layout='uniform'), model, weights)
+    write(Route('hf', tmp_path / 'a', layout='uniform'), model, weights)
   assert list(tmp_path.iterdir()) == []
 
 
@@ -217,9 +217,9 @@ def test_uniform_stays_refused_for_unequal_layers(pruned, tmp_path):
 
 def test_float16_rounds_every_weight_once(pruned, tmp_path):
   model, weights = pruned()
-  routes.write(Route('hf', tmp_path / 'exact'), model, weights)
+  write(Route('hf', tmp_path / 'exact'), model, weights)
   half = Route('hf', tmp_path / 'half', dtype='float16')
-  result = routes.write(half, model, weights)
+  result = write(half, model, weights)
   assert result['dtype'] == 'float16'
   assert 0 < result['max_logit_difference'] < 0.1
   exact, rounded = tensors(tmp_path / 'exact'), tensors(tmp_path / 'half')
@@ -235,7 +235,7 @@ def test_a_weight_beyond_float16_is_named(pruned, tmp_path):
   weights = Weights({**weights.merged, 'norm': norm})
   route = Route('hf', tmp_path / 'half', dtype='float16')
   with pytest.raises(UserError) as error:
-    routes.write(route, model, weights)
+    write(route, model, weights)
   assert 'model.norm.weight has a weight of 70000' in str(error.value)
   assert list(tmp_path.iterdir()) == []
 
@@ -243,9 +243,9 @@ def test_a_weight_beyond_float16_is_named(pruned, tmp_path):
 def test_shards_are_as_small_as_asked(pruned, tmp_path):
   model, weights = pruned()
   small = parse_size('max_shard_size', '20KB')
-  routes.write(Route('hf', tmp_path / 'one'), model, weights)
+  write(Route('hf', tmp_path / 'one'), model, weights)
   many = Route('hf', tmp_path / 'many', max_shard_bytes=small)
-  assert routes.write(many, model, weights)['max_logit_difference'] == 0.0
+  assert write(many, model, weights)['max_logit_difference'] == 0.0
   assert (tmp_path / 'many' / INDEX).exists()
   for path in (tmp_path / 'many').glob('*.safetensors'):
     assert sum(x.nbytes for x in load_file(path).values()) <= small
@@ -290,7 +290,7 @@ def test_gguf_dtypes_are_the_writers():
 def test_a_gguf_differs_by_its_rounding_alone(dtype, stored, pruned, tmp_path):
   model, weights = pruned()
   route = Route('gguf', tmp_path / 'a.gguf', dtype=dtype)
-  result = routes.write(route, model, weights)
+  result = write(route, model, weights)
   difference = result.pop('max_logit_difference')
   assert result == {'path': str(route.path), 'layout': None, 'dtype': stored}
   assert open_gguf(route.path).config.layers == model.config.layers
@@ -319,7 +319,7 @@ def test_a_gguf_differs_by_its_rounding_alone(dtype, stored, pruned, tmp_path):
 def test_a_padded_gguf_has_the_sizes_before(pruned, tmp_path):
   model, weights = pruned()
   route = Route('gguf', tmp_path / 'a.gguf', layout='padded')
-  assert routes.write(route, model, weights)['layout'] == 'padded'
+  assert write(route, model, weights)['layout'] == 'padded'
   assert open_gguf(route.path).config.layers == BEFORE.layers
 
 
@@ -330,7 +330,7 @@ def test_an_adapter_over_the_base_is_the_merged_model(
 ):
   model, weights = pruned(dtype=dtype)
   out = tmp_path / 'peft'
-  result = routes.write(Route('peft', out, layout=layout), model, weights)
+  result = write(Route('peft', out, layout=layout), model, weights)
   assert result['layout'] == ('two_shape' if layout == 'auto' else 'padded')
   assert result['dtype'] == dtype
   # The base is rounded nowhere, and the sum once, as in memory.
@@ -355,16 +355,14 @@ def test_adapters_that_were_not_merged_are_found(pruned, tmp_path):
   model, weights = pruned()
   other = jax.tree.map(lambda x: 2.0 * x, weights.lora)
   with pytest.raises(RuntimeError, match='read back its logits differ by'):
-    routes.write(
-      Route('peft', tmp_path / 'a'), model, weights._replace(lora=other)
-    )
+    write(Route('peft', tmp_path / 'a'), model, weights._replace(lora=other))
 
 
 def test_what_computes_nan_is_never_the_same(pruned, tmp_path):
   model, weights = pruned()
   norm = {'weight': weights.merged['norm']['weight'].at[3].set(np.nan)}
   with pytest.raises(RuntimeError, match='read back its logits differ by nan'):
-    routes.write(
+    write(
       Route('hf', tmp_path / 'a'),
       model,
       Weights({**weights.merged, 'norm': norm}),
@@ -388,5 +386,5 @@ def test_a_route_that_cannot_be_is_refused(options, message, pruned, tmp_path):
   model, weights = pruned()
   route = Route(**options | {'path': tmp_path / options['path']})
   with pytest.raises(UserError, match=re.escape(message)):
-    routes.write(route, model, weights)
+    write(route, model, weights)
   assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lorapr_jax.axes import LORA_TARGETS
-from lorapr_jax.exporting.finish import merge
+from lorapr_jax.exporting.model import merge
 from lorapr_jax.hf.load import load_or_draw, load_params, weight_places
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import Compute

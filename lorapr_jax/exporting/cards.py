@@ -1,0 +1,91 @@
+"""What an export says of itself: pruning.json, and README.md as a card."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.pruning.shrink import Kept
+from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.report.summary import sparsity_report
+
+
+def pruning_report(
+  plan: PruningPlan | None, kept: Kept, base: dict[str, Any], settings: Any
+) -> dict[str, Any]:
+  """The contents of pruning.json.
+
+  Args:
+    plan: what was asked for.
+    kept: by layer, the indices in the base's numbering. Query heads are
+      listed by KV head.
+    base: the base model's name, hash and sizes.
+    settings: of the method.
+  """
+  return {
+    'base': base,
+    'sparsity': sparsity_report(plan, kept),
+    'kept': [
+      {group: indices.tolist() for group, indices in layer.items()}
+      for layer in kept
+    ],
+    'settings': settings,
+  }
+
+
+def model_card(
+  pruning: Mapping[str, Any], sizes: LlamaConfig, layout: str, *, padded: bool
+) -> str:
+  """A README.md for an exported folder.
+
+  Args:
+    pruning: the contents of pruning.json.
+    sizes: of the pruned model.
+    layout: of the folder.
+    padded: whether the weights have the sizes before the cut.
+  """
+  shares = ', '.join(
+    f'{share["achieved"]:.1%} of the {kind}'
+    for kind, share in pruning['sparsity'].items()
+  )
+  zeros = ''
+  if padded:
+    zeros = '\nWhat was removed is stored as zeros.'
+  name = pruning['base']['name']
+  return f"""---
+base_model: {name}
+library_name: transformers
+tags: [pruned, lorapr_jax]
+---
+{name}, pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403): {shares} removed
+(heads and channels as shares of the layers that were pruned), which leaves
+{sizes.num_parameters:,} parameters. What was kept is in pruning.json.{zeros}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained('.'{_trust(layout)})
+tokenizer = AutoTokenizer.from_pretrained('.')
+```
+"""
+
+
+def adapter_card(name: str, layout: str) -> str:
+  """A README.md for a folder with a PEFT adapter over a pruned model."""
+  return f"""---
+base_model: {name}
+library_name: peft
+tags: [pruned, lorapr_jax]
+---
+LoRA of {name}, which was pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403).
+The pruned model, in which it is not merged, is in base/.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained('base'{_trust(layout)})
+model = PeftModel.from_pretrained(model, '.')
+```
+"""
+
+
+def _trust(layout: str) -> str:
+  return ', trust_remote_code=True' if layout == 'two_shape' else ''

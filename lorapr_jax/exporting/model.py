@@ -1,0 +1,142 @@
+"""What is exported: a model's weights, and what is known of it besides them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from lorapr_jax.exporting.cards import pruning_report
+from lorapr_jax.hf.config import config_to_hf
+from lorapr_jax.hf.shards import content_hash
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.lora import merge_adapters
+from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.shrink import Kept, pad, shrunk_config
+from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.runtime import processes
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What is known of a model to be exported, besides its weights.
+
+  Attributes:
+    name: of what was pruned.
+    config: the sizes.
+    dtype: of the weights, by name.
+    base: the folder whose tokenizer and licence go along, or None.
+    before: the sizes before the cut; None if not known.
+    kept: what the cut left of them; None if not known.
+    pruning: the contents of pruning.json, or None.
+  """
+
+  name: str
+  config: LlamaConfig
+  dtype: str
+  base: Path | None
+  before: LlamaConfig | None = None
+  kept: Kept | None = None
+  pruning: dict[str, Any] | None = None
+
+
+class Weights(NamedTuple):
+  """A model's weights.
+
+  Attributes:
+    merged: `params` with LoRA merged.
+    base: the same without LoRA, or None where nobody needs it or it is gone.
+    lora: the adapters, where `base` is.
+    lora_config: theirs.
+  """
+
+  merged: Any
+  base: Any = None
+  lora: Any = None
+  lora_config: LoraConfig | None = None
+
+
+def describe_run(
+  base: Path | None,
+  config: LlamaConfig,
+  kept: Kept,
+  *,
+  dtype: str,
+  plan: PruningPlan | None,
+  settings: dict[str, Any],
+) -> Description:
+  """What a run's exports say of its model.
+
+  Args:
+    base: the base's folder, or None for random weights.
+    config: the sizes before the cut, with the biases that compensation added,
+      as they are in memory.
+    kept: what it left.
+    dtype: of the weights, by name.
+    plan: what was asked for, of the base as it was.
+    settings: the config's section prune.
+  """
+  name, config = model_name(base), config.dequantized
+  origin = {
+    'name': name,
+    # Many processes would read all of it many times, and one writes it.
+    'sha256': content_hash(base) if base and processes.is_first() else None,
+    'config': config_to_hf(plan.config if plan else config),
+  }
+  return Description(
+    name=name,
+    config=shrunk_config(config, kept),
+    dtype=dtype,
+    base=base,
+    before=config,
+    kept=kept,
+    pruning=pruning_report(plan, kept, origin, settings),
+  )
+
+
+def model_name(base: Path | None) -> str:
+  """The base's folder's name."""
+  return base.resolve().name or 'model' if base else 'random weights'
+
+
+def merge(
+  params: Any, lora: Any, lora_config: LoraConfig, *, unmerged: bool
+) -> Weights:
+  """Adds LoRA to the weights: an ordinary LLaMA.
+
+  Args:
+    params: the base.
+    lora: its adapters, by stack.
+    lora_config: of the adapters.
+    unmerged: whether the weights without LoRA are held as well.
+  """
+  if unmerged:  # What is written must come to the same when it is merged.
+    params = dequantized(params, params['norm']['weight'].dtype)
+  merged = merge_adapters(params, lora, lora_config.scale)
+  if not unmerged:
+    return Weights(merged)
+  return Weights(merged, params, lora, lora_config)
+
+
+def padded(weights: Weights, model: Description) -> Weights:
+  """The weights at the sizes before the cut, with zeros in what was cut."""
+  if model.config == model.before:  # Nothing was cut, or it is padded.
+    return weights
+  axes = block_axes(model.config, weights.lora_config)
+
+  def widen(stacks: Any, kind: str) -> Any:
+    return jax.jit(
+      lambda stacks: pad(stacks, axes[kind], model.kept, model.before)
+    )(stacks)
+
+  def widen_params(params: Any) -> Any:
+    return {**params, 'stacks': widen(params['stacks'], 'params')}
+
+  if weights.lora is None:
+    return Weights(widen_params(weights.merged))
+  return weights._replace(
+    merged=widen_params(weights.merged),
+    base=widen_params(weights.base),
+    lora=widen(weights.lora, 'lora'),
+  )

@@ -1,0 +1,237 @@
+"""A model is written, read back, and its logits are compared."""
+
+import functools
+from pathlib import Path
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lorapr_jax.exporting.cards import adapter_card, model_card
+from lorapr_jax.exporting.model import Description, Weights, padded
+from lorapr_jax.exporting.routes import Route
+from lorapr_jax.gguf.read import open_gguf
+from lorapr_jax.gguf.write import write_gguf, zero_biases
+from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
+from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.place import place_params
+from lorapr_jax.hf.write import export_model, hf_tensors
+from lorapr_jax.models import decoder
+from lorapr_jax.models.compute import compiler_options
+from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.lora import merge_adapters
+from lorapr_jax.pruning.shrink import shrunk_config
+from lorapr_jax.runtime import processes
+from lorapr_jax.runtime.paths import move, new_folder
+from lorapr_jax.settings.sections import ExportSettings
+
+# Tokens on which what was read back is compared.
+_CHECK_LENGTH = 32
+# By how much logits may differ, root mean square over the largest: summed in
+# another order; every weight rounded once; q8_0's blocks of 32 with one scale.
+# What is another model is off by about a third of the largest.
+_SUMMED, _ROUNDED, _BLOCKWISE = 1e-5, 0.05, 0.15
+
+
+def export_run(
+  export: ExportSettings, workdir: Path, model: Description, weights: Weights
+) -> dict[str, dict[str, Any]]:
+  """Writes every format of export.format: {kind: what was written}.
+
+  Raises:
+    RuntimeError: if what was read back computes something else.
+  """
+  exports = {}
+  for kind in export.routes:
+    route = Route.of_run(kind, workdir, export, model)
+    # Of this run, killed before its summary was written.
+    folder = route.path.parent if kind == 'gguf' else route.path
+    if processes.is_first() and folder.exists():
+      move(folder, folder.with_name(f'{folder.name}-{time.time_ns()}'))
+    processes.wait_for_others(f'make {kind}')
+    exports[kind] = write(route, model, weights)
+  return exports
+
+
+def write(route: Route, model: Description, weights: Weights) -> dict[str, Any]:
+  """Writes a model, reads it back and compares.
+
+  Args:
+    route: where to and how.
+    model: what it is.
+    weights: its weights; peft needs `base` and `lora`.
+
+  Returns:
+    {'path', 'layout' (None for a GGUF that is not padded), 'dtype',
+    'max_logit_difference'}.
+
+  Raises:
+    UserError: as `Route.check`.
+    RuntimeError: if what was read back is another model.
+  """
+  route.check(model)
+  layout = route.stored_layout(model)
+  stored = padded(weights, model) if layout == 'padded' else weights
+  processes.wait_for_others(f'write {route.kind}')
+  if processes.is_first():
+    _WRITERS[route.kind](route, model, stored)
+  else:
+    _give_to_first(route, model, stored)
+  processes.wait_for_others(f'read {route.kind}')
+  processes.check_shared(route.path)
+  places = jax.tree.map(lambda x: x.sharding, stored.merged)
+  difference = _check(route, model, weights, places)
+  return {
+    'path': str(route.path),
+    'layout': None if route.kind == 'gguf' and layout != 'padded' else layout,
+    'dtype': route.stored_dtype(model),
+    'max_logit_difference': difference,
+  }
+
+
+def _write_hf(route: Route, model: Description, stored: Weights) -> None:
+  card = None
+  if model.pruning:
+    sizes = model.config
+    if model.kept:
+      sizes = shrunk_config(model.before, model.kept)
+    card = model_card(
+      model.pruning,
+      sizes,
+      route.stored_layout(model),
+      padded=route.stored_config(model).layers != sizes.layers,
+    )
+  _write_folder(route.path, route, model, stored.merged, card)
+
+
+def _write_gguf(route: Route, model: Description, stored: Weights) -> None:
+  write_gguf(
+    route.path,
+    stored.merged,
+    route.stored_config(model),
+    base=model.base,
+    dtype=route.stored_dtype(model),
+    name=model.name,
+  )
+
+
+def _write_peft(route: Route, model: Description, stored: Weights) -> None:
+  config = route.stored_config(model)
+  with new_folder(route.path) as folder:
+    _write_folder(folder / BASE_FOLDER, route, model, stored.base)
+    write_adapter(folder, stored.lora, config, stored.lora_config)
+    card = adapter_card(model.name, route.stored_layout(model))
+    (folder / 'README.md').write_text(card, encoding='utf-8')
+
+
+_WRITERS = {'hf': _write_hf, 'gguf': _write_gguf, 'peft': _write_peft}
+
+
+def _write_folder(
+  folder: Path,
+  route: Route,
+  model: Description,
+  params: Any,
+  card: str | None = None,
+) -> None:
+  export_model(
+    folder,
+    params,
+    route.stored_config(model),
+    layout=route.stored_layout(model),
+    model_type=route.model_type,
+    dtype=route.stored_dtype(model),
+    base=model.base,
+    pruning=model.pruning,
+    card=card,
+    max_shard_bytes=route.max_shard_bytes,
+  )
+
+
+def _give_to_first(route: Route, model: Description, stored: Weights) -> None:
+  """What is gathered for the first process is gathered from all."""
+  config, dtype = route.stored_config(model), route.stored_dtype(model)
+  params = stored.base if route.kind == 'peft' else stored.merged
+  if route.kind == 'gguf':
+    zero_biases(params, config)
+    dtype = np.float32
+  for _ in hf_tensors(params, config, jnp.dtype(dtype)):
+    pass
+
+
+def _check(
+  route: Route, model: Description, weights: Weights, places: Any
+) -> float:
+  """The largest difference between the logits of what was written and these.
+
+  Args:
+    route: by which it was written.
+    model: what it is.
+    weights: what should have been written.
+    places: a sharding for every tensor of what was written.
+
+  Raises:
+    RuntimeError: if it is another model.
+  """
+  read, config = _read_back(route, places, jnp.dtype(model.dtype))
+  # A GGUF has its ids of BOS and EOS from the tokenizer.
+  same = config == route.stored_config(model)
+  if route.kind == 'gguf':
+    same = config.layers == route.stored_config(model).layers
+
+  expected = _logits(weights.merged, model.config)
+  apart = _logits(read, config) - expected
+  difference = float(abs(apart).max())
+  # Not the largest: in a model that was cut hard, rounding alone can throw a
+  # few tokens far off.
+  typical = float(jnp.sqrt(jnp.mean(apart**2)))
+  tolerance = _tolerance(model.dtype, route.numpy_dtype(model))
+  if not same or not typical <= tolerance * float(abs(expected).max()):
+    raise RuntimeError(
+      f'{route.path} was written, but read back its logits differ by '
+      f'{typical} on average, at most by {difference}'
+    )
+  return difference
+
+
+def _read_back(
+  route: Route, places: Any, dtype: Any
+) -> tuple[Any, LlamaConfig]:
+  """What was written, with LoRA merged, as (params, sizes)."""
+  if route.kind == 'gguf':
+    file = open_gguf(route.path)
+    tensors = {name: x.astype(dtype) for name, x in file.tensors()}
+    params = place_params(tensors.__getitem__, file.config, places, dtype)
+    return params, file.config
+  folder = route.path / BASE_FOLDER if route.kind == 'peft' else route.path
+  config = load_config(folder)
+  params = load_params(folder, config, places, dtype)
+  if route.kind == 'peft':
+    lora, lora_config = read_adapter(route.path, config)
+    params = merge_adapters(params, lora, lora_config.scale)
+  return params, config
+
+
+def _logits(params: Any, config: LlamaConfig) -> jax.Array:
+  """Of the same random tokens for every model; float32 throughout."""
+  tokens = jax.random.randint(
+    jax.random.key(0), (1, _CHECK_LENGTH), 0, config.vocab_size
+  )
+
+  @functools.partial(jax.jit, compiler_options=compiler_options())
+  def logits(params):
+    hidden = decoder.hidden_states(params, tokens, config, dtype=jnp.float32)
+    return decoder.logits(params, hidden)
+
+  with jax.default_matmul_precision('highest'):
+    return logits(params)
+
+
+def _tolerance(dtype: str, stored: str) -> float:
+  """A share of the largest logit: for weights of `dtype` stored as `stored`."""
+  if stored == 'q8_0':
+    return _BLOCKWISE
+  exact = jnp.promote_types(dtype, stored) == stored
+  return _SUMMED if exact else _ROUNDED
