@@ -18,7 +18,6 @@ from lorapr_jax.runtime.workdir import (
   METRICS_FILE,
   RUN_FILE,
 )
-from lorapr_jax.settings.run import RunSettings
 from lorapr_jax.settings.sections import LogSettings
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -43,18 +42,27 @@ class Log:
   first process writes.
   """
 
-  def __init__(self, workdir: Path, settings: RunSettings, first_step: int):
-    """Goes on with the log of the steps before `first_step` in the workdir."""
-    self._tokens = settings.train.batch_size * settings.train.seq_len
+  def __init__(
+    self, workdir: Path, log: LogSettings, step_tokens: int, first_step: int
+  ):
+    """Goes on with the log of the steps before `first_step` in the workdir.
+
+    Args:
+      workdir: of the run.
+      log: where else to write.
+      step_tokens: the tokens of a step.
+      first_step: the next step to log.
+    """
+    self._tokens = step_tokens
     self._last, self._next_step = time.perf_counter(), first_step
     self._writers: list[_Writer] = []
     if processes.is_first():
       lines = _JsonLines if is_local(workdir) else _FarJsonLines
       self._writers.append(lines(workdir / METRICS_FILE))
-      if settings.log.tensorboard:
+      if log.tensorboard:
         self._writers.append(_TensorBoard(workdir, first_step))
-      if settings.log.wandb:
-        self._writers.append(_Wandb(workdir, settings.log.wandb))
+      if log.wandb:
+        self._writers.append(_Wandb(workdir, log.wandb))
 
   def __enter__(self) -> 'Log':
     return self
@@ -239,23 +247,31 @@ def _refused(project: str, error: Exception) -> UserError:
 
 
 def check_finite(
-  step: int, state: Any, print_line: Callable[[str], None]
+  step: int,
+  skipped: int,
+  skipped_in_a_row: int,
+  print_line: Callable[[str], None],
 ) -> None:
   """Prints how many steps were skipped, and stops after a few in a row.
+
+  Args:
+    step: the last one.
+    skipped: steps whose gradients or scores were not finite, in all.
+    skipped_in_a_row: the same, since the last good step.
+    print_line: shows a line.
 
   Raises:
     UserError: after MAX_SKIPPED_IN_A_ROW steps without finite gradients.
   """
-  in_a_row = int(state.skipped_in_a_row)
-  if not in_a_row:
+  if not skipped_in_a_row:
     return
   print_line(
-    f'step {step}: gradients or scores are not finite; {int(state.skipped)} '
-    'steps skipped so far'
+    f'step {step}: gradients or scores are not finite; {skipped} steps '
+    'skipped so far'
   )
-  if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+  if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
     raise UserError(
-      f'{in_a_row} steps in a row without finite gradients or scores, up to '
-      f'step {step}: lower train.learning_rate, or use '
+      f'{skipped_in_a_row} steps in a row without finite gradients or scores, '
+      f'up to step {step}: lower train.learning_rate, or use '
       'model.compute_dtype=float32'
     )

@@ -142,7 +142,8 @@ def train_phase(
   # --- Loop. Logging and saving wait for the device; else a step is always
   # queued behind the one that runs, and no more: Ctrl-C waits for the queue.
   signals = interrupt.StopSignals(display.notice_stop)
-  log = metrics.Log(workdir, settings, first_of_run)
+  step_tokens = train.batch_size * train.seq_len
+  log = metrics.Log(workdir, settings.log, step_tokens, first_of_run)
   functions = Functions.of(settings, phase, base, adamw)
   milestones = Milestones(plan, schedule) if schedule else None
   first_repair = True
@@ -242,7 +243,12 @@ def train_phase(
           skipped=int(state.skipped),
         )
         display.show(record, summary.peak_memory_bytes())
-        metrics.check_finite(done - 1, state, display.print)
+        metrics.check_finite(
+          done - 1,
+          int(state.skipped),
+          int(state.skipped_in_a_row),
+          display.print,
+        )
       stopping = signals.stops()
       if last or stopping or done % train.checkpoint_every == 0:
         interrupt.wait_for(state.step)
