@@ -25,7 +25,7 @@ CRITERIA = ('lora', 'gradient')
 
 
 def main(argv: list[str]) -> None:
-  """Compiles each phase for the topology and prints what it takes."""
+  """Compiles each function for the topology and prints what it takes."""
   parser = Parser('plan', __doc__)
   parser.add_argument('--config', required=True, help='as of train')
   parser.add_argument(
@@ -180,7 +180,7 @@ def _report(
 def show(
   found: dict[str, list[Needs]], topology: Topology, mesh: dict[str, int]
 ) -> None:
-  """A table of memory and one of work, with a row for each phase."""
+  """A table of memory and one of work, with a row for each function."""
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
   )

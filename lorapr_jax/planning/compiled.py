@@ -5,6 +5,7 @@ import re
 
 import jax
 
+from lorapr_jax.planning import collectives
 from lorapr_jax.planning.hlo import Program
 from lorapr_jax.planning.topology import Chip
 
@@ -50,16 +51,16 @@ class Compiled:
     text = compiled.as_text()
     program = Program.parse(text)
     try:
-      flops, collectives = program.flops(), program.collectives()
-      overlapped = program.overlapped()
+      flops, received = program.flops(), collectives.received(program)
+      overlapped = collectives.overlapped(program)
     except ValueError:
-      flops = collectives = overlapped = None
+      flops = received = overlapped = None
     return cls(
       arguments=memory.argument_size_in_bytes,
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
       flops=flops,
-      collectives=collectives,
+      collectives=received,
       overlapped=overlapped,
       text=text,
     )

@@ -12,19 +12,6 @@ import re
 
 import numpy as np
 
-_BYTES = {
-  **dict.fromkeys(('pred', 's8', 'u8', 'f8e4m3fn', 'f8e5m2'), 1),
-  **dict.fromkeys(('bf16', 'f16', 's16', 'u16'), 2),
-  **dict.fromkeys(('f32', 's32', 'u32'), 4),
-  **dict.fromkeys(('f64', 's64', 'u64', 'c64'), 8),
-}
-COLLECTIVES = (
-  'all-gather',
-  'all-reduce',
-  'reduce-scatter',
-  'all-to-all',
-  'collective-permute',
-)
 # Products of (T, T) or (T, H) matrices that a kernel of JAX's splash attention
 # takes, each over half of the pairs of positions. They are no HLO.
 _KERNEL_PRODUCTS = {
@@ -35,7 +22,7 @@ _KERNEL_PRODUCTS = {
 
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
 _LINE = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
-_SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
+SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
 # One computation, or some in braces.
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|branch_computations|called_computations|'
@@ -103,20 +90,23 @@ class Program:
 
   def _executed(self, name, times):
     for instruction in self.computations[name].values():
-      yield from self._runs(name, instruction, times)
+      yield from self.runs(name, instruction, times)
 
-  def _runs(self, name, instruction, times):
-    """An instruction and all that it calls."""
+  def runs(
+    self, name: str, instruction: Instruction, times: int
+  ) -> Iterator[tuple[str, Instruction, int]]:
+    """As `executed`: an instruction of this computation and all it calls."""
     yield name, instruction, times
     if instruction.opcode == 'while':
       times *= self._turns(instruction)
     # What reduces or sorts is called for every element: no products there.
     if instruction.opcode in ('reduce', 'sort', 'scatter', 'all-reduce'):
       return
-    for called in self._called(instruction):
+    for called in self.called(instruction):
       yield from self._executed(called, times)
 
-  def _called(self, instruction: Instruction) -> list[str]:
+  def called(self, instruction: Instruction) -> list[str]:
+    """The computations that an instruction calls."""
     return [
       called
       for several, one in _CALLED.findall(instruction.text)
@@ -163,11 +153,12 @@ class Program:
     of attention kernels, half of the pairs of positions.
     """
     return sum(
-      times * self._flops_of(computation, instruction)
+      times * self.flops_of(computation, instruction)
       for computation, instruction, times in self.executed()
     )
 
-  def _flops_of(self, computation: str, instruction: Instruction) -> float:
+  def flops_of(self, computation: str, instruction: Instruction) -> float:
+    """Of an instruction itself, without what it calls."""
     if instruction.opcode not in ('dot', 'convolution', 'custom-call'):
       return 0.0
     operands = [
@@ -193,140 +184,6 @@ class Program:
         )
         return products * math.prod(queries) * (keys[-2] + 1.0)
     return 0.0
-
-  def collectives(self) -> dict[str, dict[str, int]]:
-    """{kind: {'count', 'bytes'}} of what a device receives."""
-    found = {kind: {'count': 0, 'bytes': 0} for kind in COLLECTIVES}
-    for transfer in self.transfers():
-      found[transfer.kind]['count'] += transfer.times
-      found[transfer.kind]['bytes'] += transfer.times * transfer.bytes
-    return {kind: counts for kind, counts in found.items() if counts['count']}
-
-  def overlapped(self) -> int:
-    """Bytes of the collectives that start and end with products between."""
-    return sum(x.times * x.bytes for x in self.transfers() if x.beside)
-
-  def transfers(self) -> Iterator['Transfer']:
-    """The collectives; one that goes on in parts beside products comes once.
-
-    Raises:
-      ValueError: as `executed`.
-    """
-    fused = {
-      called
-      for computation in self.computations.values()
-      for instruction in computation.values()
-      if instruction.opcode == 'fusion'
-      for called in self._called(instruction)
-    }
-    in_parts: set[str] = set()
-    schedules: dict[str, tuple[list[Instruction], list[float]]] = {}
-    for name, instruction, times in self.executed():
-      if name in fused:
-        continue
-      for where, own in self._collectives_of(name, instruction):
-        if own is not instruction:
-          if self._marked(where, own, 'AsyncCollectiveStart'):
-            in_parts.add(_channel(own))
-          elif _channel(own) in in_parts:
-            continue
-        if name not in schedules:
-          schedules[name] = self._schedule(name)
-        yield Transfer(
-          kind=own.opcode.removesuffix('-start'),
-          bytes=self._received(where, own),
-          times=times,
-          beside=self._beside(instruction, own, *schedules[name]),
-        )
-
-  def _collectives_of(
-    self, name: str, instruction: Instruction
-  ) -> list[tuple[str, Instruction]]:
-    """(computation, collective) that it is, or that are fused into it."""
-    found = [(name, instruction)]
-    if instruction.opcode == 'fusion':
-      found = [
-        (called, x)
-        for called in self._called(instruction)
-        for x in self.computations[called].values()
-      ]
-    return [
-      (where, x)
-      for where, x in found
-      if x.opcode.removesuffix('-start') in COLLECTIVES
-    ]
-
-  def _marked(self, name: str, collective: Instruction, target: str) -> bool:
-    """Whether a custom call to `target` in its computation reads it."""
-    return any(
-      collective.name in x.operands and f'"{target}"' in x.text
-      for x in self.computations[name].values()
-    )
-
-  def _schedule(self, name: str) -> tuple[list[Instruction], list[float]]:
-    """A computation in its order, and the operations before each of it."""
-    order = list(self.computations[name].values())
-    flops = (
-      sum(t * self._flops_of(c, x) for c, x, t in self._runs(name, own, 1))
-      for own in order
-    )
-    return order, list(itertools.accumulate(flops, initial=0.0))
-
-  def _beside(self, start, collective, order, before) -> float:
-    """Operations between a collective's start and its end, or 0."""
-    first = order.index(start) + 1
-    for last in range(first, len(order)):
-      if self._ends(order[last], start, collective):
-        return before[last] - before[first]
-    return 0.0
-
-  def _ends(self, instruction, start, collective) -> bool:
-    if start is collective:
-      done = start.opcode.removesuffix('-start') + '-done'
-      return instruction.opcode == done and start.name in instruction.operands
-    return instruction.opcode == 'fusion' and any(
-      _channel(x) == _channel(collective)
-      and self._marked(where, x, 'AsyncCollectiveDone')
-      for where, x in self._collectives_of('', instruction)
-    )
-
-  def _received(self, name: str, collective: Instruction) -> int:
-    here = self.computations[name]
-    given = sum(_bytes(here[x].shape) for x in collective.operands if x in here)
-    kind = collective.opcode.removesuffix('-start')
-    result = _bytes(collective.shape)
-    # The result of a start holds its operands too.
-    if collective.opcode != kind and kind != 'all-reduce':
-      result -= given
-    return {
-      'all-gather': result - given,
-      'reduce-scatter': given - result,
-      'all-reduce': 2 * result,
-    }.get(kind, result)
-
-
-@dataclasses.dataclass(frozen=True)
-class Transfer:
-  """A collective of a program.
-
-  Attributes:
-    kind: of COLLECTIVES.
-    bytes: that a device receives each time: of an all-gather, what it lacks;
-      of a reduce-scatter, what it hands on; of an all-reduce, which is both in
-      turn, twice its arrays.
-    times: how often.
-    beside: operations of products between its start and its end, each time.
-  """
-
-  kind: str
-  bytes: int
-  times: int
-  beside: float
-
-
-def _channel(instruction: Instruction) -> str:
-  found = re.search(r'channel_id=(\d+)', instruction.text)
-  return found[1] if found else ''
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:
@@ -359,17 +216,8 @@ def _parse_instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 def _dimensions(shape: str) -> tuple[int, ...]:
   """Of the first array in the text."""
-  found = _SHAPE.search(shape)
+  found = SHAPE.search(shape)
   return tuple(map(int, filter(None, found[2].split(',')))) if found else ()
-
-
-def _bytes(shape: str) -> int:
-  """Of all arrays in the text; single numbers, such as flags, are left out."""
-  return sum(
-    _BYTES.get(dtype, 0) * math.prod(map(int, sizes.split(',')))
-    for dtype, sizes in _SHAPE.findall(shape)
-    if sizes
-  )
 
 
 def _convolution_flops(text, lhs, rhs, out) -> float:

@@ -6,7 +6,8 @@ from typing import NamedTuple
 from ml_collections import config_dict
 
 from lorapr_jax.errors import MeshError
-from lorapr_jax.planning.needs import Needs, bytes_of, plan_run
+from lorapr_jax.planning.functions import bytes_of
+from lorapr_jax.planning.needs import Needs, plan_run
 from lorapr_jax.planning.topology import SLICES, Topology
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import split_config
@@ -22,7 +23,7 @@ class Tried(NamedTuple):
     topology: the slice.
     mesh: the sizes of its axes.
     base: bytes of the base on each chip; 0 where the mesh cannot cut it.
-    needs: of the phases that were compiled: all, or up to one that does not
+    needs: of the functions that were compiled: all, or up to one that does not
       fit; empty where none was.
     reason: why none was.
   """
@@ -35,17 +36,17 @@ class Tried(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether every phase does."""
+    """Whether every function does."""
     return bool(self.needs) and all(needs.fits for needs in self.needs)
 
   @property
   def bytes(self) -> int:
-    """Of a chip: what the phase that takes most does, or the base alone."""
+    """Of a chip: what the function that takes most does, or the base alone."""
     return max((n.refused or n.total for n in self.needs), default=self.base)
 
 
 def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
-  """From one chip up, until all phases fit: the last one that comes does.
+  """From one chip up, until all functions fit: the last one that comes does.
 
   On a slice the base lies over all chips (fsdp) first, then its heads over two
   and more (tensor). What cannot fit for the base alone is not compiled.

@@ -25,7 +25,8 @@ from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.loss import chunked_cross_entropy
 from lorapr_jax.models.trees import logical_axes, param_shapes
-from lorapr_jax.planning.hlo import COLLECTIVES, Program
+from lorapr_jax.planning.collectives import COLLECTIVES
+from lorapr_jax.planning.hlo import Program
 from lorapr_jax.planning.needs import plan_run
 from lorapr_jax.planning.search import search
 from lorapr_jax.planning.topology import SLICES, Topology

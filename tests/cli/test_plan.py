@@ -13,6 +13,7 @@ from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.planning import compiled
 from lorapr_jax.planning import needs as plan_lib
+from lorapr_jax.planning.functions import loop_functions
 from lorapr_jax.planning.topology import CHIPS, Topology
 from lorapr_jax.settings.run import split_config
 from lorapr_jax.training.base import Places
@@ -83,7 +84,7 @@ def test_the_shapes_are_those_of_a_run(capsys):
   base = load_or_draw(
     None, settings.compute.config, places.base, settings.base_dtype, 0
   )
-  phase = next(plan_lib.lowered_phases(settings))
+  phase = next(loop_functions(settings))
   params = phase.lowered.in_avals[0][0]
   for array, shape in zip(
     jax.tree.leaves(base), jax.tree.leaves(params), strict=True

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from lorapr_jax.planning.collectives import overlapped, received, transfers
 from lorapr_jax.planning.hlo import Program
 from lorapr_jax.runtime import sharding
 
@@ -54,7 +55,7 @@ def test_bytes_that_devices_exchange_are_counted():
     return jax.lax.scan(body, jnp.zeros((16, 32)), stack)[0]
 
   compiled = jax.jit(function, out_shardings=places[1]).lower(x).compile()
-  found = Program.parse(compiled.as_text()).collectives()
+  found = received(Program.parse(compiled.as_text()))
   # Gathered in each of the four turns, or the whole stack before them; an
   # eighth is here already.
   assert list(found) == ['all-gather']
@@ -114,7 +115,7 @@ def test_a_turn_may_be_more_than_one_step(keys):
   # of 8 out of 32 on average, for which those are depends on the device.
   attention = 2 * 2 * 2 * (8 * (keys + 1) / 2) * 16
   assert program.flops() == turns * product + attention
-  assert program.collectives() == {
+  assert received(program) == {
     'collective-permute': {'count': turns, 'bytes': turns * 8 * 4 * 2}
   }
 
@@ -187,20 +188,20 @@ calls=%done
 def test_a_gather_in_parts_counts_once_and_is_overlapped():
   program = Program.parse(IN_PARTS)
   lacking = (8 - 2) * 4 * 2
-  in_parts, alone = program.transfers()
+  in_parts, alone = transfers(program)
   assert (in_parts.bytes, in_parts.times) == (lacking, 1)
   assert in_parts.beside == 4 * 2 * 8 * 4 * 4
   assert (alone.bytes, alone.beside) == (lacking, 0)
-  assert program.collectives()['all-gather']['bytes'] == 2 * lacking
-  assert program.overlapped() == lacking
+  assert received(program)['all-gather']['bytes'] == 2 * lacking
+  assert overlapped(program) == lacking
 
 
 def test_a_start_with_no_product_before_its_end_is_not_overlapped():
   program = Program.parse(WINDOWED)
-  assert [x.beside for x in program.transfers()] == [0]
+  assert [x.beside for x in transfers(program)] == [0]
   # The end after the product in place of before it.
   end = '  %sent = bf16[8,4]{1,0} collective-permute-done(%send)\n'
   product = '  %y = bf16[8,4]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused\n'
   text = WINDOWED.replace(end, '').replace('fusion(%sent', 'fusion(%x')
   program = Program.parse(text.replace(product, product + end))
-  assert [x.beside for x in program.transfers()] == [2 * 8 * 4 * 4]
+  assert [x.beside for x in transfers(program)] == [2 * 8 * 4 * 4]
