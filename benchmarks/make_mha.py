@@ -8,6 +8,7 @@ that know no grouped-query attention can run on the copy.
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +16,9 @@ import numpy as np
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import check_tensors, load_config
 from lorapr_jax.hf.names import hf_shapes
-from lorapr_jax.hf.shards import Shards, write_safetensors
-from lorapr_jax.hf.write import copy_companions, write_config
+from lorapr_jax.hf.shards import Shards
+from lorapr_jax.hf.write import copy_companions, write_folder
 from lorapr_jax.models.trees import param_shapes
-from lorapr_jax.runtime.paths import new_folder
 
 
 def main() -> None:
@@ -42,11 +42,13 @@ def main() -> None:
       yield name, x
 
   copy = dataclasses.replace(config, layers=layers)
-  with new_folder(args.destination) as folder:
-    copy_companions(args.source, folder)
-    shapes = hf_shapes(param_shapes(copy, shards.dtype), copy)
-    write_safetensors(folder, shapes, shards.dtype, tensors())
-    write_config(folder, hf_config(copy, shards.dtype.name, 'auto', 'auto'))
+  write_folder(
+    args.destination,
+    hf_config(copy, shards.dtype.name, 'auto', 'auto'),
+    hf_shapes(param_shapes(copy, shards.dtype), copy),
+    tensors(),
+    beside=functools.partial(copy_companions, args.source),
+  )
 
 
 if __name__ == '__main__':

@@ -1,21 +1,24 @@
 """A GGUF file or a Hugging Face folder into a Hugging Face folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lorapr_jax.data.demo import demo_gguf
+from lorapr_jax.exporting.routes import Route
 from lorapr_jax.gguf.format import hf_names
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import check_tensors, load_config
 from lorapr_jax.hf.names import hf_shapes
-from lorapr_jax.hf.shards import Shards, write_safetensors
-from lorapr_jax.hf.write import copy_companions, write_config
+from lorapr_jax.hf.shards import Shards
+from lorapr_jax.hf.write import copy_companions, write_folder
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.trees import param_shapes
-from lorapr_jax.runtime.paths import new_folder, path_of
+from lorapr_jax.runtime.paths import path_of
 
 DEMO = 'demo:smollm2-135m-instruct'
 
@@ -24,6 +27,8 @@ def convert(
   source: str, destination: str | Path, dtype: str | None = None
 ) -> LlamaConfig:
   """Writes `source` as a Hugging Face folder that stock tools load.
+
+  One tensor is held at a time: a model need not fit in memory.
 
   Args:
     source: a .gguf file, a folder that hf.load reads, or DEMO.
@@ -36,34 +41,52 @@ def convert(
   Raises:
     UserError: if the destination exists or the source is not supported.
   """
-  with new_folder(path_of(destination)) as folder:
-    if source == DEMO or source.endswith('.gguf'):
-      model = open_gguf(demo_gguf() if source == DEMO else source)
-      model.write_tokenizer(folder)
-      config, tensors = model.config, model.tensors()
-      dtype = dtype or 'float32'
-    else:
-      config = load_config(source)
-      shards = Shards(source)
-      tensors = _folder_tensors(shards, config)
-      dtype = dtype or shards.dtype.name
-      copy_companions(path_of(source), folder)
-    kind = np.dtype(dtype)
-    shapes = hf_shapes(param_shapes(config, kind), config)
-    write_safetensors(
-      folder,
-      {name: shapes[name] for name in hf_names(config).values()},
-      kind,
-      ((name, x.astype(kind, copy=False)) for name, x in tensors),
-    )
-    write_config(folder, hf_config(config, dtype, 'auto', 'auto'))
+  Route('hf', path_of(destination)).check_path()
+  if source == DEMO or source.endswith('.gguf'):
+    config, stored, tensors, beside = _of_gguf(source)
+  else:
+    config, stored, tensors, beside = _of_folder(source)
+  kind = np.dtype(dtype or stored)
+  shapes = hf_shapes(param_shapes(config, kind), config)
+  write_folder(
+    destination,
+    hf_config(config, kind.name, 'auto', 'auto'),
+    {name: shapes[name] for name in hf_names(config).values()},
+    ((name, x.astype(kind, copy=False)) for name, x in tensors),
+    beside=beside,
+  )
   return config
 
 
-def _folder_tensors(
-  shards: Shards, config: LlamaConfig
-) -> Iterator[tuple[str, np.ndarray]]:
+class _Source(NamedTuple):
+  """What is converted.
+
+  Attributes:
+    config: its sizes.
+    dtype: of its weights, by name.
+    tensors: (Hugging Face's name, values) of each, in the order of `hf_names`.
+    beside: writes the tokenizer's files into a folder.
+  """
+
+  config: LlamaConfig
+  dtype: str
+  tensors: Iterator[tuple[str, np.ndarray]]
+  beside: Callable[[Path], None]
+
+
+def _of_gguf(source: str) -> _Source:
+  model = open_gguf(demo_gguf() if source == DEMO else source)
+  return _Source(
+    model.config, 'float32', model.tensors(), model.write_tokenizer
+  )
+
+
+def _of_folder(source: str) -> _Source:
+  config, shards = load_config(source), Shards(source)
   check_tensors(shards, config)
-  for name in hf_names(config).values():
-    # Not [...], which safetensors before 0.8 does not take.
-    yield name, shards.slice_of(name)[:]
+  # Not [...], which safetensors before 0.8 does not take.
+  tensors = (
+    (name, shards.slice_of(name)[:]) for name in hf_names(config).values()
+  )
+  beside = functools.partial(copy_companions, path_of(source))
+  return _Source(config, shards.dtype.name, tensors, beside)

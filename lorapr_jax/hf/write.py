@@ -3,7 +3,7 @@
 The folder has its name, or its config.json, once it is complete.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 import re
 from typing import Any
@@ -103,17 +103,6 @@ def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
   return half
 
 
-def write_config(folder: Path, hf: dict[str, Any]) -> None:
-  """Writes config.json, with the code that it names, if any.
-
-  It comes last: a folder without it is no model.
-  """
-  if 'auto_map' in hf:
-    for file in _REMOTE_CODE.glob('*.py'):
-      copy_file(file, folder / file.name)
-  write_json(folder / 'config.json', hf)
-
-
 def export_model(
   folder: str | Path,
   params: Any,
@@ -145,22 +134,56 @@ def export_model(
     UserError: if the folder exists or the layout cannot hold the model.
   """
   dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
-  hf = hf_config(config, dtype.name, layout, model_type)
-  with new_folder(path_of(folder)) as partial:
+
+  def beside(partial: Path) -> None:
     if base is not None:
       copy_companions(path_of(base), partial)
     if pruning is not None:
       write_json(partial / 'pruning.json', pruning)
     if card is not None:
       (partial / 'README.md').write_text(card, encoding='utf-8')
-    write_safetensors(
-      partial,
-      hf_shapes(params, config),
-      dtype,
-      hf_tensors(params, config, dtype),
-      max_shard_bytes,
-    )
-    write_config(partial, hf)
+
+  write_folder(
+    folder,
+    hf_config(config, dtype.name, layout, model_type),
+    hf_shapes(params, config),
+    hf_tensors(params, config, dtype),
+    beside=beside,
+    max_shard_bytes=max_shard_bytes,
+  )
+
+
+def write_folder(
+  folder: str | Path,
+  hf: dict[str, Any],
+  shapes: Mapping[str, tuple[int, ...]],
+  tensors: Iterator[tuple[str, np.ndarray]],
+  *,
+  beside: Callable[[Path], None],
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a Hugging Face folder; one tensor is held at a time.
+
+  Args:
+    folder: to be made; it must not exist.
+    hf: the contents of config.json.
+    shapes: of all tensors, in their order, by Hugging Face's names.
+    tensors: name and values of each.
+    beside: writes the files beside config.json and the weights.
+    max_shard_bytes: the largest size of one file.
+
+  Raises:
+    UserError: if the folder exists or cannot be written.
+  """
+  dtype = np.dtype(hf['torch_dtype'])
+  with new_folder(path_of(folder)) as partial:
+    beside(partial)
+    write_safetensors(partial, shapes, dtype, tensors, max_shard_bytes)
+    if 'auto_map' in hf:  # It names code.
+      for file in _REMOTE_CODE.glob('*.py'):
+        copy_file(file, partial / file.name)
+    # It comes last: a folder without it is no model.
+    write_json(partial / 'config.json', hf)
 
 
 def copy_companions(base: Path, folder: Path) -> None:
