@@ -234,11 +234,8 @@ def generate(
   sampling = generation.Sampling(max_new_tokens, temperature, top_p, seed)
   folder, config = folder_and_config(model)
   tokenizer = Tokenizer(folder)
-  if tokenizer.has_chat_template and not raw:
-    ids = tokenizer.encode_chat([{'role': 'user', 'content': prompt}])
-  else:
-    ids = tokenizer.encode(prompt)
-  generation.check_prompt(ids, config)
+  question = {'role': 'user', 'content': prompt}
+  ids = generation.encode_prompt(tokenizer, config, [question], raw=raw)
   loaded = in_memory(model, dtype)
   tokens = generation.stream_tokens(
     loaded.params,

@@ -1,6 +1,5 @@
 """benchmark: how fast a folder reads a prompt and goes on, beside another."""
 
-import statistics
 from typing import Any
 
 from rich import box
@@ -9,18 +8,8 @@ from rich.table import Table
 
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError, check_least
-from lorapr_jax.eval.latency import GenerationTimes, paired_generation
-from lorapr_jax.hf.load import Model, load, load_config
-from lorapr_jax.models.compute import (
-  Compute,
-)
-from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.cost import (
-  forward_flops_per_token,
-  kv_cache_bytes_per_token,
-)
-
-PHASES = ('prefill', 'decode')
+from lorapr_jax.eval.benchmark import benchmark
+from lorapr_jax.hf.load import load_config
 
 
 def main(argv: list[str]) -> None:
@@ -82,108 +71,6 @@ def check(args: Any, folders: dict[str, str]) -> list[int]:
         f'{positions} positions (max_position_embeddings) of {folder}'
       )
   return batch_sizes
-
-
-def benchmark(
-  folders: dict[str, str],
-  batch_sizes: list[int],
-  *,
-  prompt_tokens: int,
-  new_tokens: int,
-  repeats: int,
-  dtype: str = 'auto',
-) -> dict[str, Any]:
-  """What the command prints with --json.
-
-  Args:
-    folders: {'model': a folder}, with {'against': another} to compare it with.
-    batch_sizes: sequences at a time, one after the other.
-    prompt_tokens: of each sequence.
-    new_tokens: that follow.
-    repeats: timed turns; figures are medians over them.
-    dtype: as in `lorapr_jax.load`.
-  """
-  models, described = {}, {}
-  for name, folder in folders.items():
-    loaded = load(folder, dtype)
-    models[name] = (
-      loaded.params,
-      Compute(loaded.config, dtype=loaded.dtype),
-    )
-    described[name] = describe(folder, loaded)
-  rows = []
-  for batch_size in batch_sizes:
-    times = paired_generation(
-      models,
-      batch_size=batch_size,
-      prompt_tokens=prompt_tokens,
-      new_tokens=new_tokens,
-      repeats=repeats,
-    )
-    for phase in PHASES:
-      # Of a prompt, the last token's logits alone are needed; a decoded token
-      # sees the prompt and on average half of what is new.
-      width, with_logits = {
-        'prefill': (prompt_tokens, 1 / prompt_tokens),
-        'decode': (2 * prompt_tokens + new_tokens, 1.0),
-      }[phase]
-      flops = {
-        name: forward_flops_per_token(
-          settings.config, width, with_logits=with_logits
-        )
-        for name, (_, settings) in models.items()
-      }
-      tokens = batch_size * (prompt_tokens if phase == 'prefill' else 1)
-      rows.append(
-        {'batch_size': batch_size, 'phase': phase}
-        | compare(times, phase, tokens, flops)
-      )
-  return {
-    **described,
-    'prompt_tokens': prompt_tokens,
-    'new_tokens': new_tokens,
-    'repeats': repeats,
-    'results': rows,
-  }
-
-
-def describe(folder: str, loaded: Model) -> dict[str, Any]:
-  """A model's size, in the dtype that it runs in."""
-  config: LlamaConfig = loaded.config
-  each = loaded.dtype.itemsize
-  return {
-    'folder': folder,
-    'dtype': loaded.dtype.name,
-    'params': config.num_parameters,
-    'weights_bytes': config.num_parameters * each,
-    'kv_cache_bytes_per_token': kv_cache_bytes_per_token(config, each),
-  }
-
-
-def compare(
-  times: dict[str, GenerationTimes],
-  phase: str,
-  tokens: int,
-  flops: dict[str, float],
-) -> dict[str, Any]:
-  """Medians of a phase; the speed-up is the median of the turns' own.
-
-  Args:
-    times: of each model.
-    phase: 'prefill' or 'decode'.
-    tokens: that one time is of.
-    flops: of a token, of each model.
-  """
-  seconds = {name: getattr(value, phase) for name, value in times.items()}
-  row: dict[str, Any] = {}
-  for name, values in seconds.items():
-    median = statistics.median(values)
-    row[name] = {'seconds': median, 'tokens_per_second': tokens / median}
-  if 'against' in seconds:
-    pairs = zip(seconds['model'], seconds['against'], strict=True)
-    row['speedup'] = statistics.median(theirs / ours for ours, theirs in pairs)
-    row['flops_ratio'] = flops['against'] / flops['model']
-  return row
 
 
 def show(report: dict[str, Any]) -> None:

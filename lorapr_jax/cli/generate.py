@@ -30,16 +30,10 @@ def main(argv: list[str]) -> None:
     raise UserError('--json needs --prompt, or prompts on standard input')
   folder, config = folder_and_config(args.model)
   tokenizer = Tokenizer(folder)
-  chat = tokenizer.has_chat_template and not args.raw
   prompts = [] if args.prompt is None else [checked(args.prompt)]
 
   def encode(messages):
-    if chat:
-      ids = tokenizer.encode_chat(messages)
-    else:
-      ids = tokenizer.encode(messages[-1]['content'])
-    generation.check_prompt(ids, config)
-    return ids
+    return generation.encode_prompt(tokenizer, config, messages, raw=args.raw)
 
   for prompt in prompts:
     encode([message('user', prompt)])

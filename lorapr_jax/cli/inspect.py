@@ -8,19 +8,9 @@ from rich.table import Table
 
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.hf.load import load_config
-from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.groups import (
-  CHANNELS,
-  KV_HEADS,
-  QUERIES,
-  couplings,
-  group_size,
-  kind,
-  member_parameters,
-  protected_layers,
-)
-from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.pruning.groups import QUERIES
+from lorapr_jax.pruning.targets import Targets
+from lorapr_jax.report.inspection import describe, describe_plan
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
@@ -66,53 +56,6 @@ def main(argv: list[str]) -> None:
     print_json(report)
   else:
     show(report)
-
-
-def describe(
-  config: LlamaConfig, protect: str, bytes_each: int
-) -> dict[str, Any]:
-  """Every group: its tensors with the axis that shrinks, counts and bytes.
-
-  Args:
-    config: the model's sizes.
-    protect: which layers are protected; see pruning.groups.
-    bytes_each: of a weight.
-  """
-  axes = block_axes(config)['params']
-  protected = protected_layers(len(config.layers), protect)
-  groups = {}
-  for group in (KV_HEADS, QUERIES, CHANNELS):
-    shapes = dict.fromkeys(config.layers)
-    groups[group] = {
-      'kind': kind(group),
-      'tensors': {name: list(names) for name, names in couplings(axes, group)},
-      'per_layer': [group_size(config, s, group) for s in config.layers],
-      'bytes_each': [
-        bytes_each * member_parameters(config, s, group) for s in shapes
-      ],
-    }
-  return {
-    'parameters': config.num_parameters,
-    'bytes': bytes_each * config.num_parameters,
-    'layers': len(config.layers),
-    'protected_layers': sorted(protected),
-    'groups': groups,
-  }
-
-
-def describe_plan(
-  config: LlamaConfig, targets: Targets, bytes_each: int
-) -> dict[str, Any]:
-  """What a target would leave, asked and reached."""
-  plan = plan_pruning(config, targets)
-  return {
-    'kept_per_layer': plan.keep,
-    'kept_by_depth': plan.kept_by_depth,
-    'parameters': plan.pruned_config.num_parameters,
-    'bytes': bytes_each * plan.pruned_config.num_parameters,
-    'target': plan.targets_by_kind(),
-    'achieved': plan.sparsity(plan.keep),
-  }
 
 
 def show(report: dict[str, Any]) -> None:

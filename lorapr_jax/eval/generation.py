@@ -68,6 +68,33 @@ class Sampling:
       raise UserError(f'seed is {self.seed}: it must be in [0, 2^32)')
 
 
+def encode_prompt(
+  tokenizer: Tokenizer,
+  config: LlamaConfig,
+  messages: Sequence[dict[str, str]],
+  *,
+  raw: bool = False,
+) -> np.ndarray:
+  """The ids of a conversation to be answered, or of a text to be continued.
+
+  Args:
+    tokenizer: of the model.
+    config: of the model.
+    messages: {'role', 'content'} of each; the last one is the user's.
+    raw: whether the last one is the beginning of a text even where the
+      tokenizer has a chat template.
+
+  Raises:
+    UserError: for a prompt that the model cannot continue.
+  """
+  if tokenizer.has_chat_template and not raw:
+    ids = tokenizer.encode_chat(messages)
+  else:
+    ids = tokenizer.encode(messages[-1]['content'])
+  check_prompt(ids, config)
+  return ids
+
+
 def stop_ids(folder: str | Path) -> frozenset[int]:
   """The ids that end a text, from generation_config.json or config.json."""
   for name in ('generation_config.json', 'config.json'):

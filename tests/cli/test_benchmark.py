@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorapr_jax.cli.benchmark import compare
 from lorapr_jax.cli.main import main
 from lorapr_jax.eval import latency
+from lorapr_jax.eval.benchmark import compare
 from lorapr_jax.eval.generation import Sampling, stream_tokens
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import cached
