@@ -159,10 +159,8 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.warmup = 0.1
   # The share of the steps that comes after the ramp.
   config.prune.cooldown = 0.1
-  # What makes up for groups each time they are masked, in o_proj and down_proj:
-  # ridge (what survives, in closed form from the inputs of the newest batches),
-  # bias (one that is the mean of what they gave; exports as mistral have none)
-  # or none (LoRAPrune).
+  # What makes up for groups each time they are masked: ridge (the weights of
+  # o_proj and down_proj that survive, by ridge regression) or none (LoRAPrune).
   config.prune.compensate = 'ridge'
   # The ridge, in units of the projection's mean squared input.
   config.prune.compensate_damping = 0.2

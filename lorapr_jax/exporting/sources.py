@@ -124,7 +124,7 @@ def _of_run(
   compensation = resolve_compensation(config.prune, plan)
   loaded = Base(params, Compute(sizes, lora_config), places)
   lora, left = finished(
-    state, as_saved(loaded, state, compensation.leaf if compensation else '')
+    state, as_saved(loaded, state)
   )
   for folder in reversed(CHECKPOINTS_AFTER_CUT):
     if saved_steps(workdir / folder):

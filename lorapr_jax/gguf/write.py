@@ -9,7 +9,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.format import (
   EOS_IDS,
@@ -25,7 +24,6 @@ from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.write import hf_tensors
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.pruning.compensation import REPAIRED
 from lorapr_jax.runtime.paths import new_path, path_of, written_locally
 
 _Type = gguf.GGMLQuantizationType
@@ -50,9 +48,9 @@ def write_gguf(
   """Writes weights, sizes and tokenizer as one file.
 
   The architecture is `llama`, or `deci` where layers differ in size. Norms
-  and biases are float32, and of these the `zero_biases` are left out. q8_0
-  stores blocks of 32 numbers of a row: a matrix whose rows are no multiple of
-  32 long is written as f16. One tensor is held at a time.
+  and biases are float32. q8_0 stores blocks of 32 numbers of a row: a matrix
+  whose rows are no multiple of 32 long is written as f16. One tensor is held at
+  a time.
 
   Args:
     path: to be made; it must not exist.
@@ -137,44 +135,15 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
       raise TypeError(f'{key}: {value!r}')
 
 
-def zero_biases(params: Any, config: LlamaConfig) -> set[str]:
-  """Hugging Face's names of the biases that a GGUF does without.
-
-  Those of q, k, v, gate and up that are zero: llama.cpp takes an absent one for
-  that, and older versions of it refuse a bias of queries that is not as long
-  as the embeddings. Those of o and down stay, to say that there are biases.
-
-  Of weights that lie on several processes all must ask.
-  """
-  biases = {
-    'stacks': tuple(
-      {
-        part: {
-          name: {'bias': stack[part][name]['bias']}
-          for name in PROJECTIONS[part]
-          if name not in REPAIRED.values()
-        }
-        for part in config.biased
-      }
-      for stack in params['stacks']
-    )
-  }
-  found = hf_tensors(biases, config, np.float32)
-  return {name for name, bias in found if not bias.any()}
-
-
 def _write_tensors(
   writer: gguf.GGUFWriter, params: Any, config: LlamaConfig, matrix_type: _Type
 ) -> None:
   """Writes the header with every tensor's shape, then tensor by tensor."""
   names = {theirs: name for name, theirs in hf_names(config).items()}
-  left_out = zero_biases(params, config)
   types = {}
   if config.rope_scaling:
     _declare(writer, ROPE_FACTORS, (config.head_dim // 2,), _Type.F32)
   for theirs, shape in hf_shapes(params, config).items():
-    if theirs in left_out:
-      continue
     types[theirs] = _storage(shape, matrix_type)
     _declare(writer, names[theirs], shape, types[theirs])
   writer.write_header_to_file()
@@ -183,8 +152,6 @@ def _write_tensors(
   if config.rope_scaling:
     writer.write_tensor_data(rope_factors(config))
   for theirs, weight in hf_tensors(params, config, np.float32):
-    if theirs in left_out:
-      continue
     if is_rotated(names[theirs]):
       weight = halves_to_interleaved(weight, config.head_dim)
     writer.write_tensor_data(gguf.quants.quantize(weight, types[theirs]))

@@ -75,10 +75,7 @@ def resolve_model_type(
       f'{config.layers[0].num_heads} heads with a hidden size of '
       f'{config.embed_dim}, and a {" or ".join(others)}'
     )
-  raise UserError(
-    f'{why} has no biases, which the model has (prune.compensate=bias makes '
-    f'them): use {instead}'
-  )
+  raise UserError(f'{why} has no biases, which the model has: use {instead}')
 
 
 def _loaded(config: LlamaConfig) -> list[str]:

@@ -204,21 +204,13 @@ def load_params(
 
   Args:
     folder: with config.json and safetensors.
-    config: `load_config(folder)`, or that with biases which are then zero, or
-      with projections to be quantised.
+    config: `load_config(folder)`, or that with projections to be quantised.
     shardings: a `NamedSharding` for every tensor.
     dtype: to convert to.
 
   Raises:
     UserError: if the files do not hold what config.json says.
   """
-  shards, held = Shards(folder), load_config(folder)
-  there = set(check_tensors(shards, held))
-  shapes = hf_shapes(param_shapes(config.dequantized, np.float32), config)
-
-  def tensor_of(name: str) -> Any:
-    if name in there:
-      return shards.slice_of(name)
-    return np.zeros(shapes[name], np.float32)
-
-  return place_params(tensor_of, config, shardings, dtype)
+  shards = Shards(folder)
+  check_tensors(shards, config.dequantized)
+  return place_params(shards.slice_of, config, shardings, dtype)

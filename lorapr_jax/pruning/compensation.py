@@ -1,6 +1,6 @@
 """Compensation: what survives makes up for what is masked, in closed form.
 
-Here for one projection; `lorapr_jax/training/repair.py` goes through a model.
+This module repairs one projection; training/repair.py goes through a model.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.solve import solve
 
-NONE, RIDGE, BIAS = 'none', 'ridge', 'bias'
+NONE, RIDGE = 'none', 'ridge'
 # By part of a block, the projection that reads the pruned groups.
 REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
 
@@ -23,14 +23,12 @@ class Compensation:
   """How it is done.
 
   Attributes:
-    damping: c, of the ridge in units of the mean squared input.
-    batches: the newest so many that the inputs are taken from.
-    kind: RIDGE or BIAS.
+    damping: c of `ridge_update`.
+    batches: how many of the newest batches the inputs are taken from.
   """
 
   damping: float
   batches: int
-  kind: str = RIDGE
 
   def __post_init__(self):
     if not self.damping > 0:
@@ -41,24 +39,6 @@ class Compensation:
       raise UserError(
         f'prune.compensate_batches is {self.batches}: it must be positive'
       )
-
-  @property
-  def leaf(self) -> str:
-    """What of a projection is repaired: 'weight' or 'bias'."""
-    return 'weight' if self.kind == RIDGE else 'bias'
-
-
-def bias_update(weight: Array, mean: Array, gone: Array) -> Array:
-  """What is added to the bias: mean_P W_P, the mean of what the rows P gave.
-
-  As in FLAP (arXiv 2312.11983).
-
-  Args:
-    weight: (I, O), of which the rows in P are read.
-    mean: (I,), of the inputs over tokens; float32.
-    gone: (I,), 1 for a row of P.
-  """
-  return jnp.dot(gone * mean, weight, precision=jax.lax.Precision.HIGHEST)
 
 
 def ridge_update(
@@ -71,13 +51,13 @@ def ridge_update(
 ) -> Array:
   """What is added to the rows that stay, to do the work of those that go.
 
-  (H_SS + c mean(diag H_SS) I)^-1 H_SP W_P, the ridge regression of what the
-  rows P contributed to the output on the inputs of the rows S: optimal brain
-  surgeon (Hassibi and Stork, 1993) for groups, as in SlimGPT (arXiv
+  (H_SS + c mean(diag H_SS) I)^-1 H_SP W_P. This is the ridge regression of what
+  the rows P contributed to the output on the inputs of the rows S: optimal
+  brain surgeon (Hassibi and Stork, 1993) for groups, as in SlimGPT (arXiv
   2412.18110). Rows outside S get zero.
 
   Args:
-    weight: (I, O), of which the rows in P are read.
+    weight: (I, O). Its rows in P are read.
     gram: (I, I), H = X^T X over tokens' inputs X; float32.
     gone: (I,), 1 for a row of P.
     stays: (I,), 1 for a row of S.

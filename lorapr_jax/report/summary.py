@@ -142,7 +142,6 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     show('nothing is pruned (prune.target=0)')
     return
   protected = len(config.layers) - len(plan.prunable_layers)
-  pruned = plan.pruned_config.with_biases(settings.compute.config.biased)
   for group, kept in plan.kept_by_depth.items():
     size = group_size(config, config.layers[0], group)
     if len(kept) == 1:
@@ -159,7 +158,7 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     show(f'what is left has {loops} stacks of equal layers, each compiled')
   show(
     f'{protected} of {len(config.layers)} layers protected (prune.protect); '
-    f'{pruned.num_parameters:,} parameters will be left'
+    f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
   if settings.order == 'joint':
     steps = ', '.join(map(str, settings.cuts))

@@ -35,7 +35,6 @@ from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.models.lora import INPUTS, terms_of
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import (
-  BIAS,
   NONE,
   REPAIRED,
   RIDGE,
@@ -74,8 +73,7 @@ class RunSettings:
   Attributes:
     model_path: the base's folder, or None for random weights.
     base_dtype: of the frozen weights that are not quantised.
-    compute: what the compiled functions are specialised to: the base in memory,
-      with the biases that compensation adds.
+    compute: what the compiled functions are specialised to: the base in memory.
     order: one of ORDERS.
     plan: what will be left, of the base as it is; None if nothing is pruned.
     schedule: of joint pruning.
@@ -113,7 +111,7 @@ class RunSettings:
   @property
   def dense(self) -> LlamaConfig:
     """The sizes of the base as it is."""
-    return self.plan.config if self.plan else self.compute.config.dequantized
+    return self.compute.config.dequantized
 
 
 def _quantized(
@@ -127,7 +125,7 @@ def _quantized(
   choose('model.base_dtype', base_dtype, (*DTYPES, INT8))
   if base_dtype != INT8:
     return ()
-  if compensation and compensation.leaf == 'weight':
+  if compensation:
     return tuple(x for x in LORA_TARGETS if x not in REPAIRED.values())
   return LORA_TARGETS
 
@@ -242,8 +240,8 @@ def split_model(
 ) -> tuple[LlamaConfig, LoraConfig, PruningPlan | None]:
   """The sizes, the adapters and the plan: what a checkpoint's shapes follow.
 
-  The sizes are the base's in memory, with the biases that compensation adds and
-  what is quantised; those of the plan are without either.
+  The sizes are the base's in memory: they say what is quantised, and those of
+  the plan do not.
 
   Args:
     config: its sections model, lora and prune are read.
@@ -271,9 +269,6 @@ def split_model(
     targets = _targets(config.prune, tensor_parallel)
     plan = PruningPlan(sizes, targets, counts) if counts else None
   compensation = resolve_compensation(config.prune, plan)
-  if compensation and compensation.kind == BIAS:
-    parts = {'heads': 'self_attn', 'channels': 'mlp'}
-    sizes = sizes.with_biases(parts[kind(group)] for group in plan.keep)
   quantized = _quantized(config.model.base_dtype, compensation)
   return dataclasses.replace(sizes, quantized=quantized), lora, plan
 
@@ -282,10 +277,9 @@ def _export_settings(
   config: config_dict.ConfigDict, sizes: LlamaConfig, plan: PruningPlan | None
 ) -> ExportSettings:
   export = ExportSettings(**config.export)
-  padded = export.layout == 'padded'
   final = sizes
-  if plan and not padded:
-    final = plan.pruned_config.with_biases(sizes.biased)
+  if plan and export.layout != 'padded':
+    final = plan.pruned_config
   resolve_layout(final, export.layout)
   resolve_model_type(final, export.layout, export.model_type)
   return export
@@ -394,9 +388,14 @@ def resolve_compensation(
   """
   if 'compensate' not in prune:  # The run is older than the key.
     return None
-  choose('prune.compensate', prune.compensate, (NONE, RIDGE, BIAS))
+  choose(
+    'prune.compensate',
+    prune.compensate,
+    (RIDGE, NONE),
+    removed={'bias': 'prune.compensate=ridge'},
+  )
   compensation = Compensation(
-    prune.compensate_damping, prune.compensate_batches, prune.compensate
+    prune.compensate_damping, prune.compensate_batches
   )
   return compensation if plan and prune.compensate != NONE else None
 

@@ -38,18 +38,17 @@ def finished(state: TrainState, base: Base) -> tuple[Any, Base]:
   return lora, base.cut(left)
 
 
-def as_saved(base: Base, state: TrainState, leaf: str) -> Base:
+def as_saved(base: Base, state: TrainState) -> Base:
   """The base at the size of a state that was saved, with what was repaired.
 
   Args:
     base: as loaded. Arrays that were cut on the way or repaired are deleted.
     state: from a checkpoint.
-    leaf: what is repaired; see `repair.repaired_of`.
   """
   base = base.cut(kept_of(state.whole['masks']))
   if not state.repaired:
     return base
-  loaded = repaired_of(base.params, leaf)
+  loaded = repaired_of(base.params)
   places = jax.tree.map(lambda x: x.sharding, loaded)
   for array in jax.tree.leaves(loaded):
     array.delete()

@@ -254,7 +254,7 @@ def train_phase(
         interrupt.wait_for(state.step)
         repaired = ()
         if functions.compensate:
-          repaired = repaired_of(base.params, settings.compensation.leaf)
+          repaired = repaired_of(base.params)
         checkpoints.save(step + 1, state.replace(repaired=repaired))
       if stopping:
         break
@@ -312,8 +312,7 @@ def resume(
       if repaired:
         shapes = shapes.replace(
           repaired=repaired_of(
-            weight_shapes(base.places.mesh, size.config, base.dtype),
-            repaired.leaf,
+            weight_shapes(base.places.mesh, size.config, base.dtype)
           )
         )
       state = checkpoints.restore(step, shapes, base.places.state)
@@ -322,5 +321,5 @@ def resume(
       if (done := checkpoints.set_newest_aside()) is None:
         raise
       display.warn(done)
-  base = as_saved(base, state, repaired.leaf if repaired else '')
+  base = as_saved(base, state)
   return state.replace(repaired=()), base

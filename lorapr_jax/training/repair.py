@@ -1,17 +1,18 @@
 """Compensation of a whole model, layer by layer: the event of a pruning step.
 
-Two projections of a layer are repaired, those that read what is masked: their
-weights, or their biases alone. These change, so they are checkpointed.
+In every layer the two projections that read pruned groups are repaired. Their
+weights change, so they are in the checkpoints.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 from jax import Array
 import jax.numpy as jnp
-from jax.sharding import Mesh, Sharding
+from jax.sharding import Sharding
 
 from lorapr_jax.axes import (
   PROJECTIONS,
@@ -27,51 +28,49 @@ from lorapr_jax.models.compute import (
 )
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
-from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation, rope_rotation
+from lorapr_jax.models.layers import (
+  INPUTS,
+  LoRAEinsum,
+  Rotation,
+  rope_rotation,
+)
 from lorapr_jax.models.lora import lora_product
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import (
   REPAIRED,
-  RIDGE,
   Compensation,
-  bias_update,
   ridge_update,
 )
 from lorapr_jax.pruning.solve import solve, solve_in_blocks, spread
 from lorapr_jax.runtime.sharding import mesh_of, parts, platform
 
 
-def repaired_part(block: Any, leaf: str) -> Any:
-  """Of a tree like a block's, REPAIRED's weights or the biases that it has."""
+def repaired_part(block: Any) -> Any:
+  """The weights of REPAIRED, of a tree like a block's."""
   return {
-    part: {name: {leaf: block[part][name][leaf]}}
+    part: {name: {'weight': block[part][name]['weight']}}
     for part, name in REPAIRED.items()
-    if leaf in block[part][name]
   }
 
 
 def _with_part(block: Any, new: Any) -> Any:
-  if not isinstance(block, dict):  # Here the leaf was.
-    return new
-  return block | {key: _with_part(block.get(key), x) for key, x in new.items()}
-
-
-def _without_part(block: Any, leaf: str) -> Any:
   for part, name in REPAIRED.items():
-    leaves = {k: x for k, x in block[part][name].items() if k != leaf}
-    block = block | {part: block[part] | {name: leaves}}
+    projection = block[part][name] | new[part][name]
+    block = block | {part: block[part] | {name: projection}}
   return block
 
 
-def repaired_of(params: Any, leaf: str) -> tuple[Any, ...]:
-  """Of a tree like the base's, what is repaired; by stack.
+def _without_part(block: Any) -> Any:
+  for part, name in REPAIRED.items():
+    rest = {k: x for k, x in block[part][name].items() if k != 'weight'}
+    block = block | {part: block[part] | {name: rest}}
+  return block
 
-  Args:
-    params: the tree.
-    leaf: of REPAIRED: `Compensation.leaf`.
-  """
-  return tuple(repaired_part(block, leaf) for block in params['stacks'])
+
+def repaired_of(params: Any) -> tuple[Any, ...]:
+  """The `repaired_part` of every stack, of a tree like the base's."""
+  return tuple(map(repaired_part, params['stacks']))
 
 
 def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
@@ -90,10 +89,10 @@ def make_compensate(
 
   The batches' tokens go through the layers in order. Each part of a layer runs
   with the masks from before the event, up to the inputs X of its last
-  projection; `ridge_update` repairs that, or `bias_update`, where W + s A B is
-  what the rows that go contributed; and its output with the masks from after
-  the event is what the next part sees. So each repair knows of all before it,
-  and one layer's X^T X exists at a time. Padding does not count in X.
+  projection. `ridge_update` repairs the weight W of that, where W + s A B is
+  what the rows that go contributed. The next part sees its output with the
+  masks from after the event. So each repair knows of all before it, and one
+  layer's X^T X exists at a time. Padding does not count in X.
 
   What is repaired is donated, the rest comes back as it is.
   `failed` counts the projections whose repair was not finite: they stay.
@@ -104,10 +103,8 @@ def make_compensate(
     base_sharding: of the base.
     out_sharding: of `failed`.
   """
-  mesh, leaf = mesh_of(out_sharding), compensation.leaf
-  repair = functools.partial(_repair, settings, compensation, out_sharding)
 
-  def compensate(repaired, rest, lora, before, after, batches):
+  def compensate(repaired, rest, lora, masks, batches):
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
     tokens, segments = batch['tokens'], batch.get('segments')
     x = rest['embed_tokens']['weight'][tokens].astype(settings.dtype)
@@ -119,21 +116,22 @@ def make_compensate(
       positions = jax.vmap(segment_positions)(segments)
       x = jnp.where((segments > 0)[..., None], x, 0)
     rotation = rope_rotation(settings.config, positions.astype(jnp.float32))
-    if parts(mesh, 'length') == 1:  # Else B and T stay apart.
+    if parts(mesh_of(out_sharding), 'length') == 1:  # Else B and T stay apart.
       x = x.reshape(x.shape[0], -1, x.shape[-1])
-    count = tokens.size if segments is None else jnp.sum(segments > 0)
     stacks, failed = [], jnp.int32(0)
     for i, stack in enumerate(settings.config.stacks):
-      layer = functools.partial(
-        _repair_layer,
+      repair = _StackRepair(
         settings,
-        compensation.leaf,
-        functools.partial(repair, count),
-        _reader(settings, stack.shape, rotation, segments, mesh),
+        compensation.damping,
+        out_sharding,
+        stack.shape,
+        rotation,
+        segments,
       )
       trees = {'params': rest['stacks'][i], 'lora': lora[i]}
+      before, after = masks
       (x, new, failed), _ = jax.lax.scan(
-        layer,
+        repair.repair_layer,
         (x, repaired[i], failed),
         (jnp.arange(stack.size), trees, before[i], after[i]),
       )
@@ -143,41 +141,85 @@ def make_compensate(
   compiled = jax.jit(
     compensate,
     donate_argnums=0,
-    out_shardings=(repaired_of(base_sharding, leaf), out_sharding),
+    out_shardings=(repaired_of(base_sharding), out_sharding),
     compiler_options=compiler_options(out_sharding),
   )
 
-  def split(params):
-    stacks = tuple(_without_part(block, leaf) for block in params['stacks'])
-    return repaired_of(params, leaf), {**params, 'stacks': stacks}
+  def arguments(params, lora, before, after, batches):
+    rest = {**params, 'stacks': tuple(map(_without_part, params['stacks']))}
+    return repaired_of(params), rest, lora, (before, after), batches
 
-  def event(params, *arguments):
-    repaired, rest = split(params)
-    repaired, failed = compiled(repaired, rest, *arguments)
-    return with_repaired(rest, repaired), failed
+  def event(params, *more):
+    repaired, failed = compiled(*arguments(params, *more))
+    return with_repaired(params, repaired), failed
 
   # As of what jax.jit returns.
-  event.lower = lambda params, *arguments: compiled.lower(
-    *split(params), *arguments
-  )
+  event.lower = lambda *given: compiled.lower(*arguments(*given))
   return event
 
 
-def _reader(
-  settings: Compute,
-  shape: LayerShape,
-  rotation: Rotation,
-  segments: Array | None,
-  mesh: Mesh | None,
-) -> Callable[..., Array]:
-  """(part, a layer's variables, x (M, N, D)) -> what REPAIRED[part] reads.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _StackRepair:
+  """How the layers of a stack are repaired.
 
-  One of the M micro-batches at a time; all in the result, (M, N, ...), zero
-  where there is padding. As in all of this file B and T are two axes in the
-  place of N on a mesh that cuts T.
+  Tokens are (M, N): M micro-batches of N tokens. On a mesh that cuts T, B and T
+  are two axes in the place of N.
+
+  Attributes:
+    settings: of the run.
+    damping: of `ridge_update`.
+    place: of small arrays; it has the mesh.
+    shape: of the layers.
+    rotation: RoPE's, of the M micro-batches.
+    segments: (M, B, T), as of `run_model`; None: a window is one text.
   """
 
-  def read(part: str, variables: Any, x: Array) -> Array:
+  settings: Compute
+  damping: float
+  place: Sharding
+  shape: LayerShape
+  rotation: Rotation
+  segments: Array | None
+
+  def repair_layer(self, carry: Any, layer: Any) -> tuple[Any, None]:
+    """The body of the scan over the stack.
+
+    Args:
+      carry: x (M, N, D); the weights of the stack that are repaired, which are
+        written in place; and how many repairs failed.
+      layer: the layer's number, its trees, its masks before and after.
+    """
+    x, repaired, failed = carry
+    i, trees, before, after = layer
+    settings = self.settings
+    axes = block_axes(settings.config.dequantized, settings.lora)
+    weights = jax.tree.map(lambda stack: stack[i], repaired)
+    params = dequantized(_with_part(trees['params'], weights), x.dtype)
+    trees = {'params': params, 'lora': trees['lora']}
+    old = {k: apply_masks(tree, before, axes[k]) for k, tree in trees.items()}
+    for part, name in REPAIRED.items():
+      seen = self.read(part, old, x)
+      inputs = Axes.of(ProjectionLetters.of(PROJECTIONS[part][name]).inputs)
+      there, stays = (
+        apply_masks(jnp.ones(seen.shape[-len(inputs) :]), masks, inputs).ravel()
+        for masks in (before, after)
+      )
+      own, names = (_projection(x, part, name) for x in (trees, axes))
+      weight, bad = self.repair(own, seen, there, stays)
+      failed += bad
+      stack = repaired[part][name]['weight'].at[i].set(weight)
+      repaired = {**repaired, part: {name: {'weight': stack}}}
+      own['params'] = own['params'] | {'weight': weight}
+      x += self.write(part, apply_masks(own, after, names), seen)
+    return (x, repaired, failed), None
+
+  def read(self, part: str, variables: Any, x: Array) -> Array:
+    """What REPAIRED[part] reads of x (M, N, D): (M, N, ...).
+
+    One micro-batch at a time. Padding gives zero.
+    """
+    settings, mesh = self.settings, mesh_of(self.place)
+
     def of_one(inputs: Any) -> Array:
       x, rotation, segments = inputs
       attend = choose_attention(
@@ -190,7 +232,11 @@ def _reader(
       if segments is not None:
         attend = functools.partial(attend, segments=segments)
       block = Block(
-        settings.config, shape, settings.lora, settings.matmul_dtype, attend
+        settings.config,
+        self.shape,
+        settings.lora,
+        settings.matmul_dtype,
+        attend,
       )
       _, seen = block.apply(
         variables, x, rotation, parts=(part,), mutable=[INPUTS]
@@ -198,108 +244,72 @@ def _reader(
       seen = seen[INPUTS][part][REPAIRED[part]]['inputs']
       if segments is None:
         return seen
-      # Of padding only biases make anything.
+      # Biases make something of padding.
       tokens = (*x.shape[:-1], *(1 for _ in seen.shape[x.ndim - 1 :]))
       return jnp.where((segments > 0).reshape(tokens), seen, 0)
 
-    return jax.lax.map(of_one, (x, rotation, segments))
+    return jax.lax.map(of_one, (x, self.rotation, self.segments))
 
-  return read
+  def repair(
+    self, own: Any, seen: Array, there: Array, stays: Array
+  ) -> tuple[Array, Array]:
+    """The repaired weight, and 1 where the repair was not finite.
 
+    Args:
+      own: the projection's variables.
+      seen: what it reads, (M, N, ...).
+      there: 1 for a row of its weight, as a matrix, before the event.
+      stays: 1 for a row after it.
+    """
+    weight, gone = own['params']['weight'], there - stays
+    mesh, solver = mesh_of(self.place), solve
+    if platform(self.place) == 'tpu':
+      solver = functools.partial(solve_in_blocks, mesh=mesh)
 
-def _repair_layer(settings, leaf, repair, read, carry, layer):
-  """The body of the scan over a stack.
-
-  The carry is x (M, N, D), what is repaired of the stack, written in place, and
-  how many repairs failed.
-  """
-  x, repaired, failed = carry
-  i, trees, before, after = layer
-  biased = settings.config.biased
-  axes = block_axes(settings.config.dequantized, settings.lora)
-  weights = jax.tree.map(lambda stack: stack[i], repaired)
-  params = dequantized(_with_part(trees['params'], weights), x.dtype)
-  trees = {'params': params, 'lora': trees['lora']}
-  old, new = (
-    {name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()}
-    for masks in (before, after)
-  )
-  for part, name in REPAIRED.items():
-    spec, params_of = PROJECTIONS[part][name], params[part][name]
-    seen = read(part, old, x)
-    inputs = Axes.of(ProjectionLetters.of(spec).inputs)
-    there, stays = (
-      apply_masks(jnp.ones(seen.shape[-len(inputs) :]), masks, inputs).ravel()
-      for masks in (before, after)
-    )
-    adapter = trees['lora'].get(part, {}).get(name)
-    if part in repaired:
-      mended, bad = repair(params_of, adapter, seen, there, stays)
-      failed += bad
-      stack = repaired[part][name][leaf].at[i].set(mended)
-      repaired = {**repaired, part: {name: {leaf: stack}}}
-      params_of = params_of | {leaf: mended}
-    projection = LoRAEinsum(
-      spec,
-      params_of['weight'].shape,
-      adapter and settings.lora,
-      settings.matmul_dtype,
-      part in biased,
-    )
-    variables = {
-      'params': apply_masks(params_of, after, axes['params'][part][name]),
-      'lora': new['lora'].get(part, {}).get(name, {}),
-    }
-    x += jax.lax.map(
-      lambda seen, p=projection, v=variables: p.apply(v, seen, seen), seen
-    )
-  return (x, repaired, failed), None
-
-
-def _repair(
-  settings, compensation, place, count, params, adapter, inputs, there, stays
-):
-  """The leaf that makes up for the rows that go, and 1 if there is none."""
-  rows, gone, weight = stays.size, there - stays, params['weight']
-  old, mesh = params[compensation.leaf], mesh_of(place)
-  solver = solve
-  if platform(place) == 'tpu':
-    solver = functools.partial(solve_in_blocks, mesh=mesh)
-
-  def repair():
-    matrix = weight.reshape(rows, -1).astype(jnp.float32)
-    effective = matrix
-    if adapter is not None:
-      product = lora_product(adapter['a'], adapter['b'])
-      effective += settings.lora.scale * product.reshape(matrix.shape)
-    # Micro-batches stay apart: their tokens lie on all devices.
-    axes = tuple(range(1 + inputs.ndim - weight.ndim))
-    x = inputs.reshape(*inputs.shape[: len(axes)], rows)
-    if compensation.kind == RIDGE:
-      x = x.astype(settings.matmul_dtype or x.dtype)
-      gram = jax.lax.dot_general(
-        x,
-        x,
-        ((axes, axes), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-      )
+    def repaired():
+      effective = weight.reshape(stays.size, -1).astype(jnp.float32)
+      if own['lora']:
+        product = lora_product(own['lora']['a'], own['lora']['b'])
+        effective += self.settings.lora.scale * product.reshape(effective.shape)
+      gram = spread(self.gram(seen, weight.ndim - 1), mesh, 0)
       update = ridge_update(
-        effective,
-        spread(gram, mesh, 0),
-        gone,
-        stays,
-        compensation.damping,
-        solver,
-      )
-    else:
-      mean = jnp.sum(x.astype(jnp.float32), axis=axes) / count
-      update = bias_update(effective, mean, gone)
-    good = jnp.all(jnp.isfinite(update))
-    new = old.astype(jnp.float32) + jnp.where(
-      good, update.reshape(old.shape), 0
-    )
-    bad = 1 - good.astype(jnp.int32)
-    return new.astype(old.dtype), bad
+        effective, gram, gone, stays, self.damping, solver
+      ).reshape(weight.shape)
+      good = jnp.all(jnp.isfinite(update))
+      new = weight.astype(jnp.float32) + jnp.where(good, update, 0)
+      return new.astype(weight.dtype), 1 - good.astype(jnp.int32)
 
-  return jax.lax.cond(jnp.any(gone > 0), repair, lambda: (old, jnp.int32(0)))
+    return jax.lax.cond(
+      jnp.any(gone > 0), repaired, lambda: (weight, jnp.int32(0))
+    )
+
+  def gram(self, seen: Array, inputs: int) -> Array:
+    """X^T X over tokens, in float32; the last `inputs` axes of X are as one."""
+    # Micro-batches stay apart: their tokens lie on all devices.
+    tokens = seen.shape[:-inputs]
+    x = seen.reshape(*tokens, -1)
+    x = x.astype(self.settings.matmul_dtype or x.dtype)
+    axes = tuple(range(len(tokens)))
+    return jax.lax.dot_general(
+      x,
+      x,
+      ((axes, axes), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32,
+    )
+
+  def write(self, part: str, variables: Any, seen: Array) -> Array:
+    """What REPAIRED[part] makes of what it reads: (M, N, D)."""
+    projection = LoRAEinsum(
+      PROJECTIONS[part][REPAIRED[part]],
+      variables['params']['weight'].shape,
+      self.settings.lora if variables['lora'] else None,
+      self.settings.matmul_dtype,
+      part in self.settings.config.biased,
+    )
+    return jax.lax.map(lambda x: projection.apply(variables, x, x), seen)
+
+
+def _projection(trees: Any, part: str, name: str) -> dict[str, Any]:
+  """One projection of a block's {'params', 'lora'}: {} without an adapter."""
+  return {key: tree.get(part, {}).get(name, {}) for key, tree in trees.items()}

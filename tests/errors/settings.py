@@ -1,6 +1,25 @@
 """Settings: unknown ones, wrong types, impossible values, meshes."""
 
-from tests.errors.case import Case, tiny_override, train_tiny, with_argv
+from tests.errors.case import (
+  Case,
+  Place,
+  tiny_override,
+  train_model,
+  train_tiny,
+  with_argv,
+)
+
+
+def _with_biases(did: str, *settings: str, **more: int) -> Case:
+  """Prunes a MODEL that has biases and these keys in its config.json."""
+
+  def argv(place: Place) -> list[str]:
+    place.model(attention_bias=True, **more)
+    place.text()
+    return train_model('prune.protect=none', *settings)
+
+  return Case(did, argv)
+
 
 CASES = [
   # Keys and types.
@@ -86,22 +105,7 @@ CASES = [
   tiny_override('prune.scope=global', 'which was removed'),
   tiny_override('prune.blocks=4', 'which was removed'),
   tiny_override('prune.compensate=wish'),
-  *(
-    Case(
-      '`--config.prune.compensate=bias --config.prune.protect=none '
-      f'--config.{more}`',
-      with_argv(
-        *train_tiny('prune.compensate=bias', 'prune.protect=none', *all)
-      ),
-    )
-    for more, all in (
-      ('export.model_type=mistral', ('export.model_type=mistral',)),
-      (
-        'export.layout=uniform --config.prune.heads_target=0.25',
-        ('export.layout=uniform', 'prune.heads_target=0.25'),
-      ),
-    )
-  ),
+  tiny_override('prune.compensate=bias'),
   tiny_override('prune.compensate_damping=0'),
   tiny_override('prune.compensate_batches=0'),
   tiny_override('prune.every=0'),
@@ -123,6 +127,18 @@ CASES = [
   tiny_override('export.layout=uniform', 'with protected layers'),
   tiny_override('export.layout=zip'),
   tiny_override('export.model_type=gpt2'),
+  _with_biases(
+    '`--config.export.model_type=mistral`, of a MODEL with biases',
+    'export.model_type=mistral',
+  ),
+  _with_biases(
+    '`--config.export.layout=uniform`, of a MODEL with biases and 6 heads',
+    'export.layout=uniform',
+    'prune.heads=none',
+    num_attention_heads=6,
+    num_key_value_heads=6,
+    head_dim=8,
+  ),
   tiny_override('export.dtype=int8'),
   tiny_override('export.format=zip'),
   tiny_override('export.format=gguf', 'without hf'),

@@ -165,29 +165,6 @@ def test_biases_lie_as_their_weights_do(random_params, tmp_path):
     np.testing.assert_array_equal(found[name], stored(weight, kind))
 
 
-def test_biases_that_are_zero_are_left_out(random_params, load, tmp_path):
-  config = UNEQUAL.with_biases(('self_attn', 'mlp'))
-  params = random_params(config)
-  for stack in params['stacks']:
-    for name in ('q_proj', 'v_proj'):
-      stack['self_attn'][name]['bias'] *= 0
-    stack['mlp'] = {
-      name: {**leaves, 'bias': 0 * leaves['bias']}
-      for name, leaves in stack['mlp'].items()
-    }
-  path = write(tmp_path / 'a.gguf', params, config)
-  names = {t.name for t in gguf.GGUFReader(path).tensors if 'bias' in t.name}
-  assert names == {
-    f'blk.{i}.{name}.bias'
-    for i in range(4)
-    for name in ('attn_k', 'attn_output', 'ffn_down')
-  }
-  assert convert(str(path), tmp_path / 'folder') == config
-  again, read = load(tmp_path / 'folder')
-  assert again == config
-  jax.tree.map(np.testing.assert_array_equal, read, params)
-
-
 @pytest.mark.parametrize(
   'kind', ['mha', 'mha_tied', 'gqa', 'gqa_tied', 'wide_heads']
 )

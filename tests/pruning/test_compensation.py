@@ -6,7 +6,6 @@ import pytest
 from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.compensation import (
   Compensation,
-  bias_update,
   ridge_update,
 )
 
@@ -56,16 +55,6 @@ def test_rows_that_others_make_up_go_without_a_trace(arrays):
   np.testing.assert_allclose(after, before, rtol=1e-3, atol=1e-2)
   lost = np.abs(x[:, GONE] @ weight[GONE]).max()
   assert np.abs(after - before).max() < 1e-3 * lost
-
-
-def test_the_bias_is_the_mean_of_what_went(arrays):
-  x, weight = arrays
-  x = x + np.linspace(-2, 3, ROWS, dtype=np.float32)
-  lost = x[:, GONE] @ weight[GONE]
-  found = bias_update(weight, x.mean(axis=0), GONE.astype(np.float32))
-  np.testing.assert_allclose(found, lost.mean(axis=0), rtol=1e-4, atol=1e-4)
-  # No other constant is nearer.
-  assert ((lost - found) ** 2).sum() < ((lost - 0.9 * found) ** 2).sum()
 
 
 def test_settings_are_checked():

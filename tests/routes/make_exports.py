@@ -44,12 +44,12 @@ _REAL = (
 _ALL_FORMATS = ('export.format=hf,gguf,peft', 'export.gguf_dtype=f32')
 # Workdir -> base and settings. The tiny ones: 4 of 8 heads; 6 of 8, which do
 # not divide the hidden size of 128; and, in the layers that are not protected,
-# one query head of two under every KV head, or 4 of 8 with biases.
+# one query head of two under every KV head, or 4 of 8 of a base with biases.
 _TINY_RUNS = {
   'uniform': ('base', ('prune.protect=none',)),
   'odd': ('base', ('prune.protect=none', 'prune.heads_target=0.25')),
   'two_shape': ('second', ('prune.heads=queries', *_ALL_FORMATS)),
-  'biases': ('second', ('prune.compensate=bias', *_ALL_FORMATS)),
+  'biases': ('biased', _ALL_FORMATS),
 }
 _REAL_RUNS = {
   'uniform': ('base', ('prune.protect=none',)),
@@ -97,6 +97,7 @@ def main() -> None:
     tiny.write_sentences(held_out, seed=1, count=60)
     tiny.make_base(folder / 'base', tiny.CONFIG, text)
     tiny.make_base(folder / 'second', tiny.SECOND_CONFIG, text)
+    tiny.make_base(folder / 'biased', tiny.BIASED_CONFIG, text)
     runs, settings = _TINY_RUNS, _COMMON + _TINY
   for name, (base, own) in runs.items():
     train(folder / name, folder / base, text, settings + own)

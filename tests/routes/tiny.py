@@ -1,4 +1,4 @@
-"""Two tiny models with random weights and real tokenizers, and a text."""
+"""Tiny models with random weights and real tokenizers, and a text."""
 
 import dataclasses
 from pathlib import Path
@@ -54,6 +54,9 @@ SECOND_CONFIG = dataclasses.replace(
     original_max_position_embeddings=32,
   ),
 )
+BIASED_CONFIG = dataclasses.replace(
+  SECOND_CONFIG, attention_bias=True, mlp_bias=True
+)
 
 
 def write_sentences(path: Path, seed: int, count: int) -> None:
@@ -78,11 +81,17 @@ def make_base(folder: Path, config: LlamaConfig, text: Path) -> None:
   companions = folder.with_name(f'{folder.name}-tokenizer')
   companions.mkdir()
   _write_tokenizer(companions, config, text)
-  # Five times as wide as usual, so that the logits of a model that has hardly
-  # been trained differ by more than rounding.
+
+  def draw(path, x):
+    name = jax.tree_util.keystr(path)
+    if 'bias' in name:
+      return 0.1 * jax.random.normal(jax.random.key(x.size), x.shape)
+    # Five times as wide as usual, so that the logits of a model that has hardly
+    # been trained differ by more than rounding.
+    return x if 'norm' in name else 5 * x
+
   params = jax.tree_util.tree_map_with_path(
-    lambda path, x: x if 'norm' in jax.tree_util.keystr(path) else 5 * x,
-    init_params(jax.random.key(0), config, np.float32),
+    draw, init_params(jax.random.key(0), config, np.float32)
   )
   export_model(folder, params, config, base=companions)
 

@@ -8,8 +8,12 @@ import pytest
 from safetensors.numpy import load, load_file
 
 from lorapr_jax.cli.main import main
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
+from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape
+from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
+from tests.conftest import HF_CONFIGS
 from tests.runs import assert_same_run, finish, metrics, start
 
 
@@ -48,42 +52,61 @@ def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  'parts, pruned',
+  'parts, settings',
   [
-    (('self_attn', 'mlp'), ()),
-    (('mlp',), ('--config.prune.heads=none', '--config.model.base_dtype=int8')),
+    (('self_attn', 'mlp'), ('prune.shrink=0.5',)),
+    (
+      ('mlp',),
+      ('prune.heads=none', 'model.base_dtype=int8', 'prune.compensate=none'),
+    ),
   ],
 )
-def test_biases_that_make_up_for_what_went_are_exported(
-  tmp_path, capsys, parts, pruned
+def test_a_bases_own_biases_are_cut_and_exported(
+  tmp_path, capsys, random_params, add_tokenizer, parts, settings
 ):
-  workdir = tmp_path / 'run'
+  keys = {'attention_bias': 'self_attn' in parts, 'vocab_size': 300}
+  dense = config_from_hf(HF_CONFIGS['biases'] | keys)
+  base, workdir = tmp_path / 'base', tmp_path / 'run'
+  export_model(base, random_params(dense), dense)
+  add_tokenizer(base)
+  text = tmp_path / 'text.txt'
+  text.write_text('the quick brown fox jumps over the lazy dog ' * 300)
   arguments = [
-    *('--config=configs/tiny.py', f'--workdir={workdir}'),
-    *('--config.train.steps=6', '--config.prune.every=2'),
-    *('--config.prune.compensate=bias', '--config.prune.protect=none'),
-    '--config.export.format=hf,gguf,peft',
-    *('--config.mesh.data=-1', '--config.mesh.fsdp=1', *pruned),
+    *('--config=configs/default.py', f'--config.model.path={base}'),
+    *(f'--workdir={workdir}', f'--config.data.train=file:{text}'),
+    *('--config.train.steps=6', '--config.train.batch_size=8'),
+    *('--config.train.micro_batch_size=8', '--config.train.seq_len=32'),
+    *('--config.prune.every=2', '--config.prune.protect=none'),
+    *('--config.export.format=hf,gguf,peft', '--config.report.prompts=()'),
+    *('--config.mesh.data=-1', '--config.mesh.fsdp=1'),
+    *(f'--config.{setting}' for setting in settings),
   ]
   assert main(['train', *arguments]) == 0, capsys.readouterr().err
   config = load_config(workdir / 'export')
-  assert config.biased == parts
-  hf = json.loads((workdir / 'export' / 'config.json').read_text())
-  assert hf['model_type'] == 'llama'
-  assert hf['attention_bias'] == ('self_attn' in parts) and hf['mlp_bias']
-  stored = load_file(workdir / 'export' / 'model.safetensors')
-  biases = {name: x for name, x in stored.items() if name.endswith('.bias')}
-  for name, bias in biases.items():
-    assert bias.any() == ('o_proj' in name or 'down_proj' in name), name
-  report = json.loads((workdir / 'summary.json').read_text())
-  assert report['params_dense'] == 164_416
-  assert report['params_pruned'] == sum(x.size for x in stored.values())
-  # What is removed is counted without what was added.
-  gone = (
-    164_416 - report['params_pruned'] + sum(x.size for x in biases.values())
+  assert config.biased == parts and config.layers != dense.layers
+  stored, whole = (
+    load_file(folder / 'model.safetensors')
+    for folder in (workdir / 'export', base)
   )
-  share = report['sparsity']['params']['achieved']
-  assert share == pytest.approx(gone / 164_416)
+  kept = json.loads((workdir / 'export' / 'pruning.json').read_text())['kept']
+  for i, groups in enumerate(kept):
+    for group, part, names in (
+      (KV_HEADS, 'self_attn', ('q_proj', 'k_proj', 'v_proj')),
+      (CHANNELS, 'mlp', ('gate_proj', 'up_proj')),
+    ):
+      for name in names if part in parts else ():
+        path = f'model.layers.{i}.{part}.{name}.bias'
+        bias = whole.pop(path).reshape(dense.sizes(dense.layers[i])[group], -1)
+        found = stored[path].reshape(-1, bias.shape[1])
+        np.testing.assert_array_equal(found, bias[groups[group]], path)
+  # What is left are those of o_proj and down_proj.
+  for name in (name for name in whole if name.endswith('.bias')):
+    np.testing.assert_array_equal(stored[name], whole[name], name)
+  report = json.loads((workdir / 'summary.json').read_text())
+  assert report['params_dense'] == dense.num_parameters
+  assert report['params_pruned'] == sum(x.size for x in stored.values())
+  share = 1 - report['params_pruned'] / report['params_dense']
+  assert report['sparsity']['params']['achieved'] == pytest.approx(share)
   again = ['export', str(workdir), str(tmp_path / 'again')]
   assert main(again) == 0, capsys.readouterr().err
   found = load_file(tmp_path / 'again' / 'model.safetensors')

@@ -1,7 +1,6 @@
 """Compensation in a whole model: exact where it can be, alike on every mesh."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +31,7 @@ from lorapr_jax.models.trees import (
   logical_axes,
   param_shapes,
 )
-from lorapr_jax.pruning.compensation import BIAS, RIDGE, Compensation
+from lorapr_jax.pruning.compensation import REPAIRED, Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import (
   initial_masks,
@@ -48,11 +47,10 @@ CONFIG = LlamaConfig(
   layers=(LayerShape(4, 2, 24),) * 2,
 )
 BIASED = CONFIG.with_biases(('self_attn', 'mlp'))
-SETTINGS = {
-  RIDGE: Compute(CONFIG, LORA),
-  BIAS: Compute(BIASED, LORA),
-}
-LEAF = {RIDGE: 'weight', BIAS: 'bias'}
+# Of a base without biases and of one that has its own.
+BASES = pytest.mark.parametrize(
+  'config', [CONFIG, BIASED], ids=['plain', 'biases']
+)
 # A member of each group, and its double.
 DOUBLES = {CHANNELS: (3, 9), KV_HEADS: (0, 2), QUERIES: (1, 0)}
 
@@ -107,26 +105,6 @@ def model_with_doubles(group):
   return {**params, 'stacks': stacks}, (new,)
 
 
-def model_with_a_constant(group):
-  """What the member to go hands on is the same for every token."""
-  params, lora = random_model(BIASED)
-  axes = block_axes(BIASED, LORA)
-  _, (mask,) = masks_of(group)
-  if group == QUERIES:  # Of every KV head; what reads it is constant.
-    mask = {KV_HEADS: jnp.zeros((2, 4))}
-  for part, name in (
-    *(('self_attn', 'v_proj'), ('mlp', 'gate_proj'), ('mlp', 'up_proj')),
-  ):
-    for tree, names, leaf in (
-      (params['stacks'][0], axes['params'], 'weight'),
-      (lora[0], axes['lora'], 'b'),
-    ):
-      silence = functools.partial(apply_masks, axes=names[part][name][leaf])
-      tree[part][name][leaf] = jax.vmap(silence)(tree[part][name][leaf], mask)
-    params['stacks'][0][part][name]['bias'] += 2.0
-  return params, lora
-
-
 def masks_of(group):
   before = initial_masks((group,), ((2, CONFIG.sizes(CONFIG.layers[0])),))
   mask = np.ones(before[0][group].shape, np.float32)
@@ -165,13 +143,12 @@ def compensate(
   after,
   tokens,
   *,
+  config=CONFIG,
+  adapters=LORA,
   damping=1e-6,
   mesh=None,
-  kind=RIDGE,
-  settings=None,
 ):
-  settings = settings or SETTINGS[kind]
-  state, base = place_of(settings.config, mesh)
+  state, base = place_of(config, mesh)
   if base is None:
     base = jax.tree.map(lambda x: state, params)
   params = jax.device_put(jax.tree.map(jnp.copy, params), base)
@@ -180,14 +157,14 @@ def compensate(
     rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
     tokens = jax.device_put(tokens, rows)
   event = make_compensate(
-    settings, Compensation(damping, len(tokens), kind), base, state
+    Compute(config, adapters), Compensation(damping, len(tokens)), base, state
   )
   return event(params, lora, before, after, tokens)
 
 
-def logits(params, lora, masks, tokens, config=CONFIG):
+def logits(params, lora, masks, tokens):
   hidden = decoder.hidden_states(
-    params, tokens, config, lora=lora, lora_config=LORA, masks=masks
+    params, tokens, CONFIG, lora=lora, lora_config=LORA, masks=masks
   )
   return np.asarray(decoder.logits(params, hidden))
 
@@ -207,46 +184,29 @@ def test_a_member_that_has_a_double_goes_without_a_trace(group):
   assert difference < 2e-3 * unrepaired
 
 
-@pytest.mark.parametrize('group', DOUBLES)
-def test_what_is_constant_goes_into_the_bias_without_a_trace(group):
-  params, lora = model_with_a_constant(group)
-  before, after = masks_of(group)
-  repaired, failed = compensate(
-    params, lora, before, after, batches(2), kind=BIAS
-  )
-  assert int(failed) == 0
-  tokens = jax.random.randint(jax.random.key(2), (3, 10), 0, 48)
-  expected, unrepaired, found = (
-    logits(p, lora, masks, tokens, BIASED)
-    for p, masks in ((params, before), (params, after), (repaired, after))
-  )
-  difference = np.abs(unrepaired - expected).max()
-  assert difference > 0.02
-  assert np.abs(found - expected).max() < 1e-3 * difference
-
-
-@pytest.mark.parametrize('kind', SETTINGS)
-def test_what_is_not_repaired_stays_and_what_nothing_leaves_too(kind):
-  params, lora = random_model(SETTINGS[kind].config)
+@BASES
+def test_what_is_not_repaired_stays_and_what_nothing_leaves_too(config):
+  params, lora = random_model(config)
   before, after = masks_of(CHANNELS)
   # Nothing goes from the second layer.
   after = ({CHANNELS: after[0][CHANNELS].at[1].set(1.0)},)
-  repaired, _ = compensate(params, lora, before, after, batches(1), kind=kind)
+  repaired, _ = compensate(
+    params, lora, before, after, batches(1), config=config
+  )
   for path, old in jax.tree_util.tree_leaves_with_path(params):
     name = jax.tree_util.keystr(path, simple=True, separator='.')
     new = dict(jax.tree_util.tree_leaves_with_path(repaired))[path]
-    if f'down_proj.{LEAF[kind]}' in name:
+    if 'down_proj.weight' in name:
       assert np.abs(new[0] - old[0]).max() > 0
       new, old = new[1], old[1]
     np.testing.assert_array_equal(new, old, err_msg=name)
 
 
-@pytest.mark.parametrize('kind', SETTINGS)
+@BASES
 @pytest.mark.parametrize('targets', [LORA.targets, ('q_proj', 'up_proj')])
-def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
+def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
   """Layer 1's down_proj against NumPy, on what repaired layer 0 hands on."""
   adapters = dataclasses.replace(LORA, targets=targets)
-  config = SETTINGS[kind].config
   params, lora = random_model(config)
   lora = tuple(
     {
@@ -265,9 +225,9 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
     before,
     after,
     tokens,
+    config=config,
+    adapters=adapters,
     damping=damping,
-    kind=kind,
-    settings=dataclasses.replace(SETTINGS[kind], lora=adapters),
   )
 
   block = Block(config, config.layers[0], adapters)
@@ -299,14 +259,6 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
     adapter = adapter['down_proj']
     whole = whole + LORA.scale * adapter['a'] @ adapter['b']
   gone = np.asarray(gone[1])
-  if kind == BIAS:
-    expected = inputs[:, gone].mean(axis=0) @ whole[gone]
-    assert np.abs(expected).max() > 1e-3
-    np.testing.assert_allclose(
-      new['bias'] - old['bias'], expected, atol=1e-3 * np.abs(expected).max()
-    )
-    np.testing.assert_array_equal(new['weight'], old['weight'])
-    return
   old, new = old['weight'], new['weight']
   there, lost = inputs[:, ~gone], inputs[:, gone] @ whole[gone]
   gram = there.T @ there
@@ -318,11 +270,9 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, kind):
   np.testing.assert_array_equal(new[gone], old[gone])
 
 
-@pytest.mark.parametrize('kind', SETTINGS)
 @pytest.mark.parametrize('group', DOUBLES)
-def test_documents_that_share_a_row_are_as_if_alone(group, kind):
+def test_documents_that_share_a_row_are_as_if_alone(group):
   # With biases there, padding is not zero.
-  settings = dataclasses.replace(SETTINGS[kind], config=BIASED)
   params, lora = random_model(BIASED)
   before, after = masks_of(group)
   (packed,) = batches(1, packed=True)
@@ -339,11 +289,9 @@ def test_documents_that_share_a_row_are_as_if_alone(group, kind):
         before,
         after,
         (batch,),
+        config=BIASED,
         damping=0.1,
-        kind=kind,
-        settings=settings,
-      )[0],
-      LEAF[kind],
+      )[0]
     )
     for batch in (packed, alone)
   ]
@@ -384,55 +332,57 @@ def test_what_masked_groups_hold_is_of_no_account(group):
   'sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]
 )
 @pytest.mark.parametrize(
-  'group, kind', [*((group, RIDGE) for group in DOUBLES), (KV_HEADS, BIAS)]
+  'group, config',
+  [*((group, CONFIG) for group in DOUBLES), (KV_HEADS, BIASED)],
+  ids=[*DOUBLES, 'biases'],
 )
-def test_eight_devices_repair_as_one_does(group, kind, sizes):
-  params, lora = random_model(SETTINGS[kind].config)
+def test_eight_devices_repair_as_one_does(group, config, sizes):
+  params, lora = random_model(config)
   before, after = masks_of(group)
   mesh = sharding.make_mesh(sharding.mesh_sizes(*sizes))
   tokens = batches(2, packed=mesh.shape['sequence'] > 1)
   (one, _), (eight, _) = (
     compensate(
-      params, lora, before, after, tokens, damping=0.1, mesh=m, kind=kind
+      params, lora, before, after, tokens, config=config, damping=0.1, mesh=m
     )
     for m in (None, mesh)
   )
-  found = (repaired_of(params, LEAF[kind]) for params in (eight, one))
+  found = (repaired_of(params) for params in (eight, one))
   for ours, theirs in zip(*map(jax.tree.leaves, found), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_the_biases_of_an_int8_base_are_repaired():
+def test_an_int8_base_is_repaired_as_what_it_stands_for():
+  int8 = tuple(name for name in LORA_TARGETS if name not in REPAIRED.values())
+  config = dataclasses.replace(BIASED, quantized=int8)
   params, lora = random_model(BIASED)
   before, after = masks_of(KV_HEADS)
-  config = dataclasses.replace(BIASED, quantized=LORA_TARGETS)
-  int8 = quantized_like(params, logical_axes(config)['params'])
-  settings = dataclasses.replace(SETTINGS[BIAS], config=config)
+  base = quantized_like(params, logical_axes(config)['params'])
   tokens = batches(2)
   (found, failed), (expected, _) = (
-    compensate(base, lora, before, after, tokens, kind=BIAS, settings=settings)
-    for base in (int8, dequantized(int8, jnp.float32))
+    compensate(x, lora, before, after, tokens, config=c, damping=0.1)
+    for c, x in ((config, base), (BIASED, dequantized(base, jnp.float32)))
   )
   assert int(failed) == 0
   ours, theirs, first = (
-    jax.tree.leaves(repaired_of(x, 'bias')) for x in (found, expected, params)
+    jax.tree.leaves(repaired_of(x)) for x in (found, expected, params)
   )
   assert max(np.abs(x - y).max() for x, y in zip(ours, first, strict=True)) > 0
   for x, y in zip(ours, theirs, strict=True):
-    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6)
-  down = found['stacks'][0]['mlp']['down_proj']['weight']
-  assert is_quantized(down)
+    np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
+  up = found['stacks'][0]['mlp']['up_proj']['weight']
+  assert is_quantized(up)
 
 
-@pytest.mark.parametrize('kind', SETTINGS)
-def test_a_repair_that_is_not_finite_is_left_out_and_counted(kind):
-  params, lora = random_model(SETTINGS[kind].config)
+@BASES
+def test_a_repair_that_is_not_finite_is_left_out_and_counted(config):
+  params, lora = random_model(config)
   before, after = masks_of(CHANNELS)
   down = params['stacks'][0]['mlp']['down_proj']['weight']
   broken = down.at[0, DOUBLES[CHANNELS][1], 0].set(jnp.inf)
   params['stacks'][0]['mlp']['down_proj']['weight'] = broken
   repaired, failed = compensate(
-    params, lora, before, after, batches(1), kind=kind
+    params, lora, before, after, batches(1), config=config
   )
   assert int(failed) >= 1
   new, old = (x['stacks'][0]['mlp']['down_proj'] for x in (repaired, params))
