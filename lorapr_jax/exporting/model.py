@@ -70,8 +70,7 @@ def describe_run(
 
   Args:
     base: the base's folder, or None for random weights.
-    config: the sizes before the cut, with the biases that compensation added,
-      as they are in memory.
+    config: the sizes before the cut, as they are in memory.
     kept: what it left.
     dtype: of the weights, by name.
     plan: what was asked for, of the base as it was.
@@ -82,7 +81,7 @@ def describe_run(
     'name': name,
     # Many processes would read all of it many times, and one writes it.
     'sha256': content_hash(base) if base and processes.is_first() else None,
-    'config': config_to_hf(plan.config if plan else config),
+    'config': config_to_hf(config),
   }
   return Description(
     name=name,

@@ -30,7 +30,6 @@ from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import RUN_FILE
 from lorapr_jax.settings.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.settings.run import (
-  resolve_compensation,
   split_model,
 )
 from lorapr_jax.training.base import Base, Places, kept_of
@@ -121,11 +120,8 @@ def _of_run(
   route.check(model)
   places = Places.of(mesh_of_all(sizes), sizes, dtype)
   params = load_or_draw(path, sizes, places.base, dtype, config.train.seed)
-  compensation = resolve_compensation(config.prune, plan)
   loaded = Base(params, Compute(sizes, lora_config), places)
-  lora, left = finished(
-    state, as_saved(loaded, state)
-  )
+  lora, left = finished(state, as_saved(loaded, state))
   for folder in reversed(CHECKPOINTS_AFTER_CUT):
     if saved_steps(workdir / folder):
       lora = read_state(workdir, folder)['lora']

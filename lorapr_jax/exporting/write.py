@@ -13,7 +13,7 @@ from lorapr_jax.exporting.cards import adapter_card, model_card
 from lorapr_jax.exporting.model import Description, Weights, padded
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.gguf.read import open_gguf
-from lorapr_jax.gguf.write import write_gguf, zero_biases
+from lorapr_jax.gguf.write import write_gguf
 from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.place import place_params
@@ -155,7 +155,6 @@ def _give_to_first(route: Route, model: Description, stored: Weights) -> None:
   config, dtype = route.stored_config(model), route.stored_dtype(model)
   params = stored.base if route.kind == 'peft' else stored.merged
   if route.kind == 'gguf':
-    zero_biases(params, config)
     dtype = np.float32
   for _ in hf_tensors(params, config, jnp.dtype(dtype)):
     pass
