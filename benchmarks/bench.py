@@ -35,6 +35,7 @@ from matplotlib.figure import Figure
 import numpy as np
 
 from benchmarks.compare import Row, arguments, make_model, write_data
+from benchmarks.input import batches_of
 from benchmarks.step import matmul_peak
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.load import load_config
@@ -42,7 +43,6 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.runtime.files import read_json, write_text
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.batches import load_data
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'benchmarks.md'
@@ -223,8 +223,7 @@ def main() -> None:
     settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
     operands = settings.compute.matmul_dtype.name
     flags.append(f'--config.model.base_dtype={operands}')
-    spec = settings.data.train
-    batch_at = load_data(settings, [spec])[0][spec]
+    (batch_at,) = batches_of(settings).streams.values()
     batches = [batch_at(t)['tokens'][0] for t in range(args.torch_steps)]
     np.save(out / 'tokens.npy', np.stack(batches))
 

@@ -10,13 +10,13 @@ batches that are made ahead never keep a step waiting.
 """
 
 import argparse
-from collections.abc import Callable
 import sys
 import time
 
 import jax
 import numpy as np
 
+from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.settings.files import read_config
 from lorapr_jax.settings.run import RunSettings, split_config
@@ -25,8 +25,8 @@ from lorapr_jax.training.base import (
   Places,
 )
 from lorapr_jax.training.batches import (
+  Batches,
   device_batches,
-  load_data,
 )
 from lorapr_jax.training.state import init_state
 from lorapr_jax.training.steps import (
@@ -37,16 +37,23 @@ GOAL = 20
 BATCHES, STEPS = 200, 3
 
 
-def batches_of(settings: RunSettings) -> Callable[..., dict[str, np.ndarray]]:
-  """The function t -> batch t of the training text."""
-  spec = settings.data.train
-  return load_data(settings, [spec])[0][spec]
+def batches_of(settings: RunSettings) -> Batches:
+  """Those of the training text."""
+  folder = settings.model.folder
+  return Batches.load(
+    [settings.data.train],
+    Tokenizer(folder) if folder else None,
+    settings.compute.config.vocab_size,
+    settings.data,
+    settings.train,
+  )
 
 
 def input_speed(settings: RunSettings, places: Places) -> float:
   """Tokens per second of the batches, without packing and the first one."""
-  rows, batch_at = settings.train.micro_batch_size, batches_of(settings)
-  with device_batches(batch_at, places.batch, rows, range(BATCHES)) as batches:
+  (batch_at,) = (loaded := batches_of(settings)).streams.values()
+  steps = range(BATCHES)
+  with device_batches(batch_at, places.batch, loaded.rows, steps) as batches:
     jax.block_until_ready(next(batches))
     start = time.perf_counter()
     tokens = 0
@@ -65,7 +72,8 @@ def step_speed(settings: RunSettings, places: Places) -> float:
   state = init_state(key, step, (), make_optimizer(1e-4))
   state = jax.device_put(state, places.state)
   gradients = steps.make_lora_gradients(step, places.state)
-  batch = jax.device_put(batches_of(settings)(0), places.batch)
+  (batch_at,) = batches_of(settings).streams.values()
+  batch = jax.device_put(batch_at(0), places.batch)
   seconds = []
   for _ in range(1 + STEPS):
     start = time.perf_counter()
@@ -87,7 +95,7 @@ def main() -> int:
   config.data.packing = arguments.packing or config.data.packing
   settings = split_config(config)
   places = Places.of(
-    settings.device_mesh,
+    settings.mesh,
     settings.compute.config,
     settings.base_dtype,
     settings.train.micro_batch,

@@ -9,7 +9,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.settings.run import ORDERS
+from lorapr_jax.settings.model import ORDERS
 
 NEWS = 'held-out news'
 SEQ_LEN, WINDOWS = 128, 80

@@ -30,7 +30,6 @@ from safetensors.numpy import load_file
 from benchmarks.step import compiled_step
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.models.cost import forward_flops_per_token
-from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.report.run import IMPORTANCE_FILE
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.settings.run import split_config
@@ -51,7 +50,7 @@ def run(flags: list[str], workdir: Path) -> dict[str, Any]:
 def predicted(flags: list[str], cuts: list[int]) -> float:
   """The operations of a run's steps over those of as many at full size."""
   settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
-  found = Milestones(settings.plan, settings.schedule)
+  found = settings.pruning.milestones
   steps = range(settings.train.steps)
   flops = [
     forward_flops_per_token(
@@ -65,7 +64,7 @@ def predicted(flags: list[str], cuts: list[int]) -> float:
 def take_turns(flags: list[str], turns: int) -> None:
   """Prints the steps' times by size, over those at full size."""
   settings = split_config(parse_flags([*flags, '--workdir=none'])[0])
-  found = Milestones(settings.plan, settings.schedule)
+  found = settings.pruning.milestones
   sizes = {'full size': settings.compute.config}
   sizes |= {
     f'cut at {share:.0%} of the ramp': found.size(cut)

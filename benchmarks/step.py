@@ -151,14 +151,12 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   """Of a run's settings, with random weights and tokens."""
   train, size = settings.train, settings.compute
   places = Places.of(
-    settings.device_mesh, size.config, settings.base_dtype, train.micro_batch
+    settings.mesh, size.config, settings.base_dtype, train.micro_batch
   )
   params = load_or_draw(
     None, size.config, places.base, settings.base_dtype, train.seed
   )
-  adamw = steps.make_optimizer(
-    steps.learning_rate(train.lr_schedule, train.learning_rate, 100)
-  )
+  adamw = steps.make_optimizer(settings.phases[0].learning_rate)
   state = init_state(jax.random.key(0), size, tuple(settings.plan.keep), adamw)
   state = jax.device_put(state, places.state)
   shape = (1, train.micro_batch_size, train.seq_len)
@@ -173,7 +171,7 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
     batch['segments'] = jnp.broadcast_to(jnp.where(first, 1, 2), shape)
   batch = jax.device_put(batch, places.batch)
   update_importance = steps.make_update_importance(
-    size, settings.criterion, places.state
+    size, settings.pruning.criterion, places.state
   )
 
   def arguments(state):
@@ -196,7 +194,7 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
   gradients = steps.make_lora_gradients(
     size,
     places.state,
-    needs=settings.criterion.needs,
+    needs=settings.pruning.criterion.needs,
     base_sharding=places.base,
   )
   gradients = gradients.lower(*arguments(state), jax.random.key(2)).compile()

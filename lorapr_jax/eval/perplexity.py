@@ -139,3 +139,31 @@ def evaluate_perplexity(
     data=data,
     tokens_per_second=timed / (end - begin),
   )
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+  """Held-out text, on which a run measures its models.
+
+  Attributes:
+    windows: (W, T) ids.
+    data: the spec of the text.
+    batch_size: windows at a time.
+  """
+
+  windows: np.ndarray
+  data: str
+  batch_size: int
+
+  def perplexity(
+    self, params: Any, compute: Compute, **adapted: Any
+  ) -> Perplexity:
+    """Of weights; `adapted` is `lora` and `masks`, if there are any."""
+    return evaluate_perplexity(
+      params,
+      self.windows,
+      compute,
+      data=self.data,
+      batch_size=self.batch_size,
+      **adapted,
+    )

@@ -28,10 +28,8 @@ from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import RUN_FILE
+from lorapr_jax.settings.model import plan_model
 from lorapr_jax.settings.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
-from lorapr_jax.settings.run import (
-  split_model,
-)
 from lorapr_jax.training.base import Base, Places, kept_of
 from lorapr_jax.training.checkpoint import read_state, saved_steps
 from lorapr_jax.training.cut import as_saved, finished, widened
@@ -97,16 +95,17 @@ def _of_run(
   config.model.path = _base_path(workdir, config.model.path, base)
   # Of another mesh, other counts might have been the nearest.
   keep = run['resolved']['keep']
-  sizes, lora_config, plan = split_model(config, tensor_parallel=1, keep=keep)
+  planned = plan_model(config, tensor_parallel=1, keep=keep)
+  sizes, lora_config, plan = planned.config, planned.lora, planned.plan
   if config_to_hf(sizes) != run['resolved']['model']:
     raise UserError(
       f'{config.model.path} is not the base of {workdir}: its config.json has '
       'other sizes'
     )
   state = TrainState(**read_state(workdir, CHECKPOINTS))
-  path = path_of(config.model.path) if config.model.path else None
+  path = planned.settings.folder
   if path:
-    check_tensors(Shards(path), plan.config if plan else sizes.dequantized)
+    check_tensors(Shards(path), sizes.dequantized)
   dtype = jnp.dtype(run['resolved']['base_dtype'])
   model = describe_run(
     path,

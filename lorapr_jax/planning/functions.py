@@ -1,6 +1,6 @@
 """The functions of a run's loop, ready to be compiled, without weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import config_dict
 import optax
 
 from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
@@ -18,8 +19,7 @@ from lorapr_jax.models.cost import (
   forward_flops_per_token,
 )
 from lorapr_jax.runtime import sharding
-from lorapr_jax.settings.phases import phases
-from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.settings.run import split_config
 from lorapr_jax.settings.sections import TrainSettings
 from lorapr_jax.training import steps
 from lorapr_jax.training.base import Base, Places, weight_shapes
@@ -97,37 +97,45 @@ class Shapes(NamedTuple):
     return held - bytes_of(arguments)
 
 
-def loop_functions(settings: RunSettings) -> Iterator[LoopFunction]:
-  """Of a run's first phase, all that it calls in its loop, but for the ranking.
+def loop_functions(
+  config: config_dict.ConfigDict, devices: Sequence[jax.Device]
+) -> Iterator[LoopFunction]:
+  """What the loop of a run's first phase calls, but for the ranking.
 
   step, importance, compensation if it is asked for, optimiser, evaluation.
+
+  Args:
+    config: of the run.
+    devices: that it is for.
+
+  Raises:
+    UserError: for a mistake in the config, before anything is lowered.
   """
-  phase, *_ = phases(settings)
-  train = settings.train
+  settings = split_config(config, devices)
+  phase, train = settings.phases[0], settings.train
+  pruning = phase.pruning
   places = Places.of(
-    settings.device_mesh,
+    settings.mesh,
     settings.compute.config,
     settings.base_dtype,
     train.micro_batch,
   )
-  adamw = steps.make_optimizer(
-    steps.learning_rate(train.lr_schedule, phase.learning_rate, phase.steps)
-  )
+  adamw = steps.make_optimizer(phase.learning_rate)
   shapes = Shapes.of(
     settings.compute,
     settings.base_dtype,
     places,
     batch_shapes(train, settings.data.packing, places),
-    tuple(settings.plan.keep) if phase.schedule else (),
+    tuple(pruning.plan.keep) if pruning else (),
     adamw,
   )
-  functions = Functions.of(settings, phase, shapes.base, adamw)
-  needs = settings.criterion.needs if phase.schedule else None
+  functions = Functions.of(phase, shapes.base, adamw)
+  needs = pruning.criterion.needs if pruning else None
   yield _step(functions, shapes, train, needs)
-  if phase.schedule:
+  if pruning:
     yield _importance(functions, shapes, needs)
-  if functions.compensate:
-    yield _compensation(functions, shapes, settings.compensation.batches)
+  if pruning and pruning.compensation:
+    yield _compensation(functions, shapes, pruning.compensation.batches)
   yield _optimiser(functions, shapes)
   if settings.data.eval:
     rows = batch_rows(
@@ -188,7 +196,7 @@ def _compensation(
   texts = {name: x for name, x in shapes.batch.items() if name != 'teacher'}
   return LoopFunction(
     'compensation',
-    functions.compensate.lower(
+    functions.prune.compensate.lower(
       *(shapes.base.params, state.lora, state.masks, state.masks),
       (texts,) * batches,
     ),

@@ -12,7 +12,6 @@ from ml_collections import config_dict
 from lorapr_jax.planning.compiled import Compiled, OutOfMemory
 from lorapr_jax.planning.functions import loop_functions
 from lorapr_jax.planning.topology import Topology
-from lorapr_jax.settings.run import split_config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def plan_run(
     UserError: for a mistake in the config, before anything is compiled.
   """
   chip, devices = topology.chip, len(topology.devices)
-  for function in loop_functions(split_config(config, topology.devices)):
+  for function in loop_functions(config, topology.devices):
     refused, compiled_for = None, topology
     try:
       compiled = Compiled.of(function.lowered)
@@ -89,7 +88,7 @@ def _compiled_on(
   topology: Topology, config: config_dict.ConfigDict, name: str
 ) -> Compiled | None:
   """The function of that name there; None where it does not fit either."""
-  found = loop_functions(split_config(config, topology.devices))
+  found = loop_functions(config, topology.devices)
   function = next(x for x in found if x.name == name)
   try:
     return Compiled.of(function.lowered)

@@ -88,9 +88,7 @@ def try_mesh(
   try:
     settings = split_config(config, topology.devices)
     base = bytes_of(
-      weight_shapes(
-        settings.device_mesh, settings.compute.config, settings.base_dtype
-      )
+      weight_shapes(settings.mesh, settings.compute.config, settings.base_dtype)
     )
   except MeshError as error:
     return Tried(topology, mesh, reason=str(error))

@@ -21,7 +21,7 @@ from lorapr_jax.models.cost import (
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
-from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.settings.phases import Pruning
 
 _PACKAGES = (
   'lorapr-jax',
@@ -134,13 +134,21 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
   }
 
 
-def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
-  """Shows what a run will do: counts, sizes, and shares to remove."""
-  config, plan = settings.dense, settings.plan
+def print_plan(
+  config: LlamaConfig, pruning: Pruning | None, show: Callable[[str], None]
+) -> None:
+  """What a run is about to do: counts and sizes, target and achieved.
+
+  Args:
+    config: the sizes of the base.
+    pruning: what will be masked, and when it is cut.
+    show: prints a line.
+  """
   show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
-  if plan is None:
+  if pruning is None:
     show('nothing is pruned (prune.target=0)')
     return
+  plan, criterion = pruning.plan, pruning.criterion
   protected = len(config.layers) - len(plan.prunable_layers)
   for group, kept in plan.kept_by_depth.items():
     size = group_size(config, config.layers[0], group)
@@ -160,19 +168,14 @@ def print_plan(settings: RunSettings, show: Callable[[str], None]) -> None:
     f'{protected} of {len(config.layers)} layers protected (prune.protect); '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
-  if settings.order == 'joint':
-    steps = ', '.join(map(str, settings.cuts))
-    show(
-      f'masked groups are cut out before steps {steps}, and after the last'
-      if steps
-      else 'masked groups are cut out after the last step'
-    )
+  if steps := ', '.join(map(str, pruning.cuts)):
+    show(f'masked groups are cut out before steps {steps}, and at the end')
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
-  if settings.criterion.needs == 'base_grads':
+  if criterion.needs == 'base_grads':
     bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)
     show(
-      f'prune.criterion={settings.criterion.name} keeps gradients of the base '
+      f'prune.criterion={criterion.name} keeps gradients of the base '
       f'in memory: {bytes_more / 1e9:.2f} GB more over all devices than lora'
     )
 

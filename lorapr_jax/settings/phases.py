@@ -1,9 +1,20 @@
 """What a run consists of, by prune.order: prune, calibrate, tune, recover."""
 
 import dataclasses
+import functools
 
+import optax
+
+from lorapr_jax.pruning.compensation import Compensation
+from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.settings.sections import (
+  DataSettings,
+  RecoverSettings,
+  TrainSettings,
+)
 
 # Of the phase that ends in the cut, and of those after it in their order.
 CHECKPOINTS = 'checkpoints'
@@ -11,8 +22,46 @@ CHECKPOINTS_AFTER_CUT = ('checkpoints-tune', 'checkpoints-recover')
 
 
 @dataclasses.dataclass(frozen=True)
+class Pruning:
+  """What a phase masks, when, and how.
+
+  Attributes:
+    plan: what is left at its end.
+    schedule: when groups are masked.
+    criterion: which ones.
+    compensation: how what survives is repaired; None: not at all.
+    cuts: the steps before which masked groups are cut out of the arrays.
+  """
+
+  plan: PruningPlan
+  schedule: PruneSchedule
+  criterion: Criterion
+  compensation: Compensation | None
+  cuts: tuple[int, ...] = ()
+
+  @functools.cached_property
+  def milestones(self) -> Milestones:
+    """The sizes on the way."""
+    return Milestones(self.plan, self.schedule)
+
+  @property
+  def repairs(self) -> tuple[int, ...]:
+    """The steps at which what survives is repaired."""
+    return self.milestones.maskings if self.compensation else ()
+
+  @property
+  def repair_batches(self) -> int:
+    """The newest batches that a repair is fitted to.
+
+    No more than there are at the first one.
+    """
+    first = min(self.repairs, default=-1)
+    return min(self.compensation.batches, first + 1) if self.compensation else 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Phase:
-  """Steps on arrays of one size, with one schedule.
+  """Steps with one learning rate, and one schedule of the masks.
 
   Attributes:
     name: shown.
@@ -21,9 +70,10 @@ class Phase:
     steps: its own.
     data: the spec of its text.
     first_batch: the batch of `data` at its first step.
-    learning_rate: at its first step; 0 leaves the adapters as they are.
-    schedule: of the masks; None where nothing is masked.
-    cuts: the steps before which masked groups are cut out on the way.
+    peak: the learning rate at its first step; 0 leaves the adapters as they
+      are.
+    lr_schedule: one of LR_SCHEDULES.
+    pruning: None where nothing is masked.
   """
 
   name: str
@@ -32,12 +82,42 @@ class Phase:
   steps: int
   data: str
   first_batch: int
-  learning_rate: float
-  schedule: PruneSchedule | None = None
-  cuts: tuple[int, ...] = ()
+  peak: float
+  lr_schedule: str
+  pruning: Pruning | None = None
+
+  @property
+  def learning_rate(self) -> optax.Schedule:
+    """By step: from the peak, down to 0 after the last step."""
+    if self.lr_schedule == 'linear':
+      return optax.linear_schedule(self.peak, 0.0, self.steps)
+    if self.lr_schedule == 'cosine':
+      return optax.cosine_decay_schedule(self.peak, self.steps)
+    return optax.constant_schedule(self.peak)
+
+  def compiling(self, first: int) -> frozenset[int]:
+    """The steps from `first` on whose calls compile.
+
+    The first one, those before which is cut, and after each of these the first
+    that repairs.
+    """
+    if self.pruning is None:
+      return frozenset([first])
+    sizes = [first, *(cut for cut in self.pruning.cuts if cut > first)]
+    repairs = [
+      next((step for step in self.pruning.repairs if step >= size), first)
+      for size in sizes
+    ]
+    return frozenset(sizes + repairs)
 
 
-def phases(settings: RunSettings) -> tuple[Phase, ...]:
+def make_phases(
+  order: str,
+  pruning: Pruning | None,
+  train: TrainSettings,
+  recover: RecoverSettings,
+  data: DataSettings,
+) -> tuple[Phase, ...]:
   """The phases of a run, in order. After the first comes the cut.
 
     joint            prune (train.steps), while LoRA trains
@@ -49,37 +129,32 @@ def phases(settings: RunSettings) -> tuple[Phase, ...]:
 
   All take one batch a step, so that joint and prune_then_tune see the same
   tokens.
+
+  Args:
+    order: `prune.order`.
+    pruning: of the first phase.
+    train: the config's section.
+    recover: the config's section.
+    data: the config's section.
   """
-  train, recover = settings.train, settings.recover
-  calibration = settings.calibration_steps
   tune, recovery = CHECKPOINTS_AFTER_CUT
   rate, result = train.learning_rate, []
 
-  spec = settings.data.train
-
-  def add(name, folder, steps, rate, schedule=None, data=spec, cuts=()):
+  def add(name, folder, steps, rate, pruning=None, spec=data.train):
     first = sum(phase.steps for phase in result)
     # Data of its own starts from its beginning; else the stream goes on.
-    start = first if data == spec else 0
-    result.append(
-      Phase(name, folder, first, steps, data, start, rate, schedule, cuts)
-    )
+    start = first if spec == data.train else 0
+    args = (name, folder, first, steps, spec, start, rate, train.lr_schedule)
+    result.append(Phase(*args, pruning))
 
-  if settings.order == 'joint':
-    schedule = settings.schedule if settings.plan else None
-    add('prune', CHECKPOINTS, train.steps, rate, schedule, cuts=settings.cuts)
+  if order == 'joint':
+    add('prune', CHECKPOINTS, train.steps, rate, pruning)
   else:
-    once = PruneSchedule.once(calibration)
-    add('calibrate', CHECKPOINTS, calibration, 0.0, once)
-  if settings.order == 'prune_then_tune':
+    calibration = pruning.schedule.total_steps
+    add('calibrate', CHECKPOINTS, calibration, 0.0, pruning)
+  if order == 'prune_then_tune':
     add('tune', tune, train.steps - calibration, rate)
   if recover.steps:
-    rate = recover.learning_rate or rate
-    data = recover.data or spec
-    add('recover', recovery, recover.steps, rate, data=data)
+    rate, spec = recover.learning_rate or rate, recover.data or data.train
+    add('recover', recovery, recover.steps, rate, spec=spec)
   return tuple(result)
-
-
-def total_steps(settings: RunSettings) -> int:
-  """Of all phases together."""
-  return sum(phase.steps for phase in phases(settings))

@@ -1,30 +1,66 @@
-"""The sections of a config as frozen dataclasses that check their own keys."""
+"""The sections of a config as frozen dataclasses: default, choices, checks.
 
+Each holds every key of its section under the key's own name. configs/default.py
+shows the same keys and defaults to users, with a comment for each.
+"""
+
+from collections.abc import Mapping
 import dataclasses
+import functools
 import math
+from typing import Any, TypeVar
 
-from lorapr_jax.data.sources import parse_mixture
+from lorapr_jax.data.packing import PACKINGS
+from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
 from lorapr_jax.errors import UserError, choose
-from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
+from lorapr_jax.hf.write import DTYPES as EXPORT_DTYPES
+from lorapr_jax.hf.write import GGUF_DTYPES, parse_size
 
 LR_SCHEDULES = ('linear', 'cosine', 'constant')
 ROUTES = ('hf', 'gguf', 'peft')
+Section = TypeVar('Section')
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-  """The `data.*` keys, with the defaults that depend on others filled in."""
+  """The `data.*` keys."""
 
-  train: str
-  shuffle: bool
-  packing: str
-  max_tokens: int
-  template: Template
-  eval: str
-  eval_seq_len: int
-  eval_windows: int
-  eval_every: int
+  train: str = ''
+  template: str = ''
+  response: str = ''
+  loss: str = 'all'
+  packing: str = 'documents'
+  max_tokens: int = 0
+  shuffle: bool = True
+  eval: str = ''
+  eval_seq_len: int = 0
+  eval_windows: int = 0
+  eval_every: int = 0
+
+  def __post_init__(self):
+    if self.eval:
+      parse_spec(self.eval)
+    if not self.train:
+      raise UserError('data.train is empty: give a data spec such as file:PATH')
+    parse_mixture(self.train)
+    choose('data.packing', self.packing, PACKINGS)
+    if self.eval_every < 0 or (self.eval_every and not self.eval):
+      raise UserError(
+        f'data.eval_every is {self.eval_every}: 0, or a number of steps, with '
+        'data.eval'
+      )
+    if min(self.eval_seq_len, self.eval_windows) < 0 or self.eval_seq_len == 1:
+      raise UserError(
+        f'data.eval_seq_len {self.eval_seq_len} and data.eval_windows '
+        f'{self.eval_windows}: 0, or a length above 1 and a number of windows'
+      )
+    self.records  # noqa: B018  It checks its keys.
+
+  @functools.cached_property
+  def records(self) -> Template:
+    """What makes a text of a record."""
+    return Template(self.template, self.response, self.loss)
 
   def is_evaluation_step(self, step: int) -> bool:
     """Whether the perplexity is measured after this step."""
@@ -33,23 +69,23 @@ class DataSettings:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
-  """The `train.*` keys; see configs/default.py."""
+  """The `train.*` keys."""
 
-  steps: int
-  batch_size: int
-  micro_batch_size: int
-  seq_len: int
-  learning_rate: float
-  lr_schedule: str
-  clip_norm: float
-  seed: int
-  loss_chunk: int
-  distill: float
-  distill_top_k: int
-  compiler_options: str
-  log_every: int
-  checkpoint_every: int
-  checkpoints_kept: int
+  steps: int = 1000
+  batch_size: int = 128
+  micro_batch_size: int = 4
+  seq_len: int = 512
+  learning_rate: float = 1e-4
+  lr_schedule: str = 'linear'
+  clip_norm: float = 1.0
+  seed: int = 0
+  loss_chunk: int = 0
+  distill: float = 0.0
+  distill_top_k: int = 64
+  compiler_options: str = ''
+  log_every: int = 10
+  checkpoint_every: int = 100
+  checkpoints_kept: int = 2
 
   def __post_init__(self):
     free = ('seed', 'lr_schedule', 'loss_chunk', 'compiler_options')
@@ -97,9 +133,9 @@ class TrainSettings:
 class RecoverSettings:
   """The `recover.*` keys."""
 
-  steps: int
-  data: str
-  learning_rate: float
+  steps: int = 0
+  data: str = ''
+  learning_rate: float = 0.0
 
   def __post_init__(self):
     if self.steps < 0:
@@ -119,18 +155,28 @@ class RecoverSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshSettings:
+  """The `mesh.*` keys."""
+
+  data: int = 1
+  fsdp: int = -1
+  sequence: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
 class ExportSettings:
   """The `export.*` keys."""
 
-  format: str
-  layout: str
-  model_type: str
-  dtype: str
-  gguf_dtype: str
-  max_shard_size: str
+  format: str = 'hf'
+  layout: str = 'auto'
+  model_type: str = 'auto'
+  dtype: str = 'auto'
+  gguf_dtype: str = 'auto'
+  max_shard_size: str = '5GB'
 
   def __post_init__(self):
-    choose('export.dtype', self.dtype, ('auto', *DTYPES))
+    choose('export.dtype', self.dtype, ('auto', *EXPORT_DTYPES))
     choose('export.gguf_dtype', self.gguf_dtype, ('auto', *GGUF_DTYPES))
     parse_size('export.max_shard_size', self.max_shard_size)
     unknown = sorted(set(self.routes) - set(ROUTES))
@@ -147,11 +193,19 @@ class ExportSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class LogSettings:
+  """The `log.*` keys."""
+
+  tensorboard: bool = False
+  wandb: str = ''
+
+
+@dataclasses.dataclass(frozen=True)
 class ReportSettings:
   """The `report.*` keys."""
 
-  prompts: tuple[str, ...]
-  max_new_tokens: int
+  prompts: tuple[str, ...] = ('The weather today', 'The president said')
+  max_new_tokens: int = 48
 
   def __post_init__(self):
     # A string given for a tuple stays a string.
@@ -169,9 +223,15 @@ class ReportSettings:
       )
 
 
-@dataclasses.dataclass(frozen=True)
-class LogSettings:
-  """The `log.*` keys."""
+def read_section(kind: type[Section], given: Mapping[str, Any]) -> Section:
+  """A section of a config as its dataclass, checked.
 
-  tensorboard: bool
-  wandb: str
+  Args:
+    kind: one of those above, or of settings/model.py.
+    given: the section. In a run that is older than a key the key is missing.
+
+  Raises:
+    UserError: naming the key whose value is impossible.
+  """
+  names = [field.name for field in dataclasses.fields(kind)]
+  return kind(**{name: given[name] for name in names if name in given})

@@ -1,8 +1,11 @@
-"""What a run starts from: batches, held-out text, the base on the mesh."""
+"""The text of a run as batches on its devices, and what is held out of it."""
 
-from collections.abc import Callable, Iterable, Iterator
+import collections
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -14,50 +17,117 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.data.ahead import in_order
 from lorapr_jax.data.batches import batches
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.eval.generation import check_prompt
-from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.eval.perplexity import HeldOut
+from lorapr_jax.settings.phases import Phase
+from lorapr_jax.settings.sections import DataSettings, TrainSettings
 
 
-def load_data(
-  settings: RunSettings, specs: Iterable[str]
-) -> tuple[dict[str, Callable[..., Any]], np.ndarray | None]:
-  """The batches of each spec, and the held-out windows if there are any.
+@dataclasses.dataclass(frozen=True)
+class Batches:
+  """The batches of all phases.
 
-  Returns:
-    {spec: the function of `batches`}, and (W, T) ids or None.
+  Attributes:
+    streams: {spec: the function of `data.batches.batches`}.
+    rows: B, the rows of a micro-batch.
+    teacher: (phase, step) -> the 'teacher' of its batch; None where nobody
+      teaches.
   """
-  train, data = settings.train, settings.data
-  path, vocab = settings.model_path, settings.compute.config.vocab_size
-  tokenizer = Tokenizer(path) if path else None
-  if tokenizer:
-    for prompt in settings.report.prompts:
-      check_prompt(tokenizer.encode(prompt), settings.compute.config)
 
-  def batches_of(spec: str) -> Callable[..., Any]:
-    parts = pipeline.training_windows(
-      spec,
-      tokenizer,
-      train.seq_len,
-      vocab,
-      pack=data.packing,
-      template=data.template,
-      max_tokens=data.max_tokens,
-    )
-    return batches(
-      parts,
-      batch_size=train.batch_size,
-      micro_batch_size=train.micro_batch_size,
-      seed=train.seed,
-      shuffle=data.shuffle,
-    )
+  streams: Mapping[str, Callable[..., dict[str, np.ndarray]]]
+  rows: int
+  teacher: Callable[[Phase, int], dict[str, jax.Array]] | None = None
 
-  streams = {spec: batches_of(spec) for spec in dict.fromkeys(specs)}
+  @classmethod
+  def load(
+    cls,
+    specs: Iterable[str],
+    tokenizer: Tokenizer | None,
+    vocab_size: int,
+    data: DataSettings,
+    train: TrainSettings,
+  ) -> 'Batches':
+    """Packs each text once.
+
+    Args:
+      specs: of the texts.
+      tokenizer: None for random weights.
+      vocab_size: of the model.
+      data: the config's section.
+      train: the config's section.
+    """
+
+    def stream(spec: str) -> Callable[..., Any]:
+      parts = pipeline.training_windows(
+        spec,
+        tokenizer,
+        train.seq_len,
+        vocab_size,
+        pack=data.packing,
+        template=data.records,
+        max_tokens=data.max_tokens,
+      )
+      return batches(
+        parts,
+        batch_size=train.batch_size,
+        micro_batch_size=train.micro_batch_size,
+        seed=train.seed,
+        shuffle=data.shuffle,
+      )
+
+    streams = {spec: stream(spec) for spec in dict.fromkeys(specs)}
+    return cls(streams, train.micro_batch_size)
+
+  def plain(
+    self, phase: Phase, place: NamedSharding, first: int
+  ) -> contextlib.AbstractContextManager[Iterator[dict[str, jax.Array]]]:
+    """The batches of a phase from its step `first` on, without a teacher."""
+    steps = range(phase.first_batch + first, phase.first_batch + phase.steps)
+    return device_batches(self.streams[phase.data], place, self.rows, steps)
+
+  @contextlib.contextmanager
+  def of(
+    self, phase: Phase, place: NamedSharding, first: int
+  ) -> Iterator[Iterator[tuple[dict[str, Any], tuple[Any, ...]]]]:
+    """(batch, the newest batches) of a phase from its step `first` on.
+
+    The newest batches are those that a repair is fitted to, this one included:
+    as many as a run that was never cut short would have at this step.
+
+    Args:
+      phase: of the run.
+      place: of a batch.
+      first: a step of the phase.
+    """
+    newest = collections.deque(
+      maxlen=phase.pruning.repair_batches if phase.pruning else 0
+    )
+    seen = min(first, newest.maxlen)
+
+    def taught(stream: Iterator[Any]) -> Iterator[Any]:
+      newest.extend(itertools.islice(stream, seen))
+      for step, batch in enumerate(stream, first):
+        newest.append(batch)
+        if self.teacher:
+          batch = {**batch, 'teacher': self.teacher(phase, step)}
+        yield batch, tuple(newest)
+
+    with self.plain(phase, place, first - seen) as stream:
+      yield taught(stream)
+
+
+def load_held_out(
+  tokenizer: Tokenizer | None,
+  vocab_size: int,
+  data: DataSettings,
+  batch_size: int,
+) -> HeldOut | None:
+  """The text of data.eval; None where there is none."""
   if not data.eval:
-    return streams, None
-  held_out = pipeline.evaluation_windows(
-    data.eval, tokenizer, data.eval_seq_len, vocab
+    return None
+  windows = pipeline.evaluation_windows(
+    data.eval, tokenizer, data.eval_seq_len, vocab_size
   )
-  return streams, held_out[: data.eval_windows or None]
+  return HeldOut(windows[: data.eval_windows or None], data.eval, batch_size)
 
 
 @contextlib.contextmanager
@@ -73,7 +143,8 @@ def device_batches(
   `with` block the thread has ended.
 
   Args:
-    batch_at: from `load_data`. Each process reads its devices' rows alone.
+    batch_at: the function of `data.batches.batches`. Each process reads the
+      rows of its own devices alone.
     place: of a batch.
     rows: B, the rows of a micro-batch.
     steps: whose batches come, in order.

@@ -20,7 +20,7 @@ from lorapr_jax.pruning.shrink import (
   shrink,
 )
 from lorapr_jax.pruning.targets import PruningPlan
-from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.training.base import Base, kept_of
 from lorapr_jax.training.repair import repaired_of, with_repaired
 from lorapr_jax.training.state import TrainState
@@ -111,21 +111,19 @@ def widened(state: TrainState, config: LlamaConfig) -> dict[str, Any]:
 
 
 def cut_on_the_way(
-  state: TrainState,
-  base: Base,
-  counts: dict[str, tuple[int, ...]],
-  settings: RunSettings,
+  state: TrainState, base: Base, pruning: Pruning, step: int
 ) -> tuple[TrainState, Base]:
-  """State and base with only `counts` of each group.
+  """State and base without the groups that are masked before `step`.
 
-  What is alive stays, and of what is masked the most important.
+  Where sizes are rounded up, the most important masked groups stay too.
 
   Args:
     state: of the size of `base`.
     base: its weights, which are deleted.
-    counts: {group: by layer}, no fewer than are alive.
-    settings: of the run.
+    pruning: of the phase.
+    step: one of its cuts.
   """
+  counts = pruning.milestones.present(step)
   config, axes = base.compute.config, _axes_of_groups(state)
   order = jax.tree.map(
     lambda importance, mask: jnp.where(mask > 0, jnp.inf, importance),
@@ -154,7 +152,7 @@ def cut_on_the_way(
       importance=shrink(state.importance, axes, kept, config),
     )
 
-  before = settings.compute.config
+  before = pruning.plan.config
   there = pad(present, axes, kept_before, before)
   known = widened(state, before)['importance']
   state = jax.jit(smaller, out_shardings=base.places.state)(state)

@@ -135,7 +135,7 @@ def make_lora_gradients(
 
 def make_update_importance(
   settings: Compute,
-  criterion: importance_lib.Criterion,
+  criterion: importance_lib.Criterion | None,
   out_sharding: Sharding,
 ) -> Callable[..., Any]:
   """The jitted update of the average, from what the step returned:
@@ -147,6 +147,11 @@ def make_update_importance(
   exist at a time; on NVIDIA GPUs a kernel sums them up and there are none
   (pruning/block_sums.py). Where the gradients or the new scores are not finite,
   the old average stays and `ok` is False. The old importance is donated.
+
+  Args:
+    settings: of the run.
+    criterion: None where nothing is masked, so that nothing is ranked.
+    out_sharding: of what comes out.
   """
   axes = block_axes(settings.config.dequantized, settings.lora)
   stacks = settings.config.stacks
@@ -157,6 +162,7 @@ def make_update_importance(
   # The kernel reads arrays.
   kernel = (
     small
+    and criterion is not None
     and criterion.name == 'lora'
     and not settings.config.quantized
     and runs_on(out_sharding)
@@ -253,23 +259,6 @@ def make_apply_update(
 
 def _where(condition: Array, new: Any, old: Any) -> Any:
   return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
-
-
-def learning_rate(name: str, peak: float, steps: int) -> optax.Schedule:
-  """The learning rate by step: from `peak` down to 0 after `steps` steps.
-
-  Args:
-    name: linear, cosine or constant.
-    peak: at step 0.
-    steps: of the phase.
-  """
-  if name == 'linear':
-    return optax.linear_schedule(peak, 0.0, steps)
-  if name == 'cosine':
-    return optax.cosine_decay_schedule(peak, steps)
-  if name == 'constant':
-    return optax.constant_schedule(peak)
-  raise ValueError(name)
 
 
 def make_optimizer(schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ It is asked before the first step. What it predicts for every token of the
 steps to come waits in the host's memory: 8 K bytes a token.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from lorapr_jax.models.loss import chunked_top_k, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import mesh_of
 from lorapr_jax.settings.phases import Phase
 from lorapr_jax.training.base import Base
-from lorapr_jax.training.batches import device_batches
+from lorapr_jax.training.batches import Batches
 from lorapr_jax.training.checkpoint import saved_steps
 
 # (phase, step) -> the 'teacher' of its batch.
@@ -33,10 +33,8 @@ Teacher = Callable[[Phase, int], dict[str, Array]]
 def remember_teacher(
   base: Base,
   phases: Sequence[Phase],
-  *,
+  batches: Batches,
   top_k: int,
-  micro_batch_size: int,
-  streams: Mapping[str, Callable[..., Any]],
   workdir: Path,
 ) -> Teacher:
   """Asks the dense model about every batch that is still to come.
@@ -44,9 +42,8 @@ def remember_teacher(
   Args:
     base: the dense weights.
     phases: of the run, in order.
+    batches: of the phases.
     top_k: K.
-    micro_batch_size: B.
-    streams: {spec: the function of `batches`}, from `load_data`.
     workdir: of the run. Its checkpoints say which steps are done.
 
   Returns:
@@ -57,13 +54,7 @@ def remember_teacher(
   for phase in phases:
     # The newest checkpoint may be damaged, and the one before it is used.
     first = min(saved_steps(workdir / phase.checkpoints), default=0)
-    batches = device_batches(
-      streams[phase.data],
-      base.places.batch,
-      micro_batch_size,
-      range(phase.first_batch + first, phase.first_batch + phase.steps),
-    )
-    with batches as stream:
+    with batches.plain(phase, base.places.batch, first) as stream:
       for step, batch in enumerate(stream, first):
         found = top(base.params, batch)
         known[phase.name, step] = jax.tree.map(_Parts.of, found)

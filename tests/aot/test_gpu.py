@@ -12,7 +12,6 @@ import pytest
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.planning.compiled import Compiled
 from lorapr_jax.planning.functions import loop_functions
-from lorapr_jax.settings.run import split_config
 
 pytestmark = pytest.mark.aot
 
@@ -74,7 +73,7 @@ def _step_of_llama_7b(*options: str) -> Compiled:
       f'--config.train.compiler_options={options}',
     ]
   )
-  step = next(loop_functions(split_config(config, devices)))
+  step = next(loop_functions(config, devices))
   return Compiled.of(step.lowered)
 
 

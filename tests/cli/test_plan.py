@@ -76,7 +76,7 @@ def test_the_shapes_are_those_of_a_run(capsys):
   config, _ = parse_flags([TINY[0], '--workdir=none'])
   settings = split_config(config)
   places = Places.of(
-    settings.device_mesh,
+    settings.mesh,
     settings.compute.config,
     settings.base_dtype,
     settings.train.micro_batch,
@@ -84,7 +84,7 @@ def test_the_shapes_are_those_of_a_run(capsys):
   base = load_or_draw(
     None, settings.compute.config, places.base, settings.base_dtype, 0
   )
-  phase = next(loop_functions(settings))
+  phase = next(loop_functions(config, settings.devices))
   params = phase.lowered.in_avals[0][0]
   for array, shape in zip(
     jax.tree.leaves(base), jax.tree.leaves(params), strict=True

@@ -22,7 +22,6 @@ from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.trees import init_params
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.settings.files import REMOVED, read_config
-from lorapr_jax.settings.phases import phases
 from lorapr_jax.settings.run import split_config
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -79,12 +78,12 @@ def test_the_processs_own_arguments_do_not_matter(monkeypatch):
 
 def test_the_defaults_are_filled_in():
   found = settings()
-  assert found.model_path is None
+  assert found.model.folder is None
   assert found.compute.lora.targets == LORA_TARGETS
   assert found.compute.config.num_parameters < 300_000
   assert (found.data.eval_seq_len, found.train.seq_len) == (32, 32)
   assert found.base_dtype == found.compute.dtype == jnp.float32
-  assert found.schedule.total_steps == 60
+  assert found.pruning.schedule.total_steps == 60
   # Layer 3, the last, is protected.
   assert found.plan.keep == {
     KV_HEADS: (2, 2, 2, 4),
@@ -120,11 +119,9 @@ def test_settings_follow_the_overrides():
     '--config.export.layout=uniform',
   )
   assert found.plan.keep == {QUERIES: (1,) * 4, CHANNELS: (96,) * 4}
-  assert found.schedule.every == 3
-  assert (found.criterion.name, found.criterion.score) == (
-    'magnitude',
-    'square',
-  )
+  assert found.pruning.schedule.every == 3
+  criterion = found.pruning.criterion
+  assert (criterion.name, criterion.score) == ('magnitude', 'square')
   assert found.compute.lora.targets == ('q_proj', 'up_proj')
   assert found.compute.lora.scale == 4.0
   assert found.compute.dtype == jnp.bfloat16 and found.base_dtype == jnp.float32
@@ -178,19 +175,19 @@ def test_calibration_leaves_steps_to_tune():
   ],
 )
 def test_the_order_decides_the_phases(overrides, expected):
-  found = phases(settings(*(f'--config.{x}' for x in overrides)))
+  found = settings(*(f'--config.{x}' for x in overrides)).phases
   assert [
-    (p.name, p.first_step, p.steps, p.first_batch, p.learning_rate)
-    for p in found
+    (p.name, p.first_step, p.steps, p.first_batch, p.peak) for p in found
   ] == expected
   # Only the first masks, and pruning at once does so at its last step.
-  assert [p.schedule is not None for p in found] == [
+  assert [p.pruning is not None for p in found] == [
     i == 0 for i in range(len(found))
   ]
   if found[0].name == 'calibrate':
     steps = range(found[0].steps)
-    masked = [s for s in steps if found[0].schedule.is_pruning_step(s)]
-    assert masked == [9] and found[0].schedule.progress(9) == 1.0
+    schedule = found[0].pruning.schedule
+    masked = [s for s in steps if schedule.is_pruning_step(s)]
+    assert masked == [9] and schedule.progress(9) == 1.0
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,281 @@
+"""What a run prunes: its model, adapters and plan.
+
+A checkpoint's shapes follow from these, so that an export of a run needs no
+other section of its config.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lorapr_jax.axes import LORA_TARGETS
+from lorapr_jax.errors import MeshError, UserError, choose
+from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.hf.load import load_config
+from lorapr_jax.models.compute import DTYPES, resolve_dtype
+from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.lora import INPUTS, terms_of
+from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.compensation import (
+  NONE,
+  REPAIRED,
+  RIDGE,
+  Compensation,
+)
+from lorapr_jax.pruning.groups import couplings, kind
+from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
+from lorapr_jax.runtime.paths import path_of
+from lorapr_jax.runtime.sharding import divisors
+from lorapr_jax.settings.sections import read_section
+
+ORDERS = ('joint', 'prune_then_tune', 'none')
+INT8 = 'int8'
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+  """The `model.*` keys."""
+
+  path: str = ''
+  sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  base_dtype: str = 'auto'
+  compute_dtype: str = 'auto'
+  matmul_dtype: str = 'auto'
+  attention: str = 'auto'
+  remat: str = 'blocks'
+  scan_layers: bool = True
+
+  def __post_init__(self):
+    choose('model.base_dtype', self.base_dtype, (*DTYPES, INT8))
+    if bool(self.path) == bool(self.sizes):
+      raise UserError(
+        'model.path is a Hugging Face folder, or empty with model.sizes for '
+        'random weights: set one of them'
+      )
+
+  @property
+  def folder(self) -> Path | None:
+    """Of the base; None for random weights."""
+    return path_of(self.path) if self.path else None
+
+  def read_sizes(self) -> LlamaConfig:
+    """From the folder's config.json, or from `sizes`.
+
+    Raises:
+      UserError: naming the key that is not supported.
+    """
+    if self.path:
+      return load_config(self.path)
+    try:
+      return config_from_hf(dict(self.sizes))
+    except UserError as error:
+      reason = str(error).removeprefix('config.json: ')
+      raise UserError(f'model.sizes: {reason}') from None
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraSettings:
+  """The `lora.*` keys."""
+
+  rank: int = 8
+  alpha: float = 16.0
+  dropout: float = 0.05
+  targets: str = 'all'
+
+  @property
+  def config(self) -> LoraConfig:
+    """The adapters that the model gets."""
+    names = (name.strip() for name in self.targets.split(','))
+    return LoraConfig(
+      rank=self.rank,
+      alpha=self.alpha,
+      dropout=self.dropout,
+      targets=LORA_TARGETS
+      if self.targets == 'all'
+      else tuple(filter(None, names)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class PruneSettings:
+  """The `prune.*` keys."""
+
+  criterion: str = Criterion.name
+  order: str = 'joint'
+  calibration_steps: int = 10
+  target: float = Targets.target
+  heads_target: float | None = Targets.heads_target
+  channels_target: float | None = Targets.channels_target
+  unit: str = Targets.unit
+  heads: str = Targets.heads
+  channels: bool = Targets.channels
+  every: int = 10
+  warmup: float = 0.1
+  cooldown: float = 0.1
+  compensate: str = RIDGE
+  compensate_damping: float = 0.2
+  compensate_batches: int = 2
+  shrink: str = 'end'
+  protect: str = Targets.protect
+  layer_profile: str = Targets.layer_profile
+  heads_multiple_of: int = Targets.heads_multiple_of
+  channels_multiple_of: int = Targets.channels_multiple_of
+  score: str = Criterion.score
+  norm: bool = Criterion.norm
+  lora_gradient: str = Criterion.lora_gradient
+  decay: float = Criterion.decay
+
+  def __post_init__(self):
+    choose('prune.order', self.order, ORDERS)
+    if self.calibration_steps < 1:
+      raise UserError(
+        f'prune.calibration_steps is {self.calibration_steps}: it must be '
+        'positive'
+      )
+
+  def targets(self, tensor_parallel: int) -> Targets:
+    """How much is pruned.
+
+    Args:
+      tensor_parallel: what the counts that stay must divide by.
+    """
+    names = {field.name for field in dataclasses.fields(Targets)}
+    asked = {name: x for name, x in vars(self).items() if name in names}
+    return Targets(tensor_parallel=tensor_parallel, **asked)
+
+  def ranking(self) -> Criterion:
+    """How groups are ranked."""
+    return Criterion(
+      name=self.criterion,
+      score=self.score,
+      lora_gradient=self.lora_gradient,
+      norm=self.norm,
+      decay=self.decay,
+    )
+
+  def compensation(self) -> Compensation | None:
+    """How what survives is repaired; None where it is not."""
+    choose(
+      'prune.compensate',
+      self.compensate,
+      (RIDGE, NONE),
+      removed={'bias': 'prune.compensate=ridge'},
+    )
+    how = Compensation(self.compensate_damping, self.compensate_batches)
+    return None if self.compensate == NONE else how
+
+  def schedule(self, steps: int) -> PruneSchedule:
+    """When groups are masked, in a run of so many steps with LoRA."""
+    if self.order == 'joint':
+      return PruneSchedule(steps, self.every, self.warmup, self.cooldown)
+    return PruneSchedule.once(self.calibration_steps)
+
+
+class PlannedModel(NamedTuple):
+  """The model of a run, and what will be left of it.
+
+  Attributes:
+    settings: the config's section model.
+    prune: the config's section prune.
+    config: the sizes of the base, which say what is quantised.
+    lora: the adapters'.
+    plan: what will be left; None if nothing is pruned.
+    compensation: how what survives is repaired; None: not at all.
+    base_dtype: of the weights that are not quantised.
+  """
+
+  settings: ModelSettings
+  prune: PruneSettings
+  config: LlamaConfig
+  lora: LoraConfig
+  plan: PruningPlan | None
+  compensation: Compensation | None
+  base_dtype: Any
+
+
+def plan_model(
+  config: Mapping[str, Any],
+  tensor_parallel: int,
+  platform: str | None = None,
+  keep: Mapping[str, Sequence[int]] | None = None,
+) -> PlannedModel:
+  """The model of a config; no weights are read.
+
+  Args:
+    config: its sections model, lora and prune are read.
+    tensor_parallel: the size of the mesh axis that splits heads.
+    platform: of the devices; None: of the default ones.
+    keep: that of a run's plan; None: it is planned.
+
+  Raises:
+    UserError: naming the key whose value is impossible.
+  """
+  settings = read_section(ModelSettings, config['model'])
+  lora = read_section(LoraSettings, config['lora']).config
+  prune = read_section(PruneSettings, config['prune'])
+  sizes = settings.read_sizes()
+  for shape in sizes.layers:
+    if shape.num_kv_heads % tensor_parallel:
+      raise MeshError(
+        f'mesh.tensor={tensor_parallel} does not divide the '
+        f'{shape.num_kv_heads} KV heads of the model: '
+        f'{divisors(shape.num_kv_heads, tensor_parallel)} would do'
+      )
+  targets = prune.targets(tensor_parallel)
+  if keep is None:
+    plan = plan_pruning(sizes, targets)
+    _check_plan(plan, prune, lora)
+  else:
+    counts = {group: tuple(n) for group, n in keep.items()}
+    plan = PruningPlan(sizes, targets, counts)
+  if not plan.keep:
+    plan = None
+  compensation = prune.compensation() if plan else None
+  dtype, quantized = settings.base_dtype, ()
+  if dtype == INT8:
+    # A repair would be rounded to int8 each time.
+    kept = REPAIRED.values() if compensation else ()
+    dtype = 'auto'
+    quantized = tuple(name for name in LORA_TARGETS if name not in kept)
+  return PlannedModel(
+    settings,
+    prune,
+    dataclasses.replace(sizes, quantized=quantized),
+    lora,
+    plan,
+    compensation,
+    resolve_dtype('model.base_dtype', dtype, platform),
+  )
+
+
+def _check_plan(
+  plan: PruningPlan, prune: PruneSettings, lora: LoraConfig
+) -> None:
+  """Refuses what could not be pruned, or not be ranked."""
+  if not plan.keep and prune.order != 'joint':
+    raise UserError(
+      f'prune.target is 0: nothing would be pruned by '
+      f'prune.order={prune.order}; LoRA alone is trained by '
+      'prune.order=joint'
+    )
+  if prune.criterion != 'lora':
+    return
+  adapters = block_axes(plan.config, lora)['lora']
+  for group in plan.keep:
+    paths = [path.split('.') for path, _ in couplings(adapters, group)]
+    targets = f'lora.targets {",".join(lora.targets)}'
+    if not paths:
+      raise UserError(
+        f'{targets} has no projection of the {kind(group)}: '
+        'prune.criterion=lora cannot rank them'
+      )
+    terms = {terms_of(prune.lora_gradient, *path[:2]) for path in paths}
+    if prune.order != 'joint' and terms == {INPUTS}:
+      raise UserError(
+        f'{targets} has of the {kind(group)} what reads them alone, which '
+        'prune.lora_gradient=own cannot score while B is zero, as it stays '
+        f'under prune.order={prune.order}: use prune.lora_gradient=full'
+      )

@@ -1,0 +1,78 @@
+"""Where a phase begins: at its first step, or as its newest checkpoint says."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+
+from lorapr_jax.models.compute import Compute
+from lorapr_jax.settings.phases import Phase
+from lorapr_jax.training.base import Base, weight_shapes
+from lorapr_jax.training.checkpoint import Checkpoints, Damaged
+from lorapr_jax.training.cut import as_saved
+from lorapr_jax.training.repair import repaired_of
+from lorapr_jax.training.state import TrainState
+
+
+def begin(
+  checkpoints: Checkpoints,
+  phase: Phase,
+  base: Base,
+  new_state: Callable[[Compute], TrainState],
+  warn: Callable[[str], None],
+) -> tuple[TrainState, Base]:
+  """State and base at the step that a phase goes on from.
+
+  Checkpoints that are damaged are set aside.
+
+  Args:
+    checkpoints: of the phase.
+    phase: of the run.
+    base: as loaded, or as the phase before left it. Arrays that were cut on
+      the way or repaired are deleted.
+    new_state: the state at step 0, of a size.
+    warn: tells people.
+
+  Raises:
+    Damaged: if there is but one checkpoint, and it cannot be read.
+  """
+  while (step := checkpoints.newest()) is not None:
+    try:
+      compute = _compute_at(phase, base.compute, step)
+      shapes = _stored_shapes(phase, base, compute, new_state)
+      state = checkpoints.restore(step, shapes, base.places.state)
+    except Damaged:
+      if (done := checkpoints.set_newest_aside()) is None:
+        raise
+      warn(done)
+      continue
+    return state.replace(repaired=()), as_saved(base, state)
+  return jax.device_put(new_state(base.compute), base.places.state), base
+
+
+def _compute_at(phase: Phase, compute: Compute, step: int) -> Compute:
+  """For the sizes in which a state of `step` steps is stored."""
+  if not (phase.pruning and phase.pruning.cuts):
+    return compute
+  sizes = phase.pruning.milestones.size_at(step, phase.pruning.cuts)
+  config = dataclasses.replace(compute.config, layers=sizes.layers)
+  return dataclasses.replace(compute, config=config)
+
+
+def _stored_shapes(
+  phase: Phase,
+  base: Base,
+  compute: Compute,
+  new_state: Callable[[Compute], TrainState],
+) -> TrainState:
+  """The shapes of a checkpoint of these sizes; of `base` is the whole."""
+  state, whole = (
+    jax.eval_shape(functools.partial(new_state, x))
+    for x in (compute, base.compute)
+  )
+  state = state.replace(whole=whole.whole)
+  if phase.pruning and phase.pruning.compensation:
+    weights = weight_shapes(base.places.mesh, compute.config, base.dtype)
+    state = state.replace(repaired=repaired_of(weights))
+  return state
