@@ -65,7 +65,7 @@ def make_lora_gradients(
     base_sharding: of the base, which its gradients share.
     needs: of the criterion.
   """
-  use_dropout = settings.lora.dropout > 0
+  mesh = mesh_of(out_sharding)
 
   def gradients(params, lora, masks, batch, key):
     count = jnp.maximum(jnp.sum(batch['weights'][..., 1:]), 1.0)
@@ -74,50 +74,31 @@ def make_lora_gradients(
       trained['base'] = projections(params['stacks'])
 
     def loss(trained, micro, key):
-      base = trained.get('base', params['stacks'])
-      stacks = tuple(
-        stack | new for stack, new in zip(params['stacks'], base, strict=True)
-      )
       losses, observed = token_losses(
-        {**params, 'stacks': stacks},
+        _with_trained(params, trained),
         micro['tokens'],
         micro['weights'],
         settings,
-        mesh=mesh_of(out_sharding),
+        mesh=mesh,
         segments=micro.get('segments'),
         matmul_dtype=settings.matmul_dtype,
         teacher=micro['teacher'] if settings.distill else None,
         lora=trained['lora'],
         masks=masks,
-        dropout_key=key if use_dropout else None,
+        dropout_key=key if settings.lora.dropout > 0 else None,
         observe=needs == 'statistics',
         scan_layers=settings.scan_layers,
       )
       return jnp.sum(losses) / count, observed
 
-    value_and_grads = jax.value_and_grad(loss, has_aux=True)
-
-    def accumulate(total, inputs):
-      new = value_and_grads(trained, *inputs)
-      return jax.tree.map(jnp.add, total, new), None
-
-    keys = jax.random.split(key, batch['tokens'].shape[0])
-    first = jax.tree.map(lambda x: x[0], (batch, keys))
-    zeros = jax.tree.map(
-      lambda x: jnp.zeros(x.shape, jnp.float32),
-      jax.eval_shape(value_and_grads, trained, *first),
-    )
-    ((value, observed), grads), _ = jax.lax.scan(
-      accumulate, zeros, (batch, keys)
+    (value, observed), grads = _summed(
+      jax.value_and_grad(loss, has_aux=True), trained, batch, key
     )
     norm = optax.tree.norm(grads['lora'])
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
-    more = {}
-    if needs == 'base_grads':
-      more[needs] = grads['base']
-    elif needs == 'statistics':
-      more[needs] = observed
+    known = {'base_grads': grads.get('base'), 'statistics': observed}
+    more = {needs: known[needs]} if needs else {}
     return {'loss': value, 'grad_norm': norm}, grads['lora'], more
 
   more_sharding = out_sharding
@@ -131,6 +112,32 @@ def make_lora_gradients(
       **dict(settings.compiler_options),
     },
   )
+
+
+def _with_trained(params: Any, trained: dict[str, Any]) -> Any:
+  """The base, with the projections that gradients are taken of, if any are."""
+  base = trained.get('base', params['stacks'])
+  stacks = zip(params['stacks'], base, strict=True)
+  return {**params, 'stacks': tuple(stack | new for stack, new in stacks)}
+
+
+def _summed(
+  value_and_grads: Callable[..., Any], trained: Any, batch: Any, key: Array
+) -> Any:
+  """The sum over a batch's micro-batches, one of which exists at a time."""
+
+  def accumulate(total, inputs):
+    new = value_and_grads(trained, *inputs)
+    return jax.tree.map(jnp.add, total, new), None
+
+  keys = jax.random.split(key, batch['tokens'].shape[0])
+  first = jax.tree.map(lambda x: x[0], (batch, keys))
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.float32),
+    jax.eval_shape(value_and_grads, trained, *first),
+  )
+  total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
+  return total
 
 
 def make_update_importance(
@@ -153,19 +160,55 @@ def make_update_importance(
     criterion: None where nothing is masked, so that nothing is ranked.
     out_sharding: of what comes out.
   """
+  average_stack = None
+  if criterion:
+    average_stack = _stack_average(settings, criterion, out_sharding)
+
+  def update(importance, params, lora, grads, more, masks, grad_norm):
+    new = importance
+    if average_stack:
+      new = tuple(
+        average_stack(
+          importance[i],
+          importance_lib.Signals(
+            params['stacks'][i],
+            lora[i],
+            grads[i],
+            stack.start + jnp.arange(stack.size),
+            **{name: value[i] for name, value in more.items()},
+          ),
+          masks[i],
+        )
+        for i, stack in enumerate(settings.config.stacks)
+      )
+    ok = jnp.isfinite(grad_norm)
+    for leaf in jax.tree.leaves(new):
+      ok &= jnp.all(jnp.isfinite(leaf))
+    return _where(ok, new, importance), ok
+
+  return jax.jit(
+    update,
+    donate_argnums=0,
+    out_shardings=out_sharding,
+    compiler_options=compiler_options(out_sharding),
+  )
+
+
+def _stack_average(
+  settings: Compute, criterion: importance_lib.Criterion, place: Sharding
+) -> Callable[..., Any]:
+  """(the old average, Signals, masks) of a stack -> its new average."""
   axes = block_axes(settings.config.dequantized, settings.lora)
-  stacks = settings.config.stacks
   # On accelerators XLA makes one pass of a few outer products and what is
   # summed of them; on CPU a product of matrices is many times as fast.
   small = settings.lora.rank <= _LARGEST_FUSED_RANK
-  fused = small and platform(out_sharding) != 'cpu'
+  fused = small and platform(place) != 'cpu'
   # The kernel reads arrays.
   kernel = (
     small
-    and criterion is not None
     and criterion.name == 'lora'
     and not settings.config.quantized
-    and runs_on(out_sharding)
+    and runs_on(place)
   )
   options = importance_lib.Options(criterion, settings.lora.scale, fused)
 
@@ -187,8 +230,6 @@ def make_update_importance(
     return average((old, scores, masks))
 
   def update_stack(old, signals, masks):
-    if not masks:  # Nothing is ranked after the cut.
-      return old
     if not kernel:
       return jax.lax.map(update_layer, (old, signals, masks))
     sums = block_sums(
@@ -199,36 +240,11 @@ def make_update_importance(
       scale=settings.lora.scale,
       square=criterion.score == 'square',
       lora_gradient=criterion.lora_gradient,
-      mesh=mesh_of(out_sharding),
+      mesh=mesh_of(place),
     )
     return jax.vmap(average)((old, sums, masks))
 
-  def update(importance, params, lora, grads, more, masks, grad_norm):
-    new = tuple(
-      update_stack(
-        importance[i],
-        importance_lib.Signals(
-          params['stacks'][i],
-          lora[i],
-          grads[i],
-          stack.start + jnp.arange(stack.size),
-          **{name: value[i] for name, value in more.items()},
-        ),
-        masks[i],
-      )
-      for i, stack in enumerate(stacks)
-    )
-    ok = jnp.isfinite(grad_norm)
-    for leaf in jax.tree.leaves(new):
-      ok &= jnp.all(jnp.isfinite(leaf))
-    return _where(ok, new, importance), ok
-
-  return jax.jit(
-    update,
-    donate_argnums=0,
-    out_shardings=out_sharding,
-    compiler_options=compiler_options(out_sharding),
-  )
+  return update_stack
 
 
 def make_apply_update(

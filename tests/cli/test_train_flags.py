@@ -328,7 +328,7 @@ def test_a_template_may_be_for_what_comes_after_the_cut(tmp_path):
   with pytest.raises(UserError, match='demo:news:train is plain text'):
     settings(plain, template)
   recover = ('--config.recover.steps=3', f'--config.recover.data={records}')
-  assert settings(plain, template, *recover).recover.data == records
+  assert settings(plain, template, *recover).phases[-1].data == records
 
 
 def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
