@@ -5,23 +5,24 @@ Nothing here reads weights or text: a mistake stops a run before any work.
 
 from collections.abc import Sequence
 import dataclasses
-import math
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from lorapr_jax.data.sources import parse_mixture
-from lorapr_jax.errors import MeshError, UserError
+from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.models.compute import Compute, resolve_dtype
-from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.kernels import check_attention
 from lorapr_jax.pruning.milestones import parse_shrink
 from lorapr_jax.pruning.targets import PruningPlan
-from lorapr_jax.runtime.sharding import divisors, make_mesh, mesh_sizes
+from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
+from lorapr_jax.settings.checks import (
+  check_export,
+  check_lengths,
+  check_teacher,
+  check_text,
+)
 from lorapr_jax.settings.devices import (
   resolve_compiler_options,
   resolve_loss_chunk,
@@ -144,15 +145,15 @@ def split_config(
   train = read_section(TrainSettings, config.train)
   recover = read_section(RecoverSettings, config.recover)
   data = read_section(DataSettings, config.data)
-  _check_text(data, train, recover)
+  check_text(data, train, recover)
   length = data.eval_seq_len or train.seq_len
   data = dataclasses.replace(data, eval_seq_len=length)
   compute = _compute(planned, train, mesh, devices)
-  _check_lengths(data, train, compute, mesh, devices)
-  _check_teacher(train, planned)
+  check_lengths(data, train, compute, mesh, devices)
+  check_teacher(train, planned)
   pruning = _pruning(planned, train)
   export = read_section(ExportSettings, config.export)
-  _check_export(export, planned)
+  check_export(export, planned)
   return RunSettings(
     model=planned.settings,
     data=data,
@@ -192,80 +193,6 @@ def _compute(
   )
 
 
-def _check_text(
-  data: DataSettings, train: TrainSettings, recover: RecoverSettings
-) -> None:
-  """What the text's keys and those of training ask of each other."""
-  if data.max_tokens and data.max_tokens < train.seq_len:
-    raise UserError(
-      f'data.max_tokens is {data.max_tokens}: 0 for all, or at least the '
-      f'{train.seq_len} of train.seq_len'
-    )
-  specs = [spec for spec in (data.train, recover.data) if spec]
-  parts = [part.spec for spec in specs for part in parse_mixture(spec)]
-  if data.template and not any(map(data.records.applies_to, parts)):
-    raise UserError(
-      'data.template has no records to fill in: '
-      f'{" and ".join(specs)} is plain text (text files, the demo, and specs '
-      'that name their column are)'
-    )
-
-
-def _check_lengths(
-  data: DataSettings,
-  train: TrainSettings,
-  compute: Compute,
-  mesh: dict[str, int],
-  devices: tuple[jax.Device, ...],
-) -> None:
-  """Sequences must fit the model, the mesh and the attention kernel."""
-  config, parts = compute.config, mesh['sequence']
-  for key, length in (
-    ('train.seq_len', train.seq_len),
-    ('data.eval_seq_len', data.eval_seq_len),
-  ):
-    if length > config.max_positions:
-      raise UserError(
-        f'{key} is {length}, but the model has {config.max_positions} '
-        'positions (max_position_embeddings)'
-      )
-    if key == 'data.eval_seq_len' and not data.eval:
-      continue
-    if length % parts:
-      both = math.gcd(length, len(devices))
-      raise MeshError(
-        f'mesh.sequence={parts} does not divide the {length} '
-        f'tokens of {key}: {divisors(both, both)} would do'
-      )
-    check_attention(
-      compute.attention,
-      key,
-      length,
-      config.head_dim,
-      compute.dtype,
-      devices[0],
-      parts,
-    )
-
-
-def _check_teacher(train: TrainSettings, planned: PlannedModel) -> None:
-  """Refuses distillation that would teach nothing."""
-  if not train.distill:
-    return
-  order, vocab_size = planned.prune.order, planned.config.vocab_size
-  if train.distill_top_k >= vocab_size:
-    raise UserError(
-      f'train.distill_top_k is {train.distill_top_k}, and the model has '
-      f'{vocab_size} tokens: choose fewer, such as 64'
-    )
-  if train.distill == 1 and order != 'joint':
-    raise UserError(
-      f'train.distill=1 with prune.order={order}: while importance is '
-      'measured the model is its own teacher, and gradients are zero: use a '
-      'smaller share'
-    )
-
-
 def _pruning(planned: PlannedModel, train: TrainSettings) -> Pruning | None:
   """What the first phase masks."""
   prune, plan = planned.prune, planned.plan
@@ -296,12 +223,3 @@ def _pruning(planned: PlannedModel, train: TrainSettings) -> Pruning | None:
     return pruning
   cuts = pruning.milestones.cuts(shares, train.seq_len)
   return dataclasses.replace(pruning, cuts=cuts)
-
-
-def _check_export(export: ExportSettings, planned: PlannedModel) -> None:
-  """The layout and type must hold what will be left."""
-  final: LlamaConfig = planned.config
-  if planned.plan and export.layout != 'padded':
-    final = planned.plan.pruned_config
-  resolve_layout(final, export.layout)
-  resolve_model_type(final, export.layout, export.model_type)
