@@ -1,0 +1,45 @@
+"""What the phases of a run know before its first step."""
+
+import pytest
+
+from lorapr_jax.settings.files import read_config
+from lorapr_jax.settings.run import split_config
+
+
+def first_phase(**prune):
+  config = read_config('tiny')
+  config.prune.update(prune)
+  return split_config(config).phases[0]
+
+
+def test_calls_compile_at_the_first_step_the_cuts_and_the_first_repairs():
+  phase = first_phase(shrink='0.5,0.8')
+  cuts, repairs = phase.pruning.cuts, phase.pruning.repairs
+  assert len(cuts) == 2 and repairs == phase.pruning.milestones.maskings
+  # After the last cut nothing is left to be masked.
+  one, two = (next(r for r in repairs if r >= start) for start in (0, cuts[0]))
+  assert repairs[-1] < cuts[1]
+  assert phase.compiling(0) == {0, one, cuts[0], two, cuts[1]}
+  # A run that goes on compiles for the size that it has then.
+  first = cuts[0] + 1
+  later = next(r for r in repairs if r >= first)
+  assert phase.compiling(first) == {first, later, cuts[1]}
+
+
+def test_without_repair_only_sizes_compile():
+  phase = first_phase(shrink='0.5', compensate='none')
+  assert phase.compiling(0) == {0, *phase.pruning.cuts}
+  assert phase.pruning.repair_batches == 0
+
+
+@pytest.mark.parametrize('batches, kept', [(2, 2), (9, 6), (100, 6)])
+def test_a_repair_is_fitted_to_no_more_batches_than_there_are(batches, kept):
+  # Masking begins at step 5 of 60, since two of four heads go over the ramp.
+  pruning = first_phase(compensate_batches=batches, warmup=0.0).pruning
+  assert min(pruning.repairs) == 5
+  assert pruning.repair_batches == kept
+
+
+def test_where_nothing_is_pruned_only_the_first_step_compiles():
+  phase = first_phase(target=0.0)
+  assert phase.pruning is None and phase.compiling(7) == {7}
