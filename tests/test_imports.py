@@ -85,7 +85,7 @@ def test_the_syntax_trees_are_read():
   assert len(MODULES) > 30
   steps = IMPORTS['training.steps']
   assert steps >= {'models.trees', 'models.compute', 'pruning.importance'}
-  assert {'training.checkpoint', 'training.steps'} <= IMPORTS['training.loop']
+  assert {'training.event', 'training.steps'} <= IMPORTS['training.loop']
 
 
 def test_every_wing_has_a_floor():
