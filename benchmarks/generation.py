@@ -18,9 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import lorapr_jax as lp
 from lorapr_jax.eval.latency import paired_generation
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 
 
 def transformers_turn(

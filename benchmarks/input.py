@@ -21,17 +21,10 @@ from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.settings.files import read_config
 from lorapr_jax.settings.run import RunSettings, split_config
 from lorapr_jax.training import steps
-from lorapr_jax.training.base import (
-  Places,
-)
-from lorapr_jax.training.batches import (
-  Batches,
-  device_batches,
-)
+from lorapr_jax.training.base import Places
+from lorapr_jax.training.batches import Batches, device_batches
 from lorapr_jax.training.state import init_state
-from lorapr_jax.training.steps import (
-  make_optimizer,
-)
+from lorapr_jax.training.steps import make_optimizer
 
 GOAL = 20
 BATCHES, STEPS = 200, 3

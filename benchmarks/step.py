@@ -35,9 +35,7 @@ from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.settings.run import RunSettings, split_config
 from lorapr_jax.training import steps
-from lorapr_jax.training.base import (
-  Places,
-)
+from lorapr_jax.training.base import Places
 from lorapr_jax.training.state import init_state
 
 # The keys of a config.json. Sources: the models' cards on the Hugging Face Hub.

@@ -16,9 +16,7 @@ from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
 from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
 from lorapr_jax.hf.load import Model, folder_and_config, in_memory
 from lorapr_jax.hf.load import load as load
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.runtime.paths import is_path, path_of
 from lorapr_jax.settings.files import check_config, check_key, read_config
 

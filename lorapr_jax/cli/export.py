@@ -4,11 +4,7 @@ from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.exporting import sources as exports
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.hf.layout import LAYOUTS, MODEL_TYPES
-from lorapr_jax.hf.write import (
-  DTYPES,
-  GGUF_DTYPES,
-  parse_size,
-)
+from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.settings.sections import ROUTES
 

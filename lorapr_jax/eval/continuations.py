@@ -19,9 +19,7 @@ import numpy as np
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models import branches, decoder
-from lorapr_jax.models.compute import (
-  compiler_options,
-)
+from lorapr_jax.models.compute import compiler_options
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.runtime import sharding
 

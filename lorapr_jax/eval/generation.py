@@ -22,9 +22,7 @@ import numpy as np
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.models import cached, decoder
-from lorapr_jax.models.compute import (
-  compiler_options,
-)
+from lorapr_jax.models.compute import compiler_options
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json

@@ -12,10 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from lorapr_jax.models import cached, decoder
-from lorapr_jax.models.compute import (
-  Compute,
-  compiler_options,
-)
+from lorapr_jax.models.compute import Compute, compiler_options
 from lorapr_jax.runtime import sharding
 
 

@@ -12,11 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 import numpy as np
 
-from lorapr_jax.models.compute import (
-  Compute,
-  compiler_options,
-  token_losses,
-)
+from lorapr_jax.models.compute import Compute, compiler_options, token_losses
 from lorapr_jax.runtime import sharding
 
 

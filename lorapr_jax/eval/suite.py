@@ -21,9 +21,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
 from lorapr_jax.hf.load import Model, folder_and_config, in_memory
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 
 # The papers' texts. PTB's repository holds a script, and no code of a data set
 # is ever run: the Hub's conversion of it to Parquet is read instead.

@@ -11,9 +11,7 @@ from lorapr_jax.planning.needs import Needs, plan_run
 from lorapr_jax.planning.topology import SLICES, Topology
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.base import (
-  weight_shapes,
-)
+from lorapr_jax.training.base import weight_shapes
 
 
 class Tried(NamedTuple):

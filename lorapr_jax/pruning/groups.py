@@ -13,10 +13,7 @@ from typing import Any
 
 import jax
 
-from lorapr_jax.axes import (
-  carries,
-  group_axes,
-)
+from lorapr_jax.axes import carries, group_axes
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 
 KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'

@@ -12,10 +12,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.axes import (
-  carries,
-  group_axes,
-)
+from lorapr_jax.axes import carries, group_axes
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.lora import (
   FULL,

@@ -14,10 +14,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.files import read_json, write_json, write_text
 from lorapr_jax.runtime.paths import is_local
-from lorapr_jax.runtime.workdir import (
-  METRICS_FILE,
-  RUN_FILE,
-)
+from lorapr_jax.runtime.workdir import METRICS_FILE, RUN_FILE
 from lorapr_jax.settings.sections import LogSettings
 
 MAX_SKIPPED_IN_A_ROW = 5

@@ -12,11 +12,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
-from lorapr_jax.runtime.workdir import (
-  METRICS_FILE,
-  RUN_FILE,
-  SUMMARY_FILE,
-)
+from lorapr_jax.runtime.workdir import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
 IMPORTANCE_FILE = 'importance.safetensors'
 PRUNING_FILE = 'export/pruning.json'

@@ -9,16 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from lorapr_jax.errors import (
-  UserError,
-  choose,
-  first_line,
-)
+from lorapr_jax.errors import UserError, choose, first_line
 from lorapr_jax.models.compute import DTYPES
 from lorapr_jax.models.decoder import REMAT_POLICIES
-from lorapr_jax.settings.sections import (
-  TrainSettings,
-)
+from lorapr_jax.settings.sections import TrainSettings
 
 # The first JAX whose CPU backend knows the copies of model.remat=offload.
 CPU_OFFLOADS = (0, 10, 2)

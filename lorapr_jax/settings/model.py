@@ -17,12 +17,7 @@ from lorapr_jax.models.compute import DTYPES, resolve_dtype
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.lora import INPUTS, terms_of
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.compensation import (
-  NONE,
-  REPAIRED,
-  RIDGE,
-  Compensation,
-)
+from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE, Compensation
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.schedule import PruneSchedule

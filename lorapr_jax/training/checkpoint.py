@@ -17,9 +17,7 @@ import orbax.checkpoint as ocp
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.paths import is_folder, make_folder, move
-from lorapr_jax.training.state import (
-  TrainState,
-)
+from lorapr_jax.training.state import TrainState
 
 
 def saved_steps(folder: Path) -> list[int]:

@@ -5,20 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorapr_jax.axes import (
-  Axes,
-  group_axes,
-)
+from lorapr_jax.axes import Axes, group_axes
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
-from lorapr_jax.models.trees import (
-  block_axes,
-)
+from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.masks import by_stack, select_stack_masks
-from lorapr_jax.pruning.shrink import (
-  Kept,
-  pad,
-  shrink,
-)
+from lorapr_jax.pruning.shrink import Kept, pad, shrink
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.training.base import Base, kept_of

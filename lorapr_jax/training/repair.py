@@ -14,34 +14,17 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from lorapr_jax.axes import (
-  PROJECTIONS,
-  Axes,
-  ProjectionLetters,
-  apply_masks,
-)
+from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters, apply_masks
 from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.compute import (
-  Compute,
-  compiler_options,
-)
+from lorapr_jax.models.compute import Compute, compiler_options
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
-from lorapr_jax.models.layers import (
-  INPUTS,
-  LoRAEinsum,
-  Rotation,
-  rope_rotation,
-)
+from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation, rope_rotation
 from lorapr_jax.models.lora import lora_product
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.compensation import (
-  REPAIRED,
-  Compensation,
-  ridge_update,
-)
+from lorapr_jax.pruning.compensation import REPAIRED, Compensation, ridge_update
 from lorapr_jax.pruning.solve import solve, solve_in_blocks, spread
 from lorapr_jax.runtime.sharding import mesh_of, parts, platform
 

@@ -10,9 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.trees import (
-  init_lora,
-)
+from lorapr_jax.models.trees import init_lora
 from lorapr_jax.pruning.masks import initial_masks
 
 

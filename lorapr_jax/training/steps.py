@@ -15,11 +15,7 @@ from jax.sharding import Sharding
 import optax
 
 from lorapr_jax.axes import PROJECTIONS
-from lorapr_jax.models.compute import (
-  Compute,
-  compiler_options,
-  token_losses,
-)
+from lorapr_jax.models.compute import Compute, compiler_options, token_losses
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning import importance as importance_lib

@@ -15,10 +15,7 @@ from jax import Array
 import numpy as np
 
 from lorapr_jax.models import decoder
-from lorapr_jax.models.compute import (
-  compiler_options,
-  run_model,
-)
+from lorapr_jax.models.compute import compiler_options, run_model
 from lorapr_jax.models.loss import chunked_top_k, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import mesh_of
 from lorapr_jax.settings.phases import Phase

@@ -13,9 +13,7 @@ from lorapr_jax.eval.benchmark import compare
 from lorapr_jax.eval.generation import Sampling, stream_tokens
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import cached
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.trees import init_params
 

@@ -17,15 +17,9 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.masks import (
-  by_stack,
-  initial_masks,
-  select_stack_masks,
-)
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 

@@ -20,9 +20,7 @@ from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.eval.perplexity import evaluate_perplexity
 from lorapr_jax.eval.suite import PAPER_TEXTS, origin
 from lorapr_jax.hf.load import load
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.runtime import sharding
 
 SENTENCES = (

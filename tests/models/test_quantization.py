@@ -28,9 +28,7 @@ from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 from lorapr_jax.training import steps
-from lorapr_jax.training.base import (
-  cut_params,
-)
+from lorapr_jax.training.base import cut_params
 
 CONFIG = LlamaConfig(
   vocab_size=48,

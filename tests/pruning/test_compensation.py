@@ -4,10 +4,7 @@ import numpy as np
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.pruning.compensation import (
-  Compensation,
-  ridge_update,
-)
+from lorapr_jax.pruning.compensation import Compensation, ridge_update
 
 ROWS, COLUMNS, TOKENS = 12, 5, 200
 GONE = np.isin(np.arange(ROWS), [2, 7, 8])

@@ -8,13 +8,9 @@ from jax.sharding import SingleDeviceSharding
 import numpy as np
 import pytest
 
-from lorapr_jax.axes import (
-  group_axes,
-)
+from lorapr_jax.axes import group_axes
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.compute import (
-  Compute,
-)
+from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import block_axes, init_lora, param_shapes
 from lorapr_jax.pruning import block_sums
@@ -25,13 +21,9 @@ from lorapr_jax.pruning.importance import (
   element_scores,
   update_importance,
 )
-from lorapr_jax.pruning.masks import (
-  initial_masks,
-)
+from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.training import steps
-from lorapr_jax.training.steps import (
-  make_update_importance,
-)
+from lorapr_jax.training.steps import make_update_importance
 from tests.pruning import reference
 
 GROUPS = ('kv_heads', 'kv_heads,queries_per_kv', 'mlp')

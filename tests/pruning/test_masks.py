@@ -5,15 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.axes import (
-  Axes,
-  apply_masks,
-)
-from lorapr_jax.pruning.masks import (
-  alive_counts,
-  initial_masks,
-  select_masks,
-)
+from lorapr_jax.axes import Axes, apply_masks
+from lorapr_jax.pruning.masks import alive_counts, initial_masks, select_masks
 
 QUERIES = 'kv_heads,queries_per_kv'
 

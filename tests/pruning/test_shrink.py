@@ -7,12 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.axes import (
-  Axes,
-  apply_masks,
-  group_axes,
-  take_kept,
-)
+from lorapr_jax.axes import Axes, apply_masks, group_axes, take_kept
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.models.lora import merge_lora
@@ -25,21 +20,10 @@ from lorapr_jax.pruning.importance import (
   element_scores,
   update_importance,
 )
-from lorapr_jax.pruning.masks import (
-  by_stack,
-  initial_masks,
-  select_stack_masks,
-)
-from lorapr_jax.pruning.shrink import (
-  kept_groups,
-  pad,
-  shrink,
-  shrunk_config,
-)
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
+from lorapr_jax.pruning.shrink import kept_groups, pad, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets, plan_pruning
-from lorapr_jax.training.steps import (
-  make_optimizer,
-)
+from lorapr_jax.training.steps import make_optimizer
 
 LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5))

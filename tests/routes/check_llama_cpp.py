@@ -5,14 +5,7 @@
 FOLDER is what make_exports.py has written.
 """
 
-from checks import (
-  Export,
-  Results,
-  Truth,
-  differing,
-  exports,
-  folder_argument,
-)
+from checks import Export, Results, Truth, differing, exports, folder_argument
 import llama_cpp
 import numpy as np
 

@@ -9,14 +9,7 @@ import json
 from pathlib import Path
 import tempfile
 
-from checks import (
-  Export,
-  Results,
-  Truth,
-  distance,
-  exports,
-  folder_argument,
-)
+from checks import Export, Results, Truth, distance, exports, folder_argument
 import lm_eval
 from lm_eval.tasks import TaskManager
 import numpy as np

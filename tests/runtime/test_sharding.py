@@ -24,9 +24,7 @@ from lorapr_jax.pruning.masks import alive_counts, by_stack, select_stack_masks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
-from lorapr_jax.training.steps import (
-  make_optimizer,
-)
+from lorapr_jax.training.steps import make_optimizer
 
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 MHA = LlamaConfig(

@@ -9,11 +9,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from lorapr_jax.axes import (
-  LORA_TARGETS,
-  apply_masks,
-  group_axes,
-)
+from lorapr_jax.axes import LORA_TARGETS, apply_masks, group_axes
 from lorapr_jax.models import decoder
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
@@ -33,9 +29,7 @@ from lorapr_jax.models.trees import (
 )
 from lorapr_jax.pruning.compensation import REPAIRED, Compensation
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.masks import (
-  initial_masks,
-)
+from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training.repair import make_compensate, repaired_of
 

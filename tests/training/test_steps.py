@@ -26,9 +26,7 @@ from lorapr_jax.pruning.masks import (
 from lorapr_jax.settings.devices import CPU_OFFLOADS, resolve_remat
 from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
-from lorapr_jax.training.steps import (
-  make_optimizer,
-)
+from lorapr_jax.training.steps import make_optimizer
 
 SELECT = jax.jit(select_stack_masks)
 GROUPS = ('kv_heads', 'mlp')
