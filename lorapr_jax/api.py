@@ -175,7 +175,7 @@ def export(
     RuntimeError: if what was read back is another model.
   """
   # Here, since the other functions need none of it.
-  from lorapr_jax.exporting import sources as exports
+  from lorapr_jax.exporting import sources
   from lorapr_jax.exporting.routes import Route
   from lorapr_jax.hf.write import parse_size
   from lorapr_jax.settings.sections import ROUTES
@@ -190,14 +190,11 @@ def export(
     dtype=dtype,
     max_shard_bytes=parse_size('max_shard_size', max_shard_size),
   )
-  if isinstance(source, Model):
-    exports.export_params(
-      source.params, source.folder, source.dtype.name, route
-    )
-  elif isinstance(source, PrunedRun):
-    exports.export(source.workdir, route)
-  else:
-    exports.export(path_of(source), route)
+  if isinstance(source, PrunedRun):
+    source = source.workdir
+  elif not isinstance(source, Model):
+    source = path_of(source)
+  sources.export(source, route)
   return route.path
 
 

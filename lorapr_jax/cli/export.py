@@ -1,7 +1,7 @@
 """export: a run's workdir or a folder, in another layout or format."""
 
 from lorapr_jax.cli.arguments import Parser, print_json
-from lorapr_jax.exporting import sources as exports
+from lorapr_jax.exporting import sources
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.hf.layout import LAYOUTS, MODEL_TYPES
 from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     dtype=args.dtype,
     max_shard_bytes=parse_size('--max_shard_size', args.max_shard_size),
   )
-  result = exports.export(args.source, route, args.base)
+  result = sources.export(args.source, route, args.base)
   if args.json:
     print_json(result)
   else:

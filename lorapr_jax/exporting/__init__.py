@@ -1,1 +1,1 @@
-"""A model leaves: written, read back, compared."""
+"""Exports: a model is written, read back and compared."""

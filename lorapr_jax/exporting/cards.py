@@ -1,4 +1,4 @@
-"""What an export says of itself: pruning.json, and README.md as a card."""
+"""The files that describe an export: pruning.json, and README.md as a card."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -23,12 +23,12 @@ class Description:
   """What is known of a model to be exported, besides its weights.
 
   Attributes:
-    name: of what was pruned.
-    config: the sizes.
-    dtype: of the weights, by name.
-    base: the folder whose tokenizer and licence go along, or None.
-    before: the sizes before the cut; None if not known.
-    kept: what the cut left of them; None if not known.
+    name: the name of the model that was pruned.
+    config: its sizes now.
+    dtype: the name of the weights' dtype.
+    base: the folder whose tokenizer and licence are copied, or None.
+    before: the sizes before the cut; None if they are not known.
+    kept: what the cut kept of them; None if it is not known.
     pruning: the contents of pruning.json, or None.
   """
 
@@ -45,10 +45,10 @@ class Weights(NamedTuple):
   """A model's weights.
 
   Attributes:
-    merged: `params` with LoRA merged.
-    base: the same without LoRA, or None where nobody needs it or it is gone.
-    lora: the adapters, where `base` is.
-    lora_config: theirs.
+    merged: the weights with LoRA merged.
+    base: the weights without LoRA; None if no route needs them.
+    lora: the adapters, if there is a `base`.
+    lora_config: the config of the adapters.
   """
 
   merged: Any
@@ -71,15 +71,15 @@ def describe_run(
   Args:
     base: the base's folder, or None for random weights.
     config: the sizes before the cut, as they are in memory.
-    kept: what it left.
-    dtype: of the weights, by name.
-    plan: what was asked for, of the base as it was.
+    kept: what the cut keeps.
+    dtype: the name of the weights' dtype.
+    plan: what was asked for; None if nothing is pruned.
     settings: the config's section prune.
   """
   name, config = model_name(base), config.dequantized
   origin = {
     'name': name,
-    # Many processes would read all of it many times, and one writes it.
+    # Only the first process writes it, so only that one reads all the weights.
     'sha256': content_hash(base) if base and processes.is_first() else None,
     'config': config_to_hf(config),
   }
@@ -95,20 +95,20 @@ def describe_run(
 
 
 def model_name(base: Path | None) -> str:
-  """The base's folder's name."""
+  """The name of the base's folder."""
   return base.resolve().name or 'model' if base else 'random weights'
 
 
 def merge(
   params: Any, lora: Any, lora_config: LoraConfig, *, unmerged: bool
 ) -> Weights:
-  """Adds LoRA to the weights: an ordinary LLaMA.
+  """Adds LoRA to the weights; the result is an ordinary LLaMA.
 
   Args:
     params: the base.
     lora: its adapters, by stack.
-    lora_config: of the adapters.
-    unmerged: whether the weights without LoRA are held as well.
+    lora_config: the config of the adapters.
+    unmerged: whether to keep the weights without LoRA as well.
   """
   if unmerged:  # What is written must come to the same when it is merged.
     params = dequantized(params, params['norm']['weight'].dtype)

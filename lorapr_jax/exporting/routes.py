@@ -1,4 +1,4 @@
-"""The ways out: where an export goes, and in which form."""
+"""Routes: where an export goes, and in which form."""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +18,7 @@ _GGUF_NAMES = {'float32': 'f32', 'bfloat16': 'bf16', 'float16': 'f16'}
 
 @dataclasses.dataclass(frozen=True)
 class Route:
-  """Where to, and in which form.
+  """Where an export goes, and in which form.
 
   Attributes:
     kind: hf, gguf or peft.
@@ -40,7 +40,7 @@ class Route:
   def of_run(
     cls, kind: str, workdir: Path, export: ExportSettings, model: Description
   ) -> 'Route':
-    """Where a run writes a format, and how."""
+    """The route of one of the formats that a run writes."""
     path = workdir / ('export' if kind == 'hf' else f'export-{kind}')
     route = cls(
       kind=kind,
@@ -60,10 +60,10 @@ class Route:
     return dataclasses.replace(route, path=path / file)
 
   def check_path(self) -> None:
-    """Refuses a destination that is there already or of the wrong kind.
+    """Refuses a destination that exists already, or is of the wrong kind.
 
     Raises:
-      UserError: saying so.
+      UserError: naming it, and what to do.
     """
     if self.path.exists():
       raise UserError(
@@ -84,7 +84,7 @@ class Route:
       )
 
   def check(self, model: Description) -> None:
-    """Refuses what cannot hold this model, before any weights are read.
+    """Refuses a form that cannot hold this model, before weights are read.
 
     Raises:
       UserError: naming what is wrong.
@@ -116,7 +116,7 @@ class Route:
     return _GGUF_NAMES.get(name, name) if self.kind == 'gguf' else name
 
   def numpy_dtype(self, model: Description) -> str:
-    """The same by NumPy's name; q8_0 has none."""
+    """The same by NumPy's name; q8_0 stays, as NumPy has no such dtype."""
     name = model.dtype if self.dtype == 'auto' else self.dtype
     numpys = {theirs: name for name, theirs in _GGUF_NAMES.items()}
     return numpys.get(name, name)

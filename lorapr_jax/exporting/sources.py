@@ -1,4 +1,4 @@
-"""A run's checkpoint, or a folder, written in any layout and format."""
+"""What is exported: a run's checkpoint, a folder, or a model in memory."""
 
 import dataclasses
 from pathlib import Path
@@ -14,6 +14,7 @@ from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
 from lorapr_jax.hf.config import config_to_hf, layers_from_hf
 from lorapr_jax.hf.load import (
+  Model,
   check_tensors,
   load_config,
   load_or_draw,
@@ -37,25 +38,28 @@ from lorapr_jax.training.state import TrainState
 
 
 def export(
-  source: Path, route: Route, base: Path | None = None
+  source: Model | Path, route: Route, base: Path | None = None
 ) -> dict[str, Any]:
   """Writes `source` as `route` says, and compares what was written with it.
 
   Args:
-    source: a run's workdir, finished or not: its last checkpoint is cut as its
-      masks stand, and merged. Or a Hugging Face folder, such as an export.
-      Nothing in it changes.
-    route: where to and how.
-    base: of a workdir whose base has moved: where it is now.
+    source: a run's workdir, finished or not: what the masks of its last
+      checkpoint remove is cut out, and LoRA is merged. Or a Hugging Face
+      folder, such as an export. Or a model in memory: all but its weights comes
+      from its folder. Nothing in the source changes.
+    route: where the export goes, and in which form.
+    base: where the base of a workdir is now, if it has moved.
 
   Returns:
     As `write`, and {'parameters'} of the pruned model.
 
   Raises:
-    UserError: for what cannot be exported so, before any weights are read.
+    UserError: if the source cannot be exported so; before weights are read.
   """
   route.check_path()
-  if (source / RUN_FILE).exists():
+  if isinstance(source, Model):
+    model, weights = _of_memory(source, route)
+  elif (source / RUN_FILE).exists():
     model, weights = _of_run(source, route, base)
   elif (source / 'config.json').exists():
     if base is not None:
@@ -70,30 +74,13 @@ def export(
   return {**written, 'parameters': model.config.num_parameters}
 
 
-def export_params(
-  params: Any, folder: Path, dtype: str, route: Route
-) -> dict[str, Any]:
-  """As `export` of a folder, with weights that are in memory already.
-
-  Args:
-    params: the weights; their sizes are those of the folder.
-    folder: where all but the weights is read.
-    dtype: of the weights, by name.
-    route: where to and how.
-  """
-  model = dataclasses.replace(_describe_folder(folder, route), dtype=dtype)
-  route.check(model)
-  written = write(route, model, Weights(params))
-  return {**written, 'parameters': model.config.num_parameters}
-
-
 def _of_run(
   workdir: Path, route: Route, base: Path | None
 ) -> tuple[Description, Weights]:
   run = _read(workdir / RUN_FILE, ('config', 'resolved'))
   config = config_dict.ConfigDict(run['config'])
   config.model.path = _base_path(workdir, config.model.path, base)
-  # Of another mesh, other counts might have been the nearest.
+  # On another mesh, other counts might have been the nearest.
   keep = run['resolved']['keep']
   planned = plan_model(config, tensor_parallel=1, keep=keep)
   sizes, lora_config, plan = planned.config, planned.lora, planned.plan
@@ -154,7 +141,7 @@ def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
 
 
 def _check_same_base(workdir: Path, model: Description) -> None:
-  """A finished run's export says which weights it started from."""
+  """Compares the base with the one that a finished run's export names."""
   path = workdir / 'export' / 'pruning.json'
   if path.exists():
     sha256 = _read(path, ('base',))['base']['sha256']
@@ -163,6 +150,13 @@ def _check_same_base(workdir: Path, model: Description) -> None:
         f'{model.base} is not the base of {workdir}: its weights are others '
         f'than {path} says'
       )
+
+
+def _of_memory(source: Model, route: Route) -> tuple[Description, Weights]:
+  model = _describe_folder(source.folder, route)
+  model = dataclasses.replace(model, dtype=source.dtype.name)
+  route.check(model)
+  return model, Weights(source.params)
 
 
 def _of_folder(folder: Path, route: Route) -> tuple[Description, Weights]:
@@ -200,9 +194,9 @@ def _describe_folder(folder: Path, route: Route) -> Description:
 def _cut_of(
   path: Path, pruning: dict[str, Any], config: LlamaConfig
 ) -> tuple[LlamaConfig | None, Kept | None]:
-  """The sizes before the cut and what it left, as pruning.json says it."""
+  """The sizes before the cut and what it kept, from pruning.json."""
   sizes = pruning['base'].get('config')
-  if sizes is None:  # Written before the sizes were.
+  if sizes is None:  # An older version wrote it, without the sizes.
     return None, None
   layers = layers_from_hf(sizes)
   before = dataclasses.replace(config, layers=layers)
@@ -210,7 +204,7 @@ def _cut_of(
     {group: np.asarray(indices) for group, indices in layer.items()}
     for layer in pruning['kept']
   )
-  # An export that is padded has the sizes before the cut.
+  # A padded export has the sizes before the cut.
   if config not in (before, shrunk_config(before, kept)):
     raise UserError(
       f'{path} is of another model: it says that other sizes were left than '

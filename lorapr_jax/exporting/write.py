@@ -27,18 +27,25 @@ from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.paths import move, new_folder
 from lorapr_jax.settings.sections import ExportSettings
 
-# Tokens on which what was read back is compared.
+# The number of tokens whose logits are compared.
 _CHECK_LENGTH = 32
-# By how much logits may differ, root mean square over the largest: summed in
-# another order; every weight rounded once; q8_0's blocks of 32 with one scale.
-# What is another model is off by about a third of the largest.
+# How far logits may differ: the root mean square of the differences over the
+# largest logit. The weights are the same, and sums have another order; every
+# weight was rounded once; blocks of 32 weights share a scale (q8_0). Another
+# model differs by about a third.
 _SUMMED, _ROUNDED, _BLOCKWISE = 1e-5, 0.05, 0.15
 
 
 def export_run(
   export: ExportSettings, workdir: Path, model: Description, weights: Weights
 ) -> dict[str, dict[str, Any]]:
-  """Writes every format of export.format: {kind: what was written}.
+  """Writes every format of export.format: {kind: the result of `write`}.
+
+  Args:
+    export: the config's section export.
+    workdir: of the run.
+    model: the run's model.
+    weights: its weights.
 
   Raises:
     RuntimeError: if what was read back computes something else.
@@ -46,7 +53,7 @@ def export_run(
   exports = {}
   for kind in export.routes:
     route = Route.of_run(kind, workdir, export, model)
-    # Of this run, killed before its summary was written.
+    # This run left it when it was killed before it wrote its summary.
     folder = route.path.parent if kind == 'gguf' else route.path
     if processes.is_first() and folder.exists():
       move(folder, folder.with_name(f'{folder.name}-{time.time_ns()}'))
@@ -59,8 +66,8 @@ def write(route: Route, model: Description, weights: Weights) -> dict[str, Any]:
   """Writes a model, reads it back and compares.
 
   Args:
-    route: where to and how.
-    model: what it is.
+    route: where the model goes, and in which form.
+    model: what is known of the model.
     weights: its weights; peft needs `base` and `lora`.
 
   Returns:
@@ -151,7 +158,7 @@ def _write_folder(
 
 
 def _give_to_first(route: Route, model: Description, stored: Weights) -> None:
-  """What is gathered for the first process is gathered from all."""
+  """Takes part in gathering what the first process writes."""
   config, dtype = route.stored_config(model), route.stored_dtype(model)
   params = stored.base if route.kind == 'peft' else stored.merged
   if route.kind == 'gguf':
@@ -163,19 +170,22 @@ def _give_to_first(route: Route, model: Description, stored: Weights) -> None:
 def _check(
   route: Route, model: Description, weights: Weights, places: Any
 ) -> float:
-  """The largest difference between the logits of what was written and these.
+  """Reads back what was written: its logits must be those of the weights.
 
   Args:
-    route: by which it was written.
-    model: what it is.
+    route: the route by which it was written.
+    model: what is known of the model.
     weights: what should have been written.
     places: a sharding for every tensor of what was written.
+
+  Returns:
+    The largest difference between two logits.
 
   Raises:
     RuntimeError: if it is another model.
   """
   read, config = _read_back(route, places, jnp.dtype(model.dtype))
-  # A GGUF has its ids of BOS and EOS from the tokenizer.
+  # A GGUF takes its ids of BOS and EOS from the tokenizer.
   same = config == route.stored_config(model)
   if route.kind == 'gguf':
     same = config.layers == route.stored_config(model).layers
@@ -183,8 +193,8 @@ def _check(
   expected = _logits(weights.merged, model.config)
   apart = _logits(read, config) - expected
   difference = float(abs(apart).max())
-  # Not the largest: in a model that was cut hard, rounding alone can throw a
-  # few tokens far off.
+  # The mean decides, not the largest: if much of a model was cut, rounding
+  # alone can move a few tokens far.
   typical = float(jnp.sqrt(jnp.mean(apart**2)))
   tolerance = _tolerance(model.dtype, route.numpy_dtype(model))
   if not same or not typical <= tolerance * float(abs(expected).max()):
@@ -214,7 +224,7 @@ def _read_back(
 
 
 def _logits(params: Any, config: LlamaConfig) -> jax.Array:
-  """Of the same random tokens for every model; float32 throughout."""
+  """The logits of the same random tokens for every model, in float32."""
   tokens = jax.random.randint(
     jax.random.key(0), (1, _CHECK_LENGTH), 0, config.vocab_size
   )
@@ -229,7 +239,12 @@ def _logits(params: Any, config: LlamaConfig) -> jax.Array:
 
 
 def _tolerance(dtype: str, stored: str) -> float:
-  """A share of the largest logit: for weights of `dtype` stored as `stored`."""
+  """How far logits may differ, as a share of the largest.
+
+  Args:
+    dtype: of the weights in memory.
+    stored: of the weights that were written.
+  """
   if stored == 'q8_0':
     return _BLOCKWISE
   exact = jnp.promote_types(dtype, stored) == stored
