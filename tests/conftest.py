@@ -1,13 +1,14 @@
 """What must be set before jax and transformers load; and tiny random models."""
 
 import functools
+import gc
 import os
 import shutil
 import tempfile
 
 import pytest
 
-from tests.xla_flags import DEVICES, QUICKLY
+from tests.xla_flags import DEVICES, FLAGS
 
 _MODULES = tempfile.TemporaryDirectory(prefix='transformers-modules-')
 os.environ['HF_HUB_OFFLINE'] = '1'
@@ -15,16 +16,18 @@ os.environ['HF_MODULES_CACHE'] = _MODULES.name
 # In tensors as small as ours, torch's threads only wait for each other.
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-# What is compiled is not kept, but where a test says so.
-os.environ.setdefault('JAX_COMPILATION_CACHE_DIR', '')
+# What one worker has compiled, the others and their processes read.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _COMPILED = tempfile.TemporaryDirectory(prefix='xla-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
+os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+# Tracing makes objects by the million, of which hardly any is garbage.
+gc.set_threshold(100_000, 50, 100)
 _FLAGS = os.environ.get('XLA_FLAGS', '')
 if DEVICES not in _FLAGS:
-  # On a busy machine one of eight devices may come long after another; after
-  # 40 s, which is the default, the process would be aborted.
-  _PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds=600'
   # A GPU runs what users run.
-  _QUICKLY = QUICKLY if os.environ['JAX_PLATFORMS'] == 'cpu' else ''
-  os.environ['XLA_FLAGS'] = f'{_FLAGS} {DEVICES}=8 {_PATIENCE} {_QUICKLY}'
+  _OURS = FLAGS if os.environ['JAX_PLATFORMS'] == 'cpu' else ''
+  os.environ['XLA_FLAGS'] = f'{_FLAGS} {_OURS} {DEVICES}=8'.strip()
 
 _LLAMA = {
   'model_type': 'llama',
@@ -69,6 +72,8 @@ HF_CONFIGS = {
 }
 
 
+# The markers of tests that see all devices.
+_SEVERAL = ('mesh', 'aot', 'gpu')
 # First, so that at the end no worker has long to go alone.
 _LONGEST = (
   *('test_shrinking', 'test_docs', 'test_processes', 'test_phases'),
@@ -82,6 +87,29 @@ def pytest_collection_modifyitems(items):
     return _LONGEST.index(name) if name in _LONGEST else len(_LONGEST)
 
   items.sort(key=rank)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+  """Shows a test one device, as most users have; those marked `mesh`, eight."""
+  import jax
+  from jax.experimental.compilation_cache import compilation_cache
+
+  several = any(item.get_closest_marker(name) for name in _SEVERAL)
+  # What the cache gives back for several devices may hang (see
+  # lorapr_jax/runtime/compilation_cache.py).
+  jax.config.update('jax_enable_compilation_cache', not several)
+  compilation_cache.reset_cache()
+  with pytest.MonkeyPatch.context() as patch:
+    if not several:
+      patch.setattr(jax, 'devices', _first(jax.devices))
+      patch.setattr(jax, 'local_devices', _first(jax.local_devices))
+      patch.setattr(jax, 'device_count', lambda: 1)
+    return (yield)
+
+
+def _first(devices):
+  return lambda *args, **kwargs: devices(*args, **kwargs)[:1]
 
 
 def pytest_unconfigure():
@@ -259,7 +287,6 @@ def finished_run(tmp_path_factory):
   config.train.steps, config.train.log_every, config.prune.every = 12, 1, 3
   config.data.eval_every = 3
   config.export.format = 'hf,gguf'
-  config.mesh.data, config.mesh.fsdp = -1, 1
   workdir = tmp_path_factory.mktemp('finished') / 'run'
   summary = train.run(config, workdir)
   # Random weights have no tokenizer to write with.

@@ -4,33 +4,24 @@ import json
 from pathlib import Path
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import orbax.checkpoint as ocp
 
-from tests.xla_flags import QUICKLY
+from tests.xla_flags import environment
 
 ROOT = Path(__file__).parent.parent
 # One device, whatever the other tests simulate: as a user's process would.
 COMMAND = [sys.executable, 'train.py', '--config=configs/tiny.py']
 SETTINGS = ['--config.train.log_every=1', '--config.train.checkpoint_every=30']
 TIMING = ('seconds', 'tokens_per_second')
-# The runs compile the same functions again and again.
-CACHE = tempfile.TemporaryDirectory(prefix='xla-')
 
 
 def start(workdir, settings=SETTINGS, **env):
   return subprocess.Popen(
     [*COMMAND, *settings, f'--workdir={workdir}'],
     cwd=ROOT,
-    env={
-      'PATH': '/usr/bin:/bin',
-      'LORAPR_CACHE': str(workdir) + '-cache',
-      'JAX_COMPILATION_CACHE_DIR': CACHE.name,
-      'XLA_FLAGS': QUICKLY,
-      **env,
-    },
+    env=environment(LORAPR_CACHE=f'{workdir}-cache') | env,
     stderr=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,

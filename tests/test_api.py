@@ -17,7 +17,6 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.models import decoder
 from lorapr_jax.settings.files import read_config
 
-MESH = {'data': -1, 'fsdp': 1}  # The tests simulate eight devices.
 SHORT = {'steps': 12, 'log_every': 4}
 HELD_OUT = 'synthetic:1?windows=32'
 
@@ -25,7 +24,7 @@ HELD_OUT = 'synthetic:1?windows=32'
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('api') / 'run'
-  return lp.prune('tiny', workdir, train=SHORT, prune={'every': 3}, mesh=MESH)
+  return lp.prune('tiny', workdir, train=SHORT, prune={'every': 3})
 
 
 def test_prune_takes_a_shipped_config_and_changes(run):

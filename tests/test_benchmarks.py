@@ -17,6 +17,7 @@ from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.trees import init_params, param_shapes
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.settings.run import ORDERS
+from tests.xla_flags import environment
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,7 +38,7 @@ def test_the_mha_copy_is_the_same_function(tmp_path):
       *(tmp_path / 'gqa', tmp_path / 'mha'),
     ],
     cwd=ROOT,
-    env={'PYTHONPATH': str(ROOT), 'PATH': '/usr/bin:/bin'},
+    env=environment(),
     check=True,
   )
   copy = load_config(tmp_path / 'mha')
@@ -184,11 +185,7 @@ def test_the_input_is_measured_beside_the_step(tmp_path):
   done = subprocess.run(
     [sys.executable, 'benchmarks/input.py', '--config=tiny'],
     cwd=ROOT,
-    env={
-      'PYTHONPATH': str(ROOT),
-      'PATH': '/usr/bin:/bin',
-      'LORAPR_CACHE': str(tmp_path),
-    },
+    env=environment(LORAPR_CACHE=str(tmp_path)),
     capture_output=True,
     text=True,
   )

@@ -8,12 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import warnings
 
 import pytest
 
-from tests.xla_flags import QUICKLY
+from lorapr_jax.cli.main import main
+from tests.xla_flags import environment
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
@@ -36,7 +36,11 @@ SHORT_IN_PYTHON = (
   "train={'steps': 4, 'batch_size': 4, 'micro_batch_size': 4, 'seq_len': 16}, "
   "report={'max_new_tokens': 4},"
 )
-CACHE = tempfile.TemporaryDirectory(prefix='xla-')
+# How a command starts, and what main takes for it.
+SPELLINGS = {'python train.py ': ['train'], 'python -m lorapr_jax ': []}
+PYTHON = 'python -c '
+# It counts devices before JAX does: in a process of its own.
+PLAN = 'python -m lorapr_jax plan '
 
 
 def blocks(page):
@@ -46,7 +50,39 @@ def blocks(page):
 
 
 @pytest.fixture(scope='module')
-def finished(text_model, tmp_path_factory):
+def run(tmp_path_factory):
+  """Runs a command in a sandbox: as a shell would once for each spelling.
+
+  The others run in this process, with the same arguments.
+  """
+  started = set()
+  cache = tmp_path_factory.mktemp('cache')
+
+  def run(folder, command):
+    command = command.replace('\\\n', ' ')
+    if 'train.py' in command:
+      command = f'{command.rstrip()} {SHORT}'
+    own = {'LORAPR_CACHE': str(cache)}
+    spelling = next(filter(command.startswith, (*SPELLINGS, PYTHON)), None)
+    alone = spelling is None or command.startswith(PLAN)
+    if alone or spelling not in started:
+      started.add(spelling)
+      start(folder, command, own)
+      return
+    with pytest.MonkeyPatch.context() as patch:
+      patch.chdir(folder)
+      patch.setenv('LORAPR_CACHE', own['LORAPR_CACHE'])
+      if spelling == PYTHON:
+        exec(shlex.split(command)[-1], {'__name__': '__main__'})
+        return
+      argv = shlex.split(command.removeprefix(spelling), comments=True)
+      assert main([*SPELLINGS[spelling], *argv]) == 0, command
+
+  return run
+
+
+@pytest.fixture(scope='module')
+def finished(text_model, run, tmp_path_factory):
   """A sandbox after a short run, as the pages' commands find it."""
   folder = tmp_path_factory.mktemp('docs')
   (folder / 'models').mkdir()
@@ -57,34 +93,23 @@ def finished(text_model, tmp_path_factory):
   (folder / 'corpus.jsonl').write_text(f'{{"text": "{text}"}}\n' * 4)
   (folder / 'configs').symlink_to(ROOT / 'configs')
   (folder / 'train.py').symlink_to(ROOT / 'train.py')
-  run = (
+  command = (
     'python train.py --config=configs/default.py --workdir=runs/{} '
     '--config.model.path=models/llama --config.data.train=file:corpus.jsonl '
     '--config.data.eval=file:heldout.txt'
   )
   for name in ('first', 'second'):
-    execute(folder, run.format(name))
+    run(folder, command.format(name))
   return folder
 
 
-def execute(folder, command):
-  """Runs a page's shell command in a sandbox."""
-  command = command.replace('\\\n', ' ')
-  if 'train.py' in command or 'lorapr train' in command:
-    command = f'{command.rstrip()} {SHORT}'
-  env = os.environ | {
-    'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}',
-    'PYTHONPATH': str(ROOT),
-    'LORAPR_CACHE': str(folder / 'cache'),
-    'XLA_FLAGS': QUICKLY,
-    # The commands compile the same functions again and again.
-    'JAX_COMPILATION_CACHE_DIR': str(CACHE.name),
-    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
-  }
+def start(folder, command, own):
+  """Runs a command as a shell does."""
+  path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
   done = subprocess.run(
     ['bash', '-ec', command],
     cwd=folder,
-    env=env,
+    env=os.environ | environment() | own | {'PATH': path},
     capture_output=True,
     text=True,
     stdin=subprocess.DEVNULL,
@@ -93,7 +118,7 @@ def execute(folder, command):
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.stem)
-def test_the_commands_run(page, finished, tmp_path):
+def test_the_commands_run(page, finished, run, tmp_path):
   sandbox = tmp_path / 'sandbox'
   shutil.copytree(finished, sandbox, symlinks=True)
   made = re.findall(r'--workdir=(runs/\w+)', page.read_text(encoding='utf-8'))
@@ -105,12 +130,12 @@ def test_the_commands_run(page, finished, tmp_path):
     if language == 'sh':
       commands = code.replace('\\\n', ' ').splitlines()
       for command in filter(None, commands):
-        execute(sandbox, command)
+        run(sandbox, command)
     elif language == 'python':
       code = code.replace(
         "'runs/notebook',", f"'runs/notebook', {SHORT_IN_PYTHON}"
       )
-      execute(sandbox, f'python -c {shlex.quote(code)}')
+      run(sandbox, f'{PYTHON}{shlex.quote(code)}')
     else:
       raise AssertionError(f'{page}: a block of {language!r}')
 

@@ -7,6 +7,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.xla_flags import environment
+
 ROOT = Path(__file__).parent.parent
 NOTEBOOK = ROOT / 'examples' / 'quickstart.ipynb'
 
@@ -25,8 +27,8 @@ def test_outputs_are_cleared(notebook):
 
 def test_the_quickstart_runs(notebook, tmp_path, monkeypatch):
   # One device, as a user's kernel would have; nothing in the user's folders.
-  monkeypatch.delenv('XLA_FLAGS')
-  monkeypatch.setenv('PYTHONPATH', str(ROOT))
+  for name in ('XLA_FLAGS', 'PYTHONPATH'):
+    monkeypatch.setenv(name, environment()[name])
   monkeypatch.setenv('LORAPR_CACHE', str(tmp_path / 'cache'))
   monkeypatch.setenv('IPYTHONDIR', str(tmp_path / 'ipython'))
   monkeypatch.setenv('JUPYTER_RUNTIME_DIR', str(tmp_path / 'jupyter'))

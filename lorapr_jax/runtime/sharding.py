@@ -79,9 +79,8 @@ def make_mesh(
   An axis that `sizes` leaves out has size 1. If these are several CPU devices,
   JAX's compilation cache is turned off.
   """
-  compilation_cache.disable_on_cpu_meshes(
-    jax.devices() if devices is None else devices
-  )
+  devices = jax.devices() if devices is None else devices
+  compilation_cache.disable_on_cpu_meshes(devices)
   sizes = {axis: sizes.get(axis, 1) for axis in AXES}
   return jax.make_mesh(
     tuple(sizes.values()),

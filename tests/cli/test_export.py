@@ -22,6 +22,7 @@ from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.trees import init_params
 from lorapr_jax.training.checkpoint import read_state
+from tests.xla_flags import environment
 
 ROOT = Path(__file__).parents[2]
 
@@ -161,7 +162,7 @@ def test_later_is_as_at_the_end_of_the_run(run, tmp_path):
       *(str(workdir), str(tmp_path / 'out'), '--json'),
     ],
     cwd=ROOT,
-    env={'PATH': '/usr/bin:/bin', 'JAX_PLATFORMS': 'cpu'},
+    env=environment(),
     capture_output=True,
     text=True,
   )
@@ -202,6 +203,7 @@ def test_a_run_on_an_int8_base_is_exported_again_as_it_was(capsys, tmp_path):
     np.testing.assert_array_equal(x, theirs[name], err_msg=name)
 
 
+@pytest.mark.mesh
 def test_a_profile_is_exported_as_it_was_planned(capsys, tmp_path):
   settings = {
     **{'mesh.data': -1, 'mesh.fsdp': 1, 'mesh.tensor': 2},

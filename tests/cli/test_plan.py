@@ -18,6 +18,8 @@ from lorapr_jax.planning.topology import CHIPS, Topology
 from lorapr_jax.settings.run import split_config
 from lorapr_jax.training.base import Places
 
+pytestmark = pytest.mark.mesh
+
 TINY = ['--config=configs/tiny.py', '--topology=cpu:8']
 
 

@@ -139,6 +139,7 @@ def placed(batch_at, steps, devices=4):
   return device_batches(batch_at, place, 4, steps), place
 
 
+@pytest.mark.mesh
 def test_device_batches_are_those_of_the_steps_from_a_resumed_one():
   batch_at = make_batches(10, batch_size=8, micro_batch_size=4)
   stream, place = placed(batch_at, range(3, 9))
@@ -152,6 +153,7 @@ def test_device_batches_are_those_of_the_steps_from_a_resumed_one():
       np.testing.assert_array_equal(batch[name], array)
 
 
+@pytest.mark.mesh
 def test_a_bad_batch_is_raised_in_the_loop_and_no_thread_is_left():
   batch_at = make_batches(10, batch_size=8, micro_batch_size=4)
 
@@ -170,6 +172,7 @@ def test_a_bad_batch_is_raised_in_the_loop_and_no_thread_is_left():
   assert threading.active_count() == before
 
 
+@pytest.mark.mesh
 def test_a_loop_that_is_left_early_leaves_no_thread():
   batch_at = make_batches(10, batch_size=8, micro_batch_size=4)
   asked = []

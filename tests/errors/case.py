@@ -25,6 +25,7 @@ class Case:
     leaves: what may be there afterwards that was not there before: paths;
       those that end in a slash stand for all that lies in them.
     max_file_bytes: of any file that is written, as on a disk that is full.
+    devices: that the command sees: 1 or 8.
   """
 
   did: str
@@ -33,6 +34,7 @@ class Case:
   varies: str = ''
   leaves: tuple[str, ...] = ()
   max_file_bytes: int | None = None
+  devices: int = 1
 
 
 class Place:

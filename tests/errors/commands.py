@@ -186,10 +186,18 @@ CASES = [
     '`plan --search --mesh=fsdp=4`',
     _plan('--topology=v5e', '--search', '--mesh=fsdp=4'),
   ),
-  Case('`plan --mesh=data`', _plan('--topology=cpu:8', '--mesh=data')),
-  Case('`plan --mesh=rows=2`', _plan('--topology=cpu:8', '--mesh=rows=2')),
   Case(
-    '`plan --criteria=random`', _plan('--topology=cpu:8', '--criteria=random')
+    '`plan --mesh=data`', _plan('--topology=cpu:8', '--mesh=data'), devices=8
+  ),
+  Case(
+    '`plan --mesh=rows=2`',
+    _plan('--topology=cpu:8', '--mesh=rows=2'),
+    devices=8,
+  ),
+  Case(
+    '`plan --criteria=random`',
+    _plan('--topology=cpu:8', '--criteria=random'),
+    devices=8,
   ),
   Case('`benchmark` without `--model`', with_argv('benchmark')),
   Case('`benchmark --batch_sizes 0`', _benchmark('--batch_sizes', '0')),

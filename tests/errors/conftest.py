@@ -2,8 +2,6 @@
 
 import functools
 import json
-import os
-from pathlib import Path
 import subprocess
 import sys
 
@@ -18,9 +16,8 @@ from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.trees import init_params
 from tests.errors import runs
 from tests.errors.case import train_tiny
-from tests.xla_flags import QUICKLY
+from tests.xla_flags import environment
 
-ROOT = Path(__file__).parents[2]
 SIZES = {
   'model_type': 'llama',
   'vocab_size': 64,
@@ -56,7 +53,7 @@ def make_run(folder):
     [sys.executable, '-m', 'lorapr_jax', *train_tiny(*runs.RUN)],
     check=True,
     cwd=folder.parent,
-    env=os.environ | {'XLA_FLAGS': QUICKLY, 'PYTHONPATH': str(ROOT)},
+    env=environment(),
   )
 
 

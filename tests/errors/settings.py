@@ -146,15 +146,16 @@ CASES = [
   tiny_override('export.max_shard_size=5'),
   tiny_override('data.eval_every=-1'),
   tiny_override('report.max_new_tokens=-1'),
-  # Meshes, of the eight devices that the tests have.
-  tiny_override('mesh.tensor=3', 'on 8 devices'),
-  tiny_override('mesh.fsdp=16', 'on 8 devices'),
-  tiny_override('mesh.data=-1', 'with mesh.fsdp=-1'),
-  tiny_override('mesh.tensor=0'),
-  tiny_override('mesh.tensor=8', 'of a model with 4 KV heads'),
+  # Meshes.
+  tiny_override('mesh.tensor=3', 'on 8 devices', devices=8),
+  tiny_override('mesh.fsdp=16', 'on 8 devices', devices=8),
+  tiny_override('mesh.data=-1', 'with mesh.fsdp=-1', devices=8),
+  tiny_override('mesh.tensor=0', devices=8),
+  tiny_override('mesh.tensor=8', 'of a model with 4 KV heads', devices=8),
   Case(
     '`--config.mesh.sequence=4 --config.train.seq_len=30`',
     with_argv(*train_tiny('mesh.sequence=4', 'train.seq_len=30')),
+    devices=8,
   ),
-  tiny_override('train.micro_batch_size=4', 'on 8 devices'),
+  tiny_override('train.micro_batch_size=4', 'on 8 devices', devices=8),
 ]

@@ -15,6 +15,8 @@ import re
 import resource
 import sys
 
+import jax
+from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from lorapr_jax.cli.main import main
@@ -90,6 +92,9 @@ def max_file_bytes(most):
   if most is None:
     yield
     return
+  # JAX would cut what it keeps short.
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
   try:
@@ -98,7 +103,15 @@ def max_file_bytes(most):
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: case.did)
+@pytest.mark.parametrize(
+  'case',
+  [
+    pytest.param(
+      case, id=case.did, marks=[pytest.mark.mesh] if case.devices > 1 else []
+    )
+    for case in CASES
+  ],
+)
 def test_a_mistake_is_one_line_and_changes_nothing(
   case, good, messages, tmp_path, monkeypatch, capfd
 ):

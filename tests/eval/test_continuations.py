@@ -109,6 +109,7 @@ def test_what_is_likeliest_is_greedy(params):
   assert [i for i, one in enumerate(each) if one.is_greedy] == [likeliest]
 
 
+@pytest.mark.mesh
 def test_a_mesh_scores_as_one_device(params, pairs, alone):
   sizes = sharding.mesh_sizes(data=2, fsdp=4, tensor=1)
   places = sharding.shardings(

@@ -201,6 +201,7 @@ def test_a_handful_of_compilations(random_params):
   assert step._cache_size() == 2 + 3
 
 
+@pytest.mark.mesh
 def test_sharded_weights_are_used_where_they_lie(random_params):
   params = random_params(CONFIG)
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})

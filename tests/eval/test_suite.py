@@ -1,7 +1,4 @@
-"""The papers' suite: transformers' perplexity of the same windows.
-
-conftest.py simulates the eight devices, all of which take part.
-"""
+"""The papers' suite: transformers' perplexity of the same windows."""
 
 import json
 import math
@@ -187,6 +184,7 @@ def test_a_text_that_is_too_short_is_skipped_or_refused(
   assert 'fewer than one window of 512' in capsys.readouterr().err
 
 
+@pytest.mark.mesh
 def test_a_batch_is_shared_by_the_devices(text_model, texts):
   model = load(text_model)
   assert model.params['norm']['weight'].sharding.mesh.shape == {

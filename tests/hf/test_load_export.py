@@ -150,6 +150,7 @@ def test_a_bf16_folder_is_converted_to_bf16(save_hf, tmp_path):
     convert(str(source), tmp_path / 'out')
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
   'kind, sizes',
   [

@@ -72,6 +72,7 @@ def test_splash_is_causal_attention_in_bfloat16():
   np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0, atol=1e-2)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
   ('kernel', 'sizes', 'length'),
   [

@@ -252,6 +252,7 @@ def test_the_logits_of_all_tokens_never_exist():
   assert held[chunked] < 0.05 * held[plain]
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize('tops', [0, 8])
 def test_on_a_mesh_the_loss_is_the_plain_loss_and_gathers_no_vocabulary(tops):
   mesh = make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
@@ -297,6 +298,7 @@ def test_on_a_mesh_the_loss_is_the_plain_loss_and_gathers_no_vocabulary(tops):
   np.testing.assert_allclose(grad, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.mesh
 def test_a_vocabulary_that_the_mesh_does_not_divide_is_no_trouble():
   mesh = make_mesh({'data': 2, 'fsdp': 4, 'tensor': 1})
   inputs = _inputs()

@@ -106,6 +106,7 @@ def test_axes_and_shapes_are_those_of_the_arrays(names, params):
     )
 
 
+@pytest.mark.mesh
 def test_scales_lie_with_their_values():
   mesh = make_mesh(mesh_sizes(2, 2, 2))
   places = sharding.shardings(
@@ -191,6 +192,7 @@ def test_the_cut_takes_values_and_scales(params):
   )
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
 def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
   folder = save_hf('gqa')
@@ -221,6 +223,7 @@ def test_a_folder_is_quantised_as_it_is_read_on_any_mesh(sizes, save_hf, load):
   )
 
 
+@pytest.mark.mesh
 def test_random_weights_are_quantised_too():
   mesh = make_mesh(mesh_sizes(2, 2, 2))
 

@@ -39,6 +39,7 @@ def test_padding_is_no_product():
   assert _program(function, image, kernel).flops() == 2 * (8 * 3 - 2)
 
 
+@pytest.mark.mesh
 def test_bytes_that_devices_exchange_are_counted():
   mesh = sharding.make_mesh({'data': 1, 'fsdp': 8, 'tensor': 1})
   places = [

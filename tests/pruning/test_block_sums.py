@@ -116,6 +116,7 @@ def test_the_sums_are_those_of_the_scores(config, dtype, criterion):
   _assert_sums(_sums(trees, criterion), trees, criterion)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize('sizes', [(1, 8, 1), (1, 1, 8), (2, 2, 2)])
 def test_a_mesh_has_the_same_sums(sizes):
   config = _config(144, 4, LayerShape(8, 2, 72))

@@ -19,7 +19,14 @@ def problem(size, outputs, damping=0.2):
 
 # Blocks that divide the rows and that do not; rows and columns that the eight
 # devices divide and that they do not.
-@pytest.mark.parametrize('sizes', [None, (1, -1, 1), (2, 2, 2)])
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    None,
+    pytest.param((1, -1, 1), marks=pytest.mark.mesh),
+    pytest.param((2, 2, 2), marks=pytest.mark.mesh),
+  ],
+)
 @pytest.mark.parametrize(
   'size, outputs, block', [(64, 16, 16), (50, 7, 16), (48, 24, 7), (20, 3, 256)]
 )

@@ -53,6 +53,7 @@ def copied(folder, target):
   return target
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize('dtype', ('float32', 'bfloat16'))
 def test_weights_are_read_from_afar_as_from_the_disk(save_hf, memory, dtype):
   near = save_hf('gqa', dtype, max_shard_size='20KB')
@@ -94,6 +95,7 @@ def test_only_the_rows_that_are_asked_for_are_read(save_hf, memory, asked):
   assert asked == [4 * 32 * 4]
 
 
+@pytest.mark.mesh
 def test_what_all_devices_need_is_read_once(save_hf, memory, asked):
   far = copied(save_hf('gqa'), memory)
   config = load_config(far)

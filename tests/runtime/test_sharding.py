@@ -26,6 +26,8 @@ from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
 from lorapr_jax.training.steps import make_optimizer
 
+pytestmark = pytest.mark.mesh
+
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 MHA = LlamaConfig(
   vocab_size=48,

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import processes
-from tests.runs import CACHE, ROOT, TIMING, metrics
-from tests.xla_flags import DEVICES, QUICKLY
+from tests.runs import ROOT, TIMING, metrics
+from tests.xla_flags import environment
 
 STEPS, HEARTBEAT = 18, 10
 SETTINGS = {
@@ -31,7 +31,7 @@ SETTINGS = {
 # As a user's, but that what was killed is missed sooner.
 COMMAND = (
   'import sys\n'
-  'from lorapr_jax import processes\n'
+  'from lorapr_jax.runtime import processes\n'
   f'processes.HEARTBEAT_SECONDS = {HEARTBEAT}\n'
   'from lorapr_jax.cli.main import main\n'
   'sys.exit(main(sys.argv[1:]))'
@@ -68,13 +68,7 @@ class Run:
               *(*flags, *more),
             ],
             cwd=ROOT,
-            env={
-              'PATH': '/usr/bin:/bin',
-              'LORAPR_CACHE': str(workdir) + '-cache',
-              'JAX_COMPILATION_CACHE_DIR': CACHE.name,
-              'JAX_PLATFORMS': 'cpu',
-              'XLA_FLAGS': f'{QUICKLY} {DEVICES}={devices}',
-            },
+            env=environment(devices, LORAPR_CACHE=f'{workdir}-cache'),
             stdout=subprocess.PIPE,
             stderr=file,
             text=True,
@@ -229,6 +223,7 @@ def test_the_environment_says_whether_there_are_others(monkeypatch):
   ]
 
 
+@pytest.mark.mesh
 def test_a_run_goes_on_with_another_mesh_but_not_with_other_counts(
   alone, tmp_path, capsys
 ):

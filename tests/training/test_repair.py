@@ -322,6 +322,7 @@ def test_what_masked_groups_hold_is_of_no_account(group):
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
   'sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]
 )

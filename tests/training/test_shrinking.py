@@ -89,6 +89,7 @@ def logits_of(folder):
 SLOW = {'kv_heads': pytest.mark.slow}
 
 
+@pytest.mark.mesh
 @pytest.mark.parametrize(
   'case', [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES]
 )
@@ -218,7 +219,6 @@ def test_the_cuts_of_auto_are_known_before_the_first_step(
   workdir = train(
     tmp_path / 'run',
     *(f'--config.train.steps={STEPS}', '--config.prune.every=6'),
-    *('--config.mesh.data=-1', '--config.mesh.fsdp=1'),
     '--config.prune.shrink=auto',
   )
   assert cuts_of(workdir) == [7, 13]
