@@ -7,6 +7,7 @@ reads the factors for every element anew: three times as slow
 (docs/performance.md).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
 from lorapr_jax.models.lora import INPUTS, OUTPUTS, terms_of
+from lorapr_jax.pruning.importance import Options, Signals
 from lorapr_jax.runtime.sharding import compute_capability, sharding
 
 # Rows and columns of a tile.
@@ -38,111 +40,108 @@ def has_triton() -> bool:
   return all((CompilerParams, load, store))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Score:
+  """How the elements of a projection are scored and summed.
+
+  Attributes:
+    over_inputs: whether D, over whose blocks is summed, is the input.
+    terms: of the guided gradient; see models/lora.py.
+    scale: s = alpha / r.
+    square: whether squares are summed, or absolute values.
+  """
+
+  over_inputs: bool
+  terms: str
+  scale: float
+  square: bool
+
+
 def block_sums(
-  params: Any,
-  lora: Any,
-  lora_grads: Any,
+  signals: Signals,
+  options: Options,
   axes: Any,
   *,
-  scale: float,
-  square: bool,
-  lora_gradient: str,
   mesh: Mesh | None = None,
   interpret: bool = False,
 ) -> dict[str, dict[str, dict[str, Array]]]:
   """Sums over blocks of the axis D of `importance.element_scores`.
 
   Args:
-    params: of a stack: {part: {projection: {'weight': W}}}, with L in front.
-    lora: {part: {projection: {'a': A, 'b': B}}}, for the targets.
-    lora_grads: the gradients of `lora`.
-    axes: the axis names of one layer's: {'params': ..., 'lora': ...}.
-    scale: s = alpha / r.
-    square: the terms' squares are summed; else their absolute values.
-    lora_gradient: as of `importance.Criterion`.
+    signals: of a stack, with L in front of every array.
+    options: of `element_scores`; the criterion is lora.
+    axes: the axis names of one layer's trees: {'params': ..., 'lora': ...}.
     mesh: that the arrays lie on; None: one device.
     interpret: whether the kernel is interpreted, which any backend can.
 
   Returns:
-    The tree of `lora`, with {'weight': sums}: as W, but that D counts blocks
-    of rows or columns, as many on every device.
+    The tree of `signals.lora`, with {'weight': sums}. The sums have W's axes,
+    but D counts blocks of rows or columns, as many on every device.
   """
+  criterion = options.criterion
   sums: dict[str, dict[str, dict[str, Array]]] = {}
-  for part, adapters in lora.items():
+  for part, adapters in signals.lora.items():
     for name, adapter in adapters.items():
       names = axes['params'][part][name]['weight']
-      run = functools.partial(
-        _projection_sums,
+      score = _Score(
         over_inputs=names[0] == 'embed',
-        scale=scale,
-        square=square,
-        terms=terms_of(lora_gradient, part, name),
-        interpret=interpret,
+        terms=terms_of(criterion.lora_gradient, part, name),
+        scale=options.scale,
+        square=criterion.score == 'square',
       )
+      run = functools.partial(_projection_sums, score, interpret)
       if mesh is not None:
         own = axes['lora'][part][name]
         weight, a, b = (
           P(None, *sharding(mesh, x).spec) for x in (names, own['a'], own['b'])
         )
+        factors = {'a': a, 'b': b}
         run = jax.shard_map(
           run,
           mesh=mesh,
-          in_specs=(weight, a, b, a, b),
+          in_specs=(weight, factors, factors),
           out_specs=weight,
           check_vma=False,  # The kernel does not say what varies.
         )
-      grads = lora_grads[part][name]
-      sums.setdefault(part, {})[name] = {
-        'weight': run(
-          params[part][name]['weight'],
-          adapter['a'],
-          adapter['b'],
-          grads['a'],
-          grads['b'],
-        )
-      }
+      weight = signals.params[part][name]['weight']
+      found = run(weight, adapter, signals.lora_grads[part][name])
+      sums.setdefault(part, {})[name] = {'weight': found}
   return sums
 
 
 def _projection_sums(
-  weight: Array,
-  a: Array,
-  b: Array,
-  grad_a: Array,
-  grad_b: Array,
-  *,
-  over_inputs: bool,
+  score: _Score,
   interpret: bool,
-  **options: Any,
+  weight: Array,
+  factors: dict[str, Array],
+  grads: dict[str, Array],
 ) -> Array:
-  """Of one projection, on one device.
+  """The sums of one projection, on one device.
 
   Args:
-    weight: (L, D, outputs...) or (L, inputs..., D).
-    a: (L, inputs..., r).
-    b: (L, r, outputs...).
-    grad_a: as a.
-    grad_b: as b.
-    over_inputs: whether D is the input.
+    score: how.
     interpret: see `block_sums`.
-    **options: of `_kernel`.
+    weight: (L, D, outputs...) or (L, inputs..., D).
+    factors: 'a' (L, inputs..., r) and 'b' (L, r, outputs...).
+    grads: of the factors.
   """
   # Imported where it is used: it needs Pallas's Triton part.
   from jax.experimental import pallas as pl
   from jax.experimental.pallas import triton
 
-  layers, rank = weight.shape[0], a.shape[-1]
-  left, right = a.reshape(layers, -1, rank), b.reshape(layers, rank, -1)
+  layers, rank = weight.shape[0], factors['a'].shape[-1]
+  left = factors['a'].reshape(layers, -1, rank)
+  right = factors['b'].reshape(layers, rank, -1)
   inputs, outputs = left.shape[1], right.shape[2]
   blocks = pl.cdiv(inputs, TILE), pl.cdiv(outputs, TILE)
-  if over_inputs:
+  if score.over_inputs:
     shape = layers, blocks[0], outputs
     result = layers, blocks[0], *weight.shape[2:]
   else:
     shape = layers, inputs, blocks[1]
     result = *weight.shape[:-1], blocks[1]
   sums = pl.pallas_call(
-    functools.partial(_kernel, over_inputs=over_inputs, **options),
+    functools.partial(_kernel, score),
     jax.ShapeDtypeStruct(shape, jnp.float32),
     grid=(blocks[1], blocks[0], layers),
     # Not of the backend for Hopper alone, which would be the default.
@@ -152,24 +151,20 @@ def _projection_sums(
     weight.reshape(layers, inputs, outputs),
     left,
     right,
-    grad_a.reshape(left.shape),
-    grad_b.reshape(right.shape),
+    grads['a'].reshape(left.shape),
+    grads['b'].reshape(right.shape),
   )
   return sums.reshape(result)
 
 
 def _kernel(
+  score: _Score,
   weight: Any,
   a: Any,
   b: Any,
   grad_a: Any,
   grad_b: Any,
   sums: Any,
-  *,
-  over_inputs: bool,
-  scale: float,
-  square: bool,
-  terms: str,
 ) -> None:
   """The sums of one tile, of arrays in the GPU's memory.
 
@@ -197,20 +192,21 @@ def _kernel(
   for k in range(a.shape[2]):
     own_a, own_b = column_of(a, k), row_of(b, k)
     product += own_a * own_b
-    if terms == OUTPUTS:
+    if score.terms == OUTPUTS:
       gradient += own_a * row_of(grad_b, k)
       continue
-    if terms == INPUTS:
+    if score.terms == INPUTS:
       gradient += column_of(grad_a, k) * own_b
       continue
     step_a, step_b = column_of(grad_a, k), row_of(grad_b, k)
     gradient += own_a * step_b + step_a * (own_b - step_b)
   place = weight.at[layer, rows, columns]
   frozen = triton.load(place, mask=in_rows & in_columns, other=0.0)
-  term = gradient * (frozen.astype(jnp.float32) + scale * product)
-  scores = term * term if square else jnp.abs(term)
-  if over_inputs:
+  term = gradient * (frozen.astype(jnp.float32) + score.scale * product)
+  scores = term * term if score.square else jnp.abs(term)
+  if score.over_inputs:
     place, mask = sums.at[layer, i, columns], in_columns[0]
   else:
     place, mask = sums.at[layer, rows, o], in_rows[:, 0]
-  triton.store(place, jnp.sum(scores, axis=0 if over_inputs else 1), mask=mask)
+  sums_of_tile = jnp.sum(scores, axis=0 if score.over_inputs else 1)
+  triton.store(place, sums_of_tile, mask=mask)

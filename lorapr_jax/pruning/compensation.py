@@ -1,10 +1,12 @@
 """Compensation: what survives makes up for what is masked, in closed form.
 
-This module repairs one projection; training/repair.py goes through a model.
+Here are the formula for one projection and what of the base it changes;
+training/repair.py goes through a model.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+from typing import Any
 
 import jax
 from jax import Array
@@ -39,6 +41,45 @@ class Compensation:
       raise UserError(
         f'prune.compensate_batches is {self.batches}: it must be positive'
       )
+
+
+def repaired_part(block: Any) -> Any:
+  """The weights of REPAIRED, of a tree like a block's."""
+  return {
+    part: {name: {'weight': block[part][name]['weight']}}
+    for part, name in REPAIRED.items()
+  }
+
+
+def with_part(block: Any, new: Any) -> Any:
+  """The block with the weights of a `repaired_part` in their places."""
+  for part, name in REPAIRED.items():
+    projection = block[part][name] | new[part][name]
+    block = block | {part: block[part] | {name: projection}}
+  return block
+
+
+def _without_part(block: Any) -> Any:
+  for part, name in REPAIRED.items():
+    rest = {k: x for k, x in block[part][name].items() if k != 'weight'}
+    block = block | {part: block[part] | {name: rest}}
+  return block
+
+
+def repaired_of(params: Any) -> tuple[Any, ...]:
+  """The `repaired_part` of every stack, of a tree like the base's."""
+  return tuple(map(repaired_part, params['stacks']))
+
+
+def without_repaired(params: Any) -> Any:
+  """The tree without what is in `repaired_of`."""
+  return {**params, 'stacks': tuple(map(_without_part, params['stacks']))}
+
+
+def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
+  """The tree with another `repaired_of`."""
+  pairs = zip(params['stacks'], repaired, strict=True)
+  return {**params, 'stacks': tuple(with_part(*pair) for pair in pairs)}
 
 
 def ridge_update(

@@ -223,16 +223,15 @@ def update_importance(
   scores: Any,
   masks: Mapping[str, Array],
   axes: Any,
-  *,
-  norm: bool,
-  decay: float,
+  criterion: Criterion,
 ) -> dict[str, Array]:
   """G_t = decay G_{t-1} + (1 - decay) Ghat_t, for each group (eq. 11).
 
   A masked group keeps the average that it had when it was masked: it is never
   ranked again (`masks.select_masks`), and a report can show why it went.
   """
-  new = group_scores(scores, masks, axes, norm=norm)
+  new = group_scores(scores, masks, axes, norm=criterion.norm)
+  decay = criterion.decay
   return {
     g: jnp.where(masks[g] > 0, decay * old[g] + (1 - decay) * new[g], old[g])
     for g in old

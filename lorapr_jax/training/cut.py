@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from lorapr_jax.axes import Axes, group_axes
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.compensation import repaired_of, with_repaired
 from lorapr_jax.pruning.masks import by_stack, select_stack_masks
 from lorapr_jax.pruning.shrink import Kept, pad, shrink
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.training.base import Base, kept_of
-from lorapr_jax.training.repair import repaired_of, with_repaired
 from lorapr_jax.training.state import TrainState
 
 

@@ -4,7 +4,7 @@ In every layer the two projections that read pruned groups are repaired. Their
 weights change, so they are in the checkpoints.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -24,42 +24,17 @@ from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation, rope_rotation
 from lorapr_jax.models.lora import lora_product
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.compensation import REPAIRED, Compensation, ridge_update
+from lorapr_jax.pruning.compensation import (
+  REPAIRED,
+  Compensation,
+  repaired_of,
+  ridge_update,
+  with_part,
+  with_repaired,
+  without_repaired,
+)
 from lorapr_jax.pruning.solve import solve, solve_in_blocks, spread
 from lorapr_jax.runtime.sharding import mesh_of, parts, platform
-
-
-def repaired_part(block: Any) -> Any:
-  """The weights of REPAIRED, of a tree like a block's."""
-  return {
-    part: {name: {'weight': block[part][name]['weight']}}
-    for part, name in REPAIRED.items()
-  }
-
-
-def _with_part(block: Any, new: Any) -> Any:
-  for part, name in REPAIRED.items():
-    projection = block[part][name] | new[part][name]
-    block = block | {part: block[part] | {name: projection}}
-  return block
-
-
-def _without_part(block: Any) -> Any:
-  for part, name in REPAIRED.items():
-    rest = {k: x for k, x in block[part][name].items() if k != 'weight'}
-    block = block | {part: block[part] | {name: rest}}
-  return block
-
-
-def repaired_of(params: Any) -> tuple[Any, ...]:
-  """The `repaired_part` of every stack, of a tree like the base's."""
-  return tuple(map(repaired_part, params['stacks']))
-
-
-def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
-  """The tree with these in their places."""
-  pairs = zip(params['stacks'], repaired, strict=True)
-  return {**params, 'stacks': tuple(_with_part(*pair) for pair in pairs)}
 
 
 def make_compensate(
@@ -89,18 +64,8 @@ def make_compensate(
 
   def compensate(repaired, rest, lora, masks, batches):
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
-    tokens, segments = batch['tokens'], batch.get('segments')
-    x = rest['embed_tokens']['weight'][tokens].astype(settings.dtype)
-    if segments is None:
-      positions = jnp.broadcast_to(
-        jnp.arange(tokens.shape[2]), (tokens.shape[0], tokens.shape[2])
-      )
-    else:
-      positions = jax.vmap(segment_positions)(segments)
-      x = jnp.where((segments > 0)[..., None], x, 0)
-    rotation = rope_rotation(settings.config, positions.astype(jnp.float32))
-    if parts(mesh_of(out_sharding), 'length') == 1:  # Else B and T stay apart.
-      x = x.reshape(x.shape[0], -1, x.shape[-1])
+    embeddings, segments = rest['embed_tokens']['weight'], batch.get('segments')
+    x, rotation = _embedded(settings, out_sharding, embeddings, batch)
     stacks, failed = [], jnp.int32(0)
     for i, stack in enumerate(settings.config.stacks):
       repair = _StackRepair(
@@ -129,7 +94,7 @@ def make_compensate(
   )
 
   def arguments(params, lora, before, after, batches):
-    rest = {**params, 'stacks': tuple(map(_without_part, params['stacks']))}
+    rest = without_repaired(params)
     return repaired_of(params), rest, lora, (before, after), batches
 
   def event(params, *more):
@@ -139,6 +104,25 @@ def make_compensate(
   # As of what jax.jit returns.
   event.lower = lambda *given: compiled.lower(*arguments(*given))
   return event
+
+
+def _embedded(
+  settings: Compute, place: Sharding, embeddings: Array, batch: Any
+) -> tuple[Array, Rotation]:
+  """The first layer's input, (M, N, D), and RoPE's rotation of its tokens."""
+  tokens, segments = batch['tokens'], batch.get('segments')
+  x = embeddings[tokens].astype(settings.dtype)
+  if segments is None:
+    positions = jnp.broadcast_to(
+      jnp.arange(tokens.shape[2]), (tokens.shape[0], tokens.shape[2])
+    )
+  else:
+    positions = jax.vmap(segment_positions)(segments)
+    x = jnp.where((segments > 0)[..., None], x, 0)
+  rotation = rope_rotation(settings.config, positions.astype(jnp.float32))
+  if parts(mesh_of(place), 'length') == 1:  # Else B and T stay apart.
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+  return x, rotation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -177,7 +161,7 @@ class _StackRepair:
     settings = self.settings
     axes = block_axes(settings.config.dequantized, settings.lora)
     weights = jax.tree.map(lambda stack: stack[i], repaired)
-    params = dequantized(_with_part(trees['params'], weights), x.dtype)
+    params = dequantized(with_part(trees['params'], weights), x.dtype)
     trees = {'params': params, 'lora': trees['lora']}
     old = {k: apply_masks(tree, before, axes[k]) for k, tree in trees.items()}
     for part, name in REPAIRED.items():

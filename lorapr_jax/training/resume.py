@@ -7,11 +7,11 @@ import functools
 import jax
 
 from lorapr_jax.models.compute import Compute
+from lorapr_jax.pruning.compensation import repaired_of
 from lorapr_jax.settings.phases import Phase
 from lorapr_jax.training.base import Base, weight_shapes
 from lorapr_jax.training.checkpoint import Checkpoints, Damaged
 from lorapr_jax.training.cut import as_saved
-from lorapr_jax.training.repair import repaired_of
 from lorapr_jax.training.state import TrainState
 
 

@@ -28,8 +28,8 @@ class TrainState:
       cut on the way left them: a mask is 1 where `masks` still has the group.
     skipped: steps whose gradients or scores were not finite, in all.
     skipped_in_a_row: the same, since the last good step.
-    repaired: `repair.repaired_of` the base where prune.compensate changes it,
-      in a checkpoint; in the loop these are in the base, and this is ().
+    repaired: in a checkpoint, `repaired_of` the base where prune.compensate
+      changes it; in the loop these are in the base, and this is ().
     unrepaired: projections that an event of it left as they were, in all,
       because their repair was not finite.
   """

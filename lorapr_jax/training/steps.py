@@ -211,12 +211,7 @@ def _stack_average(
   def average(inputs):
     old, scores, masks = inputs
     return importance_lib.update_importance(
-      old,
-      scores,
-      masks,
-      axes['params'],
-      norm=criterion.norm,
-      decay=criterion.decay,
+      old, scores, masks, axes['params'], criterion
     )
 
   def update_layer(inputs):
@@ -228,16 +223,7 @@ def _stack_average(
   def update_stack(old, signals, masks):
     if not kernel:
       return jax.lax.map(update_layer, (old, signals, masks))
-    sums = block_sums(
-      signals.params,
-      signals.lora,
-      signals.lora_grads,
-      axes,
-      scale=settings.lora.scale,
-      square=criterion.score == 'square',
-      lora_gradient=criterion.lora_gradient,
-      mesh=mesh_of(place),
-    )
+    sums = block_sums(signals, options, axes, mesh=mesh_of(place))
     return jax.vmap(average)((old, sums, masks))
 
   return update_stack

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import HeldOut
+from lorapr_jax.pruning.compensation import repaired_of
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report import metrics, summary
@@ -22,7 +23,6 @@ from lorapr_jax.settings.sections import (
 )
 from lorapr_jax.training.base import Base
 from lorapr_jax.training.checkpoint import Checkpoints
-from lorapr_jax.training.repair import repaired_of
 from lorapr_jax.training.state import TrainState
 
 

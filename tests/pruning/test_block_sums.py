@@ -61,11 +61,9 @@ def _trees(config, dtype):
 
 def _sums(trees, criterion, **options):
   return kernel.block_sums(
-    *trees,
+    Signals(*trees, layer=0),
+    Options(criterion, LORA.scale),
     AXES,
-    scale=LORA.scale,
-    square=criterion.score == 'square',
-    lora_gradient=criterion.lora_gradient,
     interpret=True,
     **options,
   )

@@ -146,8 +146,7 @@ def run_steps(group, criterion, steps=3, targets=LORA.targets, fused=False):
       scores,
       {group: mask},
       axes,
-      norm=criterion.norm,
-      decay=criterion.decay,
+      criterion,
     )
     truth = reference_update(
       truth, *trees, {group: mask}, criterion, lora_config, SHAPE

@@ -300,7 +300,7 @@ def test_importance_goes_on_after_a_cut_as_if_only_masked(heads, make_model):
         Signals(params, lora, grads, 0), Options(Criterion(), LORA.scale)
       )
       return update_importance(
-        old, scores, mask, AXES['params'], norm=True, decay=0.9
+        old, scores, mask, AXES['params'], Criterion(decay=0.9)
       )
 
     trees = (stacks[0], lora[0], grads[0], importance[0], masks[0])

@@ -27,11 +27,15 @@ from lorapr_jax.models.trees import (
   logical_axes,
   param_shapes,
 )
-from lorapr_jax.pruning.compensation import REPAIRED, Compensation
+from lorapr_jax.pruning.compensation import (
+  REPAIRED,
+  Compensation,
+  repaired_of,
+)
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.runtime import sharding
-from lorapr_jax.training.repair import make_compensate, repaired_of
+from lorapr_jax.training.repair import make_compensate
 
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 CONFIG = LlamaConfig(
