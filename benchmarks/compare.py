@@ -49,7 +49,7 @@ from lorapr_jax.runtime.files import (
   write_json,
   write_text,
 )
-from lorapr_jax.settings.run import ORDERS
+from lorapr_jax.settings.model import ORDERS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / 'docs' / 'results.md'

@@ -16,7 +16,7 @@ from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.trees import init_params, param_shapes
 from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.settings.run import ORDERS
+from lorapr_jax.settings.model import ORDERS
 from tests.xla_flags import environment
 
 ROOT = Path(__file__).parent.parent
