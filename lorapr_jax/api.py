@@ -27,7 +27,7 @@ class PrunedRun:
 
   Attributes:
     summary: what its summary.json holds.
-    workdir: where everything of it lies.
+    workdir: the folder with everything that the run made.
   """
 
   summary: dict[str, Any]
@@ -44,21 +44,21 @@ def prune(
   workdir: str | Path,
   **sections: dict[str, Any],
 ) -> PrunedRun:
-  """Prunes a model; called again after a crash, it goes on.
+  """Prunes a model. After a crash, call it again: it goes on.
 
     lp.prune('default', 'runs/mine', prune={'target': 0.3}, data={...})
 
   Args:
-    config: a shipped config's name (`default`, `paper:tiny`), the path of a
-      config's file, or a config. It is not changed.
-    workdir: a new folder for everything that the run makes, or that of the
-      same run.
+    config: the name of a shipped config (`default`, `paper:tiny`), the path of
+      a config's file, or a config. It is not changed.
+    workdir: a new folder for everything that the run makes, or the folder of
+      the same run.
     **sections: settings that differ from the config, by its sections.
 
   Raises:
     UserError: for a mistake in config, data, model or workdir.
   """
-  # Here, since the other functions need none of it.
+  # Imported here: no other function needs it.
   from lorapr_jax import train
 
   name = 'config'
@@ -100,13 +100,13 @@ def evaluate(
   batch_size: int = 8,
   dtype: str = 'auto',
 ) -> Perplexity:
-  """The perplexity of a model on a text, with all that it depends on.
+  """The perplexity of a model on a text, and all that it depends on.
 
   Args:
     model: a model, or the Hugging Face folder of one.
     data: a data spec (lorapr_jax/data/sources.py).
-    seq_len: tokens a window; figures of different lengths do not compare.
-    max_windows: at most so many; None: all.
+    seq_len: the tokens of a window; figures of two lengths do not compare.
+    max_windows: the most windows; None: all.
     batch_size: windows at a time.
     dtype: of weights and computation, as in `load`; a model in memory keeps
       its own.
@@ -133,7 +133,7 @@ def evaluate(
     seq_len,
     config.vocab_size,
   )[:max_windows]
-  # The weights last: all that can be wrong has been looked at.
+  # The weights come last, when everything else has been checked.
   loaded = in_memory(model, dtype)
   return evaluate_perplexity(
     loaded.params,
@@ -154,27 +154,27 @@ def export(
   dtype: str = 'auto',
   max_shard_size: str = '5GB',
 ) -> Path:
-  """Writes a model in another format, layout or dtype; reads it back.
+  """Writes a model in another format, layout or dtype, and reads it back.
 
   Args:
     source: a model, a run or its workdir (its last checkpoint is cut and
       merged), or a Hugging Face folder.
     destination: a new folder; for gguf a new .gguf file.
-    format: hf, gguf, or peft: LoRA as an adapter over the pruned base, of a
-      run alone.
+    format: hf; gguf; or peft: LoRA as an adapter over the pruned base, which
+      only a run has.
     layout: uniform, two_shape, padded or auto; see configs/default.py.
     model_type: llama, mistral or auto.
-    dtype: of the weights; auto: the source's.
-    max_shard_size: of one weights file of a folder.
+    dtype: of the weights; auto: that of the source.
+    max_shard_size: the largest size of one weights file of a folder.
 
   Returns:
     The destination.
 
   Raises:
-    UserError: for what cannot be exported so, before any weights are read.
+    UserError: if the source cannot be exported so; before weights are read.
     RuntimeError: if what was read back is another model.
   """
-  # Here, since the other functions need none of it.
+  # Imported here: no other function needs it.
   from lorapr_jax.exporting import sources
   from lorapr_jax.exporting.routes import Route
   from lorapr_jax.hf.write import parse_size
@@ -209,17 +209,18 @@ def generate(
   raw: bool = False,
   dtype: str = 'auto',
 ) -> str:
-  """What a model answers, or how it goes on.
+  """A model's answer to a prompt, or its continuation of a text.
 
   Args:
     model: a model, or the Hugging Face folder of one.
-    prompt: a user's message where the tokenizer has a chat template, else the
+    prompt: a user's message if the tokenizer has a chat template, else the
       beginning of a text.
-    max_new_tokens: at most so many.
+    max_new_tokens: the most tokens to generate.
     temperature: of the draws; 0 takes the likeliest token.
-    top_p: draws come from the likeliest tokens of this probability.
+    top_p: tokens are drawn from the likeliest ones of this total probability.
     seed: of the draws.
-    raw: whether the prompt is the beginning of a text in any case.
+    raw: whether the prompt is the beginning of a text even if the tokenizer
+      has a chat template.
     dtype: of weights and computation, as in `load`; a model in memory keeps
       its own.
 

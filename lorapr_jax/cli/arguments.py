@@ -1,4 +1,4 @@
-"""What the commands' arguments have in common."""
+"""What all commands share: the parser of arguments, and printing JSON."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ class Parser(argparse.ArgumentParser):
   """Mistakes in arguments are one-line errors like any other."""
 
   def __init__(self, command: str, description: str, **more: Any):
-    """`more` are arguments of argparse's."""
+    """`more` goes to argparse as it is."""
     super().__init__(
       prog=f'python -m lorapr_jax {command}', description=description, **more
     )
@@ -20,7 +20,7 @@ class Parser(argparse.ArgumentParser):
     raise UserError(f'{message} ({self.prog} --help)')
 
   def add_dtype(self) -> None:
-    """Adds --dtype, of what runs a model."""
+    """Adds --dtype, for commands that run a model."""
     self.add_argument(
       '--dtype',
       default='auto',
@@ -36,5 +36,5 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_json(value: Any) -> None:
-  """One JSON object on standard output."""
+  """Prints one JSON object on standard output."""
   print(json.dumps(value))

@@ -1,4 +1,4 @@
-"""benchmark: how fast a folder reads a prompt and goes on, beside another."""
+"""benchmark: how fast a model reads a prompt and continues it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from lorapr_jax.hf.load import load_config
 
 
 def main(argv: list[str]) -> None:
-  """Times the folders, which take turns, and prints what came out."""
+  """Times the folders in turns, and prints the figures."""
   parser = Parser('benchmark', __doc__)
   parser.add_argument('--model', required=True, help='a Hugging Face folder')
   parser.add_argument('--against', help='another, which takes turns with it')
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
 
 
 def check(args: Any, folders: dict[str, str]) -> list[int]:
-  """The batch sizes.
+  """The batch sizes, once all arguments have been checked.
 
   Raises:
     UserError: for figures that make no sense, or that a model has no room for.
@@ -74,7 +74,7 @@ def check(args: Any, folders: dict[str, str]) -> list[int]:
 
 
 def show(report: dict[str, Any]) -> None:
-  """The report as a table."""
+  """Prints the report as a table."""
   names = [name for name in ('model', 'against') if name in report]
   table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
   table.add_column('batch', justify='right')

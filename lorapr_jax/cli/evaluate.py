@@ -14,7 +14,7 @@ from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import suite, zero_shot
 
-# Flags that only one of the three has a use for.
+# The flags that only one of the three uses.
 _ONLY = {
   'suite': ('max_windows', 'seq_len', *suite.PAPER_TEXTS),
   'data': ('max_windows', 'seq_len'),
@@ -23,7 +23,7 @@ _ONLY = {
 
 
 def main(argv: list[str]) -> None:
-  """Evaluates and prints the figures with all that they depend on."""
+  """Evaluates, and prints the figures with all that they depend on."""
   args = parse(argv)
   common = {'batch_size': args.batch_size, 'dtype': args.dtype}
   if args.tasks is not None:
@@ -118,7 +118,7 @@ def parse(argv: list[str]) -> Any:
 def show_suite(
   results: Iterable[suite.TextPerplexity | suite.Skipped], args: Any
 ) -> None:
-  """A table, or one object; what is skipped is said while it runs."""
+  """Prints a table, or one object; what is skipped is said meanwhile."""
   measured, skipped = [], []
   for result in results:
     if isinstance(result, suite.TextPerplexity):
@@ -168,7 +168,7 @@ def show_suite(
 
 
 def show_tasks(scores: Sequence[zero_shot.TaskScore], args: Any) -> None:
-  """A table with every metric, or one object."""
+  """Prints a table with every metric, or one object."""
   means = zero_shot.mean_accuracies(scores)
   if args.json:
     print_json(

@@ -24,7 +24,7 @@ def parse_flags(
 
   Args:
     argv: the flags.
-    command: that they are of, for errors.
+    command: the command they belong to, for errors.
 
   Raises:
     UserError: for an unknown flag or key, a value of a wrong type, or a config
@@ -45,7 +45,7 @@ def parse_flags(
 
 
 def _with_config_found(argv: list[str]) -> list[str]:
-  """The arguments with the path of the config's file in place of its name."""
+  """The arguments, with a config's path in place of its name."""
   found, rest = [], iter(argv)
   for arg in rest:
     flag, equals, name = arg.partition('=')

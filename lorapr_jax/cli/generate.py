@@ -1,8 +1,8 @@
 """generate: text from a folder, streamed.
 
-Where the folder has a chat template, a prompt is a user's message. Without
---prompt, a terminal gets a conversation (Ctrl-C stops an answer, Ctrl-D ends),
-and from anything else each line of standard input is a prompt of its own.
+If the folder has a chat template, a prompt is a user's message. Without
+--prompt, a terminal starts a conversation (Ctrl-C stops an answer, Ctrl-D ends
+it); otherwise each line of standard input is a prompt.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -90,7 +90,7 @@ def parse(argv: list[str]) -> Any:
 
 
 def checked(prompt: str) -> str:
-  """The prompt.
+  """The prompt, if it can be one.
 
   Raises:
     UserError: if there is nothing in it, or it is not UTF-8.
@@ -105,7 +105,7 @@ def checked(prompt: str) -> str:
 
 
 def lines() -> Iterator[str]:
-  """The prompts on standard input, as they come; blank lines are no prompts."""
+  """The prompts on standard input, one a line, without blank lines."""
   empty = True
   try:
     for line in sys.stdin:
@@ -131,7 +131,7 @@ def show(answer: Iterable[str]) -> None:
 
 
 def converse(answer: Callable[[list[dict[str, str]]], 'Answer']) -> None:
-  """A conversation on a terminal: each answer sees all that came before."""
+  """Holds a conversation on a terminal; an answer sees all that came before."""
   print('Ctrl-C stops an answer, Ctrl-D ends.', file=sys.stderr)
   messages = []
   while True:
@@ -150,13 +150,13 @@ def converse(answer: Callable[[list[dict[str, str]]], 'Answer']) -> None:
       print()
     except UserError as error:
       print(f'error: {error}', file=sys.stderr)
-    # An answer that was stopped counts as far as it was shown.
+    # Of an answer that was stopped, what was shown is part of it.
     if reply and reply.text:
       messages += [question, message('assistant', reply.text)]
 
 
 class Answer:
-  """An answer on its way: iterating gives the pieces of its text.
+  """An answer while it is generated; iterating gives the pieces of its text.
 
   Attributes:
     text: what has come so far.

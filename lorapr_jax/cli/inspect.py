@@ -16,7 +16,7 @@ _BYTES = {'float32': 4, 'bfloat16': 2}
 
 
 def main(argv: list[str]) -> None:
-  """Prints the couplings, and with a target what would be left."""
+  """Prints what is pruned together, and with a target what would be left."""
   parser = Parser('inspect', __doc__)
   parser.add_argument(
     '--model', required=True, help='a folder; only its config.json is read'

@@ -1,4 +1,4 @@
-"""The commands; a user's mistake or Ctrl-C is one line, no traceback."""
+"""Runs a command. A user's mistake or Ctrl-C prints one line, no traceback."""
 
 import importlib
 import os
@@ -29,8 +29,7 @@ _STORES = ('aiohttp', 'botocore', 'gcsfs', 'google')
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns its exit status.
 
-  Ctrl-C, where the command does not stop in good order by itself, ends the
-  process with status 130.
+  Ctrl-C ends the process with status 130, unless the command handles it.
   """
   argv = sys.argv[1:] if argv is None else argv
   texts = '\n'.join(f'  {name:10}{text}' for name, text in COMMANDS.items())
@@ -70,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _failed() -> int:
-  """The exit status. One of many processes ends at once, and so the others."""
+  """The exit status; one of many processes ends here, and so do the others."""
   jax = sys.modules.get('jax')
   if jax and jax.distributed.is_initialized():
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""plan: what a run would need on devices that need not be there."""
+"""plan: what a run would need, on devices that need not exist here."""
 
 import contextlib
 import dataclasses
@@ -70,7 +70,7 @@ def main(argv: list[str]) -> None:
 def _planned(
   config: config_dict.ConfigDict, name: str, criteria: list[str]
 ) -> tuple[Topology, dict[str, list[Needs]]]:
-  """The topology of that name, and the needs there."""
+  """The topology of that name, and what the run needs there."""
   topology = Topology.of(name)
   if topology.chip:
     _cache_nothing()
@@ -87,7 +87,7 @@ def _planned(
 def _searched(
   config: config_dict.ConfigDict, kind: str, criterion: str
 ) -> tuple[Topology, dict[str, list[Needs]]]:
-  """The smallest slice that all fits on, and the needs there.
+  """The smallest slice that the run fits on, and what it needs there.
 
   Its mesh is the config's then.
   """
@@ -104,7 +104,7 @@ def _searched(
 
 
 def _cache_nothing() -> None:
-  # What is compiled for devices that are not there cannot be read back.
+  # Programs for devices that do not exist here cannot be read from a cache.
   jax.config.update('jax_enable_compilation_cache', False)
 
 
@@ -121,16 +121,16 @@ def _verdict(tried: Tried) -> str:
 
 
 def _only_cpus(topology: str) -> None:
-  """Has JAX look for no accelerator, and make as many CPUs as are asked for."""
+  """Makes JAX use CPUs alone, as many as the topology asks for."""
   jax.config.update('jax_platforms', 'cpu')
   if count := re.fullmatch(r'cpu:(\d+)', topology):
-    # Refused where the devices are made already: `Topology` counts them.
+    # JAX refuses once it has made its devices; `Topology` counts them.
     with contextlib.suppress(RuntimeError):
       jax.config.update('jax_num_cpu_devices', int(count[1]))
 
 
 def _mesh_flags(mesh: str) -> list[str]:
-  """data=1,fsdp=16 as flags of the config, which says what it does not know."""
+  """Flags of the config for data=1,fsdp=16; the config refuses unknown axes."""
   flags = []
   for part in filter(None, mesh.split(',')):
     axis, equals, size = part.partition('=')
@@ -180,7 +180,7 @@ def _report(
 def show(
   found: dict[str, list[Needs]], topology: Topology, mesh: dict[str, int]
 ) -> None:
-  """A table of memory and one of work, with a row for each function."""
+  """Prints a table of memory and one of work, with a row for each function."""
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
   )

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 
 def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
-  """The file of the page; that of one run may be there already."""
+  """The file of the page; the page of one run may exist already."""
   if out is None:
     return path_of(workdirs[0]) / REPORT_FILE if len(workdirs) == 1 else None
   if out.exists():

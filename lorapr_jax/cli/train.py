@@ -1,4 +1,4 @@
-"""train: flags to config, then lorapr_jax.train.run."""
+"""train: reads the config from flags, and runs lorapr_jax.train.run."""
 
 from lorapr_jax import train
 from lorapr_jax.cli.arguments import Parser, print_json

@@ -1,4 +1,4 @@
-"""What devices exchange in a compiled program, and beside which products."""
+"""What the devices of a compiled program exchange."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -28,12 +28,12 @@ class Transfer:
   """A collective of a program.
 
   Attributes:
-    kind: of COLLECTIVES.
-    bytes: that a device receives each time: of an all-gather, what it lacks;
-      of a reduce-scatter, what it hands on; of an all-reduce, which is both in
-      turn, twice its arrays.
-    times: how often.
-    beside: operations of products between its start and its end, each time.
+    kind: one of COLLECTIVES.
+    bytes: what a device receives each time. In an all-gather, that is what it
+      does not have yet; in a reduce-scatter, what it gives away; an all-reduce
+      is both in turn, so twice its arrays.
+    times: how often it runs.
+    beside: operations of the products that run between its start and its end.
   """
 
   kind: str
@@ -43,7 +43,7 @@ class Transfer:
 
 
 def received(program: Program) -> dict[str, dict[str, int]]:
-  """{kind: {'count', 'bytes'}} of what a device receives.
+  """What a device receives: {kind: {'count', 'bytes'}}.
 
   Raises:
     ValueError: as `Program.executed`.
@@ -56,7 +56,7 @@ def received(program: Program) -> dict[str, dict[str, int]]:
 
 
 def overlapped(program: Program) -> int:
-  """Bytes of the collectives that start and end with products between.
+  """Bytes of the collectives between whose start and end products run.
 
   Raises:
     ValueError: as `Program.executed`.
@@ -65,7 +65,7 @@ def overlapped(program: Program) -> int:
 
 
 def transfers(program: Program) -> Iterator[Transfer]:
-  """The collectives; one that goes on in parts beside products comes once.
+  """The collectives; one that is done in parts beside products comes once.
 
   Raises:
     ValueError: as `Program.executed`.
@@ -100,12 +100,12 @@ def transfers(program: Program) -> Iterator[Transfer]:
 
 @dataclasses.dataclass(frozen=True)
 class _Schedule:
-  """A computation in its order.
+  """The order in which a computation runs.
 
   Attributes:
-    program: that it is of.
+    program: the program that the computation belongs to.
     order: its instructions.
-    before: the operations of products before each of them.
+    before: for each of them, the operations of the products before it.
   """
 
   program: Program
@@ -122,7 +122,7 @@ class _Schedule:
     return cls(program, order, list(itertools.accumulate(flops, initial=0.0)))
 
   def beside(self, start: Instruction, collective: Instruction) -> float:
-    """Operations between a collective's start and its end, or 0."""
+    """Operations of products between a collective's start and its end."""
     first = self.order.index(start) + 1
     for last in range(first, len(self.order)):
       if _ends(self.program, self.order[last], start, collective):
@@ -150,7 +150,7 @@ def _ends(
 def _collectives_of(
   program: Program, name: str, instruction: Instruction
 ) -> list[tuple[str, Instruction]]:
-  """(computation, collective) that it is, or that are fused into it."""
+  """(computation, collective): the instruction itself, or those fused in it."""
   found = [(name, instruction)]
   if instruction.opcode == 'fusion':
     found = [
@@ -198,7 +198,7 @@ def _bytes_received(
 
 
 def _bytes(shape: str) -> int:
-  """Of all arrays in the text; single numbers, such as flags, are left out."""
+  """Bytes of all arrays in the text, without single numbers such as flags."""
   return sum(
     _BYTES.get(dtype, 0) * math.prod(map(int, sizes.split(',')))
     for dtype, sizes in SHAPE.findall(shape)

@@ -1,4 +1,4 @@
-"""What a compiled function takes on each device, by the compiler's word."""
+"""What a compiled function takes on each device, as the compiler reports it."""
 
 import dataclasses
 import re
@@ -12,16 +12,18 @@ from lorapr_jax.planning.topology import Chip
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """What a program takes on each device, as the compiler says.
+  """What a program takes on each device, as the compiler reports it.
+
+  `flops`, `collectives` and `overlapped` are None if the compiler's text does
+  not say how often a loop turns.
 
   Attributes:
-    arguments: bytes.
-    outputs: bytes, without those that take an argument's place.
-    temporaries: bytes.
-    flops: of all products, loops counted by their turns; None where the
-      compiler's text does not say how often one turns, and so for
-    collectives: {kind: {'count', 'bytes'}}, and
-    overlapped: bytes of those that are on their way while products run.
+    arguments: bytes of the arguments.
+    outputs: bytes of the results that do not reuse an argument's memory.
+    temporaries: bytes of all else while the program runs.
+    flops: operations of all products; a loop counts as often as it turns.
+    collectives: {kind: {'count', 'bytes'}} of what the device receives.
+    overlapped: bytes that are received while products run.
     text: the program, as the compiler writes it.
   """
 
@@ -35,10 +37,10 @@ class Compiled:
 
   @classmethod
   def of(cls, lowered: jax.stages.Lowered) -> 'Compiled':
-    """Compiles.
+    """Compiles a function that has been lowered.
 
     Raises:
-      OutOfMemory: if the compiler finds no way to fit it.
+      OutOfMemory: if the compiler says that it does not fit.
     """
     try:
       compiled = lowered.compile()
@@ -66,17 +68,21 @@ class Compiled:
     )
 
   def received(self) -> int | None:
-    """Bytes of all collectives."""
+    """Bytes that all collectives bring to the device."""
     if self.collectives is None:
       return None
     return sum(x['bytes'] for x in self.collectives.values())
 
   def roofline(self, chip: Chip) -> dict[str, float] | None:
-    """Seconds by each of three limits; nothing is timed.
+    """The seconds that each of three limits allows at best; nothing is timed.
 
-    products: all at the peak of bfloat16. memory: arguments and outputs cross
-    once, temporaries are written and read. interconnect: what is received, at
-    the bandwidth of one direction. The longest is a floor where all overlap.
+    The longest of them is the least time of the program, if all three overlap.
+
+    Returns:
+      {'products': all of them at the chip's peak for bfloat16,
+      'memory': arguments and outputs are moved once, temporaries twice,
+      'interconnect': what is received, at the bandwidth of one direction};
+      None if the compiler's text does not say how often a loop turns.
     """
     crossing = self.arguments + self.outputs + 2 * self.temporaries
     if self.flops is None:
@@ -89,10 +95,10 @@ class Compiled:
 
 
 class OutOfMemory(Exception):
-  """A program that does not fit.
+  """A program that does not fit in a chip's memory.
 
   Attributes:
-    bytes: that it would take, as the compiler says; 0 where it does not.
+    bytes: what it would take, as the compiler says; 0 if it does not say.
   """
 
   def __init__(self, refused: int):
@@ -101,7 +107,7 @@ class OutOfMemory(Exception):
 
 
 def refused_bytes(message: str) -> int:
-  """The first figure with a unit: what would be needed."""
+  """The bytes that a compiler's refusal says are needed: its first figure."""
   units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
   found = re.search(r'\b(\d+(?:\.\d+)?)([KMGT])\b', message)
   return round(float(found[1]) * units[found[2]]) if found else 0

@@ -32,10 +32,10 @@ class LoopFunction:
   """A function of the loop, ready to be compiled.
 
   Attributes:
-    name: shown.
+    name: the name that is shown.
     lowered: the function with the shapes of its arguments.
-    beside: bytes a device holds meanwhile that are no arguments.
-    ideal_flops: of all devices, from the model's sizes alone.
+    beside: bytes that lie on a device beside the arguments.
+    ideal_flops: operations of all devices, from the model's sizes alone.
   """
 
   name: str
@@ -45,13 +45,13 @@ class LoopFunction:
 
 
 class Shapes(NamedTuple):
-  """What the functions of a loop are called with: no arrays, their shapes.
+  """The shapes of what the functions of a loop are called with.
 
   Attributes:
     base: the weights at the first size.
-    state: of step 0.
-    batch: of a step.
-    key: of a step.
+    state: the state at step 0.
+    batch: the batch of a step.
+    key: the random key of a step.
   """
 
   base: Base
@@ -69,14 +69,14 @@ class Shapes(NamedTuple):
     groups: tuple[str, ...],
     adamw: optax.GradientTransformation,
   ) -> 'Shapes':
-    """Those of a run.
+    """The shapes of a run.
 
     Args:
       compute: of the run.
       base_dtype: of the weights that are not quantised.
-      places: of the run.
-      batch: from `batch_shapes`.
-      groups: that are masked.
+      places: where the arrays of the run lie.
+      batch: the result of `batch_shapes`.
+      groups: the kinds of groups that are masked.
       adamw: the optimiser.
     """
     key = replicated(jax.eval_shape(lambda: jax.random.key(0)), places)
@@ -100,9 +100,10 @@ class Shapes(NamedTuple):
 def loop_functions(
   config: config_dict.ConfigDict, devices: Sequence[jax.Device]
 ) -> Iterator[LoopFunction]:
-  """What the loop of a run's first phase calls, but for the ranking.
+  """The functions that the loop of a run's first phase calls.
 
-  step, importance, compensation if it is asked for, optimiser, evaluation.
+  They are step, importance, compensation if it is asked for, optimiser and
+  evaluation. The ranking of groups is left out.
 
   Args:
     config: of the run.
@@ -234,10 +235,11 @@ def _evaluation(shapes: Shapes, rows: int, length: int) -> LoopFunction:
 def _ideal_flops_per_token(
   config: LlamaConfig, seq_len: int, needs: str | None
 ) -> float:
-  """Of a step: twice the forward pass for gradients of activations.
+  """Operations of a step for one token, if nothing is computed twice.
 
-  The base's own are not needed, but for some criteria. Attention's backward
-  pass has all four of its products.
+  The gradients of the activations take as many as the forward pass, but for
+  attention, which takes twice as many: its forward pass has two products and
+  its backward pass four. Only some criteria need gradients of the base too.
   """
   attention = attention_flops_per_token(config, seq_len)
   forward = forward_flops_per_token(config, seq_len) - attention
@@ -249,12 +251,12 @@ def _ideal_flops_per_token(
 
 
 def batch_shapes(train: TrainSettings, packing: str, places: Places) -> Any:
-  """Of a step's batch.
+  """The shapes of a step's batch.
 
   Args:
-    train: of the run.
-    packing: of the run's texts: data.packing.
-    places: of the run.
+    train: the config's section train.
+    packing: data.packing.
+    places: where the arrays of the run lie.
   """
   accumulated = train.batch_size // train.micro_batch_size
   shape = (accumulated, train.micro_batch_size, train.seq_len)
@@ -276,7 +278,7 @@ def batch_shapes(train: TrainSettings, packing: str, places: Places) -> Any:
 
 
 def replicated(tree: Any, places: Places) -> Any:
-  """The shapes, whole on each device."""
+  """The shapes of arrays that lie whole on each device."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places.state),
     tree,
@@ -288,7 +290,7 @@ def _placed_like(x: Any, other: Any) -> jax.ShapeDtypeStruct:
 
 
 def bytes_of(tree: Any) -> int:
-  """On each device, of shapes that know where they lie."""
+  """The bytes on each device, of shapes that know where they lie."""
 
   def each(x: Any) -> int:
     return x.dtype.itemsize * math.prod(x.sharding.shard_shape(x.shape))

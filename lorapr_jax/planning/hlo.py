@@ -1,7 +1,7 @@
-"""What a compiled program does, read from XLA's text of it.
+"""The products of a compiled program, read from XLA's text of it.
 
-Loops count as often as they run: XLA's own cost analysis counts their bodies
-once.
+A loop's body counts as often as the loop turns. XLA's own cost analysis counts
+it once.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,9 @@ import re
 
 import numpy as np
 
-# Products of (T, T) or (T, H) matrices that a kernel of JAX's splash attention
-# takes, each over half of the pairs of positions. They are no HLO.
+# How many products of (T, T) or (T, H) matrices a kernel of JAX's splash
+# attention computes, each over half of the pairs of positions. XLA's text does
+# not show what a kernel does.
 _KERNEL_PRODUCTS = {
   'splash_mha_fwd': 2,
   'splash_mha_dq': 3,
@@ -23,7 +24,7 @@ _KERNEL_PRODUCTS = {
 _HEAD = re.compile(r'^(ENTRY )?%?([\w.-]+) \(.*\{$')
 _LINE = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*)$')
 SHAPE = re.compile(r'\b([a-z]+\d*\w*)\[([\d,]*)\]')
-# One computation, or some in braces.
+# The name of one computation, or several names in braces.
 _CALLED = re.compile(
   r'(?:calls|to_apply|body|condition|branch_computations|called_computations|'
   r'true_computation|false_computation)='
@@ -36,12 +37,12 @@ class Instruction:
   """A line of a computation.
 
   Attributes:
-    name: its own.
-    opcode: such as convolution.
-    shape: the text of its result's shape, of a tuple maybe.
-    operands: the names in its parentheses.
-    text: what comes after the opcode.
-    is_root: whether its result is the computation's.
+    name: its name.
+    opcode: what it does, such as convolution.
+    shape: the text of its result's shape, which may be a tuple.
+    operands: the names of its arguments.
+    text: what follows the opcode.
+    is_root: whether its result is the result of the computation.
   """
 
   name: str
@@ -57,8 +58,8 @@ class Program:
   """A compiled program of one device.
 
   Attributes:
-    computations: {name: its instructions, by name}.
-    entry: the name of the first one.
+    computations: {name: {name of an instruction: the instruction}}.
+    entry: the name of the computation that runs first.
   """
 
   computations: dict[str, dict[str, Instruction]]
@@ -66,7 +67,7 @@ class Program:
 
   @classmethod
   def parse(cls, text: str) -> 'Program':
-    """Of `compiled.as_text()`."""
+    """Reads what `compiled.as_text()` returns."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry, inside = '', None
     for line in text.splitlines():
@@ -79,12 +80,12 @@ class Program:
     return cls(computations, entry)
 
   def executed(self) -> Iterator[tuple[str, Instruction, int]]:
-    """(computation, instruction, how often) of all that may run.
+    """Gives (computation, instruction, how often) of all that may run.
 
-    Of a condition, all branches.
+    All branches of a condition count.
 
     Raises:
-      ValueError: for a loop whose number of turns is not in the text.
+      ValueError: if the text does not say how often a loop turns.
     """
     yield from self._executed(self.entry, 1)
 
@@ -95,11 +96,17 @@ class Program:
   def runs(
     self, name: str, instruction: Instruction, times: int
   ) -> Iterator[tuple[str, Instruction, int]]:
-    """As `executed`: an instruction of this computation and all it calls."""
+    """As `executed`, for one instruction and all that it calls.
+
+    Args:
+      name: of the computation that the instruction is in.
+      instruction: of the program.
+      times: how often it runs.
+    """
     yield name, instruction, times
     if instruction.opcode == 'while':
       times *= self._turns(instruction)
-    # What reduces or sorts is called for every element: no products there.
+    # These call a computation for every element; it has no products.
     if instruction.opcode in ('reduce', 'sort', 'scatter', 'all-reduce'):
       return
     for called in self.called(instruction):
@@ -115,10 +122,10 @@ class Program:
     ]
 
   def _turns(self, loop: Instruction) -> int:
-    """Of a loop that counts up from 0 while it is less than a constant.
+    """How often a loop turns that counts from 0 up to a constant.
 
-    XLA's loops over a scan and over the parts of a product begin at 0; where
-    one begins is not read.
+    The start is not read: XLA's loops over a scan and over the parts of a
+    product begin at 0.
 
     Raises:
       ValueError: if it is another kind of loop.
@@ -136,7 +143,7 @@ class Program:
       if (found := re.search(r'index=(\d+)', condition[operand].text))
     ]
     bound = _constants(condition, test.operands)
-    # Some turns are two steps of a product whose parts come one by one.
+    # A turn may be two steps of a product whose parts arrive one by one.
     step = []
     if len(index) == 1 and index[0] < len(state.operands):
       advance = body.get(state.operands[index[0]])
@@ -147,10 +154,10 @@ class Program:
     return -(-bound[0] // step[0])
 
   def flops(self) -> float:
-    """Floating-point operations of all products of a device.
+    """Floating-point operations of all products on a device.
 
-    Two for each multiplication of a dot or a convolution, padding left out;
-    of attention kernels, half of the pairs of positions.
+    A multiplication of a dot or of a convolution, without padding, counts as
+    two. An attention kernel counts with half of the pairs of positions.
     """
     return sum(
       times * self.flops_of(computation, instruction)
@@ -158,7 +165,7 @@ class Program:
     )
 
   def flops_of(self, computation: str, instruction: Instruction) -> float:
-    """Of an instruction itself, without what it calls."""
+    """Operations of one instruction, without what it calls."""
     if instruction.opcode not in ('dot', 'convolution', 'custom-call'):
       return 0.0
     operands = [
@@ -177,8 +184,8 @@ class Program:
       return _convolution_flops(instruction.text, *shapes[:2], out)
     for name, products in _KERNEL_PRODUCTS.items():
       if instruction.name.startswith(name):
-        # (heads, T, H), or with a batch in front. Before them come integers
-        # that say what the mask lets through.
+        # (heads, T, H), or with a batch in front. The integers before them
+        # say which positions the mask lets through.
         queries, keys, *_ = (
           _dimensions(x) for x in operands if not x.startswith('s')
         )
@@ -193,7 +200,7 @@ def _root(computation: dict[str, Instruction]) -> Instruction:
 def _constants(
   computation: dict[str, Instruction], names: tuple[str, ...]
 ) -> list[int]:
-  """Those of the operands that are numbers."""
+  """The values of those operands that are constants."""
   found = (computation[name] for name in names if name in computation)
   return [
     int(number[1])
@@ -215,13 +222,13 @@ def _parse_instruction(name: str, rest: str, is_root: bool) -> Instruction:
 
 
 def _dimensions(shape: str) -> tuple[int, ...]:
-  """Of the first array in the text."""
+  """The sizes of the first array in the text."""
   found = SHAPE.search(shape)
   return tuple(map(int, filter(None, found[2].split(',')))) if found else ()
 
 
 def _convolution_flops(text, lhs, rhs, out) -> float:
-  """Two for each multiplication of elements that are no padding."""
+  """Two operations for each multiplication whose operands are no padding."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', text)
   left, right, result = labels.groups()
   window = dict(re.findall(r'(\w+)=([-\dx_]+)', _window(text)))

@@ -19,15 +19,18 @@ class Needs:
   """What a function of the loop takes on each device of a topology.
 
   Attributes:
-    name: of the function.
-    beside: bytes of the run that are no arguments.
-    ideal_flops: this device's share of 4 N a token and the attention.
-    fits: whether all fits the chip's memory; None: a CPU's is not known.
-    refused: the bytes that the compiler's refusal names, or 0; None where it
-      refused nothing.
-    compiled: by the compiler; None where it refuses the largest chips too.
-    compiled_for: the topology of that: another, where the asked one is too
-      small.
+    name: the name of the function.
+    beside: bytes of the run that lie on the device beside its arguments.
+    ideal_flops: this device's share of 4 N operations a token and of the
+      attention.
+    fits: whether all of it fits in the chip's memory; None on a CPU, whose
+      memory is not known.
+    refused: the bytes that the compiler named when it refused the function, or
+      0 if it named none; None if it did not refuse.
+    compiled: what the compiler reports; None if it refuses the function on the
+      largest chips too.
+    compiled_for: the topology that it was compiled for; another than the one
+      asked for, if that is too small.
   """
 
   name: str
@@ -50,11 +53,11 @@ class Needs:
 def plan_run(
   config: config_dict.ConfigDict, topology: Topology, *, elsewhere: bool = True
 ) -> Iterator[Needs]:
-  """The needs of every function; each is compiled as it is asked for.
+  """The needs of every function, each compiled when it is asked for.
 
   Args:
     config: of the run.
-    topology: that it is for.
+    topology: the devices that the run is for.
     elsewhere: whether what is too large is compiled for larger chips.
 
   Raises:
@@ -87,7 +90,7 @@ def plan_run(
 def _compiled_on(
   topology: Topology, config: config_dict.ConfigDict, name: str
 ) -> Compiled | None:
-  """The function of that name there; None where it does not fit either."""
+  """Compiles the function for this topology; None if it does not fit there."""
   found = loop_functions(config, topology.devices)
   function = next(x for x in found if x.name == name)
   try:

@@ -15,15 +15,15 @@ from lorapr_jax.training.base import weight_shapes
 
 
 class Tried(NamedTuple):
-  """A slice and a mesh that were looked at.
+  """A slice and a mesh that were tried.
 
   Attributes:
     topology: the slice.
-    mesh: the sizes of its axes.
-    base: bytes of the base on each chip; 0 where the mesh cannot cut it.
-    needs: of the functions that were compiled: all, or up to one that does not
-      fit; empty where none was.
-    reason: why none was.
+    mesh: {axis: size}.
+    base: bytes of the base on each chip; 0 if the mesh does not divide it.
+    needs: those of the functions that were compiled, up to the first that does
+      not fit; empty if none was compiled.
+    reason: why none was compiled.
   """
 
   topology: Topology
@@ -34,27 +34,28 @@ class Tried(NamedTuple):
 
   @property
   def fits(self) -> bool:
-    """Whether every function does."""
+    """Whether every function fits."""
     return bool(self.needs) and all(needs.fits for needs in self.needs)
 
   @property
   def bytes(self) -> int:
-    """Of a chip: what the function that takes most does, or the base alone."""
+    """What the largest function takes on a chip, or else the base alone."""
     return max((n.refused or n.total for n in self.needs), default=self.base)
 
 
 def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
-  """From one chip up, until all functions fit: the last one that comes does.
+  """Tries slices from one chip up; the last one that comes fits, if any does.
 
-  On a slice the base lies over all chips (fsdp) first, then its heads over two
-  and more (tensor). What cannot fit for the base alone is not compiled.
+  On each slice, the first mesh divides the base over all chips (fsdp); the next
+  ones also divide its heads over 2, 4 and 8 chips (tensor). Nothing is compiled
+  where the base alone does not fit.
 
   Args:
-    config: of the run; its section mesh is written.
-    kind: of chips.
+    config: of the run; its section mesh is overwritten.
+    kind: of chips, such as v5e.
 
   Raises:
-    UserError: for a mistake in the config that no mesh makes good.
+    UserError: for a mistake in the config that no mesh repairs.
   """
   for sizes in SLICES[kind]:
     topology = Topology.of(f'{kind}:{sizes}')
@@ -72,15 +73,17 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
 def try_mesh(
   config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
 ) -> Tried:
-  """One slice and mesh. What cannot fit for the base alone is not compiled.
+  """Tries one slice and mesh.
+
+  Nothing is compiled if the base alone does not fit.
 
   Args:
-    config: of the run; its section mesh is written.
+    config: of the run; its section mesh is overwritten.
     topology: the slice.
-    mesh: the sizes of its axes.
+    mesh: {axis: size}.
 
   Raises:
-    UserError: for a mistake in the config that no mesh makes good.
+    UserError: for a mistake in the config that no mesh repairs.
   """
   config.mesh.update(mesh)
   try:

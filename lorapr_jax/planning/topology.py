@@ -1,4 +1,4 @@
-"""Devices that need not be there: TPU slices to compile for, or CPUs."""
+"""Devices to compile for, which need not exist here: TPU slices, or CPUs."""
 
 import dataclasses
 import re
@@ -13,9 +13,9 @@ class Chip:
   """What one chip has.
 
   Attributes:
-    flops: products of bfloat16 matrices, operations a second.
-    hbm: bytes, as the compiler counts what a program may use.
-    hbm_bandwidth: bytes a second.
+    flops: operations a second, in products of bfloat16 matrices.
+    hbm: bytes of memory that the compiler lets a program use.
+    hbm_bandwidth: bytes a second between the chip and its memory.
     interconnect: bytes a second to other chips, in one direction.
   """
 
@@ -44,7 +44,7 @@ SLICES = {
   'v5p': ('1x1x1', *_DEEP),
   'v6e': _FLAT,
 }
-# The one with most memory: programs compile for it that fit no other.
+# The kind with the most memory: what fits no other may fit it.
 LARGEST = 'v5p'
 
 
