@@ -226,9 +226,9 @@ def plan_model(
   else:
     counts = {group: tuple(n) for group, n in keep.items()}
     plan = PruningPlan(sizes, targets, counts)
+  compensation = prune.compensation()
   if not plan.keep:
-    plan = None
-  compensation = prune.compensation() if plan else None
+    plan = compensation = None
   dtype, quantized = settings.base_dtype, ()
   if dtype == INT8:
     # A repair would be rounded to int8 each time.

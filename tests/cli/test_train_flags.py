@@ -139,6 +139,8 @@ def test_a_padded_export_needs_no_layers_of_one_size():
 
 def test_tuning_alone_has_no_plan():
   assert settings('--config.prune.target=0').plan is None
+  with pytest.raises(UserError, match='prune.compensate=bias was removed'):
+    settings('--config.prune.target=0', '--config.prune.compensate=bias')
 
 
 @pytest.mark.parametrize('order', ['prune_then_tune', 'none'])
