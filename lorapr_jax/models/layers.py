@@ -155,11 +155,15 @@ def _product(
       left, right, dimensions, preferred_element_type=result
     ).astype(out)
 
+  left, right = left.astype(dtype), right.astype(dtype)
+  result = jnp.promote_types(out, dtype)
+  if result == jnp.float32:
+    return product(left, right, result)
   return jax.lax.platform_dependent(
-    left.astype(dtype),
-    right.astype(dtype),
+    left,
+    right,
     cpu=functools.partial(product, result=jnp.float32),
-    default=functools.partial(product, result=jnp.promote_types(out, dtype)),
+    default=functools.partial(product, result=result),
   )
 
 

@@ -116,13 +116,7 @@ def cut_on_the_way(
   """
   counts = pruning.milestones.present(step)
   config, axes = base.compute.config, _axes_of_groups(state)
-  order = jax.tree.map(
-    lambda importance, mask: jnp.where(mask > 0, jnp.inf, importance),
-    state.importance,
-    state.masks,
-  )
-  everything = jax.tree.map(jnp.ones_like, state.masks)
-  present = select_stack_masks(order, everything, by_stack(counts, config))
+  present = _present(state.importance, state.masks, by_stack(counts, config))
   kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
   lora_axes = block_axes(config, base.compute.lora)['lora']
   structure = jax.tree.structure(state.lora)
@@ -144,12 +138,23 @@ def cut_on_the_way(
     )
 
   before = pruning.plan.config
-  there = pad(present, axes, kept_before, before)
+  there = jax.jit(lambda present: pad(present, axes, kept_before, before))(
+    present
+  )
   known = widened(state, before)['importance']
   state = jax.jit(smaller, out_shardings=base.places.state)(state)
   state = state.replace(whole={'masks': there, 'importance': known})
   state = jax.device_put(state, base.places.state)
   return state, base.cut(kept)
+
+
+@jax.jit
+def _present(importance: Any, masks: Any, counts: Any) -> Any:
+  """Masks of `counts` groups: those that are alive, then the best of others."""
+  order = jax.tree.map(
+    lambda scores, mask: jnp.where(mask > 0, jnp.inf, scores), importance, masks
+  )
+  return select_stack_masks(order, jax.tree.map(jnp.ones_like, masks), counts)
 
 
 def _axes_of_groups(state: TrainState) -> dict[str, Axes]:

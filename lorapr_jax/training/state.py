@@ -46,6 +46,7 @@ class TrainState:
   unrepaired: Array | int = 0
 
 
+@functools.partial(jax.jit, static_argnames=('settings', 'groups', 'optimizer'))
 def init_state(
   key: Array,
   settings: Compute,

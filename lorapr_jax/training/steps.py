@@ -87,9 +87,7 @@ def make_lora_gradients(
       )
       return jnp.sum(losses) / count, observed
 
-    (value, observed), grads = _summed(
-      jax.value_and_grad(loss, has_aux=True), trained, batch, key
-    )
+    (value, observed), grads = _summed(loss, trained, batch, key)
     norm = optax.tree.norm(grads['lora'])
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
@@ -118,9 +116,14 @@ def _with_trained(params: Any, trained: dict[str, Any]) -> Any:
 
 
 def _summed(
-  value_and_grads: Callable[..., Any], trained: Any, batch: Any, key: Array
+  loss: Callable[..., Any], trained: Any, batch: Any, key: Array
 ) -> Any:
-  """The sum over a batch's micro-batches, one of which exists at a time."""
+  """The sum over a batch's micro-batches, one of which exists at a time.
+
+  Returns:
+    The loss, what it observed, and its gradients: ((value, observed), grads).
+  """
+  value_and_grads = jax.value_and_grad(loss, has_aux=True)
 
   def accumulate(total, inputs):
     new = value_and_grads(trained, *inputs)
@@ -128,9 +131,10 @@ def _summed(
 
   keys = jax.random.split(key, batch['tokens'].shape[0])
   first = jax.tree.map(lambda x: x[0], (batch, keys))
+  # A gradient has the shape of its array: the backward pass is traced once.
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.float32),
-    jax.eval_shape(value_and_grads, trained, *first),
+    (jax.eval_shape(loss, trained, *first), trained),
   )
   total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
   return total
