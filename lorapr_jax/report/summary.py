@@ -137,7 +137,7 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
 def print_plan(
   config: LlamaConfig, pruning: Pruning | None, show: Callable[[str], None]
 ) -> None:
-  """What a run is about to do: counts and sizes, target and achieved.
+  """Shows what a run will do: counts, sizes, and shares to remove.
 
   Args:
     config: the sizes of the base.

@@ -9,8 +9,9 @@ def plan_of(**prune):
   config = tiny.get_config()
   config.mesh.data, config.mesh.fsdp = -1, 1
   config.prune.update(prune)
-  lines = []
-  summary.print_plan(split_config(config), lines.append)
+  settings, lines = split_config(config), []
+  dense = settings.compute.config
+  summary.print_plan(dense, settings.pruning, lines.append)
   return lines
 
 
