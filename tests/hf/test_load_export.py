@@ -17,12 +17,11 @@ import transformers
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
 from lorapr_jax.hf.layout import hf_config
-from lorapr_jax.hf.load import load_config, load_params
+from lorapr_jax.hf.load import load_config, load_params, weight_places
 from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
-from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 
 SIZES = dict(vocab_size=96, embed_dim=32, head_dim=8, rope_theta=500.0)
@@ -165,11 +164,7 @@ def test_each_device_gets_its_slices(kind, sizes, save_hf, load):
   folder = save_hf(kind, max_shard_size='20KB')
   config, want = load(folder)
   mesh = sharding.make_mesh(sharding.mesh_sizes(*sizes))
-  places = sharding.shardings(
-    mesh,
-    logical_axes(config)['params'],
-    param_shapes(config, jnp.float32),
-  )
+  places = weight_places(config, jnp.float32, mesh)
   got = load_params(folder, config, places, np.dtype('float32'))
   q = got['stacks'][0]['self_attn']['q_proj']['weight']
   assert q.addressable_shards[0].data.size == q.size // (sizes[1] * sizes[2])
@@ -179,6 +174,22 @@ def test_each_device_gets_its_slices(kind, sizes, save_hf, load):
     np.testing.assert_array_equal(x, y)
 
   jax.tree.map(check, got, want, places)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize('width, fsdp', [(32, 8), (36, 4), (35, 1)])
+def test_all_devices_share_a_model_as_far_as_its_width_divides(width, fsdp):
+  config = LlamaConfig(
+    vocab_size=8, embed_dim=width, head_dim=4, layers=(LayerShape(1, 1, 8),)
+  )
+  place = weight_places(config, jnp.float32)['norm']['weight']
+  assert dict(place.mesh.shape) == {
+    'data': 8 // fsdp,
+    'fsdp': fsdp,
+    'sequence': 1,
+    'tensor': 1,
+  }
+  assert place.shard_shape((width,)) == (width // fsdp,)
 
 
 # --- What is wrong with a folder is named.
