@@ -9,6 +9,10 @@ in runs/gate/, so that the next comparison with it runs the other alone.
 
   --cases tiny,int8   some of the ways
   --devices 1         one device, or eight, alone
+
+XLA_FLAGS of the environment hold for all of them, such as those of
+tests/xla_flags.py, with which a program compiles in half of the time. Commits
+are only comparable under the same flags.
 """
 
 import argparse
@@ -64,6 +68,7 @@ def run(tree: Path, case: str, devices: int, scratch: Path) -> dict[str, str]:
   command = [sys.executable, 'train.py', '--config=tiny']
   command += [f'--config.{key}={value}' for key, value in settings.items()]
   flags = f'--xla_force_host_platform_device_count={devices}'
+  flags = f'{os.environ.get("XLA_FLAGS", "")} {flags}'.strip()
   done = subprocess.run(
     [*command, f'--workdir={workdir}'],
     cwd=tree,
