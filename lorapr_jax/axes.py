@@ -11,12 +11,14 @@ Letters, used in every einsum and shape of the package:
   1 of size 1: a number that a whole axis shares
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from __future__ import annotations
 
-import jax
-from jax import Array
-import jax.numpy as jnp
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+# What only reads names and sizes, such as a GGUF's, starts without JAX.
+if TYPE_CHECKING:
+  from jax import Array
 
 AXIS_NAMES = {
   '1': 'shared',
@@ -56,7 +58,7 @@ class Axes(tuple):
   """The axis names of one tensor; a leaf, not a node, of a pytree."""
 
   @classmethod
-  def of(cls, letters: str) -> 'Axes':
+  def of(cls, letters: str) -> Axes:
     """`of('DF')` is Axes(('embed', 'mlp'))."""
     return cls(AXIS_NAMES[letter] for letter in letters)
 
@@ -69,7 +71,7 @@ class ProjectionLetters(NamedTuple):
   outputs: str  # the rest
 
   @classmethod
-  def of(cls, spec: str) -> 'ProjectionLetters':
+  def of(cls, spec: str) -> ProjectionLetters:
     """`of('ND,DKH->NKH')` is weight DKH, inputs D, outputs KH."""
     x, weight = spec.split('->')[0].split(',')
     inputs = ''.join(c for c in weight if c in x)
@@ -95,7 +97,6 @@ def align(values: Array, group: str, axes: tuple[str, ...]) -> Array:
   return values.reshape([sizes.get(name, 1) for name in axes])
 
 
-@jax.named_scope('masks')
 def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
   """Multiplies every tensor of a block by the masks of its groups.
 
@@ -104,6 +105,7 @@ def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
     masks: {group: array}, one layer.
     axes: the axis names of `tree`.
   """
+  import jax
 
   def apply(x: Array, axes: tuple[str, ...]) -> Array:
     for group, mask in masks.items():
@@ -111,11 +113,14 @@ def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
         x = x * align(mask, group, axes).astype(x.dtype)
     return x
 
-  return jax.tree.map(apply, tree, axes)
+  with jax.named_scope('masks'):
+    return jax.tree.map(apply, tree, axes)
 
 
 def take_kept(tree: Any, axes: Any, kept: Mapping[str, Array]) -> Any:
   """One layer's tree with only the kept members of every group."""
+  import jax
+  import jax.numpy as jnp
 
   def take(x: Array, axes: tuple[str, ...]) -> Array:
     for group, indices in kept.items():
@@ -131,6 +136,8 @@ def put_kept(
   tree: Any, axes: Any, kept: Mapping[str, Array], sizes: Mapping[str, int]
 ) -> Any:
   """The inverse of `take_kept`: zeros where members were removed."""
+  import jax
+  import jax.numpy as jnp
 
   def put(x: Array, axes: tuple[str, ...]) -> Array:
     for group, indices in kept.items():

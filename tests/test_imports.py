@@ -153,7 +153,7 @@ def test_families_are_known_where_files_are_read_and_written():
       assert not strings & names, name
 
 
-def test_sizes_know_nothing_but_axes():
+def test_sizes_and_axes_need_no_jax():
   assert 'jax' not in third_party('models.config')
   assert reached('models.config') == {'errors', 'axes'}
 

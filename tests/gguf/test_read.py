@@ -448,7 +448,7 @@ def test_an_absent_tokenizer_key_is_named(tmp_path):
 def test_torch_and_transformers_are_not_needed():
   code = (
     'import sys, lorapr_jax.gguf.read; '
-    'print({"torch", "transformers"} & set(sys.modules))'
+    'print({"torch", "transformers", "jax"} & set(sys.modules))'
   )
   run = subprocess.run(
     [sys.executable, '-c', code], capture_output=True, text=True, check=True
