@@ -29,10 +29,23 @@ B, T, H = 2, 256, 64
 
 
 def _inputs(kv_heads, queries_per_kv, dtype, batch=B):
-  keys = jax.random.split(jax.random.key(0), 3)
-  q = jax.random.normal(keys[0], (batch, T, kv_heads, queries_per_kv, H))
-  k, v = (jax.random.normal(key, (batch, T, kv_heads, H)) for key in keys[1:])
-  return tuple(x.astype(dtype) for x in (q, k, v))
+  rng = np.random.default_rng(0)
+  heads = ((kv_heads, queries_per_kv), (kv_heads,), (kv_heads,))
+  return tuple(rng.normal(size=(batch, T, *n, H)).astype(dtype) for n in heads)
+
+
+def _cotangent(shape):
+  return np.random.default_rng(1).normal(size=shape).astype(np.float32)
+
+
+def _gradient(attend):
+  """arrays, cotangent -> the gradients of each array, and the output."""
+
+  def loss(arrays, cotangent):
+    out = attend(*arrays)
+    return jnp.sum(out * cotangent.astype(out.dtype)), out
+
+  return jax.jit(jax.grad(loss, has_aux=True))
 
 
 def _segments(batch=B):
@@ -42,7 +55,7 @@ def _segments(batch=B):
     first, second = 100 + 13 * row, 90
     rest = T - first - second
     rows.append([1] * first + [2] * second + [0] * rest)
-  return jnp.asarray(rows, jnp.int32)
+  return np.array(rows, np.int32)
 
 
 _interpreted = functools.partial(splash_attention, interpret=True)
@@ -54,22 +67,39 @@ _interpreted = functools.partial(splash_attention, interpret=True)
 def test_splash_is_causal_attention(heads, packed):
   arrays = _inputs(*heads, jnp.float32)
   segments = _segments() if packed else None
-  cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-  results = []
-  for attend in (causal_attention, _interpreted):
-    out, vjp = jax.vjp(functools.partial(attend, segments=segments), *arrays)
-    results.append((out, *vjp(cotangent)))
-  for want, got in zip(*results, strict=True):
-    assert jnp.abs(want).max() > 0.1
+  results = (
+    _gradient(functools.partial(attend, segments=segments))(
+      arrays, _cotangent(arrays[0].shape)
+    )
+    for attend in (causal_attention, _interpreted)
+  )
+  for want, got in zip(*map(jax.tree.leaves, results), strict=True):
+    assert np.abs(want).max() > 0.1
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
 def test_splash_is_causal_attention_in_bfloat16():
   arrays = _inputs(2, 3, jnp.bfloat16)
-  got = _interpreted(*arrays)
+  got = jax.jit(_interpreted)(*arrays)
   assert got.dtype == jnp.bfloat16
-  want = causal_attention(*(x.astype(jnp.float32) for x in arrays))
-  np.testing.assert_allclose(got.astype(jnp.float32), want, rtol=0, atol=1e-2)
+  want = causal_attention(*(x.astype(np.float32) for x in arrays))
+  np.testing.assert_allclose(
+    np.asarray(got, np.float32), want, rtol=0, atol=1e-2
+  )
+
+
+@functools.cache
+def _on_one_device(length, packed):
+  """Arrays and segments in rows of this length; the gradients and output."""
+  arrays, segments = _inputs(2, 3, jnp.float32, batch=4), _segments(4)
+  # Twice as long: as half as many rows.
+  *arrays, segments = (
+    x.reshape(-1, length, *x.shape[2:]) for x in (*arrays, segments)
+  )
+  segments = segments if packed else None
+  attend = functools.partial(causal_attention, segments=segments)
+  expected = _gradient(attend)(tuple(arrays), _cotangent(arrays[0].shape))
+  return tuple(arrays), segments, expected
 
 
 @pytest.mark.mesh
@@ -90,32 +120,21 @@ def test_attention_on_a_mesh_is_that_of_one_device(
 ):
   devices = jax.devices()[: math.prod(sizes.values())]
   mesh = sharding.make_mesh(sizes, devices)
+  arrays, segments, (want, want_out) = _on_one_device(length, packed)
   rows = ('batch', 'length')
   axes = (*rows, 'kv_heads', 'queries_per_kv', 'head_dim')
   heads = sharding.sharding(mesh, (*rows, 'kv_heads', 'head_dim'))
-  # Twice as long: as half as many rows.
-  arrays, segments = _inputs(2, 3, jnp.float32, batch=4), _segments(4)
-  *arrays, segments = (
-    x.reshape(-1, length, *x.shape[2:]) for x in (*arrays, segments)
+  places = (sharding.sharding(mesh, axes), heads, heads)
+
+  attend = functools.partial(kernel, segments=segments)
+  on_mesh = functools.partial(
+    on_each_device, kernel, mesh=mesh, segments=segments
   )
-  cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-
-  def gradient(attend):
-    if packed:
-      attend = functools.partial(attend, segments=segments)
-
-    def loss(*arrays):
-      out = attend(*arrays)
-      return jnp.sum(out * cotangent), out
-
-    return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))
-
-  on_mesh = functools.partial(on_each_device, kernel, mesh=mesh)
-  placed = jax.device_put(arrays, [sharding.sharding(mesh, axes), heads, heads])
-  grads, out = gradient(on_mesh)(*placed)
-  _, alone = gradient(kernel)(*arrays)
+  grads, out = _gradient(on_mesh)(
+    jax.device_put(arrays, places), _cotangent(arrays[0].shape)
+  )
+  alone = jax.jit(attend)(*arrays)
   np.testing.assert_allclose(out, alone, rtol=0, atol=1e-6)
-  want, want_out = gradient(causal_attention)(*arrays)
   np.testing.assert_allclose(out, want_out, rtol=0, atol=1e-5)
   for mine, other in zip(grads, want, strict=True):
     np.testing.assert_allclose(mine, other, rtol=0, atol=2e-5)
@@ -209,20 +228,15 @@ def test_causal_attention_is_jaxs_and_so_is_its_gradient(
     out = jax.nn.dot_product_attention(rows, k, v, mask=mask, is_causal=True)
     return out.reshape(q.shape)
 
-  cotangent = jax.random.normal(jax.random.key(1), arrays[0].shape)
-  exact = [x.astype(jnp.float32) for x in arrays]
-  want, vjp = jax.vjp(jaxs, *exact)
-  got, own_vjp = jax.vjp(
-    functools.partial(causal_attention, segments=segments), *arrays
-  )
+  cotangent = _cotangent(arrays[0].shape)
+  own = functools.partial(causal_attention, segments=segments)
+  grads, got = _gradient(own)(arrays, cotangent)
   assert got.dtype == dtype
-  pairs = zip(
-    (got, *own_vjp(cotangent.astype(dtype))),
-    (want, *vjp(cotangent)),
-    strict=True,
-  )
+  exact = tuple(x.astype(np.float32) for x in arrays)
+  expected = _gradient(jaxs)(exact, cotangent)
+  pairs = zip(*map(jax.tree.leaves, ((grads, got), expected)), strict=True)
   for mine, jaxs_own in pairs:
-    largest = jnp.abs(jaxs_own).max()
+    largest = np.abs(jaxs_own).max()
     np.testing.assert_allclose(
-      mine.astype(jnp.float32), jaxs_own, rtol=0, atol=atol * largest
+      np.asarray(mine, np.float32), jaxs_own, rtol=0, atol=atol * largest
     )
