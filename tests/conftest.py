@@ -92,24 +92,11 @@ def pytest_collection_modifyitems(items):
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item):
   """Shows a test one device, as most users have; those marked `mesh`, eight."""
-  import jax
-  from jax.experimental.compilation_cache import compilation_cache
+  from tests.devices import cache, one_device
 
   several = any(item.get_closest_marker(name) for name in _SEVERAL)
-  # What the cache gives back for several devices may hang (see
-  # lorapr_jax/runtime/compilation_cache.py).
-  jax.config.update('jax_enable_compilation_cache', not several)
-  compilation_cache.reset_cache()
-  with pytest.MonkeyPatch.context() as patch:
-    if not several:
-      patch.setattr(jax, 'devices', _first(jax.devices))
-      patch.setattr(jax, 'local_devices', _first(jax.local_devices))
-      patch.setattr(jax, 'device_count', lambda: 1)
+  with cache(False) if several else one_device():
     return (yield)
-
-
-def _first(devices):
-  return lambda *args, **kwargs: devices(*args, **kwargs)[:1]
 
 
 def pytest_unconfigure():

@@ -1,5 +1,7 @@
 """Runs of train.py on configs/tiny.py as a user starts them."""
 
+import contextlib
+import io
 import json
 from pathlib import Path
 import subprocess
@@ -8,6 +10,7 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 
+from lorapr_jax.cli.main import main
 from tests.xla_flags import environment
 
 ROOT = Path(__file__).parent.parent
@@ -26,6 +29,16 @@ def start(workdir, settings=SETTINGS, **env):
     stdout=subprocess.PIPE,
     text=True,
   )
+
+
+def train(workdir, settings=SETTINGS):
+  """The same in this process, to its end; what it prints on standard error."""
+  err = io.StringIO()
+  flags = ['--config=configs/tiny.py', *settings, f'--workdir={workdir}']
+  with contextlib.redirect_stderr(err):
+    status = main(['train', *flags])
+  assert status == 0, err.getvalue()
+  return err.getvalue()
 
 
 def finish(process):

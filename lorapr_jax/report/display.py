@@ -71,7 +71,9 @@ class Display(contextlib.AbstractContextManager):
     self._logger.removeHandler(self._handler)
 
   def start(self, phase: str) -> None:
-    """Ends the phase before and starts this one."""
+    """Ends the phase before and starts this one, where it is another."""
+    if phase == self._phase:
+      return
     self.stop()
     self._begin, self._phase = time.perf_counter(), phase
     self._compiled = self._compiled or phase == 'compile'

@@ -168,8 +168,9 @@ def print_plan(
     f'{protected} of {len(config.layers)} layers protected (prune.protect); '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
-  if steps := ', '.join(map(str, pruning.cuts)):
-    show(f'masked groups are cut out before steps {steps}, and at the end')
+  steps = ', '.join(map(str, pruning.cuts))
+  before = f'before steps {steps}, and ' if steps else ''
+  show(f'masked groups are cut out {before}after the last step')
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
   if criterion.needs == 'base_grads':

@@ -98,6 +98,7 @@ def train_phase(
       if pruning and step in pruning.cuts:
         state, base = cut_on_the_way(state, base, pruning, step)
         functions = Functions.of(phase, base, adamw)
+        watch.display.start('compile')
       key = jax.random.fold_in(step_key, phase.first_step + step)
       results, grads, more = functions.lora_gradients(
         base.params, state.lora, state.masks, batch, key

@@ -134,9 +134,11 @@ class PhaseWatch:
     Compiling holds the calls up. After that they only queue.
     """
     if step in self._compiling:
+      pruning = self._phase.pruning
+      cut = pruning and step in pruning.cuts
       interrupt.wait_for(state.step)
       self._apart.enter_context(self._log.paused())
-      self._run.display.start('compile')
+      self._run.display.start('cut' if cut else 'compile')
 
   def after(
     self, step: int, state: TrainState, base: Base, results: dict[str, Any]

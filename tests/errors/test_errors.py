@@ -15,11 +15,10 @@ import re
 import resource
 import sys
 
-import jax
-from jax.experimental.compilation_cache import compilation_cache
 import pytest
 
 from lorapr_jax.cli.main import main
+from tests.devices import cache
 from tests.errors import (
   commands,
   conversions,
@@ -92,13 +91,11 @@ def max_file_bytes(most):
   if most is None:
     yield
     return
-  # JAX would cut what it keeps short.
-  jax.config.update('jax_enable_compilation_cache', False)
-  compilation_cache.reset_cache()
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
   resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
   try:
-    yield
+    with cache(False):  # JAX would cut short what it keeps.
+      yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 

@@ -14,90 +14,101 @@ from lorapr_jax.hf.load import load, load_config
 from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.training.checkpoint import read_state
-from tests.runs import assert_same_run, finish, metrics, start
+from lorapr_jax.training.event import PruningEvent
+from tests.devices import one_device
+from tests.runs import assert_same_run, metrics, train
 
 STEPS = 18
 RUN = [
   f'--config.train.steps={STEPS}',
   *('--config.prune.every=3', '--config.lora.dropout=0.0'),
-  '--config.train.log_every=1',
+  *('--config.train.log_every=1', '--config.data.eval='),
 ]
-EVERY_STATE = [
-  *('--config.train.checkpoint_every=1', '--config.train.checkpoints_kept=100'),
-]
+# Settings of both runs, and the mesh of the one that is cut on the way.
 CASES = {
   # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
-  'kv_heads': ['--config.mesh.data=2', '--config.mesh.tensor=2'],
-  'mha': [
-    *('--config.model.sizes.num_key_value_heads=8', '--config.mesh.data=-1'),
-    *('--config.mesh.fsdp=1', '--config.prune.protect=none'),
-    *('--config.recover.steps=2', '--config.prune.compensate=ridge'),
-    *('--config.model.base_dtype=int8', '--config.prune.layer_profile=2,3'),
-  ],
-  'int8': [
-    *('--config.model.base_dtype=int8', '--config.mesh.data=2'),
-    *('--config.mesh.fsdp=2', '--config.mesh.tensor=2'),
-    '--config.prune.compensate=none',
-  ],
-  'queries': [
-    *('--config.prune.heads=queries', '--config.mesh.data=2'),
-    '--config.mesh.sequence=2',
-    *('--config.prune.protect=none', '--config.prune.criterion=gradient'),
-  ],
+  'kv_heads': ((), ('mesh.data=2', 'mesh.tensor=2')),
+  'mha': (
+    (
+      *('model.sizes.num_key_value_heads=8', 'prune.protect=none'),
+      *('recover.steps=2', 'prune.compensate=ridge'),
+      *('model.base_dtype=int8', 'prune.layer_profile=2,3'),
+    ),
+    (),
+  ),
+  'int8': (
+    ('model.base_dtype=int8', 'prune.compensate=none'),
+    ('mesh.data=2', 'mesh.tensor=2'),
+  ),
+  'queries': (
+    (
+      *('prune.heads=queries', 'prune.protect=none'),
+      'prune.criterion=gradient',
+    ),
+    ('mesh.data=2', 'mesh.sequence=2'),
+  ),
 }
-
-
-def train(workdir, *settings):
-  flags = ['--config=configs/tiny.py', f'--workdir={workdir}', *settings]
-  assert main(['train', *flags]) == 0
-  return workdir
+# int8 has what kv_heads has, and more.
+MARKS = {
+  'kv_heads': (pytest.mark.slow, pytest.mark.mesh),
+  'int8': pytest.mark.mesh,
+  'queries': pytest.mark.mesh,
+}
 
 
 def cuts_of(workdir):
   return json.loads((workdir / 'run.json').read_text())['resolved']['cuts']
 
 
-def smallest_gap(workdir):
-  """Between what was masked and what stayed, over all steps of a run."""
-  checkpoints = workdir / 'checkpoints'
-  states = []
-  for step in range(1, STEPS + 1):
-    alone = workdir / 'alone' / 'checkpoints'
-    shutil.rmtree(alone, ignore_errors=True)
-    alone.mkdir(parents=True)
-    (alone / str(step)).symlink_to(checkpoints / str(step))
-    states.append(read_state(workdir / 'alone', 'checkpoints'))
+@pytest.fixture
+def events(monkeypatch):
+  """Of each pruning event: the importance, and the masks before and after."""
+  found, prune = [], PruningEvent.__call__
+
+  def recorded(self, state, *rest):
+    before = jax.device_get((state.importance, state.masks))
+    state, base = prune(self, state, *rest)
+    found.append((*before, jax.device_get(state.masks)))
+    return state, base
+
+  monkeypatch.setattr(PruningEvent, '__call__', recorded)
+  return found
+
+
+def smallest_gap(events):
+  """Between what was masked and what stayed, over all events of a run."""
   gaps = []
-  for before, after in zip(states, states[1:], strict=False):
-    for group, masks in after['masks'][0].items():
-      scores = after['importance'][0][group]
+  for stacks in events:
+    for group, masks in stacks[-1][0].items():
+      scores, before = (stack[0][group] for stack in stacks[:2])
       rows = (-1, masks.shape[-1])
       stayed = np.where(masks > 0, scores, np.inf).reshape(rows).min(axis=-1)
-      gone = (before['masks'][0][group] > 0) & (masks == 0)
+      gone = (before > 0) & (masks == 0)
       went = np.where(gone, scores, -np.inf).reshape(rows).max(axis=-1)
       gaps.append((stayed - went).min())
   return min(gaps)
 
 
-def logits_of(folder):
-  model = load(folder)
+@functools.partial(jax.jit, static_argnames='config')
+def logits_of(params, config):
   tokens = np.random.default_rng(0).integers(0, 256, (2, 32))
-  return logits(model.params, hidden_states(model.params, tokens, model.config))
+  return logits(params, hidden_states(params, tokens, config))
 
 
-# int8 has what kv_heads has, and more.
-SLOW = {'kv_heads': pytest.mark.slow}
-
-
-@pytest.mark.mesh
 @pytest.mark.parametrize(
-  'case', [pytest.param(case, marks=SLOW.get(case, ())) for case in CASES]
+  'case', [pytest.param(case, marks=MARKS.get(case, ())) for case in CASES]
 )
-def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
-  end = train(tmp_path / 'end', *RUN, *EVERY_STATE, *CASES[case])
-  found = train(
-    tmp_path / 'found', *RUN, *CASES[case], '--config.prune.shrink=0.3,0.7'
-  )
+def test_masks_and_model_do_not_depend_on_when_groups_are_cut(
+  case, events, tmp_path
+):
+  settings, mesh = CASES[case]
+  settings = [*RUN, *(f'--config.{x}' for x in settings)]
+  # On one device, whatever the mesh of the other.
+  with one_device():
+    train(end := tmp_path / 'end', settings)
+  gap = smallest_gap(events)
+  cut = ['--config.prune.shrink=0.3,0.7', *(f'--config.{x}' for x in mesh)]
+  train(found := tmp_path / 'found', [*settings, *cut])
   assert cuts_of(end) == [] and len(cuts_of(found)) == 2
   sizes = [
     sum(x.size for x in jax.tree.leaves(read_state(w, 'checkpoints')['lora']))
@@ -109,7 +120,7 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
     load_file(w / 'importance.safetensors') for w in (end, found)
   )
   difference = max(np.abs(scores[k] - x).max() for k, x in expected.items())
-  assert difference < smallest_gap(end) / 10
+  assert difference < gap / 10
   for name in (n for n in expected if n.endswith('.mask')):
     np.testing.assert_array_equal(scores[name], expected[name], err_msg=name)
   for name in ('kept', 'sparsity'):
@@ -118,16 +129,22 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(case, tmp_path):
       for w in (found, end)
     )
     assert ours == theirs
-  np.testing.assert_allclose(
-    logits_of(found / 'export'), logits_of(end / 'export'), atol=1e-4
-  )
+  with one_device():
+    ours, theirs = (load(w / 'export') for w in (found, end))
+    np.testing.assert_allclose(
+      *(logits_of(model.params, model.config) for model in (ours, theirs)),
+      atol=1e-4,
+    )
   for ours, theirs in zip(metrics(found), metrics(end), strict=True):
     assert ours['loss'] == pytest.approx(theirs['loss'], abs=1e-5)
     for key in ('heads_sparsity', 'channels_sparsity', 'params_kept'):
       assert ours[key] == theirs[key]
 
 
-SHRINK = [*RUN, *EVERY_STATE, '--config.prune.shrink=0.3,0.7']
+SHRINK = [
+  *(*RUN, '--config.prune.shrink=0.3,0.7'),
+  *('--config.train.checkpoint_every=1', '--config.train.checkpoints_kept=100'),
+]
 # What is compiled: the step for each of three sizes, and the repair for the two
 # in which something is masked.
 COMPILED = {'none': 3, 'ridge': 5}
@@ -139,14 +156,14 @@ def flags_of(kind):
 
 @pytest.fixture(scope='module')
 def shrunk(tmp_path_factory):
-  """Runs of a process of their own that were cut twice on the way."""
+  """Runs that were cut twice on the way."""
 
   @functools.cache
   def run(kind):
     workdir = tmp_path_factory.mktemp('shrunk') / 'run'
-    _, err = finish(start(workdir, flags_of(kind)))
+    err = train(workdir, flags_of(kind))
     assert err.count('compile\n') == COMPILED[kind]
-    assert err.count('cut\n') == 3
+    assert err.count('cut\n') == 3 and len(cuts_of(workdir)) == 2
     return workdir
 
   return run
@@ -177,7 +194,7 @@ def test_a_run_cut_short_goes_on_bit_for_bit(
   whole = shrunk(kind)
   last = cuts_of(whole)[cut] + after
   workdir = cut_short(whole, tmp_path / 'run', last)
-  _, err = finish(start(workdir, flags_of(kind)))
+  err = train(workdir, flags_of(kind))
   assert f'resuming at step {last} of {STEPS}' in err
   assert_same_run(workdir, whole, 'checkpoints', STEPS)
   for name in ('importance.safetensors', 'export/model.safetensors'):
@@ -208,7 +225,7 @@ def test_an_unfinished_run_is_exported_in_the_base_models_numbering(
 
 
 def test_the_cuts_of_auto_are_known_before_the_first_step(
-  tmp_path, capsys, monkeypatch
+  tmp_path, monkeypatch
 ):
   # As if a cut cost nothing; so short a run pays for none.
   monkeypatch.setattr(
@@ -216,16 +233,15 @@ def test_the_cuts_of_auto_are_known_before_the_first_step(
     'fastest',
     functools.partialmethod(Milestones.fastest, cut_steps=0),
   )
-  workdir = train(
-    tmp_path / 'run',
-    *(f'--config.train.steps={STEPS}', '--config.prune.every=6'),
-    '--config.prune.shrink=auto',
-  )
+  workdir = tmp_path / 'run'
+  flags = [f'--config.train.steps={STEPS}', '--config.prune.every=6']
+  said = train(workdir, [*flags, '--config.prune.shrink=auto'])
   assert cuts_of(workdir) == [7, 13]
   summary = json.loads((workdir / 'summary.json').read_text())
   assert summary['cuts_on_the_way'] == [7, 13]
-  said = capsys.readouterr().err
-  known = 'masked groups are cut out before steps 7, 13, and after the last'
+  known = (
+    'masked groups are cut out before steps 7, 13, and after the last step'
+  )
   assert 0 < said.index(known) < said.index('compile')
 
 
