@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 
+import filelock
 import pytest
 
 from tests.xla_flags import DEVICES, FLAGS
@@ -164,7 +165,8 @@ def random_params():
 
     def draw(path, leaf):
       mean = 1.0 if 'norm' in jax.tree_util.keystr(path) else 0.0
-      return jax.numpy.asarray(rng.normal(mean, 0.3, leaf.shape), leaf.dtype)
+      drawn = rng.normal(mean, 0.3, leaf.shape).astype(leaf.dtype)
+      return jax.numpy.asarray(drawn)
 
     shapes = param_shapes(config, jax.numpy.dtype(dtype))
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -186,7 +188,9 @@ def random_lora():
       lambda key: init_lora(key, config, lora_config), jax.random.key(0)
     )
     return jax.tree.map(
-      lambda leaf: jax.numpy.asarray(rng.normal(0, 0.3, leaf.shape), 'float32'),
+      lambda leaf: jax.numpy.asarray(
+        rng.normal(0, 0.3, leaf.shape).astype(np.float32)
+      ),
       shapes,
     )
 
@@ -263,8 +267,36 @@ def text_model(tmp_path_factory, add_tokenizer):
 
 
 @pytest.fixture(scope='session')
-def finished_run(tmp_path_factory):
+def made_once(tmp_path_factory):
+  """Has one of the workers make a folder; all use it, and may not change it.
+
+  made_once(name, make) is the folder that make(folder) filled.
+  """
+  root = tmp_path_factory.getbasetemp()
+  if 'PYTEST_XDIST_WORKER' in os.environ:
+    root = root.parent  # That of the session.
+
+  def made_once(name, make):
+    folder = root / 'made' / name
+    folder.parent.mkdir(exist_ok=True)
+    done = folder.with_name(f'{name}.done')
+    with filelock.FileLock(f'{folder}.lock'):
+      if not done.exists():
+        folder.mkdir()
+        make(folder)
+        done.touch()
+    return folder
+
+  return made_once
+
+
+@pytest.fixture(scope='session')
+def finished_run(made_once):
   """The workdir of a short run on configs/tiny.py: 12 steps, all files."""
+  return made_once('finished_run', finish_run) / 'run'
+
+
+def finish_run(folder):
   import json
 
   from configs import tiny
@@ -274,14 +306,12 @@ def finished_run(tmp_path_factory):
   config.train.steps, config.train.log_every, config.prune.every = 12, 1, 3
   config.data.eval_every = 3
   config.export.format = 'hf,gguf'
-  workdir = tmp_path_factory.mktemp('finished') / 'run'
-  summary = train.run(config, workdir)
+  summary = train.run(config, folder / 'run')
   # Random weights have no tokenizer to write with.
   summary['generations'] = [
     {'prompt': 'Once', 'dense': ' upon a time', 'pruned': ' in a while'}
   ]
-  (workdir / 'summary.json').write_text(json.dumps(summary))
-  return workdir
+  (folder / 'run' / 'summary.json').write_text(json.dumps(summary))
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 import shutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -121,10 +122,17 @@ def test_generate_goes_on_with_the_likeliest_tokens(talking):
   model = lp.load(talking)
   text = lp.generate(model, 'one two three', max_new_tokens=4)
   ids = [0, 1, 2]
+
+  @jax.jit
+  def logits(params, tokens):
+    hidden = decoder.hidden_states(params, tokens, model.config)
+    return decoder.logits(params, hidden)
+
   for _ in range(4):
-    hidden = decoder.hidden_states(model.params, np.array([ids]), model.config)
-    logits = decoder.logits(model.params, hidden)
-    ids.append(int(np.argmax(logits[0, -1])))
+    # A token does not see those after it.
+    tokens = np.array([ids + [0] * (7 - len(ids))])
+    found = np.asarray(logits(model.params, tokens))
+    ids.append(int(np.argmax(found[0, len(ids) - 1])))
   vocabulary = json.loads((talking / 'tokenizer.json').read_text())
   words = {i: word for word, i in vocabulary['model']['vocab'].items()}
   assert text.split() == [words[i] for i in ids[3:]]

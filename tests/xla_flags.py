@@ -5,6 +5,7 @@ from pathlib import Path
 
 from jaxlib.version import __version_info__
 
+TESTS = Path(__file__).parent
 DEVICES = '--xla_force_host_platform_device_count'
 # Most of a test's time is compiling, and LLVM takes a fifth of it longer to
 # make faster code of the same operations.
@@ -30,7 +31,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
   """That of a process with so many devices, and nothing of the user's."""
   return {
     'PATH': '/usr/bin:/bin',
-    'PYTHONPATH': str(Path(__file__).parent.parent),
+    'PYTHONPATH': f'{TESTS.parent}:{TESTS / "startup"}',
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'{FLAGS} {DEVICES}={devices}',
     **{name: os.environ[name] for name in CACHE},

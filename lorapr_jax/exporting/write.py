@@ -1,5 +1,6 @@
 """A model is written, read back, and its logits are compared."""
 
+from collections.abc import Callable
 import functools
 from pathlib import Path
 import time
@@ -190,14 +191,14 @@ def _check(
   if route.kind == 'gguf':
     same = config.layers == route.stored_config(model).layers
 
-  expected = _logits(weights.merged, model.config)
-  apart = _logits(read, config) - expected
-  difference = float(abs(apart).max())
+  with jax.default_matmul_precision('highest'):
+    expected = _logits_of(model.config)(weights.merged)
+    found = _logits_of(config)(read)
+  difference, typical, largest = map(float, _compared(found, expected))
   # The mean decides, not the largest: if much of a model was cut, rounding
   # alone can move a few tokens far.
-  typical = float(jnp.sqrt(jnp.mean(apart**2)))
   tolerance = _tolerance(model.dtype, route.numpy_dtype(model))
-  if not same or not typical <= tolerance * float(abs(expected).max()):
+  if not same or not typical <= tolerance * largest:
     raise RuntimeError(
       f'{route.path} was written, but read back its logits differ by '
       f'{typical} on average, at most by {difference}'
@@ -223,8 +224,9 @@ def _read_back(
   return params, config
 
 
-def _logits(params: Any, config: LlamaConfig) -> jax.Array:
-  """The logits of the same random tokens for every model, in float32."""
+@functools.lru_cache(2)
+def _logits_of(config: LlamaConfig) -> Callable[[Any], jax.Array]:
+  """params -> the logits of the same random tokens for every model."""
   tokens = jax.random.randint(
     jax.random.key(0), (1, _CHECK_LENGTH), 0, config.vocab_size
   )
@@ -234,8 +236,15 @@ def _logits(params: Any, config: LlamaConfig) -> jax.Array:
     hidden = decoder.hidden_states(params, tokens, config, dtype=jnp.float32)
     return decoder.logits(params, hidden)
 
-  with jax.default_matmul_precision('highest'):
-    return logits(params)
+  return logits
+
+
+@jax.jit
+def _compared(found: jax.Array, expected: jax.Array) -> tuple[jax.Array, ...]:
+  """The largest and the mean difference, and the largest that is expected."""
+  apart = found - expected
+  typical = jnp.sqrt(jnp.mean(apart**2))
+  return abs(apart).max(), typical, abs(expected).max()
 
 
 def _tolerance(dtype: str, stored: str) -> float:

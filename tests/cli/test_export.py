@@ -181,6 +181,7 @@ def test_later_is_as_at_the_end_of_the_run(run, tmp_path):
 
 def test_a_run_on_an_int8_base_is_exported_again_as_it_was(capsys, tmp_path):
   settings = {
+    'report.prompts': (),
     'model.base_dtype': 'int8',
     # Ranked at once by what is read of the base and its inputs.
     'prune.criterion': 'activation',
@@ -209,6 +210,7 @@ def test_a_profile_is_exported_as_it_was_planned(capsys, tmp_path):
     **{'mesh.data': -1, 'mesh.fsdp': 1, 'mesh.tensor': 2},
     **{'prune.target': 0.6, 'prune.protect': 'none'},
     'prune.layer_profile': '0.5,1.5',
+    'report.prompts': (),
     'export.format': 'hf,gguf,peft',
   }
   workdir, summary = make_run(

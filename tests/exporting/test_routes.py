@@ -62,7 +62,8 @@ def pruned(random_params, random_lora):
     )
     rng = np.random.default_rng(1)
     importance = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
-    masks = select_stack_masks(importance, masks, by_stack(keep, BEFORE))
+    select = jax.jit(select_stack_masks)
+    masks = select(importance, masks, by_stack(keep, BEFORE))
     kept = kept_groups(masks)
     params = cut_params(random_params(before, dtype), kept, before)
     lora = cut_adapters(random_lora(BEFORE, LORA), kept, BEFORE, LORA)
@@ -83,15 +84,14 @@ def pruned(random_params, random_lora):
 
 
 @functools.partial(jax.jit, static_argnames='config')
-def logits(params, config):
-  return decoder.logits(params, decoder.hidden_states(params, TOKENS, config))
+def logits(params, config, tokens=TOKENS):
+  return decoder.logits(params, decoder.hidden_states(params, tokens, config))
 
 
 def check_logits(params, config):
   """On the tokens that are compared when a model was written."""
   tokens = jax.random.randint(jax.random.key(0), (1, 32), 0, config.vocab_size)
-  hidden = decoder.hidden_states(params, tokens, config)
-  return np.asarray(decoder.logits(params, hidden))
+  return np.asarray(logits(params, config, tokens))
 
 
 def torch_logits(folder, model_class):
@@ -151,7 +151,8 @@ def test_padded_is_a_stock_llama_with_the_same_logits(
 
   # What was kept is where it was; all the rest is zero.
   axes = block_axes(BEFORE)['params']
-  back = shrink(read['stacks'], axes, model.kept, BEFORE)
+  cut = jax.jit(lambda stacks: shrink(stacks, axes, model.kept, BEFORE))
+  back = cut(read['stacks'])
   jax.tree.map(
     np.testing.assert_array_equal, back, tuple(weights.merged['stacks'])
   )

@@ -25,6 +25,7 @@ from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
 from lorapr_jax.training.steps import make_optimizer
+from tests import devices
 
 pytestmark = pytest.mark.mesh
 
@@ -184,6 +185,7 @@ def _prune(config, mesh, params, names, packed):
     settings, Criterion(), everywhere
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
+  select_masks = jax.jit(select_stack_masks, out_shardings=everywhere)
   axes = logical_axes(config)['params']
   params = quantized_like(params, axes)
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
@@ -223,7 +225,7 @@ def _prune(config, mesh, params, names, packed):
       config,
     )
     gaps.append(_smallest_gap(importance, state.masks, keep))
-    masks = select_stack_masks(importance, state.masks, keep)
+    masks = select_masks(importance, state.masks, keep)
     state = state.replace(importance=importance, masks=masks)
     state = apply_update(state, grads, ok)
     losses.append(float(metrics['loss']))
@@ -245,10 +247,11 @@ CONFIGS = {
 @pytest.fixture(scope='module')
 def one_device(random_params):
   """Name -> the result on one device."""
-  return {
-    name: _prune(config, _one_device(), random_params(config), *rest)
-    for name, (config, *rest) in CONFIGS.items()
-  }
+  with devices.one_device():
+    return {
+      name: _prune(config, _one_device(), random_params(config), *rest)
+      for name, (config, *rest) in CONFIGS.items()
+    }
 
 
 def _case(name, *sizes, marks=()):

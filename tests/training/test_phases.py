@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.numpy import load, load_file
+from safetensors.numpy import load_file
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.config import config_from_hf
@@ -14,39 +14,33 @@ from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from tests.conftest import HF_CONFIGS
-from tests.runs import assert_same_run, finish, metrics, start
+from tests.runs import assert_same_run, metrics, train
+
+FULL, SMALL = LayerShape(4, 2, 128), LayerShape(2, 2, 64)
+# Each with what it leaves of the four layers.
+WAYS = {
+  'heads=queries order=none criterion=activation': (
+    *[LayerShape(4, 1, 64)] * 3,
+    FULL,
+  ),
+  'target=0': (FULL,) * 4,
+  'protect=none criterion=gradient': (SMALL,) * 4,
+  'layer_profile=0.5,1,1.5 criterion=magnitude': (
+    *(LayerShape(3, 2, 96), SMALL, LayerShape(1, 2, 32), FULL),
+  ),
+}
 
 
-@pytest.mark.parametrize(
-  'override',
-  [
-    '--config.prune.heads=queries',
-    '--config.prune.target=0',
-    '--config.prune.order=none',
-    '--config.prune.criterion=gradient',
-    '--config.prune.criterion=activation',
-    '--config.prune.protect=none',
-    '--config.prune.criterion=magnitude',
-    '--config.prune.layer_profile=0.5,1,1.5',
-  ],
-)
-def test_other_ways_to_prune_run_to_the_end(override, tmp_path, capsys):
-  arguments = [
-    *('--config=configs/tiny.py', f'--workdir={tmp_path / "run"}'),
-    *('--config.train.steps=12', '--config.prune.every=3', override),
-  ]
-  assert main(['train', *arguments]) == 0, capsys.readouterr().err
-  costs = 'keeps gradients of the base' in capsys.readouterr().err
-  assert costs == override.endswith('=gradient')
-  config = load_config(tmp_path / 'run' / 'export')
-  layers = {
-    '--config.prune.heads=queries': [LayerShape(4, 1, 64)] * 3,
-    '--config.prune.target=0': [LayerShape(4, 2, 128)] * 3,
-    '--config.prune.layer_profile=0.5,1,1.5': [
-      *(LayerShape(3, 2, 96), LayerShape(2, 2, 64), LayerShape(1, 2, 32)),
-    ],
-  }.get(override, [LayerShape(2, 2, 64)] * 3)
-  assert list(config.layers[:3]) == layers
+@pytest.mark.parametrize('way', WAYS)
+def test_other_ways_to_prune_run_to_the_end(way, tmp_path):
+  workdir = tmp_path / 'run'
+  settings = ['--config.train.steps=12', '--config.prune.every=3']
+  said = train(
+    workdir, [*settings, *(f'--config.prune.{x}' for x in way.split())]
+  )
+  costs = 'keeps gradients of the base' in said
+  assert costs == way.endswith('=gradient')
+  assert load_config(workdir / 'export').layers == WAYS[way]
 
 
 @pytest.mark.parametrize(
@@ -114,12 +108,12 @@ def test_a_bases_own_biases_are_cut_and_exported(
 
 def losses_of(workdir, *settings):
   arguments = [
-    *('--config=configs/tiny.py', f'--workdir={workdir}'),
     *('--config.train.steps=8', '--config.prune.every=3'),
     *('--config.train.log_every=1', '--config.lora.dropout=0.0'),
+    *('--config.lora.targets=q_proj,gate_proj', '--config.data.eval='),
     *(f'--config.{setting}' for setting in settings),
   ]
-  assert main(['train', *arguments]) == 0
+  train(workdir, arguments)
   return np.array([record['loss'] for record in metrics(workdir)])
 
 
@@ -158,7 +152,7 @@ PHASES = [
 def phased(tmp_path_factory):
   """A run that calibrates, tunes and recovers."""
   workdir = tmp_path_factory.mktemp('phases') / 'run'
-  finish(start(workdir, PHASES))
+  train(workdir, PHASES)
   return workdir
 
 
@@ -177,9 +171,8 @@ def test_pruned_at_once_then_tuned_then_recovered(phased):
   assert list(values) == ['dense', 'cut', 'pruned']
   assert values['pruned'] < values['cut']
   assert summary['seconds'].keys() >= {'calibrate', 'tune', 'recover'}
-  small = LayerShape(2, 2, 64)
-  assert load_config(phased / 'export').layers[0] == small
-  assert load_config(phased / 'export-peft' / 'base').layers[0] == small
+  for folder in (phased / 'export', phased / 'export-peft' / 'base'):
+    assert load_config(folder).layers[0] == SMALL
 
 
 @pytest.mark.parametrize(
@@ -197,7 +190,7 @@ def test_a_run_cut_short_in_any_phase_goes_on_bit_for_bit(
     if int(step.name) > last:
       shutil.rmtree(step)
   (workdir / 'summary.json').unlink()
-  _, err = finish(start(workdir, PHASES))
+  err = train(workdir, PHASES)
   done = {'checkpoints-tune': 3, 'checkpoints-recover': 9}[phase] + last
   assert f'resuming at step {done} of 13' in err
   assert_same_run(workdir, phased, 'checkpoints-recover', 4)
@@ -206,9 +199,5 @@ def test_a_run_cut_short_in_any_phase_goes_on_bit_for_bit(
   assert main(again) == 0, capsys.readouterr().err
   name = 'model.safetensors'
   exported = (phased / 'export' / name).read_bytes()
-  assert (workdir / 'export' / name).read_bytes() == exported
-  # Here, on eight devices, the sums of the merge are in another order.
-  expected, found = load(exported), load_file(tmp_path / 'again' / name)
-  assert found.keys() == expected.keys()
-  for key, value in expected.items():
-    np.testing.assert_allclose(found[key], value, atol=1e-6, err_msg=key)
+  for folder in (workdir / 'export', tmp_path / 'again'):
+    assert (folder / name).read_bytes() == exported
