@@ -11,7 +11,7 @@ from lorapr_jax.planning.needs import Needs, plan_run
 from lorapr_jax.planning.topology import SLICES, Topology
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.base import weight_shapes
+from lorapr_jax.training.base import Places, weight_shapes
 
 
 class Tried(NamedTuple):
@@ -88,9 +88,10 @@ def try_mesh(
   config.mesh.update(mesh)
   try:
     settings = split_config(config, topology.devices)
-    base = bytes_of(
-      weight_shapes(settings.mesh, settings.compute.config, settings.base_dtype)
-    )
+    sizes, dtype = settings.compute.config, settings.base_dtype
+    # Refuses a micro-batch that the mesh does not divide, too.
+    places = Places.of(settings.mesh, sizes, dtype, settings.train.micro_batch)
+    base = bytes_of(weight_shapes(places.mesh, sizes, dtype))
   except MeshError as error:
     return Tried(topology, mesh, reason=str(error))
   if base > topology.chip.hbm:
