@@ -9,14 +9,11 @@ A folder of windows holds `counts.json` and, for W windows of T tokens:
 """
 
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import functools
-import multiprocessing
 from pathlib import Path
-import signal
 from typing import NamedTuple
 
 import numpy as np
@@ -24,7 +21,6 @@ import numpy as np
 from lorapr_jax.data.ahead import in_order
 from lorapr_jax.data.templates import Document
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
 
 PACKINGS = ('documents', 'concatenate')
 _DTYPES = {'tokens': '<i4', 'segments': '<i4', 'weights': 'u1'}
@@ -81,42 +77,18 @@ def tokenise(
 ) -> Iterator[Tokens]:
   """Yields the tokens of each document, in order, computed in batches ahead.
 
-  The tokenizers library runs threads of its own. A tokenizer that is written in
-  Python runs in worker processes.
+  The tokenizers library runs threads of its own.
 
   Args:
     documents: read as they are needed.
     tokenizer: the model's.
     whole: whether the texts already have their special tokens. If not, each
       gets BOS if the tokenizer puts it there, and EOS at its end.
-
-  Raises:
-    UserError: if the worker processes end.
   """
-  pool: Executor
-  if tokenizer.is_fast:
-    pool, ahead = ThreadPoolExecutor(1), 1
-    work = functools.partial(_tokenise, tokenizer, whole)
-  else:
-    context = multiprocessing.get_context('spawn')
-    pool, ahead = (
-      ProcessPoolExecutor(
-        mp_context=context,
-        initializer=signal.signal,
-        initargs=(signal.SIGINT, signal.SIG_IGN),
-      ),
-      2 * multiprocessing.cpu_count(),
-    )
-    work = functools.partial(_tokenise_in_worker, tokenizer.folder, whole)
-  with pool:
-    try:
-      for tokens in in_order(pool, work, _batches(documents), ahead):
-        yield from tokens
-    except BrokenProcessPool as error:
-      raise UserError(
-        f'the processes that tokenise with {tokenizer.folder} have ended: in a '
-        "script of yours, put the work under if __name__ == '__main__'"
-      ) from error
+  work = functools.partial(_tokenise, tokenizer, whole)
+  with ThreadPoolExecutor(1) as pool:
+    for tokens in in_order(pool, work, _batches(documents), ahead=1):
+      yield from tokens
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -130,17 +102,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
       batch, size = [], 0
   if batch:
     yield batch
-
-
-@functools.cache
-def _load(folder: Path) -> Tokenizer:
-  return Tokenizer(folder)
-
-
-def _tokenise_in_worker(
-  folder: Path, whole: bool, documents: list[Document]
-) -> list[Tokens]:
-  return _tokenise(_load(folder), whole, documents)
 
 
 def _tokenise(

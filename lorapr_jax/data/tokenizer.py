@@ -36,7 +36,6 @@ class Tokenizer:
   Attributes:
     folder: the folder.
     eos_token_id: the id that ends a text; None if there is none.
-    is_fast: whether it runs outside Python, in threads of its own.
   """
 
   def __init__(self, folder: str | Path):
@@ -73,7 +72,6 @@ class Tokenizer:
       self._check_files()
       raise self._error('the tokenizer', error) from error
     self.eos_token_id = self._tokenizer.eos_token_id
-    self.is_fast = self._tokenizer.is_fast
 
   def _check_files(self) -> None:
     """Raises a UserError for files that ask for code of their own."""

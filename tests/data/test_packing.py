@@ -252,9 +252,8 @@ def python_tokenizer(tmp_path_factory):
   return Tokenizer(folder)
 
 
-@pytest.mark.slow
-def test_a_python_tokenizer_runs_in_processes(python_tokenizer, tmp_path):
-  assert not python_tokenizer.is_fast
+def test_a_python_tokenizer_packs_the_same_way(python_tokenizer, tmp_path):
+  assert not python_tokenizer.wrapped.is_fast
   spec = save_lines(tmp_path / 'a.jsonl', [{'text': t} for t in ('abc', 'za')])
   [windows] = pack(spec, python_tokenizer, seq_len=8)
   assert windows['tokens'].tolist() == [[2, 3, 4, 1, 27, 2, 1, 0]]
