@@ -104,7 +104,7 @@ def evaluate(
 
   Args:
     model: a model, or the Hugging Face folder of one.
-    data: a data spec (lorapr_jax/data/sources.py).
+    data: a data spec (docs/data.md).
     seq_len: the tokens of a window; figures of two lengths do not compare.
     max_windows: the most windows; None: all.
     batch_size: windows at a time.

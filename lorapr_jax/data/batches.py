@@ -74,10 +74,8 @@ def _order(
 ) -> grain.MapDataset:
   """The numbers of the windows in the order in which they are drawn.
 
-  Args:
-    starts: of each part, and the end of the last.
-    weights: of each part.
-    seed: of the shuffling; None: the windows are not shuffled.
+  `starts` has the first of each part, and the end of the last. Without a seed
+  they are not shuffled.
   """
   orders = []
   for i, (start, end) in enumerate(itertools.pairwise(starts)):

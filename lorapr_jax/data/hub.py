@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from lorapr_jax.data.text_files import Record, pick
 from lorapr_jax.errors import UserError, first_line
 
 # Files that `save_to_disk` writes, for one split and for several.
@@ -66,7 +67,7 @@ def parse_hub(path: str) -> HubSpec:
 
 def read_hub(
   path: str, fields: Sequence[str] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
   """Yields the rows in order.
 
   Args:
@@ -79,12 +80,7 @@ def read_hub(
   """
   data = _load(path)
   if fields is not None:
-    for field in fields:
-      if field not in data.column_names:
-        raise UserError(
-          f'hf:{path} has no column {field!r}; it has '
-          + ', '.join(data.column_names)
-        )
+    pick(dict.fromkeys(data.column_names), fields, f'hf:{path}')
     data = data.select_columns(list(fields))
   with readable(f'hf:{path}'):
     yield from data
@@ -98,17 +94,6 @@ def hub_fingerprint(path: str) -> bytes:
   """
   data = _load(path)
   return f'{data.split} {len(data)} {data._fingerprint}'.encode()
-
-
-def _load(path: str) -> Any:
-  """The data set of a split; its rows stay on the disk.
-
-  Raises:
-    UserError: if there is no such data set or split.
-  """
-  spec = parse_hub(path)
-  with readable(f'hf:{path}'):
-    return _load_split(spec)
 
 
 @contextlib.contextmanager
@@ -144,22 +129,23 @@ def import_datasets() -> ModuleType:
   return datasets
 
 
-def _load_split(spec: HubSpec) -> Any:
-  datasets = import_datasets()
-  saved = any((Path(spec.name) / file).is_file() for file in _SAVED)
-  if not saved:
-    return datasets.load_dataset(
-      spec.name,
-      spec.config,
-      revision=spec.revision,
-      split=spec.split or 'train',
-    )
-  data = datasets.load_from_disk(spec.name)
-  if isinstance(data, datasets.Dataset):
-    if spec.split:
-      raise ValueError(f'it has no splits, so no {spec.split!r}')
-    return data
+def _load(path: str) -> Any:
+  """The data set of a split; its rows stay on the disk."""
+  spec, datasets = parse_hub(path), import_datasets()
   split = spec.split or 'train'
-  if split not in data:
-    raise ValueError(f'it has no split {split!r}; it has {", ".join(data)}')
-  return data[split]
+  saved = any((Path(spec.name) / file).is_file() for file in _SAVED)
+  with readable(f'hf:{path}'):
+    if not saved:
+      return datasets.load_dataset(
+        spec.name, spec.config, revision=spec.revision, split=split
+      )
+    data = datasets.load_from_disk(spec.name)
+  if not isinstance(data, datasets.Dataset):
+    if split not in data:
+      raise UserError(
+        f'hf:{path}: it has no split {split!r}; it has {", ".join(data)}'
+      )
+    return data[split]
+  if spec.split:
+    raise UserError(f'hf:{path}: it has no splits, so no {split!r}')
+  return data

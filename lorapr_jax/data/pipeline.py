@@ -1,14 +1,9 @@
 """Turns text into windows of tokens, once, and keeps them in the cache."""
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Iterator
 import dataclasses
 import hashlib
 import logging
-import os
-from pathlib import Path
-import tempfile
-from typing import Any
 
 import numpy as np
 
@@ -24,7 +19,12 @@ from lorapr_jax.data.sources import (
 from lorapr_jax.data.templates import PLAIN, Template, template_documents
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
-from lorapr_jax.runtime.files import cache_dir, read_json, write_json
+from lorapr_jax.runtime.files import (
+  cache_dir,
+  new_in_cache,
+  read_json,
+  write_json,
+)
 
 # Part of the cache's key. Raise it when a change of code changes the windows.
 _FORMAT = 5
@@ -50,7 +50,7 @@ def training_windows(
   left out.
 
   Args:
-    mixture: a data spec, or several with weights (data/sources.py).
+    mixture: a data spec, or several with weights (docs/data.md).
     tokenizer: the model's; None for synthetic data.
     seq_len: T, the tokens of a window.
     vocab_size: the model's.
@@ -66,31 +66,13 @@ def training_windows(
   """
 
   def part(spec: Spec) -> Windows:
-    if tokenizer is None:
-      return {'tokens': _synthetic(spec, seq_len, vocab_size)}
     applied = template if template.applies_to(spec) else PLAIN
-
-    def documents() -> Iterator[Tokens]:
-      return packing.tokenise(
-        template_documents(spec, applied, tokenizer),
-        tokenizer,
-        whole=applied.is_chat,
-      )
-
     return _windows(
-      ('train', applied),
-      spec,
-      tokenizer,
-      seq_len,
-      vocab_size,
-      documents,
-      pack,
-      weighted=applied.loss != 'all',
-      max_tokens=max_tokens,
+      spec, tokenizer, seq_len, vocab_size, applied, pack, max_tokens
     )
 
   return tuple(
-    Packed(each.weight, part(each.spec)) for each in parse_mixture(mixture)
+    Packed(weight, part(spec)) for weight, spec in parse_mixture(mixture)
   )
 
 
@@ -103,47 +85,47 @@ def evaluation_windows(
   that fill no window are dropped. The arguments and errors are those of
   `training_windows`.
   """
-  parsed = parse_spec(spec)
-  if tokenizer is None:
-    return _synthetic(parsed, seq_len, vocab_size)
-
-  def documents() -> Iterator[Tokens]:
-    ids = tokenizer.encode(evaluation_text(parsed))
-    yield Tokens(ids, np.ones(len(ids), np.uint8))
-
-  key = ('eval',)
-  return _windows(key, parsed, tokenizer, seq_len, vocab_size, documents)[
-    'tokens'
-  ]
+  return _windows(parse_spec(spec), tokenizer, seq_len, vocab_size)['tokens']
 
 
 def _windows(
-  key: tuple[Any, ...],
   spec: Spec,
-  tokenizer: Tokenizer,
+  tokenizer: Tokenizer | None,
   seq_len: int,
   vocab_size: int,
-  documents: Callable[[], Iterator[Tokens]],
+  template: Template | None = None,
   pack: str = 'concatenate',
-  weighted: bool = False,
   max_tokens: int = 0,
 ) -> Windows:
-  """The windows of the documents, from the cache or packed into it."""
-  key = (_FORMAT, *key, pack, max_tokens, seq_len, spec.column)
+  """The windows of a spec, from the cache or packed into it.
+
+  Without a template they are those of an evaluation.
+  """
+  if tokenizer is None:
+    return {'tokens': _synthetic(spec, seq_len, vocab_size)}
+  kind = ('train', template) if template else ('eval',)
+  key = (_FORMAT, *kind, pack, max_tokens, seq_len, spec.column)
   digest = hashlib.sha256(repr(key).encode())
   digest.update(identity(spec) + tokenizer.fingerprint)
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
   if not folder.exists():
     counts = Counts()
-    stream = _counted(documents(), counts, tokenizer, vocab_size, max_tokens)
+    stream = _counted(
+      _documents(spec, tokenizer, template),
+      counts,
+      tokenizer,
+      vocab_size,
+      max_tokens,
+    )
     names = ['tokens']
     if pack == 'documents':
       parts = packing.fill(stream, seq_len, counts)
       names += ['segments', 'weights']
     else:
       parts = packing.concatenate(stream)
-      names += ['weights'] if weighted else []
-    with _new_folder(folder) as partial:
+      names += ['weights'] if template and template.loss != 'all' else []
+    with new_in_cache(folder, 'the packed text') as partial:
+      partial.mkdir()
       packing.write(partial, parts, names)
       if pack == 'concatenate' and counts.tokens < seq_len:
         raise UserError(
@@ -156,6 +138,17 @@ def _windows(
   windows = packing.read(folder, seq_len)
   _warn(spec, pack, max_tokens, windows['tokens'], counts)
   return windows
+
+
+def _documents(
+  spec: Spec, tokenizer: Tokenizer, template: Template | None
+) -> Iterator[Tokens]:
+  if template:
+    documents = template_documents(spec, template, tokenizer)
+    yield from packing.tokenise(documents, tokenizer, whole=template.is_chat)
+  else:
+    ids = tokenizer.encode(evaluation_text(spec))
+    yield Tokens(ids, np.ones(len(ids), np.uint8))
 
 
 def _counted(
@@ -189,35 +182,6 @@ def check_vocabulary(
       f'the tokenizer of {tokenizer.folder} gives id {largest_id}, but the '
       f'model has a vocabulary of {vocab_size}'
     )
-
-
-@contextlib.contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-  """Makes a folder that appears in the cache complete or not at all."""
-  above = folder.parent, folder.parent.parent
-  made = [path for path in above if not path.exists()]
-  try:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-      partial = Path(temporary) / folder.name
-      partial.mkdir()
-      yield partial
-      # Another process may have packed the same windows meanwhile.
-      try:
-        os.replace(partial, folder)
-      except OSError:
-        if not folder.exists():
-          raise
-  except OSError as error:
-    raise UserError(
-      f'{folder.parent} cannot hold the packed text '
-      f'({error.strerror or error}): set LORAPR_CACHE to a folder with room'
-    ) from error
-  finally:
-    # After a failure the folders that were made are empty: remove them.
-    with contextlib.suppress(OSError):
-      for path in made:
-        path.rmdir()
 
 
 def _warn(

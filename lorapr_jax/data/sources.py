@@ -1,25 +1,7 @@
-"""Reads text from many sources; a spec, one string, names each.
+"""Reads text from many sources; a spec, one string, names each (docs/data.md).
 
-  file:PATH            .txt: one document; LF line ends
-  file:PATH?lines      its stripped lines, joined by a blank line: one document
-  file:PATH            .jsonl (?field=text), .csv or .parquet (?column=text): a
-                       document a record
-  hf:NAME[:SPLIT]      a Hugging Face data set: a local folder, or
-                       OWNER/NAME[/CONFIG] on the Hub (?column=text); a
-                       document a row
-  tfds:NAME[:SPLIT]    a TensorFlow data set, NAME[/CONFIG][:VERSION], with a
-                       split such as train[:10%] (?column=text&data_dir=DIR); a
-                       document a record
-  demo:news:train      the demo's news articles, all but the last tenth
-  demo:news:heldout    the last tenth
-  synthetic:SEED       token ids of a made-up language, for models without a
-                       tokenizer (?windows=256)
-PATH may have wildcards; the files are then read in sorted order. It may end in
-.gz or .zst.
-
-Training takes mixtures too, `0.7*SPEC + 0.3*SPEC`. A weight is the share of the
-windows that are drawn from its spec. A spec that is used up begins again,
-whatever the others do.
+A document is a text file, or a record of one of the other kinds. A mixture is
+several specs with weights, `0.7*SPEC + 0.3*SPEC`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -58,25 +40,12 @@ class Spec:
     return self.options.get('column') or self.options.get('field') or 'text'
 
 
-@dataclasses.dataclass(frozen=True)
-class Weighted:
-  """A part of a mixture.
+def parse_mixture(spec: str) -> tuple[tuple[float, Spec], ...]:
+  """The (weight, spec) of each part of `0.7*SPEC + 0.3*SPEC`. Reads nothing.
 
-  Attributes:
-    weight: the part's share of the windows that are drawn; all shares add up
-      to 1.
-    spec: the data.
-  """
-
-  weight: float
-  spec: Spec
-
-
-def parse_mixture(spec: str) -> tuple[Weighted, ...]:
-  """Splits `0.7*SPEC + 0.3*SPEC` into its parts. Reads and fetches nothing.
-
-  Weights are positive numbers of which only the ratios count. One SPEC alone
-  has weight 1.
+  A weight is the share of the windows that are drawn from the part; all add up
+  to 1. Of the numbers in the text only the ratios count; one SPEC alone needs
+  none.
 
   Raises:
     UserError: if a spec is wrong, if one of several has no weight, or if token
@@ -104,8 +73,7 @@ def parse_mixture(spec: str) -> tuple[Weighted, ...]:
     )
   total = math.fsum(weights)
   return tuple(
-    Weighted(weight / total, part)
-    for weight, part in zip(weights, specs, strict=True)
+    (weight / total, part) for weight, part in zip(weights, specs, strict=True)
   )
 
 
@@ -127,30 +95,35 @@ def parse_spec(spec: str) -> Spec:
   options = dict(
     (option.partition('=')[::2]) for option in query.split('&') if option
   )
-  if not colon or scheme not in ('file', 'tfds', 'hf', 'demo', 'synthetic'):
-    raise UserError(
-      f'data spec {spec!r} is not known: use file:PATH, tfds:NAME, hf:NAME, '
-      'demo:news:train, demo:news:heldout or synthetic:SEED'
-    )
-  known = ('windows',) if scheme == 'synthetic' else ()
-  if scheme == 'demo' and path not in ('news:train', 'news:heldout'):
-    raise UserError(
-      f'data spec {spec!r}: only demo:news:train and demo:news:heldout exist'
-    )
-  if scheme == 'synthetic':
-    for value in (path, *options.values()):
-      if not value.isdigit():
-        raise UserError(f'data spec {spec!r}: {value!r} is not a number')
-    if options.get('windows', '1').strip('0') == '':
-      raise UserError(f'data spec {spec!r}: it needs at least one window')
-  if scheme == 'hf':
-    hub.parse_hub(path)
-    known = ('column',)
-  if scheme == 'tfds':
-    tfds.parse_tfds(path)
-    known = ('column', 'data_dir')
-  if scheme == 'file':
-    known = text_files.OPTIONS[text_files.kind(text_files.find_files(path)[0])]
+  known: tuple[str, ...] = ()
+  match scheme if colon else None:
+    case 'file':
+      kind = text_files.kind(text_files.find_files(path)[0])
+      known = text_files.OPTIONS[kind]
+    case 'tfds':
+      tfds.parse_tfds(path)
+      known = ('column', 'data_dir')
+    case 'hf':
+      hub.parse_hub(path)
+      known = ('column',)
+    case 'demo':
+      if path not in ('news:train', 'news:heldout'):
+        raise UserError(
+          f'data spec {spec!r}: only demo:news:train and demo:news:heldout '
+          'exist'
+        )
+    case 'synthetic':
+      known = ('windows',)
+      for value in (path, *options.values()):
+        if not value.isdigit():
+          raise UserError(f'data spec {spec!r}: {value!r} is not a number')
+      if options.get('windows', '1').strip('0') == '':
+        raise UserError(f'data spec {spec!r}: it needs at least one window')
+    case _:
+      raise UserError(
+        f'data spec {spec!r} is not known: use file:PATH, tfds:NAME, hf:NAME, '
+        'demo:news:train, demo:news:heldout or synthetic:SEED'
+      )
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise UserError(
@@ -218,7 +191,7 @@ def read_rows(spec: Spec) -> Iterator[str]:
     raise UserError(f'{spec.text} holds no text')
 
 
-def read_documents(spec: Spec | str) -> Iterator[str]:
+def read_documents(spec: Spec) -> Iterator[str]:
   """Yields the rows of a spec that hold text.
 
   At the end a warning says how many rows were left out.
@@ -226,8 +199,6 @@ def read_documents(spec: Spec | str) -> Iterator[str]:
   Raises:
     UserError: as `read_rows`.
   """
-  if isinstance(spec, str):
-    spec = parse_spec(spec)
   count = empty = 0
   for text in read_rows(spec):
     count += 1

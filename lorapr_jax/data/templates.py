@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from lorapr_jax.data import text_files
 from lorapr_jax.data.sources import Spec, read_documents, read_records
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, choose
 
 LOSSES = ('all', 'response')
 CHAT = 'chat'
@@ -83,10 +83,7 @@ class Template:
 
   def __post_init__(self):
     """Refuses settings that do not go together."""
-    if self.loss not in LOSSES:
-      raise UserError(
-        f'data.loss is {self.loss!r}: choose from {", ".join(LOSSES)}'
-      )
+    choose('data.loss', self.loss, LOSSES)
     if self.response and (not self.template or self.is_chat):
       raise UserError(
         'data.response follows a Jinja template: set data.template to one, or '

@@ -139,21 +139,17 @@ def pick(
 def _open(file: Path) -> Iterator[BinaryIO]:
   """Opens a file to read its bytes, decompressed on the way."""
   try:
-    if file.suffix in _COMPRESSED:
+    with file.open('rb') as stream:
+      if file.suffix not in _COMPRESSED:
+        yield stream
+        return
       # Imported here: it takes a while, and plain files do not need it. Unlike
       # zstandard it refuses a stream that was cut short.
       import pyarrow
 
-      with (
-        file.open('rb') as packed,
-        pyarrow.CompressedInputStream(
-          packed, _COMPRESSED[file.suffix]
-        ) as stream,
-      ):
-        yield io.BufferedReader(stream)
-    else:
-      with file.open('rb') as stream:
-        yield stream
+      name = _COMPRESSED[file.suffix]
+      with pyarrow.CompressedInputStream(stream, name) as unpacked:
+        yield io.BufferedReader(unpacked)
   except OSError as error:
     raise UserError(f'{file} cannot be read: {first_line(error)}') from None
 

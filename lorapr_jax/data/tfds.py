@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from lorapr_jax.data.text_files import Record, pick
 from lorapr_jax.errors import UserError, first_line
 
 _SPEC = re.compile(
@@ -66,7 +67,7 @@ def parse_tfds(path: str, data_dir: str | None = None) -> TfdsSpec:
 
 def read_tfds(
   spec: TfdsSpec, fields: Sequence[str] | None = None
-) -> Iterator[dict[str, Any]]:
+) -> Iterator[Record]:
   """Yields the records of a split, in the order in which they were prepared.
 
   Bytes are decoded as UTF-8; arrays become lists.
@@ -80,13 +81,8 @@ def read_tfds(
       prepared or read, or if it is not UTF-8.
   """
   builder, split = _open(spec)
-  columns = list(builder.info.features.keys())
-  for field in fields or ():
-    if field not in columns:
-      raise UserError(
-        f'{spec} has no column {field!r}; it has {", ".join(columns)}'
-      )
-  wanted = columns if fields is None else fields
+  columns = dict.fromkeys(builder.info.features.keys())
+  wanted = pick(columns, fields, str(spec))
   if not split.num_examples:
     return
   try:
@@ -135,12 +131,7 @@ def tfds_fingerprint(spec: TfdsSpec) -> bytes:
 
 
 def _open(spec: TfdsSpec) -> tuple[Any, Any]:
-  """The builder of the prepared data set, and its split.
-
-  Raises:
-    UserError: if there is no such data set or split, or if it cannot be
-      prepared.
-  """
+  """The builder of the data set, prepared if need be, and its split."""
   # Imported here: it takes a second, and other data do not need it.
   from google.protobuf import json_format
   import tensorflow_datasets as tfds

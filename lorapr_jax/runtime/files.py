@@ -1,8 +1,11 @@
-"""Reads JSON with clear errors, writes files whole, and names the cache."""
+"""Reads JSON with clear errors, writes files whole, and keeps the cache."""
 
+from collections.abc import Iterator
+import contextlib
 import json
 import os
 from pathlib import Path
+import tempfile
 from typing import Any
 
 from lorapr_jax.errors import UserError
@@ -13,6 +16,40 @@ def cache_dir() -> Path:
   """The folder for what is fetched or made only once. It may not exist yet."""
   cache = os.environ.get('LORAPR_CACHE') or '~/.cache/lorapr_jax'
   return Path(cache).expanduser()
+
+
+@contextlib.contextmanager
+def new_in_cache(path: Path, what: str) -> Iterator[Path]:
+  """Gives a path at which to make `path`, a file or a folder in the cache.
+
+  It appears in the cache complete or not at all. Where another process has made
+  it meanwhile, that one stays.
+
+  Raises:
+    UserError: if the cache cannot hold `what`.
+  """
+  above = path.parent, path.parent.parent
+  made = [folder for folder in above if not folder.exists()]
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+      partial = Path(temporary) / path.name
+      yield partial
+      try:
+        os.replace(partial, path)
+      except OSError:
+        if not path.exists():
+          raise
+  except OSError as error:
+    raise UserError(
+      f'{path.parent} cannot hold {what} ({error.strerror or error}): set '
+      'LORAPR_CACHE to a folder with room'
+    ) from error
+  finally:
+    # After a failure the folders that were made are empty: remove them.
+    with contextlib.suppress(OSError):
+      for folder in made:
+        folder.rmdir()
 
 
 def read_json(path: Path) -> dict[str, Any]:

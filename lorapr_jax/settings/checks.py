@@ -30,7 +30,7 @@ def check_text(
       f'{train.seq_len} of train.seq_len'
     )
   specs = [spec for spec in (data.train, recover.data) if spec]
-  parts = [part.spec for spec in specs for part in parse_mixture(spec)]
+  parts = [part for spec in specs for _, part in parse_mixture(spec)]
   if data.template and not any(map(data.records.applies_to, parts)):
     raise UserError(
       'data.template has no records to fill in: '

@@ -12,13 +12,13 @@ def write(path):
 
 
 def mixture(spec):
-  return [(part.weight, part.spec.text) for part in parse_mixture(spec)]
+  return [(weight, part.text) for weight, part in parse_mixture(spec)]
 
 
 def test_one_spec_is_a_mixture_of_weight_one(tmp_path):
   assert mixture('synthetic:3?windows=2') == [(1.0, 'synthetic:3?windows=2')]
   spec = f'file:{write(tmp_path / "a.txt")}'
-  assert parse_mixture(spec)[0].spec == parse_spec(spec)
+  assert parse_mixture(spec)[0][1] == parse_spec(spec)
   assert mixture(f'0.3*{spec}') == [(1.0, spec)]
 
 

@@ -24,7 +24,7 @@ from lorapr_jax.errors import UserError
 
 
 def read(spec):
-  return list(read_documents(spec))
+  return list(read_documents(parse_spec(spec)))
 
 
 def write(path, text):
@@ -303,7 +303,7 @@ socket.getaddrinfo = socket.socket.connect = refuse
 from lorapr_jax.data.sources import identity, parse_spec, read_documents
 for spec in 'hf:folder', 'hf:saved', 'file:a.jsonl':
   identity(parse_spec(spec))
-  print(len(list(read_documents(spec))))
+  print(len(list(read_documents(parse_spec(spec)))))
 """
   # Offline, the libraries would not even try.
   env = {k: v for k, v in os.environ.items() if k != 'HF_HUB_OFFLINE'}

@@ -20,7 +20,7 @@ COMPRESSIONS = {'': None, '.gz': 'gzip', '.zst': 'zstd'}
 
 
 def read(spec):
-  return list(read_documents(spec))
+  return list(read_documents(parse_spec(spec)))
 
 
 def records(spec, fields=None):

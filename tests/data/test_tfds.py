@@ -101,7 +101,8 @@ def copied(data_dir, tmp_path):
 
 
 def read(name, data_dir, option=''):
-  return list(read_documents(f'tfds:{name}?data_dir={data_dir}{option}'))
+  spec = f'tfds:{name}?data_dir={data_dir}{option}'
+  return list(read_documents(parse_spec(spec)))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,7 @@ socket.getaddrinfo = socket.socket.connect = refuse
 import lorapr_jax.data.sources as sources
 assert not {{'tensorflow_datasets', 'pyarrow'}} & set(sys.modules)
 spec = 'tfds:articles:test?data_dir={data_dir}'
-print(len(list(sources.read_documents(spec))))
+print(len(list(sources.read_documents(sources.parse_spec(spec)))))
 print({{'tensorflow', 'torch', 'jax'}} & set(sys.modules))
 """
   done = subprocess.run(
