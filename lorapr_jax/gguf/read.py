@@ -58,18 +58,10 @@ class GgufModel:
       yield hf_name, np.ascontiguousarray(weight)
 
   def write_tokenizer(self, folder: str | Path) -> None:
-    """Writes the tokenizer's files and generation_config.json.
-
-    tokenizer.json, tokenizer_config.json and, where the file has one,
-    chat_template.jinja. Of a file without a tokenizer (model `none`), only
-    generation_config.json.
-
-    Args:
-      folder: an existing Hugging Face folder.
+    """Writes generation_config.json and, if there is a tokenizer, its files.
 
     Raises:
-      UserError: naming the metadata key, where it is not a byte-level BPE
-        whose way of splitting text is known.
+      UserError: as `write_tokenizer_files`.
     """
     folder = path_of(folder)
     if self._metadata.get('tokenizer.ggml.model') != 'none':

@@ -7,21 +7,15 @@ Hugging Face makes of them.
 from collections.abc import Sequence
 import itertools
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 from lorapr_jax.errors import UserError
 
 
-class Piece(NamedTuple):
-  """A token. The values of `kind` are those of gguf.TokenType."""
+def read_pieces(path: Path) -> Sequence[Any]:
+  """The pieces in the order of their ids: each its `piece`, `score` and `type`.
 
-  text: str
-  score: float
-  kind: int
-
-
-def read_pieces(path: Path) -> list[Piece]:
-  """The pieces in the order of their ids.
+  The types have the values of gguf.TokenType.
 
   Raises:
     UserError: if the file is damaged, or is no BPE.
@@ -38,7 +32,7 @@ def read_pieces(path: Path) -> list[Piece]:
   bpe = sentencepiece_model_pb2.TrainerSpec.BPE
   if not model.pieces or model.trainer_spec.model_type != bpe:
     raise UserError(f'{path} is no SentencePiece model of type BPE')
-  return [Piece(p.piece, p.score, p.type) for p in model.pieces]
+  return model.pieces
 
 
 def merge_scores(
@@ -59,7 +53,7 @@ def merge_scores(
     UserError: if there is a union without a merge, or the merges into one
       piece do not follow each other: no scores stand for such merges.
   """
-  pairs = [(left, right) for left, right in merges]
+  pairs = [tuple(pair) for pair in merges]
   unions = [union for union, _ in itertools.groupby(map(''.join, pairs))]
   known, made = set(pieces), set(unions)
   possible = {

@@ -37,6 +37,13 @@ PRE_TOKENIZERS = {
 # With it, a word of the vocabulary is one token whatever the merges say, and
 # BOS comes first unless the file says otherwise.
 LLAMA3 = 'llama-bpe'
+# The names of special tokens at Hugging Face -> the keys of their ids here.
+ROLES = {
+  'bos_token': 'tokenizer.ggml.bos_token_id',
+  'eos_token': 'tokenizer.ggml.eos_token_id',
+  'unk_token': 'tokenizer.ggml.unknown_token_id',
+  'pad_token': 'tokenizer.ggml.padding_token_id',
+}
 _SUPPORTED = {
   'tokenizer.ggml.model': ('gpt2',),
   'tokenizer.ggml.pre': tuple(PRE_TOKENIZERS),
@@ -56,11 +63,16 @@ def write_tokenizer_files(
   """
   text = _read_tokenizer(metadata).to_str(pretty=True)
   (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
+  tokens = metadata['tokenizer.ggml.tokens']
   write_json(
     folder / 'tokenizer_config.json',
     {
       'tokenizer_class': 'PreTrainedTokenizerFast',
-      **_special_tokens(metadata),
+      **{
+        role: tokens[metadata[key]]
+        for role, key in ROLES.items()
+        if key in metadata
+      },
       'add_bos_token': _adds_bos(metadata),
       'clean_up_tokenization_spaces': False,
       'model_max_length': max_positions,
@@ -117,15 +129,3 @@ def _read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
       special_tokens=[(bos, bos_id)],
     )
   return tokenizer
-
-
-def _special_tokens(metadata: Metadata) -> dict[str, str]:
-  """The keys of a tokenizer_config.json that name tokens."""
-  tokens = metadata['tokenizer.ggml.tokens']
-  ids = {
-    'bos_token': metadata.get('tokenizer.ggml.bos_token_id'),
-    'eos_token': metadata.get('tokenizer.ggml.eos_token_id'),
-    'unk_token': metadata.get('tokenizer.ggml.unknown_token_id'),
-    'pad_token': metadata.get('tokenizer.ggml.padding_token_id'),
-  }
-  return {role: tokens[i] for role, i in ids.items() if i is not None}

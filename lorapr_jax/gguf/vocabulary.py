@@ -14,7 +14,7 @@ import tokenizers
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.sentencepiece import merge_scores, read_pieces
-from lorapr_jax.gguf.tokenizer import LLAMA3, PRE_TOKENIZERS
+from lorapr_jax.gguf.tokenizer import LLAMA3, PRE_TOKENIZERS, ROLES
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import tokenizer_folder
@@ -24,12 +24,6 @@ _SPACE = '▁'
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
 # The score of a token that is no piece of the model.
 _NO_SCORE = -1000.0
-_ROLES = {
-  'bos': 'tokenizer.ggml.bos_token_id',
-  'eos': 'tokenizer.ggml.eos_token_id',
-  'unk': 'tokenizer.ggml.unknown_token_id',
-  'pad': 'tokenizer.ggml.padding_token_id',
-}
 
 
 def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
@@ -52,13 +46,12 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   Raises:
     UserError: naming what llama.cpp has no tokenizer for.
   """
+  eos = config.eos_token_id
   ids = {
-    'bos': config.bos_token_id,
-    'eos': config.eos_token_id,
-    'pad': config.pad_token_id,
+    'bos_token': config.bos_token_id,
+    'eos_token': eos[0] if isinstance(eos, tuple) else eos,
+    'pad_token': config.pad_token_id,
   }
-  if isinstance(ids['eos'], tuple):
-    ids['eos'] = ids['eos'][0]
   if base is None:
     return {'tokenizer.ggml.model': 'none', **_id_keys(ids, config)}
   if not (base / 'tokenizer.json').is_file():
@@ -74,26 +67,29 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   except Exception as error:
     raise UserError(f'{file} cannot be read: {error}') from None
   settings = _settings(base)
-  for role in _ROLES:
-    token = settings.get(f'{role}_token')
-    found = tokenizer.token_to_id(_text(token)) if token else None
+  for role in ROLES:
+    token = settings.get(role)
+    if isinstance(token, dict):
+      token = token['content']
+    found = tokenizer.token_to_id(token) if token else None
     ids[role] = ids.get(role) if found is None else found
-  adds_bos, ids['bos'] = _bos(file, tokenizer, settings, ids['bos'])
+  adds_bos, bos = _bos(file, tokenizer, settings, ids['bos_token'])
+  ids['bos_token'] = bos
   data = json.loads(tokenizer.to_str())
-  model = _model(file, data, config.vocab_size, ids['unk'])
-  template = {'tokenizer.chat_template': _chat_template(base, settings)}
-  return {
-    **model,
+  keys = {
+    **_model(file, data, config.vocab_size, ids['unk_token']),
     **_id_keys(ids, config),
     'tokenizer.ggml.add_bos_token': adds_bos,
-    **{key: text for key, text in template.items() if text},
   }
+  if template := _chat_template(base, settings):
+    keys['tokenizer.chat_template'] = template
+  return keys
 
 
 def _id_keys(ids: dict[str, int | None], config: LlamaConfig) -> dict[str, int]:
   # Old config.json files have -1 for no token.
   known = range(config.vocab_size)
-  return {_ROLES[role]: i for role, i in ids.items() if i in known}
+  return {ROLES[role]: i for role, i in ids.items() if i in known}
 
 
 def _settings(base: Path) -> dict[str, Any]:
@@ -104,10 +100,6 @@ def _settings(base: Path) -> dict[str, Any]:
     if path.is_file():
       settings |= read_json(path)
   return settings
-
-
-def _text(token: str | dict[str, Any]) -> str:
-  return token if isinstance(token, str) else token['content']
 
 
 def _bos(
@@ -244,9 +236,9 @@ def _sentencepiece(
   spm = file.parent / 'tokenizer.model'
   if spm.is_file():
     for i, piece in enumerate(read_pieces(spm)):
-      if i >= len(tokens) or piece.text != tokens[i]:
-        raise UserError(f'{spm} and {file} differ: token {i}, {piece.text!r}')
-      scores[i], kinds[i] = piece.score, piece.kind
+      if i >= len(tokens) or piece.piece != tokens[i]:
+        raise UserError(f'{spm} and {file} differ: token {i}, {piece.piece!r}')
+      scores[i], kinds[i] = piece.score, piece.type
   else:
     known = merge_scores(file, pieces, data['model']['merges'])
     for i, token in enumerate(tokens):

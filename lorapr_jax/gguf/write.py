@@ -9,7 +9,7 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import choose
 from lorapr_jax.gguf.format import (
   EOS_IDS,
   ROPE_FACTORS,
@@ -22,18 +22,11 @@ from lorapr_jax.gguf.format import (
 )
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.names import hf_shapes
-from lorapr_jax.hf.write import hf_tensors
+from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.runtime.paths import new_path, path_of, written_locally
 
 _Type = gguf.GGMLQuantizationType
-_TYPES = {
-  'f32': (_Type.F32, gguf.LlamaFileType.ALL_F32),
-  'f16': (_Type.F16, gguf.LlamaFileType.MOSTLY_F16),
-  'bf16': (_Type.BF16, gguf.LlamaFileType.MOSTLY_BF16),
-  'q8_0': (_Type.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
-}
-DTYPES = tuple(_TYPES)
 
 
 def write_gguf(
@@ -57,7 +50,7 @@ def write_gguf(
     params: the merged weights.
     config: their sizes.
     base: the folder whose tokenizer is embedded; None: no tokenizer.
-    dtype: of the matrices, one of DTYPES.
+    dtype: of the matrices, one of GGUF_DTYPES.
     name: the model's, in the metadata.
 
   Raises:
@@ -65,11 +58,10 @@ def write_gguf(
       none that llama.cpp has (gguf/vocabulary.py); before anything is written.
   """
   path = path_of(path)
-  if dtype not in _TYPES:
-    raise UserError(
-      f'export.gguf_dtype is {dtype!r}: choose from {", ".join(DTYPES)}'
-    )
-  matrix_type, file_type = _TYPES[dtype]
+  choose('export.gguf_dtype', dtype, GGUF_DTYPES)
+  matrix_type = _Type[dtype.upper()]
+  share = 'ALL' if matrix_type == _Type.F32 else 'MOSTLY'
+  file_type = gguf.LlamaFileType[f'{share}_{matrix_type.name}']
   metadata = {
     'general.type': 'model',
     'general.name': name,

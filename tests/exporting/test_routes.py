@@ -19,10 +19,9 @@ from lorapr_jax.exporting.model import Description, Weights, merge
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
 from lorapr_jax.gguf.read import open_gguf
-from lorapr_jax.gguf.write import DTYPES
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.place import place_params
-from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors, parse_size
+from lorapr_jax.hf.write import hf_tensors, parse_size
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import block_axes
@@ -270,10 +269,6 @@ def test_what_is_no_size_is_refused(text):
 
 
 # --- GGUF and PEFT.
-
-
-def test_gguf_dtypes_are_the_writers():
-  assert set(GGUF_DTYPES) == set(DTYPES)
 
 
 @pytest.mark.parametrize(

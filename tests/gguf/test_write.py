@@ -25,8 +25,8 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
 from lorapr_jax.gguf.format import rope_factors
 from lorapr_jax.gguf.read import open_gguf
-from lorapr_jax.gguf.write import DTYPES, write_gguf
-from lorapr_jax.hf.write import hf_tensors
+from lorapr_jax.gguf.write import write_gguf
+from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.models.layers import rope_frequencies
@@ -94,7 +94,7 @@ def test_every_kind_is_read_back_exactly(kind, save_hf, load, tmp_path):
   assert list(path.parent.iterdir()) == [path]
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+@pytest.mark.parametrize('dtype', GGUF_DTYPES)
 def test_every_dtype(dtype, random_params, tmp_path):
   """Norms stay float32; in q8_0, rows of 40 are stored as f16."""
   params = random_params(UNEQUAL, 'bfloat16' if dtype == 'bf16' else 'float32')
