@@ -26,13 +26,7 @@ def write_adapter(
   """Writes the two files into an existing folder, factors in float32.
 
   PEFT takes every size but the rank from the model, so that layers of unequal
-  sizes need no word about them.
-
-  Args:
-    folder: the model that is adapted lies in its `base`.
-    lora: the adapters, by stack.
-    config: the model's sizes.
-    lora_config: rank, alpha and the projections that have adapters.
+  sizes need no word about them. The adapted model lies in the folder's `base`.
   """
   factors = list(_factors(lora, config))
   write_file(
@@ -59,11 +53,9 @@ def write_adapter(
 
 
 def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Any, LoraConfig]:
-  """The adapters that `write_adapter` wrote for a model, and their config.
+  """The adapters and their config, from what `write_adapter` wrote.
 
-  Args:
-    folder: with the two files.
-    config: the sizes of the model in its `base`.
+  `config` has the sizes of the model that they adapt.
 
   Raises:
     UserError: if the file's tensors are not those of this model.

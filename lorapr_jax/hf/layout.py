@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.families import FAMILIES, REMOTE_CODE
@@ -22,10 +22,7 @@ def resolve_layout(config: LlamaConfig, layout: str) -> str:
   Raises:
     UserError: if the layout cannot hold this model.
   """
-  if layout not in LAYOUTS:
-    raise UserError(
-      f'export.layout is {layout!r}: choose from {", ".join(LAYOUTS)}'
-    )
+  choose('export.layout', layout, LAYOUTS)
   if layout == AUTO:
     stock = config.is_uniform and _loaded(config)
     return 'uniform' if stock else 'two_shape'
@@ -52,11 +49,7 @@ def resolve_model_type(
   Raises:
     UserError: if the layout or the type cannot hold this model.
   """
-  if model_type not in MODEL_TYPES:
-    raise UserError(
-      f'export.model_type is {model_type!r}: choose from '
-      + ', '.join(MODEL_TYPES)
-    )
+  choose('export.model_type', model_type, MODEL_TYPES)
   if resolve_layout(config, layout) == 'two_shape':
     return next(name for name, x in REMOTE_CODE.items() if x.holds(config))
   held = [name for name, x in FAMILIES.items() if x.holds(config)]
@@ -91,13 +84,9 @@ def _loaded(config: LlamaConfig) -> list[str]:
 def hf_config(
   config: LlamaConfig, dtype: str, layout: str, model_type: str
 ) -> dict[str, Any]:
-  """The config.json of an export.
+  """The config.json of an export, by one of LAYOUTS and of MODEL_TYPES.
 
-  Args:
-    config: the sizes.
-    dtype: of the weights, as torch names it.
-    layout: one of LAYOUTS.
-    model_type: one of MODEL_TYPES; the uniform layout's.
+  `dtype` is that of the weights, as torch names it.
   """
   model_type = resolve_model_type(config, layout, model_type)
   hf = config_to_hf(config)

@@ -151,12 +151,7 @@ def mesh_of_all(config: LlamaConfig) -> Mesh:
 def weight_places(
   config: LlamaConfig, dtype: Any, mesh: Mesh | None = None
 ) -> Any:
-  """Where a model's tensors lie: a `NamedSharding` for each.
-
-  Args:
-    config: the sizes.
-    dtype: of the weights.
-    mesh: None: `mesh_of_all`.
+  """A `NamedSharding` for each tensor of a model; by default of `mesh_of_all`.
 
   Raises:
     MeshError: for a size that the mesh does not divide.
@@ -175,14 +170,9 @@ def load_or_draw(
   dtype: Any,
   seed: int,
 ) -> Any:
-  """The weights of a folder, or random ones where there is none.
+  """The weights of a folder, or random ones of this seed where there is none.
 
-  Args:
-    folder: as of `load_params`, or None.
-    config: the sizes, and which projections are quantised.
-    shardings: as of `load_params`.
-    dtype: of the weights that are not quantised.
-    seed: of the random weights.
+  The other arguments are those of `load_params`.
   """
   if folder:
     return load_params(folder, config, shardings, dtype)

@@ -82,12 +82,7 @@ def hf_shape(
 
 
 def hf_shapes(params: Any, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor by its name, in the order of the tree.
-
-  Args:
-    params: a tree of arrays or shapes.
-    config: the model's sizes.
-  """
+  """The shape of every tensor of a tree by its name, in the tree's order."""
   shapes = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
     path, layers = locate(key_path, config.stacks)
@@ -115,27 +110,19 @@ def read_slices(
     return matrix[tuple(slice(*b) for b in bounds)]
   split = len(letters.inputs)
   # Each side's leading axis is cut while reading, the others afterwards.
-  rows = _merged(bounds[split:], shape[split:])
-  read = _read_shape(bounds[split:], shape[split:])
+  rows, read = _leading(bounds[split:], shape[split:])
   if not split:
     part = matrix[rows].reshape(read)
   else:
-    columns = _merged(bounds[:split], shape[:split])
-    read = (*_read_shape(bounds[:split], shape[:split]), *read)
-    part = matrix[rows, columns].T.reshape(read)
-  leading = (0, split)
-  return part[
-    tuple(
-      slice(None) if axis in leading else slice(*b)
-      for axis, b in enumerate(bounds)
-    )
-  ]
+    columns, inputs = _leading(bounds[:split], shape[:split])
+    part = matrix[rows, columns].T.reshape(*inputs, *read)
+  rest = [slice(*b) for b in bounds]
+  rest[0] = rest[split] = slice(None)
+  return part[tuple(rest)]
 
 
-def _merged(bounds, shape) -> slice:
+def _leading(bounds, shape) -> tuple[slice, tuple[int, ...]]:
+  """A side's merged slice, cut by its first axis, and the shape of that."""
+  first, last = bounds[0]
   inner = math.prod(shape[1:])
-  return slice(bounds[0][0] * inner, bounds[0][1] * inner)
-
-
-def _read_shape(bounds, shape) -> tuple[int, ...]:
-  return (bounds[0][1] - bounds[0][0], *shape[1:])
+  return slice(first * inner, last * inner), (last - first, *shape[1:])

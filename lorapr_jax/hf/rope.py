@@ -20,11 +20,8 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   """
   key = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
   rope = hf.get(key) or {}
-  if (
-    rope
-    and hf.get('rope_scaling')
-    and _rope_type(hf['rope_scaling']) != (_rope_type(rope))
-  ):
+  older = hf.get('rope_scaling')
+  if older and _rope_type(older) != _rope_type(rope):
     raise UserError(
       'config.json: rope_parameters and rope_scaling are of different types'
     )

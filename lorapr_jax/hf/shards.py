@@ -166,18 +166,18 @@ def write_safetensors(
   shapes: Mapping[str, tuple[int, ...]],
   dtype: np.dtype,
   tensors: Iterator[tuple[str, np.ndarray]],
-  max_shard_bytes: int = MAX_SHARD_BYTES,
+  max_shard_bytes: int,
 ) -> None:
   """Writes shards of at most `max_shard_bytes`, and an index if several.
 
-  One tensor is held at a time.
+  One tensor is held at a time; one that is larger has a shard to itself.
 
   Args:
     folder: where to.
     shapes: of all tensors, in their order.
     dtype: of all.
     tensors: name and values of each.
-    max_shard_bytes: of a file, unless one tensor is larger.
+    max_shard_bytes: of a file.
   """
   shards: list[dict[str, tuple[int, ...]]] = [{}]
   held = total = 0
@@ -211,13 +211,8 @@ def write_file(
 ) -> None:
   """Writes one file, as https://github.com/huggingface/safetensors has it.
 
-  safetensors itself writes a file once it has all of its tensors.
-
-  Args:
-    path: where to.
-    shapes: of its tensors, in their order.
-    dtype: of all.
-    tensors: name and values of each.
+  safetensors itself writes a file once it has all of its tensors. The arguments
+  are those of `write_safetensors`.
   """
   stored = {kind: name for name, kind in DTYPES.items()}[dtype]
   # transformers asks for the format.
