@@ -15,7 +15,6 @@ import torch
 import transformers
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.exporting.convert import convert
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config, load_params, weight_places
 from lorapr_jax.hf.shards import content_hash
@@ -114,39 +113,6 @@ def test_shards_are_small_and_the_index_finds_all(
       tensor: name for name, tensors in held.items() for tensor in tensors
     },
   }
-
-
-@pytest.mark.parametrize('kind', ['gqa_tied', 'mistral', 'biases'])
-@pytest.mark.parametrize('dtype', [None, 'bfloat16'])
-def test_a_converted_folder_has_the_same_weights(
-  kind, dtype, save_hf, load, tmp_path
-):
-  source = shutil.copytree(
-    save_hf(kind, max_shard_size='20KB'), tmp_path / 'source'
-  )
-  (source / 'tokenizer.json').write_bytes(b'{"a":\r\n 1}')
-  out = tmp_path / 'out'
-  config = convert(str(source), out, dtype)
-  assert config == load_config(out) == load_config(source)
-  assert (out / 'tokenizer.json').read_bytes() == b'{"a":\r\n 1}'
-  if dtype is None:
-    assert _differences(source, out) == []
-    return
-  given, written = _tensors(source), _tensors(out)
-  assert given.keys() == written.keys()
-  for name, x in given.items():
-    assert written[name].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(written[name], x.astype(jnp.bfloat16))
-  hf = json.loads((out / 'config.json').read_text())
-  assert hf['torch_dtype'] == 'bfloat16'
-
-
-def test_a_bf16_folder_is_converted_to_bf16(save_hf, tmp_path):
-  source = save_hf('gqa', 'bfloat16')
-  convert(str(source), tmp_path / 'out')
-  assert _differences(source, tmp_path / 'out') == []
-  with pytest.raises(UserError, match=f'{tmp_path / "out"} exists already'):
-    convert(str(source), tmp_path / 'out')
 
 
 @pytest.mark.mesh
