@@ -15,6 +15,7 @@ from rich.table import Table
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
+from lorapr_jax.planning.compiled import Compiled
 from lorapr_jax.planning.needs import Needs, plan_run
 from lorapr_jax.planning.search import Tried, search
 from lorapr_jax.planning.topology import SLICES, Chip, Topology
@@ -116,7 +117,7 @@ def _verdict(tried: Tried) -> str:
   if not tried.needs or tried.fits:
     return tried.reason or 'fits'
   last = tried.needs[-1]
-  size = units.size(last.total or last.refused)
+  size = units.size(last.total)
   return f'{last.name} takes {size} of {units.size(tried.topology.chip.hbm)}'
 
 
@@ -158,7 +159,6 @@ def _report(
         'criterion': criterion,
         'phase': needs.name,
         **dataclasses.asdict(needs),
-        'total': needs.total,
       }
       del phase['name']
       if needs.compiled:
@@ -184,22 +184,13 @@ def show(
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
   )
-  work = _table('products', '/ ideal', 'received', 'overlap', 'floor', 'of')
-  notes = []
+  work = _table('products', 'received', 'floor', 'of')
   for criterion, all_needs in found.items():
     for needs in all_needs:
       row = criterion, needs.name
       memory.add_row(*row, *_memory(needs))
       if needs.compiled:
-        work.add_row(*row, *_work(needs, topology.chip))
-      if needs.refused is not None:
-        figures = f'the figures are of {needs.compiled_for}'
-        if needs.compiled is None:
-          figures = f'so does that of {needs.compiled_for}'
-        notes.append(
-          f'{criterion}, {needs.name}: the compiler refuses it at '
-          f'{units.size(needs.refused)}; {figures}'
-        )
+        work.add_row(*row, *_work(needs.compiled, topology.chip))
   console = Console(highlight=False, markup=False)
   each = topology.chip and f', {units.size(topology.chip.hbm)} each'
   console.print(
@@ -207,15 +198,16 @@ def show(
     f'{_axes(mesh)}'
   )
   console.print(memory, work)
-  for line in (
-    *notes,
+  console.print(
     'Each figure is of one device. beside: what else of the run lies there.',
-    'ideal: 4 N operations a token (with the gradient criterion 2 N more for '
-    'the layers) and the attention.',
-    'overlap: of what is received, the share that is on its way while '
-    'products run.',
-  ):
-    console.print(line, soft_wrap=True)
+    soft_wrap=True,
+  )
+  if any(x.compiled is None for needs in found.values() for x in needs):
+    console.print(
+      'The compiler refuses the functions without arguments: all is the figure '
+      'that it names.',
+      soft_wrap=True,
+    )
   if topology.chip:
     console.print(
       'floor: the longest of the products at the peak of bfloat16, of '
@@ -237,23 +229,18 @@ def _table(*columns: str) -> Table:
 
 def _memory(needs: Needs) -> list[str]:
   fits = {True: 'yes', False: 'no', None: '–'}[needs.fits]
-  own = needs.compiled
-  if own is None:
-    return [*['–'] * 3, units.size(needs.beside), '–', fits]
-  sizes = (own.arguments, own.outputs, own.temporaries, needs.beside)
-  return [*map(units.size, (*sizes, needs.total)), fits]
+  own, sizes = needs.compiled, ['–'] * 3
+  if own:
+    sizes = map(units.size, (own.arguments, own.outputs, own.temporaries))
+  return [*sizes, units.size(needs.beside), units.size(needs.total), fits]
 
 
-def _work(needs: Needs, chip: Chip | None) -> list[str]:
-  own, ideal = needs.compiled, needs.ideal_flops
-  cells = [
-    '–' if own.flops is None else units.operations(own.flops),
-    f'{own.flops / ideal:.2f}' if ideal and own.flops else '–',
-    '–' if own.received() is None else units.size(own.received()),
-    f'{own.overlapped / own.received():.0%}' if own.received() else '–',
-  ]
-  floors = chip and own.roofline(chip)
-  if not floors:
+def _work(own: Compiled, chip: Chip | None) -> list[str]:
+  if own.flops is None:
+    return ['–'] * 4
+  cells = [units.operations(own.flops), units.size(own.received())]
+  if chip is None:
     return [*cells, '–', '–']
+  floors = own.roofline(chip)
   longest = max(floors, key=floors.__getitem__)
   return [*cells, units.milliseconds(floors[longest]), longest]

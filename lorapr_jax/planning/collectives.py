@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 import dataclasses
-import itertools
 import math
 import re
 
@@ -28,18 +27,25 @@ class Transfer:
   """A collective of a program.
 
   Attributes:
-    kind: one of COLLECTIVES.
+    computation: the name of the one that starts it.
+    start: the instruction there: the collective, or a fusion that holds it.
+    collective: the instruction whose result is received.
     bytes: what a device receives each time. In an all-gather, that is what it
       does not have yet; in a reduce-scatter, what it gives away; an all-reduce
       is both in turn, so twice its arrays.
     times: how often it runs.
-    beside: operations of the products that run between its start and its end.
   """
 
-  kind: str
+  computation: str
+  start: Instruction
+  collective: Instruction
   bytes: int
   times: int
-  beside: float
+
+  @property
+  def kind(self) -> str:
+    """One of COLLECTIVES."""
+    return self.collective.opcode.removesuffix('-start')
 
 
 def received(program: Program) -> dict[str, dict[str, int]]:
@@ -48,20 +54,12 @@ def received(program: Program) -> dict[str, dict[str, int]]:
   Raises:
     ValueError: as `Program.executed`.
   """
-  found = {kind: {'count': 0, 'bytes': 0} for kind in COLLECTIVES}
+  found: dict[str, dict[str, int]] = {}
   for transfer in transfers(program):
-    found[transfer.kind]['count'] += transfer.times
-    found[transfer.kind]['bytes'] += transfer.times * transfer.bytes
-  return {kind: counts for kind, counts in found.items() if counts['count']}
-
-
-def overlapped(program: Program) -> int:
-  """Bytes of the collectives between whose start and end products run.
-
-  Raises:
-    ValueError: as `Program.executed`.
-  """
-  return sum(x.times * x.bytes for x in transfers(program) if x.beside)
+    counts = found.setdefault(transfer.kind, {'count': 0, 'bytes': 0})
+    counts['count'] += transfer.times
+    counts['bytes'] += transfer.times * transfer.bytes
+  return found
 
 
 def transfers(program: Program) -> Iterator[Transfer]:
@@ -78,76 +76,20 @@ def transfers(program: Program) -> Iterator[Transfer]:
     for called in program.called(instruction)
   }
   in_parts: set[str] = set()
-  schedules: dict[str, _Schedule] = {}
   for name, instruction, times in program.executed():
     if name in fused:
       continue
-    for where, own in _collectives_of(program, name, instruction):
+    for where, own in collectives_of(program, name, instruction):
       if own is not instruction:
-        if _marked(program, where, own, 'AsyncCollectiveStart'):
-          in_parts.add(_channel(own))
-        elif _channel(own) in in_parts:
+        if is_marked(program, where, own, 'AsyncCollectiveStart'):
+          in_parts.add(channel(own))
+        elif channel(own) in in_parts:
           continue
-      if name not in schedules:
-        schedules[name] = _Schedule.of(program, name)
-      yield Transfer(
-        kind=own.opcode.removesuffix('-start'),
-        bytes=_bytes_received(program, where, own),
-        times=times,
-        beside=schedules[name].beside(instruction, own),
-      )
+      size = _bytes_received(program, where, own)
+      yield Transfer(name, instruction, own, size, times)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Schedule:
-  """The order in which a computation runs.
-
-  Attributes:
-    program: the program that the computation belongs to.
-    order: its instructions.
-    before: for each of them, the operations of the products before it.
-  """
-
-  program: Program
-  order: list[Instruction]
-  before: list[float]
-
-  @classmethod
-  def of(cls, program: Program, name: str) -> '_Schedule':
-    order = list(program.computations[name].values())
-    flops = (
-      sum(t * program.flops_of(c, x) for c, x, t in program.runs(name, own, 1))
-      for own in order
-    )
-    return cls(program, order, list(itertools.accumulate(flops, initial=0.0)))
-
-  def beside(self, start: Instruction, collective: Instruction) -> float:
-    """Operations of products between a collective's start and its end."""
-    first = self.order.index(start) + 1
-    for last in range(first, len(self.order)):
-      if _ends(self.program, self.order[last], start, collective):
-        return self.before[last] - self.before[first]
-    return 0.0
-
-
-def _ends(
-  program: Program,
-  instruction: Instruction,
-  start: Instruction,
-  collective: Instruction,
-) -> bool:
-  """Whether an instruction ends the collective that another starts."""
-  if start is collective:
-    done = start.opcode.removesuffix('-start') + '-done'
-    return instruction.opcode == done and start.name in instruction.operands
-  return instruction.opcode == 'fusion' and any(
-    _channel(x) == _channel(collective)
-    and _marked(program, where, x, 'AsyncCollectiveDone')
-    for where, x in _collectives_of(program, '', instruction)
-  )
-
-
-def _collectives_of(
+def collectives_of(
   program: Program, name: str, instruction: Instruction
 ) -> list[tuple[str, Instruction]]:
   """(computation, collective): the instruction itself, or those fused in it."""
@@ -165,7 +107,7 @@ def _collectives_of(
   ]
 
 
-def _marked(
+def is_marked(
   program: Program, name: str, collective: Instruction, target: str
 ) -> bool:
   """Whether a custom call to `target` in its computation reads it."""
@@ -175,8 +117,9 @@ def _marked(
   )
 
 
-def _channel(instruction: Instruction) -> str:
-  found = re.search(r'channel_id=(\d+)', instruction.text)
+def channel(collective: Instruction) -> str:
+  """The number that all parts of one transfer share."""
+  found = re.search(r'channel_id=(\d+)', collective.text)
   return found[1] if found else ''
 
 

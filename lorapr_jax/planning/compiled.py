@@ -14,8 +14,8 @@ from lorapr_jax.planning.topology import Chip
 class Compiled:
   """What a program takes on each device, as the compiler reports it.
 
-  `flops`, `collectives` and `overlapped` are None if the compiler's text does
-  not say how often a loop turns.
+  `flops` and `collectives` are None if the compiler's text does not say how
+  often a loop turns.
 
   Attributes:
     arguments: bytes of the arguments.
@@ -23,7 +23,6 @@ class Compiled:
     temporaries: bytes of all else while the program runs.
     flops: operations of all products; a loop counts as often as it turns.
     collectives: {kind: {'count', 'bytes'}} of what the device receives.
-    overlapped: bytes that are received while products run.
     text: the program, as the compiler writes it.
   """
 
@@ -32,7 +31,6 @@ class Compiled:
   temporaries: int
   flops: float | None
   collectives: dict[str, dict[str, int]] | None
-  overlapped: int | None
   text: str = dataclasses.field(repr=False)
 
   @classmethod
@@ -48,22 +46,20 @@ class Compiled:
       message = str(error)
       if 'RESOURCE_EXHAUSTED' not in message or 'hbm' not in message.lower():
         raise
-      raise OutOfMemory(refused_bytes(message)) from None
+      raise OutOfMemory(message) from None
     memory = compiled.memory_analysis()
     text = compiled.as_text()
     program = Program.parse(text)
     try:
       flops, received = program.flops(), collectives.received(program)
-      overlapped = collectives.overlapped(program)
     except ValueError:
-      flops = received = overlapped = None
+      flops = received = None
     return cls(
       arguments=memory.argument_size_in_bytes,
       outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
       flops=flops,
       collectives=received,
-      overlapped=overlapped,
       text=text,
     )
 
@@ -95,19 +91,14 @@ class Compiled:
 
 
 class OutOfMemory(Exception):
-  """A program that does not fit in a chip's memory.
+  """The compiler's refusal of a program that does not fit in a chip's memory.
 
   Attributes:
-    bytes: what it would take, as the compiler says; 0 if it does not say.
+    bytes: what it would take: the message's first figure; 0 if it has none.
   """
 
-  def __init__(self, refused: int):
-    super().__init__(refused)
-    self.bytes = refused
-
-
-def refused_bytes(message: str) -> int:
-  """The bytes that a compiler's refusal says are needed: its first figure."""
-  units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
-  found = re.search(r'\b(\d+(?:\.\d+)?)([KMGT])\b', message)
-  return round(float(found[1]) * units[found[2]]) if found else 0
+  def __init__(self, message: str):
+    super().__init__(message)
+    units = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
+    found = re.search(r'\b(\d+(?:\.\d+)?)([KMGT])\b', message)
+    self.bytes = round(float(found[1]) * units[found[2]]) if found else 0

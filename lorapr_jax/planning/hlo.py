@@ -231,7 +231,8 @@ def _convolution_flops(text, lhs, rhs, out) -> float:
   """Two operations for each multiplication whose operands are no padding."""
   labels = re.search(r'dim_labels=(\w+)_(\w+)->(\w+)', text)
   left, right, result = labels.groups()
-  window = dict(re.findall(r'(\w+)=([-\dx_]+)', _window(text)))
+  inside = re.search(r'window=\{([^}]*)\}', text)
+  window = dict(re.findall(r'(\w+)=([-\dx_]+)', inside[1] if inside else ''))
   spatial = sorted(x for x in result if x.isdigit())
   taps = 1.0
   for i, axis in enumerate(spatial):
@@ -252,8 +253,3 @@ def _convolution_flops(text, lhs, rhs, out) -> float:
   outer = math.prod(out[result.index(x)] for x in 'bf')
   inner = rhs[right.index('i')]
   return float(2.0 * outer * inner * taps)
-
-
-def _window(text: str) -> str:
-  found = re.search(r'window=\{([^}]*)\}', text)
-  return found[1] if found else ''

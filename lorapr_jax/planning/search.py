@@ -40,7 +40,7 @@ class Tried(NamedTuple):
   @property
   def bytes(self) -> int:
     """What the largest function takes on a chip, or else the base alone."""
-    return max((n.refused or n.total for n in self.needs), default=self.base)
+    return max((n.total for n in self.needs), default=self.base)
 
 
 def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
@@ -98,7 +98,7 @@ def try_mesh(
     reason = f'the base alone takes {base / 1e9:.1f} GB'
     return Tried(topology, mesh, base, reason=reason)
   found: tuple[Needs, ...] = ()
-  for needs in plan_run(config, topology, elsewhere=False):
+  for needs in plan_run(config, topology):
     found += (needs,)
     if not needs.fits:
       break

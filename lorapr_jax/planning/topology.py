@@ -44,8 +44,6 @@ SLICES = {
   'v5p': ('1x1x1', *_DEEP),
   'v6e': _FLAT,
 }
-# The kind with the most memory: what fits no other may fit it.
-LARGEST = 'v5p'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,15 +79,6 @@ class Topology:
     if kind == 'cpu':
       return cls(name, _cpu_devices(name, sizes), None)
     return cls(name, _tpu_devices(name), CHIPS[kind])
-
-  def larger(self) -> 'Topology':
-    """As many devices of the kind with most memory."""
-    count, sizes = len(self.devices), [1, 1, 1]
-    while count % 2 == 0:
-      sizes[sizes.index(min(sizes))] *= 2
-      count //= 2
-    sizes[sizes.index(min(sizes))] *= count
-    return Topology.of(f'{LARGEST}:{"x".join(map(str, sorted(sizes)))}')
 
 
 def _cpu_devices(name: str, sizes: str) -> tuple[jax.Device, ...]:

@@ -20,9 +20,14 @@ import optax
 import pytest
 
 from lorapr_jax.cli.flags import parse_flags
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.cost import (
+  attention_flops_per_token,
+  forward_flops_per_token,
+)
 from lorapr_jax.models.loss import chunked_cross_entropy
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.planning.collectives import COLLECTIVES
@@ -38,6 +43,7 @@ from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
 from lorapr_jax.training.repair import make_compensate
 from lorapr_jax.training.state import init_state
+from tests.aot.overlap import overlapped
 
 pytestmark = pytest.mark.aot
 
@@ -362,13 +368,17 @@ def test_llama_7b_is_planned_for_eight_chips():
   assert weights / 8 < own.arguments < weights / 8 + 0.2e9
   assert own.temporaries < 2e9
   # Each block is computed a second time: three passes where two would do.
-  assert 1.35 < own.flops / step.ideal_flops < 1.45
+  config, _ = parse_flags([f'--config={LLAMA}:7b', '--workdir=none'])
+  sizes, tokens = config_from_hf(dict(config.model.sizes)), 128 * 512 / 8
+  least = 2 * forward_flops_per_token(sizes, 512)
+  least += attention_flops_per_token(sizes, 512)
+  assert 1.35 < own.flops / (least * tokens) < 1.45
   # Forward and back, every micro-batch gathers what it lacks; the parts of a
   # product that come from chip to chip go on for two steps too many.
   gathered = own.received() / (8 * weights * 7 / 8)
   assert 2 < gathered < 2.7
   # Products run meanwhile, by the compiler's own defaults.
-  assert own.overlapped > 0.9 * own.received()
+  assert overlapped(Program.parse(own.text)) > 0.9 * own.received()
   # No more than a tensor of a layer is ever gathered; no stack and no
   # embedding is whole anywhere, whatever its shape; the host has no part.
   layer, stack = 4096 * 11008, 32 * 4096 * 4096
@@ -409,7 +419,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
   config, _ = parse_flags([f'--config={LLAMA}:7b', *flags, '--workdir=none'])
   small, large = search(config, 'v5e')
   assert small.topology.name == 'v5e:1x1' and not small.fits
-  assert small.needs[0].refused > small.topology.chip.hbm
+  assert small.needs[0].total > small.topology.chip.hbm
   assert large.topology.name == 'v5e:2x2' and large.fits
   assert large.mesh == {'data': 1, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
   assert [x.name for x in large.needs] == ['step', 'importance', 'optimiser']
@@ -431,13 +441,12 @@ def test_what_cannot_fit_or_be_cut_so_is_not_compiled(monkeypatch):
 
 
 @pytest.mark.usefixtures('_not_kept')
-def test_what_is_too_large_is_refused_and_shown_on_larger_chips():
+def test_what_is_too_large_is_refused():
   flags = ['--config.model.sizes.num_hidden_layers=2']
   flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
   step = next(_planned('v5e:1x1', *flags, '--config.lora.dropout=0.0'))
-  assert step.fits is False and step.compiled_for == 'v5p:1x1x1'
-  chip = Topology.of('v5e:1x1').chip
-  assert step.refused > chip.hbm and step.total > chip.hbm
+  assert step.fits is False and step.compiled is None
+  assert step.total > Topology.of('v5e:1x1').chip.hbm
 
 
 @pytest.mark.parametrize('kind', SLICES)

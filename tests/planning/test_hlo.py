@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorapr_jax.planning.collectives import overlapped, received, transfers
+from lorapr_jax.planning.collectives import received, transfers
 from lorapr_jax.planning.hlo import Program
 from lorapr_jax.runtime import sharding
+from tests.aot.overlap import beside, overlapped
 
 
 def _program(function, *arguments):
@@ -191,18 +192,18 @@ def test_a_gather_in_parts_counts_once_and_is_overlapped():
   lacking = (8 - 2) * 4 * 2
   in_parts, alone = transfers(program)
   assert (in_parts.bytes, in_parts.times) == (lacking, 1)
-  assert in_parts.beside == 4 * 2 * 8 * 4 * 4
-  assert (alone.bytes, alone.beside) == (lacking, 0)
+  assert beside(program, in_parts) == 4 * 2 * 8 * 4 * 4
+  assert (alone.bytes, beside(program, alone)) == (lacking, 0)
   assert received(program)['all-gather']['bytes'] == 2 * lacking
   assert overlapped(program) == lacking
 
 
 def test_a_start_with_no_product_before_its_end_is_not_overlapped():
   program = Program.parse(WINDOWED)
-  assert [x.beside for x in transfers(program)] == [0]
+  assert [beside(program, x) for x in transfers(program)] == [0]
   # The end after the product in place of before it.
   end = '  %sent = bf16[8,4]{1,0} collective-permute-done(%send)\n'
   product = '  %y = bf16[8,4]{1,0} fusion(%x, %w), kind=kOutput, calls=%fused\n'
   text = WINDOWED.replace(end, '').replace('fusion(%sent', 'fusion(%x')
   program = Program.parse(text.replace(product, product + end))
-  assert [x.beside for x in transfers(program)] == [2 * 8 * 4 * 4]
+  assert [beside(program, x) for x in transfers(program)] == [2 * 8 * 4 * 4]
