@@ -60,7 +60,8 @@ def main() -> None:
         if key in cells:
           continue
         found = tried(size, *way, topology)
-        cells[key] = f'{found.bytes / 1e9:.1f}' + ': no' * (not found.fits)
+        most = max((x.total for x in found.needs), default=found.base)
+        cells[key] = f'{most / 1e9:.1f}' + ': no' * (not found.fits)
         with results.open('a', encoding='utf-8') as file:
           file.write(json.dumps([*key, cells[key]]) + '\n')
         print(*key, cells[key], file=sys.stderr, flush=True)

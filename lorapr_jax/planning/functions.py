@@ -103,9 +103,7 @@ def loop_functions(
   _, state, batch, key = shapes
   yield LoopFunction(
     'step',
-    functions.lora_gradients.lower(
-      params, state.lora, state.masks, batch, key
-    ),
+    functions.lora_gradients.lower(params, state.lora, state.masks, batch, key),
     shapes.beside(state.lora, state.masks, batch),
   )
   if pruning:

@@ -37,11 +37,6 @@ class Tried(NamedTuple):
     """Whether every function fits."""
     return bool(self.needs) and all(needs.fits for needs in self.needs)
 
-  @property
-  def bytes(self) -> int:
-    """What the largest function takes on a chip, or else the base alone."""
-    return max((n.total for n in self.needs), default=self.base)
-
 
 def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
   """Tries slices from one chip up; the last one that comes fits, if any does.
@@ -73,14 +68,9 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
 def try_mesh(
   config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
 ) -> Tried:
-  """Tries one slice and mesh.
+  """Tries one slice and mesh, which overwrites the section of the config.
 
   Nothing is compiled if the base alone does not fit.
-
-  Args:
-    config: of the run; its section mesh is overwritten.
-    topology: the slice.
-    mesh: {axis: size}.
 
   Raises:
     UserError: for a mistake in the config that no mesh repairs.
