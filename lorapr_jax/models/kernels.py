@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from lorapr_jax.errors import UserError
 from lorapr_jax.models.attention import (
   ACTIVATION,
   causal_attention,
@@ -28,6 +27,8 @@ from lorapr_jax.runtime.sharding import RULES, compute_capability, parts
 AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
 # The splash kernel's tiles are as wide as a TPU's vector registers, or wider.
 _LANES, _LARGEST_TILE = 128, 512
+_TILES = ('block_q', 'block_kv', 'block_q_dkv', 'block_kv_dkv')
+_TILES += ('block_q_dq', 'block_kv_dq')
 
 
 def unfit(
@@ -41,7 +42,7 @@ def unfit(
   """Why a kernel cannot run; None where it can.
 
   Args:
-    name: of ATTENTION, but AUTO.
+    name: of ATTENTION; AUTO can always run.
     seq_len: T.
     head_dim: H.
     dtype: of the activations.
@@ -72,41 +73,6 @@ def unfit(
     if seq_len % (shares * _LANES):
       return f'{seq_len} tokens are no multiple of {shares * _LANES}'
   return None
-
-
-def check_attention(
-  name: str,
-  key: str,
-  seq_len: int,
-  head_dim: int,
-  dtype: Any,
-  device: Any,
-  shares: int = 1,
-) -> None:
-  """Refuses a kernel that cannot run.
-
-  Args:
-    name: of ATTENTION.
-    key: of the setting that says how long a sequence is.
-    seq_len: its value.
-    head_dim: H.
-    dtype: of the activations.
-    device: a `jax.Device` of those that the run is for.
-    shares: into how many the mesh cuts a sequence.
-
-  Raises:
-    UserError: naming the reason.
-  """
-  if name not in ATTENTION:
-    raise UserError(
-      f'model.attention is {name!r}: choose from {", ".join(ATTENTION)}'
-    )
-  reason = unfit(name, seq_len, head_dim, dtype, device, shares)
-  if reason:
-    raise UserError(
-      f'model.attention is {name!r} and {key} is {seq_len}, but {reason}: use '
-      'model.attention=auto'
-    )
 
 
 def choose_attention(
@@ -209,44 +175,34 @@ def splash_attention(
     interpret: whether the kernel is interpreted, which any backend can.
   """
   # Imported where it is used: it needs Pallas's TPU part.
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel as kernel_lib,
-  )
-  from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_mask as mask_lib,
-  )
+  from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
   B, T, K, G, H = q.shape
   S = k.shape[1]
   tile = next(n for n in (_LARGEST_TILE, 256, _LANES) if T % n == 0)
-  tiles = kernel_lib.BlockSizes(
-    **dict.fromkeys(('block_q', 'block_kv'), tile),
-    **dict.fromkeys(('block_q_dkv', 'block_kv_dkv'), tile),
-    **dict.fromkeys(('block_q_dq', 'block_kv_dq'), tile),
-  )
-  kernel = kernel_lib.make_splash_mha(
-    mask_lib.MultiHeadMask([mask_lib.CausalMask((S, S))] * (K * G)),
-    block_sizes=tiles,
+  kernel = splash.make_splash_mha(
+    splash.MultiHeadMask([splash.CausalMask((S, S))] * (K * G)),
+    block_sizes=splash.BlockSizes(**dict.fromkeys(_TILES, tile)),
     head_shards=1,
     q_seq_shards=S // T,
     residual_checkpoint_name=ACTIVATION,
     interpret=interpret,
   )
-
   if start is not None:
-    # Its data on the mask are (heads, tiles of queries, of keys) or (S,): take
-    # those of these queries.
-    def own(x: Array) -> Array:
-      axis = x.ndim // 2
-      size = x.shape[axis]
-      return jax.lax.dynamic_slice_in_dim(
-        x, start * size // S, size * T // S, axis
-      )
-
-    kernel = jax.tree.map(own, kernel)
+    kernel = jax.tree.map(functools.partial(_of_queries, start, T, S), kernel)
   if segments is not None:
-    segments = kernel_lib.SegmentIds(queries_of(segments, start, T), segments)
+    segments = splash.SegmentIds(queries_of(segments, start, T), segments)
   queries = (q * H**-0.5).astype(q.dtype).reshape(B, T, K * G, H)
   arrays = (x.swapaxes(1, 2) for x in (queries, k, v))
   out = jax.vmap(kernel)(*arrays, segments)
   return out.swapaxes(1, 2).reshape(q.shape).astype(q.dtype)
+
+
+def _of_queries(start: Array, T: int, S: int, x: Array) -> Array:
+  """The part of a splash kernel's data on the mask that T of S queries need.
+
+  The data are (heads, tiles of queries, tiles of keys) or (S,).
+  """
+  axis = x.ndim // 2
+  size = x.shape[axis]
+  return jax.lax.dynamic_slice_in_dim(x, start * size // S, size * T // S, axis)

@@ -9,7 +9,7 @@ from lorapr_jax.errors import MeshError, UserError
 from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.models.kernels import check_attention
+from lorapr_jax.models.kernels import unfit
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.model import PlannedModel
 from lorapr_jax.settings.sections import (
@@ -65,15 +65,19 @@ def check_lengths(
         f'mesh.sequence={parts} does not divide the {length} '
         f'tokens of {key}: {divisors(both, both)} would do'
       )
-    check_attention(
+    reason = unfit(
       compute.attention,
-      key,
       length,
       config.head_dim,
       compute.dtype,
       devices[0],
       parts,
     )
+    if reason:
+      raise UserError(
+        f'model.attention is {compute.attention!r} and {key} is {length}, but '
+        f'{reason}: use model.attention=auto'
+      )
 
 
 def check_teacher(train: TrainSettings, planned: PlannedModel) -> None:

@@ -9,13 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from lorapr_jax.errors import UserError, choose, first_line
-from lorapr_jax.models.compute import DTYPES
-from lorapr_jax.models.decoder import REMAT_POLICIES
+from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.settings.sections import TrainSettings
-
-# The first JAX whose CPU backend knows the copies of model.remat=offload.
-CPU_OFFLOADS = (0, 10, 2)
 
 
 def resolve_matmul_dtype(name: str, activations: Any, platform: str) -> Any:
@@ -25,7 +20,6 @@ def resolve_matmul_dtype(name: str, activations: Any, platform: str) -> Any:
   with instructions for it: AVX512-BF16 multiplies twice as fast, AMX three
   times and more.
   """
-  choose('model.matmul_dtype', name, DTYPES)
   if name != 'auto':
     return jnp.dtype(name)
   if platform == 'cpu' and _cpu_flags() & {'amx_bf16', 'avx512_bf16'}:
@@ -41,22 +35,6 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset()
   flags = re.search(r'^flags\s*:(.*)$', text, re.MULTILINE)
   return frozenset(flags[1].split()) if flags else frozenset()
-
-
-def resolve_remat(name: str, platform: str) -> str:
-  """One of decoder.REMAT_POLICIES.
-
-  Raises:
-    UserError: for another name, or one that this JAX cannot run here.
-  """
-  choose('model.remat', name, tuple(REMAT_POLICIES))
-  on_cpu = platform == 'cpu'
-  if name == 'offload' and on_cpu and jax.__version_info__ < CPU_OFFLOADS:
-    raise UserError(
-      'model.remat=offload on a CPU needs JAX 0.10.2, and this is '
-      f'{jax.__version__}: use model.remat=blocks, on a CPU the same memory'
-    )
-  return name
 
 
 def resolve_loss_chunk(

@@ -15,6 +15,8 @@ from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.compute import DTYPES, resolve_dtype
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.decoder import REMAT_POLICIES
+from lorapr_jax.models.kernels import ATTENTION
 from lorapr_jax.models.lora import INPUTS, terms_of
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE, Compensation
@@ -45,6 +47,9 @@ class ModelSettings:
 
   def __post_init__(self):
     choose('model.base_dtype', self.base_dtype, (*DTYPES, INT8))
+    choose('model.matmul_dtype', self.matmul_dtype, DTYPES)
+    choose('model.attention', self.attention, ATTENTION)
+    choose('model.remat', self.remat, REMAT_POLICIES)
     if bool(self.path) == bool(self.sizes):
       raise UserError(
         'model.path is a Hugging Face folder, or empty with model.sizes for '
@@ -132,11 +137,7 @@ class PruneSettings:
       )
 
   def targets(self, tensor_parallel: int) -> Targets:
-    """How much is pruned.
-
-    Args:
-      tensor_parallel: what the counts that stay must divide by.
-    """
+    """How much is pruned; `tensor_parallel` divides the counts that stay."""
     names = {field.name for field in dataclasses.fields(Targets)}
     asked = {name: x for name, x in vars(self).items() if name in names}
     return Targets(tensor_parallel=tensor_parallel, **asked)

@@ -128,14 +128,7 @@ def make_phases(
     and, with any of them, recover (recover.steps) on what is left.
 
   All take one batch a step, so that joint and prune_then_tune see the same
-  tokens.
-
-  Args:
-    order: `prune.order`.
-    pruning: of the first phase.
-    train: the config's section.
-    recover: the config's section.
-    data: the config's section.
+  tokens. `order` is prune.order; `pruning` is what the first phase masks.
   """
   tune, recovery = CHECKPOINTS_AFTER_CUT
   rate, result = train.learning_rate, []

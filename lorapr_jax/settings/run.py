@@ -27,15 +27,8 @@ from lorapr_jax.settings.devices import (
   resolve_compiler_options,
   resolve_loss_chunk,
   resolve_matmul_dtype,
-  resolve_remat,
 )
-from lorapr_jax.settings.model import (
-  LoraSettings,
-  ModelSettings,
-  PlannedModel,
-  PruneSettings,
-  plan_model,
-)
+from lorapr_jax.settings.model import ModelSettings, PlannedModel, plan_model
 from lorapr_jax.settings.phases import Phase, Pruning, make_phases
 from lorapr_jax.settings.sections import (
   DataSettings,
@@ -48,31 +41,14 @@ from lorapr_jax.settings.sections import (
   read_section,
 )
 
-SECTIONS = {
-  'model': ModelSettings,
-  'data': DataSettings,
-  'lora': LoraSettings,
-  'train': TrainSettings,
-  'prune': PruneSettings,
-  'recover': RecoverSettings,
-  'mesh': MeshSettings,
-  'export': ExportSettings,
-  'log': LogSettings,
-  'report': ReportSettings,
-}
-
 
 @dataclasses.dataclass(frozen=True)
 class RunSettings:
-  """All that a run depends on.
+  """All that a run depends on: sections of its config, and what follows.
+
+  data.eval_seq_len is filled in.
 
   Attributes:
-    model: the config's section model.
-    data: the config's section data, with data.eval_seq_len filled in.
-    train: the config's section train.
-    export: the config's section export.
-    log: the config's section log.
-    report: the config's section report.
     base_dtype: of the frozen weights that are not quantised.
     compute: what the compiled functions are specialised to.
     plan: what will be left; None if nothing is pruned.
@@ -184,7 +160,7 @@ def _compute(
     dtype=dtype,
     matmul_dtype=resolve_matmul_dtype(model.matmul_dtype, dtype, platform),
     attention=model.attention,
-    remat=resolve_remat(model.remat, platform),
+    remat=model.remat,
     scan_layers=model.scan_layers,
     loss_chunk=resolve_loss_chunk(train, mesh, platform),
     clip_norm=train.clip_norm,

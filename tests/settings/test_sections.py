@@ -5,8 +5,29 @@ import dataclasses
 import pytest
 
 from lorapr_jax.settings.files import read_config
-from lorapr_jax.settings.run import SECTIONS
+from lorapr_jax.settings.model import LoraSettings, ModelSettings, PruneSettings
+from lorapr_jax.settings.sections import (
+  DataSettings,
+  ExportSettings,
+  LogSettings,
+  MeshSettings,
+  RecoverSettings,
+  ReportSettings,
+  TrainSettings,
+)
 
+SECTIONS = {
+  'model': ModelSettings,
+  'data': DataSettings,
+  'lora': LoraSettings,
+  'train': TrainSettings,
+  'prune': PruneSettings,
+  'recover': RecoverSettings,
+  'mesh': MeshSettings,
+  'export': ExportSettings,
+  'log': LogSettings,
+  'report': ReportSettings,
+}
 # What every run must be given.
 REQUIRED = {
   'model': {'sizes': {'model_type': 'llama'}},

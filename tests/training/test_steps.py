@@ -11,7 +11,6 @@ import optax
 import pytest
 
 from lorapr_jax.axes import LORA_TARGETS
-from lorapr_jax.errors import UserError
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute, token_losses
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
@@ -23,7 +22,6 @@ from lorapr_jax.pruning.masks import (
   initial_masks,
   select_stack_masks,
 )
-from lorapr_jax.settings.devices import CPU_OFFLOADS, resolve_remat
 from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
 from lorapr_jax.training.steps import make_optimizer
@@ -246,15 +244,8 @@ def test_a_batch_without_a_target_has_no_loss_and_no_gradients(trees):
   assert all(np.all(g == 0) for g in jax.tree.leaves(grads))
 
 
-_OLD = jax.__version_info__ < CPU_OFFLOADS
-
-
 @pytest.mark.parametrize(
-  'remat',
-  [
-    pytest.param('offload', marks=pytest.mark.skipif(_OLD, reason='no copies')),
-    *sorted(decoder.REMAT_POLICIES.keys() - {'offload', 'blocks'}),
-  ],
+  'remat', sorted(decoder.REMAT_POLICIES.keys() - {'blocks'})
 )
 def test_rematerialisation_changes_nothing(trees, remat):
   blocks, other = (
@@ -286,13 +277,6 @@ def test_layers_compiled_apart_are_in_no_loop(trees):
   )
   # One goes over the layers, one back.
   assert loop.count('stablehlo.while') - apart.count('stablehlo.while') == 2
-
-
-def test_a_cpu_without_the_copies_of_offload_is_told_so(monkeypatch):
-  monkeypatch.setattr(jax, '__version_info__', (0, 10, 1))
-  with pytest.raises(UserError, match='offload on a CPU needs JAX 0.10.2'):
-    resolve_remat('offload', 'cpu')
-  assert resolve_remat('blocks', 'cpu') == 'blocks'
 
 
 def test_the_compiler_is_given_the_options_of_the_settings(trees):
