@@ -207,7 +207,7 @@ def stream_tokens(
 def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
   end = min(len(ids) + sampling.max_new_tokens, config.max_positions)
   place = sharding.beside(params, ())
-  cache = cached.make_empty_cache(config, 1, _bucket(end), dtype, place)()
+  cache = cached.empty_cache(config, 1, _bucket(end), dtype, place)
   advance = functools.partial(
     _make_advance(config, dtype, place),
     params,

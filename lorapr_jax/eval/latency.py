@@ -99,9 +99,9 @@ def paired_generation(
     for name, (params, settings) in models.items():
       place = sharding.beside(params, ())
       length = prompt_tokens + new_tokens - 1
-      cache = cached.make_empty_cache(
+      cache = cached.empty_cache(
         settings.config, batch_size, length, settings.dtype, place
-      )()
+      )
       tokens = jax.block_until_ready(jax.device_put(prompt, place))
       jax.block_until_ready(cache)
       advance = _make_advance(settings, place)

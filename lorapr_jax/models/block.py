@@ -22,61 +22,60 @@ from lorapr_jax.models.layers import (
 )
 
 
-def _projections(
-  part: str,
-  config: LlamaConfig,
-  shape: LayerShape,
-  lora: LoraConfig | None,
-  matmul_dtype: Any,
-  valid: Array | None,
-) -> dict[str, LoRAEinsum]:
-  sizes = config.sizes(shape)
-  return {
-    name: LoRAEinsum(
-      spec=spec,
-      shape=tuple(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight)),
-      lora=lora if lora and name in lora.targets else None,
-      dtype=matmul_dtype,
-      use_bias=part in config.biased,
-      valid=valid,
-      name=name,
-    )
-    for name, spec in PROJECTIONS[part].items()
-  }
-
-
-def _lora_input(module: nn.Module, x: Array, lora: LoraConfig | None) -> Array:
-  """x with LoRA's dropout where a dropout key was given.
-
-  Projections that read the same input share one draw.
-  """
-  if lora and lora.dropout and module.has_rng('dropout'):
-    return dropout(module.make_rng('dropout'), x, lora.dropout)
-  return x
-
-
 def _activation(x: Array) -> Array:
   return checkpoint_name(x, ACTIVATION)
 
 
-class Attention(nn.Module):
-  """Grouped-query self-attention over tokens, (N, D) or (B, T, D).
-
-  The rotation says how long a sequence is: T.
-  """
+class _Part(nn.Module):
+  """What attention and the MLP share; attributes as of `Block`."""
 
   config: LlamaConfig
   shape: LayerShape
   lora: LoraConfig | None
   matmul_dtype: Any
   valid: Array | None
+
+  def projections(self, part: str) -> dict[str, LoRAEinsum]:
+    """Those of a part of a block, by name."""
+    sizes, lora = self.config.sizes(self.shape), self.lora
+    axes = {
+      name: Axes.of(ProjectionLetters.of(spec).weight)
+      for name, spec in PROJECTIONS[part].items()
+    }
+    return {
+      name: LoRAEinsum(
+        spec=spec,
+        shape=tuple(sizes[a] for a in axes[name]),
+        lora=lora if lora and name in lora.targets else None,
+        dtype=self.matmul_dtype,
+        use_bias=part in self.config.biased,
+        valid=self.valid,
+        name=name,
+      )
+      for name, spec in PROJECTIONS[part].items()
+    }
+
+  def lora_input(self, x: Array) -> Array:
+    """x with LoRA's dropout where a dropout key was given.
+
+    Projections that read the same input share one draw.
+    """
+    if self.lora and self.lora.dropout and self.has_rng('dropout'):
+      return dropout(self.make_rng('dropout'), x, self.lora.dropout)
+    return x
+
+
+class Attention(_Part):
+  """Grouped-query self-attention over tokens, (N, D) or (B, T, D).
+
+  The rotation says how long a sequence is: T.
+  """
+
   attend: Callable[..., Array]
 
   @nn.compact
   def __call__(self, x: Array, rotation: Rotation) -> Array:
-    sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
-    project = _projections('self_attn', *sizes)
-    lora_x = _lora_input(self, x, self.lora)
+    project, lora_x = self.projections('self_attn'), self.lora_input(x)
 
     def sequences(tokens: Array) -> Array:
       each = tokens.shape[x.ndim - 1 :]
@@ -90,26 +89,18 @@ class Attention(nn.Module):
     with jax.named_scope('attention'):
       out = _activation(self.attend(q, k, v))
     out = out.reshape(*x.shape[:-1], *out.shape[2:])
-    return project['o_proj'](out, _lora_input(self, out, self.lora))
+    return project['o_proj'](out, self.lora_input(out))
 
 
-class MLP(nn.Module):
+class MLP(_Part):
   """down(silu(gate(x)) * up(x)) over tokens, (N, D) or (B, T, D)."""
-
-  config: LlamaConfig
-  shape: LayerShape
-  lora: LoraConfig | None
-  matmul_dtype: Any
-  valid: Array | None
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
-    project = _projections('mlp', *sizes)
-    lora_x = _lora_input(self, x, self.lora)
+    project, lora_x = self.projections('mlp'), self.lora_input(x)
     gate = project['gate_proj'](x, lora_x)
     hidden = _activation(nn.silu(gate) * project['up_proj'](x, lora_x))
-    return project['down_proj'](hidden, _lora_input(self, hidden, self.lora))
+    return project['down_proj'](hidden, self.lora_input(hidden))
 
 
 class Block(nn.Module):

@@ -5,7 +5,6 @@ filled: (k, v) for each stack, both (L, B, S, K, H).
 """
 
 from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -15,30 +14,23 @@ from jax.sharding import Sharding
 
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, LlamaConfig, Stack
 from lorapr_jax.models.layers import RMSNorm, Rotation, rope_rotation
 from lorapr_jax.models.quantization import dequantized
 
 Cache = tuple[tuple[Array, Array], ...]
 
 
-def empty_cache(config: LlamaConfig, B: int, S: int, dtype: Any) -> Cache:
-  """Room for S positions of B sequences."""
+def empty_cache(
+  config: LlamaConfig, B: int, S: int, dtype: Any, place: Sharding | None = None
+) -> Cache:
+  """Room for S positions of B sequences, at `place`."""
 
-  def zeros(stack):
+  def zeros(stack: Stack) -> Array:
     K, H = stack.shape.num_kv_heads, config.head_dim
-    return jnp.zeros((stack.size, B, S, K, H), dtype)
+    return jnp.zeros((stack.size, B, S, K, H), dtype, device=place)
 
   return tuple((zeros(stack), zeros(stack)) for stack in config.stacks)
-
-
-@functools.cache
-def make_empty_cache(
-  config: LlamaConfig, B: int, S: int, dtype: Any, place: Sharding
-) -> Callable[[], Cache]:
-  """`empty_cache`, compiled; the cache lies at `place`."""
-  empty = functools.partial(empty_cache, config, B, S, dtype)
-  return jax.jit(empty, out_shardings=place)
 
 
 def hidden_states(

@@ -30,22 +30,15 @@ def forward_flops_per_token(
 
 
 def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
-  """The part of `forward_flops_per_token` that is causal attention.
-
-  Args:
-    config: the sizes.
-    seq_len: T, tokens.
-  """
+  """The part of `forward_flops_per_token` that is causal attention."""
   heads = sum(layer.num_heads for layer in config.layers)
   return 2.0 * config.head_dim * heads * (seq_len + 1)
 
 
 def kv_cache_bytes_per_token(config: LlamaConfig, bytes_each: int) -> int:
-  """Bytes that generation keeps of every token: a key and a value a KV head.
+  """What generation keeps of every token: a key and a value a KV head.
 
-  Args:
-    config: the sizes.
-    bytes_each: of a number in the cache.
+  A number in the cache takes `bytes_each`.
   """
   kv_heads = sum(layer.num_kv_heads for layer in config.layers)
   return 2 * kv_heads * config.head_dim * bytes_each

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lorapr_jax.axes import apply_masks
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LlamaConfig, LoraConfig, Stack
 from lorapr_jax.models.layers import (
   BLOCK,
   DROPOUT,
@@ -83,8 +83,7 @@ def observed_hidden_states(
       observed, and without biases is zero in every layer. None: there is none.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
-    scan_layers: whether a stack is a loop over its layers; else each layer is
-      compiled apart.
+    scan_layers: whether a stack is a loop; else each layer is compiled apart.
     flat: whether the layers see (N, D), not (B, T, D): a mesh that cuts B and
       T can cut no axis of both. XLA's CPU backend is faster with N.
     dtype: of the activations.
@@ -96,43 +95,43 @@ def observed_hidden_states(
     tokens of the squared input} of each layer and projection, or {}.
   """
   B, T = tokens.shape
-  if positions is None:
-    positions = jnp.arange(T)
+  positions = jnp.arange(T) if positions is None else positions
   rotation = rope_rotation(config, positions.astype(jnp.float32))
+  nothing = tuple({} for _ in config.stacks)
+  masks = nothing if masks is None else masks
   if lora is None:
-    lora_config, lora = None, tuple({} for _ in config.stacks)
+    lora_config, lora = None, nothing
   axes = block_axes(config.dequantized, lora_config)
-  if masks is None:
-    masks = tuple({} for _ in config.stacks)
-  if flat:
-    tokens = tokens.reshape(B * T)
-  x = params['embed_tokens']['weight'][tokens].astype(dtype)
-  if valid is not None:
-    x = jnp.where(valid.reshape(*tokens.shape, 1), x, 0)
+  x = _embedded(params, tokens.reshape(B * T) if flat else tokens, valid, dtype)
+  valid = valid if observe and config.biased else None
   observed = []
   for i, stack in enumerate(config.stacks):
     layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
-    keys = None
-    if dropout_key is not None:
-      keys = jax.random.split(
-        jax.random.fold_in(dropout_key, stack.start), stack.size
-      )
-    block = Block(
-      config,
-      stack.shape,
-      lora_config,
-      matmul_dtype,
-      attend,
-      valid if observe and config.biased else None,
-    )
+    inputs = (layers, masks[i], _dropout_keys(dropout_key, stack))
+    block = Block(config, stack.shape, lora_config, matmul_dtype, attend, valid)
     layer = _layer(block, axes, rotation, observe)
-    x, statistics = _run_stack(
-      layer, x, (layers, masks[i], keys), stack.size, remat, scan_layers
-    )
-    observed.append(statistics)
+    x, found = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
+    observed.append(found)
   norm = RMSNorm(config.norm_eps)
   x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
   return x, tuple(observed)
+
+
+def _embedded(
+  params: Any, tokens: Array, valid: Array | None, dtype: Any
+) -> Array:
+  """(..., D) for tokens (...), zero where there is padding."""
+  x = params['embed_tokens']['weight'][tokens].astype(dtype)
+  if valid is None:
+    return x
+  return jnp.where(valid.reshape(*tokens.shape, 1), x, 0)
+
+
+def _dropout_keys(key: Array | None, stack: Stack) -> Array | None:
+  """A key for each layer of a stack."""
+  if key is None:
+    return None
+  return jax.random.split(jax.random.fold_in(key, stack.start), stack.size)
 
 
 def _run_stack(

@@ -95,7 +95,7 @@ def test_what_is_timed_is_generation(random_params):
   settings = Compute(FULL, dtype=jnp.float32)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   prompt = jax.random.randint(jax.random.key(1), (2, 9), 0, 96)
-  cache = cached.make_empty_cache(FULL, 2, 14, jnp.float32, place)()
+  cache = cached.empty_cache(FULL, 2, 14, jnp.float32, place)
   advance = latency._make_advance(settings, place)
   cache, tokens = advance(params, cache, prompt, 0)
   drawn = [tokens]
