@@ -14,12 +14,8 @@ def pruning_report(
 ) -> dict[str, Any]:
   """The contents of pruning.json.
 
-  Args:
-    plan: what was asked for.
-    kept: by layer, the indices in the base's numbering. Query heads are
-      listed by KV head.
-    base: the base model's name, hash and sizes.
-    settings: of the method.
+  `kept` is by layer, in the base's numbering; query heads are listed by KV
+  head. `base` is its name, hash and sizes; `settings` are of the method.
   """
   return {
     'base': base,
@@ -35,21 +31,16 @@ def pruning_report(
 def model_card(
   pruning: Mapping[str, Any], sizes: LlamaConfig, layout: str, *, padded: bool
 ) -> str:
-  """A README.md for an exported folder.
+  """A README.md for a folder with a pruned model of these sizes.
 
-  Args:
-    pruning: the contents of pruning.json.
-    sizes: of the pruned model.
-    layout: of the folder.
-    padded: whether the weights have the sizes before the cut.
+  `pruning` is the contents of pruning.json. The weights of a padded folder have
+  the sizes before the cut.
   """
   shares = ', '.join(
     f'{share["achieved"]:.1%} of the {kind}'
     for kind, share in pruning['sparsity'].items()
   )
-  zeros = ''
-  if padded:
-    zeros = '\nWhat was removed is stored as zeros.'
+  zeros = '\nWhat was removed is stored as zeros.' if padded else ''
   name = pruning['base']['name']
   return f"""---
 base_model: {name}

@@ -1,9 +1,7 @@
 """A GGUF file or a Hugging Face folder into a Hugging Face folder."""
 
-from collections.abc import Callable, Iterator
 import functools
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -43,9 +41,18 @@ def convert(
   """
   Route('hf', path_of(destination)).check_path()
   if source == DEMO or source.endswith('.gguf'):
-    config, stored, tensors, beside = _of_gguf(source)
+    model = open_gguf(demo_gguf() if source == DEMO else source)
+    config, stored, tensors = model.config, 'float32', model.tensors()
+    beside = model.write_tokenizer
   else:
-    config, stored, tensors, beside = _of_folder(source)
+    config, shards = load_config(source), Shards(source)
+    check_tensors(shards, config)
+    stored = shards.dtype.name
+    # Not [...], which safetensors before 0.8 does not take.
+    tensors = (
+      (name, shards.slice_of(name)[:]) for name in hf_names(config).values()
+    )
+    beside = functools.partial(copy_companions, path_of(source))
   kind = np.dtype(dtype or stored)
   shapes = hf_shapes(param_shapes(config, kind), config)
   write_folder(
@@ -56,37 +63,3 @@ def convert(
     beside=beside,
   )
   return config
-
-
-class _Source(NamedTuple):
-  """What is converted.
-
-  Attributes:
-    config: its sizes.
-    dtype: of its weights, by name.
-    tensors: (Hugging Face's name, values) of each, in the order of `hf_names`.
-    beside: writes the tokenizer's files into a folder.
-  """
-
-  config: LlamaConfig
-  dtype: str
-  tensors: Iterator[tuple[str, np.ndarray]]
-  beside: Callable[[Path], None]
-
-
-def _of_gguf(source: str) -> _Source:
-  model = open_gguf(demo_gguf() if source == DEMO else source)
-  return _Source(
-    model.config, 'float32', model.tensors(), model.write_tokenizer
-  )
-
-
-def _of_folder(source: str) -> _Source:
-  config, shards = load_config(source), Shards(source)
-  check_tensors(shards, config)
-  # Not [...], which safetensors before 0.8 does not take.
-  tensors = (
-    (name, shards.slice_of(name)[:]) for name in hf_names(config).values()
-  )
-  beside = functools.partial(copy_companions, path_of(source))
-  return _Source(config, shards.dtype.name, tensors, beside)

@@ -104,11 +104,7 @@ def merge(
 ) -> Weights:
   """Adds LoRA to the weights; the result is an ordinary LLaMA.
 
-  Args:
-    params: the base.
-    lora: its adapters, by stack.
-    lora_config: the config of the adapters.
-    unmerged: whether to keep the weights without LoRA as well.
+  With `unmerged` the weights without LoRA are kept as well.
   """
   if unmerged:  # What is written must come to the same when it is merged.
     params = dequantized(params, params['norm']['weight'].dtype)

@@ -42,12 +42,6 @@ def export_run(
 ) -> dict[str, dict[str, Any]]:
   """Writes every format of export.format: {kind: the result of `write`}.
 
-  Args:
-    export: the config's section export.
-    workdir: of the run.
-    model: the run's model.
-    weights: its weights.
-
   Raises:
     RuntimeError: if what was read back computes something else.
   """
@@ -173,11 +167,7 @@ def _check(
 ) -> float:
   """Reads back what was written: its logits must be those of the weights.
 
-  Args:
-    route: the route by which it was written.
-    model: what is known of the model.
-    weights: what should have been written.
-    places: a sharding for every tensor of what was written.
+  `places` has a sharding for every tensor of what was written.
 
   Returns:
     The largest difference between two logits.
@@ -250,9 +240,7 @@ def _compared(found: jax.Array, expected: jax.Array) -> tuple[jax.Array, ...]:
 def _tolerance(dtype: str, stored: str) -> float:
   """How far logits may differ, as a share of the largest.
 
-  Args:
-    dtype: of the weights in memory.
-    stored: of the weights that were written.
+  `dtype` is that of the weights in memory, `stored` that of those written.
   """
   if stored == 'q8_0':
     return _BLOCKWISE

@@ -5,7 +5,9 @@ import signal
 import threading
 import time
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
+
+import jax
 
 from lorapr_jax.runtime import processes
 
@@ -69,11 +71,7 @@ def let_sigterm_end() -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class _Array(Protocol):
-  def is_ready(self) -> bool: ...
-
-
-def wait_for(array: _Array) -> None:
+def wait_for(array: jax.Array) -> None:
   """Waits until an array is computed, and lets signal handlers run meanwhile.
 
   Python runs no handler while it waits inside JAX, however often Ctrl-C comes.

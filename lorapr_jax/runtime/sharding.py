@@ -40,12 +40,7 @@ def mesh_sizes(
 ) -> dict[str, int]:
   """The size of each mesh axis. One may be -1: it gets the devices left over.
 
-  Args:
-    data: the size of the axis data.
-    fsdp: the size of the axis fsdp.
-    tensor: the size of the axis tensor.
-    sequence: the size of the axis sequence.
-    devices: how many devices there are; None: all of this machine or pod.
+  Without `devices` they are all of this machine or pod.
 
   Raises:
     UserError: if the sizes do not multiply to the number of devices.
@@ -115,10 +110,7 @@ def sharding(
 ) -> NamedSharding:
   """The sharding of a tensor with these axis names.
 
-  Args:
-    mesh: the mesh.
-    axes: the axis names.
-    shape: if given, its sizes are checked against the mesh.
+  Where `shape` is given, its sizes are checked against the mesh.
 
   Raises:
     MeshError: naming the axis, its size and the mesh axis that does not
@@ -143,10 +135,7 @@ def _places(rule: str | tuple[str, ...] | None) -> tuple[str, ...]:
 def shardings(mesh: Mesh, axes: Any, shapes: Any) -> Any:
   """The sharding of every tensor of a tree, sizes checked.
 
-  Args:
-    mesh: the mesh.
-    axes: a tree of axis names.
-    shapes: a tree of arrays or `jax.ShapeDtypeStruct` of the same structure.
+  `shapes` has an array or a `jax.ShapeDtypeStruct` for each `Axes`.
   """
   return jax.tree.map(lambda a, x: sharding(mesh, a, x.shape), axes, shapes)
 
