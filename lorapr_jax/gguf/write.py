@@ -112,19 +112,11 @@ def _sizes(config: LlamaConfig) -> dict[str, Any]:
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
   """Adds a key in the type that llama.cpp reads it as."""
-  match value:
-    case bool():
-      writer.add_bool(key, value)
-    case int():
-      writer.add_uint32(key, value)
-    case float():
-      writer.add_float32(key, value)
-    case str():
-      writer.add_string(key, value)
-    case list():
-      writer.add_array(key, value)
-    case _:
-      raise TypeError(f'{key}: {value!r}')
+  kind = gguf.GGUFValueType.get_type(value)
+  if kind == gguf.GGUFValueType.INT32:
+    kind = gguf.GGUFValueType.UINT32
+  if value != []:  # GGUF has no empty lists.
+    writer.add_key_value(key, value, kind)
 
 
 def _write_tensors(
