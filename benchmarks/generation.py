@@ -75,7 +75,7 @@ def main() -> None:
         repeats=1,
       )['ours']
       # Each runs twice, of which the second counts: the other's has gone by.
-      one = times.prefill[0], times.decode[0]
+      one = times['prefill'][0], times['decode'][0]
       transformers_turn(theirs, prompt, args.new_tokens)
       turns.append((one, transformers_turn(theirs, prompt, args.new_tokens)))
     for i, phase in enumerate(('prefill', 'decode')):

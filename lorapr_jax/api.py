@@ -233,12 +233,7 @@ def generate(
   question = {'role': 'user', 'content': prompt}
   ids = generation.encode_prompt(tokenizer, config, [question], raw=raw)
   loaded = in_memory(model, dtype)
-  tokens = generation.stream_tokens(
-    loaded.params,
-    config,
-    ids,
-    sampling,
-    stop=generation.stop_ids(folder),
-    dtype=loaded.dtype,
+  pieces = generation.stream_text(
+    loaded.params, config, tokenizer, ids, sampling, dtype=loaded.dtype
   )
-  return ''.join(generation.detokenize(tokenizer, ids, tokens))
+  return ''.join(pieces)

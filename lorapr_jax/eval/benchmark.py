@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 import statistics
 from typing import Any
 
-from lorapr_jax.eval.latency import GenerationTimes, paired_generation
+from lorapr_jax.eval.latency import paired_generation
 from lorapr_jax.hf.load import Model, load
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.cost import (
@@ -90,7 +90,7 @@ def _describe(folder: str, model: Model) -> dict[str, Any]:
 
 
 def compare(
-  times: Mapping[str, GenerationTimes],
+  times: Mapping[str, Mapping[str, Sequence[float]]],
   phase: str,
   tokens: int,
   flops: Mapping[str, float],
@@ -98,12 +98,12 @@ def compare(
   """Medians of a phase; the speed-up is the median of the turns' own.
 
   Args:
-    times: of each model.
+    times: as `paired_generation` gives them.
     phase: 'prefill' or 'decode'.
     tokens: that one time is of.
     flops: of a token, of each model.
   """
-  seconds = {name: getattr(value, phase) for name, value in times.items()}
+  seconds = {name: phases[phase] for name, phases in times.items()}
   row: dict[str, Any] = {}
   for name, values in seconds.items():
     median = statistics.median(values)

@@ -123,34 +123,25 @@ def stream_text(
   params: Any,
   config: LlamaConfig,
   tokenizer: Tokenizer,
-  prompt: str,
+  prompt_ids: Sequence[int],
   sampling: Sampling,
   *,
   dtype: Any,
-  chat: bool = False,
 ) -> Iterator[str]:
   """Yields the text that follows a prompt, piece by piece.
 
-  Args:
-    params: the weights.
-    config: the sizes.
-    tokenizer: the model's; its folder says which ids end a text.
-    prompt: a text.
-    sampling: how tokens are drawn.
-    dtype: of the computation.
-    chat: whether the prompt is a user's message, for the chat template.
-
-  Raises:
-    UserError: at once, if the prompt is empty or too long, or if there is no
-      chat template.
+  The tokenizer's folder says which ids end it. The rest is as of
+  `stream_tokens`.
   """
-  if chat:
-    ids = tokenizer.encode_chat([{'role': 'user', 'content': prompt}])
-  else:
-    ids = tokenizer.encode(prompt)
-  stop = stop_ids(tokenizer.folder)
-  tokens = stream_tokens(params, config, ids, sampling, stop=stop, dtype=dtype)
-  return detokenize(tokenizer, ids, tokens)
+  tokens = stream_tokens(
+    params,
+    config,
+    prompt_ids,
+    sampling,
+    stop=stop_ids(tokenizer.folder),
+    dtype=dtype,
+  )
+  return detokenize(tokenizer, prompt_ids, tokens)
 
 
 def detokenize(
@@ -209,7 +200,7 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
   place = sharding.beside(params, ())
   cache = cached.empty_cache(config, 1, _bucket(end), dtype, place)
   advance = functools.partial(
-    _make_advance(config, dtype, place),
+    make_advance(config, dtype, place),
     params,
     key=jax.random.key(sampling.seed),
     temperature=sampling.temperature,
@@ -218,13 +209,13 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
   for start in range(0, len(ids), _LARGEST):
     chunk = ids[start : start + _LARGEST]
     padded = np.pad(chunk, (0, _bucket(len(chunk)) - len(chunk)))
-    cache, token = advance(cache, padded, start, len(chunk))
+    cache, token = advance(cache, padded[None], start, len(chunk))
   for position in range(len(ids), end):
     drawn = token
     # Start the next token before waiting for this one.
     if position + 1 < end:
       cache, token = advance(cache, drawn, position, 1)
-    if (value := int(drawn[0])) in stop:
+    if (value := drawn.item()) in stop:
       return
     yield value
 
@@ -235,24 +226,26 @@ def _bucket(count: int) -> int:
 
 
 @functools.cache
-def _make_advance(
+def make_advance(
   config: LlamaConfig, dtype: Any, place: Sharding
 ) -> Callable[..., tuple[cached.Cache, Array]]:
   """The function of one step, compiled for each length of tokens and cache.
 
-  (params, cache, tokens (T,), start, count, key, temperature, top_p) ->
-  (cache, the token (1,) that follows). The tokens are at positions `start`,
+  (params, cache, tokens (B, T), start, count, key, temperature, top_p) ->
+  (cache, the tokens (B, 1) that follow). The tokens are at positions `start`,
   start + 1, ... All after the first `count` are padding; the next step
-  overwrites what they leave in the cache. The old cache is donated.
+  overwrites what they leave in the cache. The old cache is donated. All rows
+  draw with the same key.
   """
 
   def advance(params, cache, tokens, start, count, key, temperature, top_p):
     hidden, cache = cached.hidden_states(
-      params, tokens[None], cache, start, config, dtype=dtype
+      params, tokens, cache, start, config, dtype=dtype
     )
-    logits = decoder.logits(params, hidden[0, count - 1])
+    logits = decoder.logits(params, hidden[:, count - 1])
     key = jax.random.fold_in(key, start + count)
-    return cache, sample(logits, key, temperature, top_p)[None]
+    draw = jax.vmap(sample, in_axes=(0, None, None, None))
+    return cache, draw(logits, key, temperature, top_p)[:, None]
 
   return jax.jit(
     advance,

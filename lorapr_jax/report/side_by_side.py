@@ -2,22 +2,33 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+import statistics
 from typing import Any
 
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.generation import Sampling, stream_text
-from lorapr_jax.eval.latency import paired_latency
+from lorapr_jax.eval.latency import paired_generation
 from lorapr_jax.models.compute import Compute
-
-_LATENCY = {'batch_size': 1, 'seq_len': 128}
 
 # Name -> (params, what runs them).
 Models = Mapping[str, tuple[Any, Compute]]
 
 
 def latencies(models: Models) -> dict[str, Any]:
-  """Seconds of a prefill by model, and of which batch and length."""
-  return {**paired_latency(dict(models), **_LATENCY), **_LATENCY}
+  """Median seconds of a prefill by model, and of which batch and length."""
+  batch_size, seq_len = 1, 128
+  times = paired_generation(
+    models,
+    batch_size=batch_size,
+    prompt_tokens=seq_len,
+    new_tokens=1,
+    repeats=7,
+  )
+  return {
+    **{name: statistics.median(x['prefill']) for name, x in times.items()},
+    'batch_size': batch_size,
+    'seq_len': seq_len,
+  }
 
 
 def generations(
@@ -30,12 +41,6 @@ def generations(
 
   Greedily, so that nothing but the model makes the difference. Empty for
   random weights, which have no tokenizer.
-
-  Args:
-    models: by name.
-    folder: of their tokenizer; None: random weights.
-    prompts: texts to continue.
-    max_new_tokens: of each.
   """
   if folder is None or not prompts:
     return []
@@ -43,8 +48,9 @@ def generations(
   sampling = Sampling(max_new_tokens)
 
   def go_on(prompt: str, params: Any, compute: Compute) -> str:
+    ids, config = tokenizer.encode(prompt), compute.config
     pieces = stream_text(
-      params, compute.config, tokenizer, prompt, sampling, dtype=compute.dtype
+      params, config, tokenizer, ids, sampling, dtype=compute.dtype
     )
     return ''.join(pieces)
 

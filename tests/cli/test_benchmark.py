@@ -1,6 +1,7 @@
 """benchmark: times of a prompt and of what follows, of folders in turns."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -8,12 +9,10 @@ import jax.numpy as jnp
 import pytest
 
 from lorapr_jax.cli.main import main
-from lorapr_jax.eval import latency
 from lorapr_jax.eval.benchmark import compare
-from lorapr_jax.eval.generation import Sampling, stream_tokens
+from lorapr_jax.eval.generation import Sampling, make_advance, stream_tokens
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import cached
-from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig
 from lorapr_jax.models.trees import init_params
 
@@ -76,8 +75,8 @@ def test_one_folder_has_nothing_to_be_faster_than(folders, capsys):
 def test_the_speed_up_is_that_of_turns_not_of_medians():
   # The machine was three times as slow in the last turn, for both.
   times = {
-    'model': latency.GenerationTimes((1.0, 1.0, 3.0), (0.1, 0.1, 0.3)),
-    'against': latency.GenerationTimes((2.0, 4.0, 6.0), (0.2, 0.2, 0.6)),
+    'model': {'prefill': [1.0, 1.0, 3.0], 'decode': [0.1, 0.1, 0.3]},
+    'against': {'prefill': [2.0, 4.0, 6.0], 'decode': [0.2, 0.2, 0.6]},
   }
   flops = {'model': 10.0, 'against': 25.0}
   row = compare(times, 'prefill', 32, flops)
@@ -90,17 +89,22 @@ def test_the_speed_up_is_that_of_turns_not_of_medians():
   assert compare(times, 'decode', 2, flops)['speedup'] == pytest.approx(2.0)
 
 
-def test_what_is_timed_is_generation(random_params):
+def test_a_batch_is_continued_row_by_row(random_params):
   params = random_params(FULL)
-  settings = Compute(FULL, dtype=jnp.float32)
   place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   prompt = jax.random.randint(jax.random.key(1), (2, 9), 0, 96)
   cache = cached.empty_cache(FULL, 2, 14, jnp.float32, place)
-  advance = latency._make_advance(settings, place)
-  cache, tokens = advance(params, cache, prompt, 0)
+  advance = functools.partial(
+    make_advance(FULL, jnp.dtype('float32'), place),
+    params,
+    key=jax.random.key(0),
+    temperature=0.0,
+    top_p=1.0,
+  )
+  cache, tokens = advance(cache, prompt, 0, 9)
   drawn = [tokens]
   for position in range(9, 14):
-    cache, tokens = advance(params, cache, tokens, position)
+    cache, tokens = advance(cache, tokens, position, 1)
     drawn.append(tokens)
   for row, ids in zip(jnp.concatenate(drawn, axis=1), prompt, strict=True):
     sampling = Sampling(max_new_tokens=6)

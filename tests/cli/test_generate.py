@@ -54,8 +54,9 @@ def expected(folders, load):
     tokenizer = Tokenizer(folders / 'raw')
     config, params = load(folders / 'raw')
     sampling = generation.Sampling(8)
+    ids = tokenizer.encode(prompt)
     pieces = generation.stream_text(
-      params, config, tokenizer, prompt, sampling, dtype='float32'
+      params, config, tokenizer, ids, sampling, dtype='float32'
     )
     return ''.join(pieces)
 

@@ -195,7 +195,7 @@ def test_a_handful_of_compilations(random_params):
     for temperature in (0.0, 0.7):
       sampling = Sampling(4, temperature, 0.9, seed=length)
       assert len(_tokens(params, config, _prompt(length), sampling)) == 4
-  step = generation._make_advance(config, jnp.dtype('float32'), place)
+  step = generation.make_advance(config, jnp.dtype('float32'), place)
   # One token, or a prompt of up to 16, into a cache of 16; and one token, or
   # a prompt of up to 16 or 32, into a cache of 32.
   assert step._cache_size() == 2 + 3
@@ -212,7 +212,7 @@ def test_sharded_weights_are_used_where_they_lie(random_params):
       _tokens(params, CONFIG, _prompt(length))
     )
   place = sharding.beside(sharded, ())
-  step = generation._make_advance(CONFIG, jnp.dtype('float32'), place)
+  step = generation.make_advance(CONFIG, jnp.dtype('float32'), place)
   assert step._cache_size() == 2
 
 
@@ -294,13 +294,14 @@ def test_text_is_streamed_from_a_prompt_or_a_message(
   tokenizer = Tokenizer(add_tokenizer(tmp_path, 'chat_template.jinja'))
   (tmp_path / 'config.json').write_text('{"eos_token_id": 0}')
   params = random_params(CONFIG)
-  for chat, prompt in ((False, 'the'), (True, '<|user|>the\n<|assistant|>')):
-    ids = tokenizer.encode(prompt)
+  for chat in (False, True):
+    question = [{'role': 'user', 'content': 'the'}]
+    ids = generation.encode_prompt(tokenizer, CONFIG, question, raw=not chat)
+    prompt = '<|user|>the\n<|assistant|>' if chat else 'the'
+    assert ids.tolist() == tokenizer.encode(prompt).tolist()
     want = tokenizer.decode(_tokens(params, CONFIG, ids, Sampling(20)))
     pieces = generation.stream_text(
-      *(params, CONFIG, tokenizer, 'the', Sampling(20)),
-      dtype='float32',
-      chat=chat,
+      params, CONFIG, tokenizer, ids, Sampling(20), dtype='float32'
     )
     assert ''.join(pieces).rstrip('\ufffd') == want.rstrip('\ufffd')
     assert len(want) > 5
