@@ -47,7 +47,6 @@ def test_a_run_prunes_exactly_what_was_asked_and_exports_it(undisturbed):
   assert perplexity['dense'] | {'value': 0} == {
     'value': 0,
     'data': 'synthetic:1?windows=32',
-    'split': None,
     'seq_len': 32,
     'windows': 32,
   }

@@ -15,14 +15,14 @@ def entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
       'name': name if names.count(name) == 1 else str(run.workdir),
       'workdir': str(run.workdir),
       'model': run.summary['model'],
-      'base': run.base,
+      'base': run.summary['base'],
       'params_dense': run.summary['params_dense'],
       'params_pruned': run.summary['params_pruned'],
       'params_kept': run.summary['params_pruned'] / run.summary['params_dense'],
       'heads_removed': run.summary['sparsity']['heads']['achieved'],
       'channels_removed': run.summary['sparsity']['channels']['achieved'],
-      'perplexity': run.summary.get('perplexity') or None,
-      'latency': run.summary.get('latency'),
+      'perplexity': run.summary['perplexity'] or None,
+      'latency': run.summary['latency'],
       'seconds': sum(run.summary['seconds'].values()),
     }
     for name, run in zip(names, runs, strict=True)
@@ -50,14 +50,13 @@ def warnings(compared: Sequence[dict[str, Any]]) -> list[str]:
 def _base(entry: dict[str, Any]) -> str:
   # Copies of a folder are the same base: they have the same hash. Random
   # weights have none.
-  sha256 = entry['base'].get('sha256')
+  sha256 = entry['base']['sha256']
   return f'SHA-256 {sha256[:12]}...' if sha256 else entry['model']
 
 
 # Perplexities compare if all of these are the same.
 _MEASURED_ON = {
   'other data': lambda entry: entry['perplexity']['pruned']['data'],
-  'another split': lambda entry: entry['perplexity']['pruned'].get('split'),
   'another length': lambda entry: entry['perplexity']['pruned']['seq_len'],
   'other windows': lambda entry: entry['perplexity']['pruned']['windows'],
   'another base': _base,

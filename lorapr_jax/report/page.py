@@ -7,7 +7,6 @@ from pathlib import Path
 import shlex
 from typing import Any
 
-from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.report import comparison, kept_map, plots, units
 from lorapr_jax.report.run import Run, read_run
@@ -26,8 +25,6 @@ _KINDS = {'heads': 'heads', 'channels': 'channels', 'params': 'parameters'}
 def render_report(workdir: str | Path) -> str:
   """The page of one run, made from the files of its workdir.
 
-  The page says what is missing because an older version made the run.
-
   Raises:
     UserError: if the run is not finished, or a file is damaged.
   """
@@ -35,7 +32,6 @@ def render_report(workdir: str | Path) -> str:
   summary = run.summary
   return _render(
     'report.html.jinja',
-    run=run,
     summary=summary,
     verdict=_verdict(summary),
     targets=[
@@ -46,10 +42,10 @@ def render_report(workdir: str | Path) -> str:
     curves=_curves(run),
     kept=_kept(run),
     importance=_importance(run),
-    warnings=_warnings(run),
+    warnings=_warnings(summary),
     total_seconds=sum(summary['seconds'].values()),
     exports=_exports(run),
-    command=_command(summary.get('command', '')),
+    command=_command(summary['command']),
     config_json=json.dumps(run.config, indent=2, ensure_ascii=False),
   )
 
@@ -103,57 +99,47 @@ def _verdict(summary: Mapping[str, Any]) -> str:
       f'{1 - pruned / dense:.1%} of the parameters were removed '
       f'({units.parameters(dense)} to {units.parameters(pruned)})'
     )
-  parts = []
-  if summary.get('perplexity'):
+  quality = 'perplexity was not measured'
+  if summary['perplexity']:
     before, after = (summary['perplexity'][k] for k in ('dense', 'pruned'))
-    parts.append(
+    quality = (
       f'perplexity went from {before["value"]:.2f} to {after["value"]:.2f} on '
       f'{before["data"]}'
     )
-  else:
-    parts.append('perplexity was not measured')
-  if latency := summary.get('latency'):
-    ratio = latency['pruned'] / latency['dense']
-    word = 'less' if ratio <= 1 else 'more'
-    parts.append(f'a prefill takes {abs(1 - ratio):.1%} {word} time')
-  return f'{text}; {" and ".join(parts)}.'
+  ratio = summary['latency']['pruned'] / summary['latency']['dense']
+  change = f'{abs(1 - ratio):.1%} {"less" if ratio <= 1 else "more"}'
+  return f'{text}; {quality} and a prefill takes {change} time.'
 
 
 def _before_after(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
   rows = []
 
   def add(name, pair, form, note=''):
-    if pair:
-      before, after = pair['dense'], pair['pruned']
-      rows.append(
-        {
-          'name': name,
-          'note': note,
-          'dense': form(before),
-          'pruned': form(after),
-          'change': units.change(before, after),
-        }
-      )
+    before, after = pair['dense'], pair['pruned']
+    rows.append(
+      {
+        'name': name,
+        'note': note,
+        'dense': form(before),
+        'pruned': form(after),
+        'change': units.change(before, after),
+      }
+    )
 
   params = {k: summary[f'params_{k}'] for k in ('dense', 'pruned')}
   add('parameters', params, units.count)
-  add('size of the weights', summary.get('bytes'), units.size)
-  flops = summary.get('flops_per_token')
-  note = flops and f'forward, at {flops["seq_len"]} tokens of context'
+  add('size of the weights', summary['bytes'], units.size)
+  flops = summary['flops_per_token']
+  note = f'forward, at {flops["seq_len"]} tokens of context'
   add('operations for a token', flops, units.operations, note)
-  cache = summary.get('kv_cache_bytes_per_token')
-  add('KV cache for a token', cache, units.size)
-  measured = summary.get('perplexity')
-  if measured:
+  add('KV cache for a token', summary['kv_cache_bytes_per_token'], units.size)
+  if measured := summary['perplexity']:
     on = measured['dense']
-    split = f', split {on["split"]}' if on.get('split') else ''
-    note = (
-      f'{on["data"]}{split}, {on["windows"]} windows of {on["seq_len"]} tokens'
-    )
+    note = f'{on["data"]}, {on["windows"]} windows of {on["seq_len"]} tokens'
     values = {k: measured[k]['value'] for k in ('dense', 'pruned')}
     add('perplexity', values, '{:.2f}'.format, note)
-  latency = summary.get('latency')
-  note = latency and (
+  latency = summary['latency']
+  note = (
     f'median of a prefill of {latency["batch_size"]} x {latency["seq_len"]} '
     'tokens, where the run ran'
   )
@@ -164,12 +150,10 @@ def _before_after(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _curves(run: Run) -> dict[str, str]:
   """The figures over steps; {} if nothing was logged."""
   records = run.metrics
-  curves = {}
-  if records:
-    curves['loss'] = plots.loss(records)
-    curves['sparsity'] = plots.sparsity(records)
-  measured = run.summary.get('perplexity')
-  if records and measured:
+  if not records:
+    return {}
+  curves = {'loss': plots.loss(records), 'sparsity': plots.sparsity(records)}
+  if measured := run.summary['perplexity']:
     curves['perplexity'] = plots.perplexity(
       records,
       measured['dense']['value'],
@@ -214,17 +198,12 @@ def _importance(run: Run) -> list[dict[str, Any]]:
   return result
 
 
-def _warnings(run: Run) -> list[str]:
-  found = list(run.summary.get('warnings', ()))
-  last = run.metrics[-1] if run.metrics else {}
-  skipped = run.summary.get('skipped_steps', last.get('skipped', 0))
-  if skipped and not any('skipped' in text for text in found):
-    found.append(f'{skipped} steps were skipped: gradients were not finite')
-  values = run.summary.get('perplexity') or {}
-  for name, measured in values.items():
-    if not math.isfinite(measured['value']):
-      found.append(f'the perplexity of the {name} model is not finite')
-  return found
+def _warnings(summary: Mapping[str, Any]) -> list[str]:
+  return summary['warnings'] + [
+    f'the perplexity of the {name} model is not finite'
+    for name, measured in summary['perplexity'].items()
+    if not math.isfinite(measured['value'])
+  ]
 
 
 def _exports(run: Run) -> list[dict[str, Any]]:
@@ -262,14 +241,7 @@ def _loaders(kind: str, export: Mapping[str, Any]) -> list[str]:
 
 def _command(command: str) -> str:
   """The command line that started the run, from its sys.argv."""
-  if not command:
-    return ''
-  try:
-    program, *rest = shlex.split(command)
-  except ValueError as error:
-    raise UserError(
-      f'the command in summary.json is damaged: {error}'
-    ) from None
+  program, *rest = shlex.split(command)
   if Path(program).parts[-2:] == ('lorapr_jax', '__main__.py'):
     words = ['python', '-m', 'lorapr_jax']
   else:

@@ -16,8 +16,13 @@ from lorapr_jax.runtime.workdir import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
 IMPORTANCE_FILE = 'importance.safetensors'
 PRUNING_FILE = 'export/pruning.json'
-# What every version writes into its summary.
-_REQUIRED = ('model', 'params_dense', 'params_pruned', 'sparsity', 'seconds')
+# What the report reads of a summary.
+_REQUIRED = (
+  *('model', 'base', 'params_dense', 'params_pruned', 'bytes'),
+  *('flops_per_token', 'kv_cache_bytes_per_token', 'sparsity', 'perplexity'),
+  *('latency', 'generations', 'seconds', 'tokens_per_second'),
+  *('peak_memory_bytes', 'warnings', 'exports', 'versions', 'command'),
+)
 
 
 class Scores(NamedTuple):
@@ -34,27 +39,24 @@ class Scores(NamedTuple):
 
 
 class Run(NamedTuple):
-  """The content of a workdir's files. That of a missing file is empty.
+  """The content of a workdir's files.
 
   Attributes:
     workdir: the folder.
     config: every setting.
-    sizes: the base's sizes, by the keys of a config.json.
     summary: summary.json.
     metrics: the lines of metrics.jsonl.
-    kept: {group: (layers, members), bool}, of all layers.
+    kept: {group: (layers, members), bool}, of all layers; {} if nothing was
+      pruned, or if the export lies elsewhere.
     scores: {group: {layer: Scores}}, of the layers that were pruned.
-    base: the base's name and sha256.
   """
 
   workdir: Path
   config: dict[str, Any]
-  sizes: dict[str, Any]
   summary: dict[str, Any]
   metrics: list[dict[str, Any]]
   kept: dict[str, np.ndarray]
   scores: dict[str, dict[int, Scores]]
-  base: dict[str, Any]
 
 
 def read_run(workdir: str | Path) -> Run:
@@ -67,36 +69,24 @@ def read_run(workdir: str | Path) -> Run:
   workdir = path_of(workdir)
   if not is_folder(workdir):
     raise UserError(f'{workdir} does not exist, or is no folder')
-  metrics = _read_metrics(workdir / METRICS_FILE)
-  summary = _read_summary(workdir, metrics)
-  run = _read_if_there(workdir / RUN_FILE)
-  pruning = _read_if_there(workdir / PRUNING_FILE)
-  base = pruning.get('base', {})
-  sizes = base.get('config') or run.get('resolved', {}).get('model', {})
+  summary = _read_summary(workdir)
   return Run(
     workdir=workdir,
-    config=run.get('config', {}),
-    sizes=sizes,
+    config=read_json(workdir / RUN_FILE)['config'],
     summary=summary,
-    metrics=metrics,
-    kept=_kept_by_group(pruning.get('kept', []), sizes),
+    metrics=_read_metrics(workdir / METRICS_FILE),
+    kept=_read_kept(workdir / PRUNING_FILE),
     scores=_read_scores(workdir / IMPORTANCE_FILE),
-    base=summary.get('base') or {k: base.get(k) for k in ('name', 'sha256')},
   )
 
 
-def _read_if_there(path: Path) -> dict[str, Any]:
-  return read_json(path) if path.exists() else {}
-
-
-def _read_summary(
-  workdir: Path, metrics: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _read_summary(workdir: Path) -> dict[str, Any]:
   path = workdir / SUMMARY_FILE
   if not path.exists():
     if not (workdir / RUN_FILE).exists():
       raise UserError(f'{workdir} holds no run: it has no {RUN_FILE}')
     steps = _planned_steps(read_json(workdir / RUN_FILE)['config'])
+    metrics = _read_metrics(workdir / METRICS_FILE)
     done = metrics[-1]['step'] + 1 if metrics else 0
     raise UserError(
       f'{workdir} holds a run that is not finished: step {done} of {steps} is '
@@ -128,11 +118,12 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
     raise UserError(f'{path} has a line that is not JSON: {error}') from None
 
 
-def _kept_by_group(
-  layers: list[dict[str, Any]], sizes: dict[str, Any]
-) -> dict[str, np.ndarray]:
-  if not layers or not sizes:
+def _read_kept(path: Path) -> dict[str, np.ndarray]:
+  pruning = read_json(path) if path.exists() else {}
+  layers = pruning.get('kept')
+  if not layers:
     return {}
+  sizes = pruning['base']['config']
   kv_heads = sizes['num_key_value_heads']
   totals = {
     KV_HEADS: (1, kv_heads),

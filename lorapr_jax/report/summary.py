@@ -123,9 +123,6 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
     name: {
       'value': result.perplexity,
       'data': result.data,
-      'split': result.data.split(':')[2]
-      if result.data.startswith('demo:')
-      else None,
       'seq_len': result.seq_len,
       'windows': result.windows,
     }

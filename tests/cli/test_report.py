@@ -80,7 +80,6 @@ def test_several_runs_are_a_table_and_a_page(
   ('change', 'reason'),
   [
     (lambda p: p.update(data='x'), 'other data'),
-    (lambda p: p.update(split='x'), 'another split'),
     (lambda p: p.update(seq_len=9), 'another length'),
     (lambda p: p.update(windows=9), 'other windows'),
   ],

@@ -155,25 +155,18 @@ def test_a_page_says_what_is_not_there(workdir):
   (workdir / 'export' / 'pruning.json').unlink()
 
   def change(summary):
-    summary['exports'] = {}
     summary['perplexity'] = {}
-    for key in (
-      *('base', 'bytes', 'flops_per_token', 'generations'),
-      *('kv_cache_bytes_per_token', 'warnings', 'skipped_steps', 'command'),
-      *('latency', 'peak_memory_bytes', 'tokens_per_second', 'versions'),
-    ):
-      del summary[key]
+    summary['generations'] = []
 
   change_summary(workdir, change)
   page = check_alone(render_report(workdir))
   for piece in (
-    'perplexity was not measured.',
+    'perplexity was not measured and',
     'No perplexity was measured',
     'metrics.jsonl is not there or empty',
     'export/pruning.json is not there',
     'importance.safetensors is not there',
     'The run holds no generations.',
-    'The command was not recorded.',
   ):
     assert piece in page.text, piece
 
@@ -192,16 +185,14 @@ def test_a_run_without_steps_that_prune_has_no_map(workdir):
   assert 'Nothing was pruned.' in text
 
 
-def test_warnings_are_listed_and_skipped_steps_are_one(workdir):
+def test_warnings_are_listed_and_what_is_not_finite_is_one(workdir):
   def change(summary):
     summary['warnings'] = ['tokens were dropped']
-    summary['skipped_steps'] = 3
     summary['perplexity']['pruned']['value'] = float('inf')
 
   change_summary(workdir, change)
   text = Page(render_report(workdir)).text
   assert 'tokens were dropped' in text
-  assert '3 steps were skipped' in text
   assert 'the perplexity of the pruned model is not finite' in text
 
 
@@ -248,7 +239,7 @@ def test_runs_that_compare_are_said_to(finished_run, workdir):
     (
       'summary.json',
       '{"model": "x"}',
-      "no summary of ours: it has no 'params_",
+      "no summary of ours: it has no 'base'",
     ),
     ('summary.json', '{"mod', 'is not JSON'),
     ('metrics.jsonl', '{"step": 1, "lo\n', 'a line that is not JSON'),
