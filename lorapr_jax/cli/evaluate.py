@@ -137,8 +137,6 @@ def show_suite(
         'results': [
           {
             'name': result.name,
-            'split': result.split,
-            'made_of': result.made_of,
             'left_out': result.left_out,
             **dataclasses.asdict(result.measured),
           }
@@ -149,14 +147,14 @@ def show_suite(
     )
     return
   table = _table(
-    ('text', 'split', 'of'),
+    ('text',),
     ('seq_len', 'windows', 'left out', 'perplexity', 'tokens/s'),
   )
   for result in measured:
     figures = result.measured
     table.add_row(
-      *(result.name, result.split, result.made_of),
-      *(str(figures.seq_len), f'{figures.windows:,}', f'{result.left_out:,}'),
+      *(result.name, str(figures.seq_len)),
+      *(f'{figures.windows:,}', f'{result.left_out:,}'),
       f'{figures.perplexity:.2f}',
       f'{figures.tokens_per_second:,.0f}',
     )

@@ -7,16 +7,13 @@ and each window is scored by itself.
 
 from collections.abc import Iterator
 import dataclasses
+import itertools
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from lorapr_jax.data.hub import parse_hub
 from lorapr_jax.data.pipeline import check_vocabulary
 from lorapr_jax.data.sources import Spec, evaluation_text, parse_spec
-from lorapr_jax.data.text_files import find_files, kind
-from lorapr_jax.data.tfds import parse_tfds
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
@@ -39,16 +36,11 @@ class TextPerplexity:
 
   Attributes:
     name: the text's name.
-    split: the split of the data set; `file` for a file.
-    made_of: `rows`, `lines` or `texts` if these were joined by blank lines;
-      `one text` if the text is as it was.
     left_out: the number of tokens that are in no measured window.
     measured: the perplexity.
   """
 
   name: str
-  split: str
-  made_of: str
   left_out: int
   measured: Perplexity
 
@@ -106,80 +98,49 @@ def evaluate_suite(
       f'seq_len is {min(lengths)}, but the model has {limit} positions '
       '(max_position_embeddings)'
     )
-  read = [
-    _Text(name, spec, _tokens(spec, tokenizer, config.vocab_size))
+  ids = {
+    name: _tokens(spec, tokenizer, config.vocab_size)
     for name, spec in specs.items()
-  ]
-  plan = [
-    (text, length, _obstacle(text, length, limit))
-    for text in read
-    for length in lengths
-  ]
-  reasons = [reason for *_, reason in plan]
-  if all(reasons) or (seq_len is not None and any(reasons)):
-    text, length, reason = next(entry for entry in plan if entry[-1])
-    raise UserError(f'{text.name}: {reason}, fewer than one window of {length}')
+  }
+  plan = list(itertools.product(texts, lengths))
+  skipped = {
+    (name, length): Skipped(name, length, reason)
+    for name, length in plan
+    if (reason := _obstacle(texts[name], len(ids[name]), length, limit))
+  }
+  if len(skipped) == len(plan) or (seq_len and skipped):
+    first = next(iter(skipped.values()))
+    raise UserError(
+      f'{first.name}: {first.reason}, fewer than one window of {first.seq_len}'
+    )
   loaded = in_memory(model, dtype)
-  return (
-    Skipped(text.name, length, reason)
-    if reason
-    else _measure(text, length, loaded, max_windows, batch_size)
-    for text, length, reason in plan
-  )
+
+  def measure(name: str, length: int) -> TextPerplexity:
+    tokens = ids[name]
+    windows = tokens[: len(tokens) // length * length].reshape(-1, length)
+    measured = evaluate_perplexity(
+      loaded.params,
+      windows[:max_windows],
+      Compute(config, dtype=loaded.dtype),
+      data=texts[name],
+      batch_size=batch_size,
+    )
+    left_out = len(tokens) - measured.windows * length
+    return TextPerplexity(name, left_out, measured)
+
+  return (skipped.get(key) or measure(*key) for key in plan)
 
 
-class _Text(NamedTuple):
-  name: str
-  spec: Spec
-  ids: np.ndarray
+def _obstacle(text: str, tokens: int, length: int, limit: int) -> str | None:
+  """Why there is no window of this length to measure; None if there is one."""
+  if length > limit:
+    return f'the model has {limit} positions (max_position_embeddings)'
+  if length > tokens:
+    return f'{text} has {tokens} tokens'
+  return None
 
 
 def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
   tokens = tokenizer.encode(evaluation_text(spec))
   check_vocabulary(tokens.max(initial=-1), tokenizer, vocab_size)
   return tokens
-
-
-def _obstacle(text: _Text, length: int, limit: int) -> str | None:
-  """Why there is no window of this length to measure; None if there is one."""
-  if length > limit:
-    return f'the model has {limit} positions (max_position_embeddings)'
-  if length > len(text.ids):
-    return f'{text.spec.text} has {len(text.ids)} tokens'
-  return None
-
-
-def _measure(
-  text: _Text,
-  length: int,
-  model: Model,
-  max_windows: int | None,
-  batch_size: int,
-) -> TextPerplexity:
-  windows = text.ids[: len(text.ids) // length * length].reshape(-1, length)
-  measured = evaluate_perplexity(
-    model.params,
-    windows[:max_windows],
-    Compute(model.config, dtype=model.dtype),
-    data=text.spec.text,
-    batch_size=batch_size,
-  )
-  left_out = len(text.ids) - measured.windows * length
-  return TextPerplexity(text.name, *origin(text.spec), left_out, measured)
-
-
-def origin(spec: Spec) -> tuple[str, str]:
-  """The split of a spec, and what its text is made of; see TextPerplexity."""
-  match spec.scheme:
-    case 'hf':
-      return parse_hub(spec.path).split or 'train', 'rows'
-    case 'tfds':
-      return parse_tfds(spec.path).split, 'rows'
-    case 'file':
-      if 'lines' in spec.options:
-        return 'file', 'lines'
-      files = find_files(spec.path)
-      if kind(files[0]) != '.txt':
-        return 'file', 'rows'
-      return 'file', 'one text' if len(files) == 1 else 'texts'
-  return spec.path.rpartition(':')[2], 'rows'
