@@ -1,8 +1,13 @@
-"""What all commands share: the parser of arguments, and printing JSON."""
+"""What commands share: the parser of arguments, printing JSON and tables."""
 
 import argparse
+from collections.abc import Sequence
 import json
 from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
 
 from lorapr_jax.errors import UserError
 
@@ -38,3 +43,18 @@ class Parser(argparse.ArgumentParser):
 def print_json(value: Any) -> None:
   """Prints one JSON object on standard output."""
   print(json.dumps(value))
+
+
+def make_table(left: Sequence[str], right: Sequence[str]) -> Table:
+  """A table with columns of text at its left, of figures at its right."""
+  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+  for column in left:
+    table.add_column(column, overflow='fold')
+  for column in right:
+    table.add_column(column, justify='right', no_wrap=True)
+  return table
+
+
+def print_tables(*tables: Table) -> None:
+  """Prints tables, whose cells are shown as they are."""
+  Console(highlight=False, markup=False, emoji=False).print(*tables)

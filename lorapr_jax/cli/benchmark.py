@@ -3,10 +3,9 @@
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.cli.arguments import Parser, print_json, print_tables
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.benchmark import benchmark
 from lorapr_jax.hf.load import load_config
@@ -94,18 +93,15 @@ def show(report: dict[str, Any]) -> None:
     if 'against' in report:
       cells += [f'x {row["speedup"]:.2f}', f'x {row["flops_ratio"]:.2f}']
     table.add_row(str(row['batch_size']), row['phase'], *cells)
-  console = Console(highlight=False, markup=False)
-  console.print(table)
-  console.print(
+  print_tables(table)
+  print(
     f'prompts of {report["prompt_tokens"]} tokens, {report["new_tokens"]} new '
-    f'ones; medians of {report["repeats"]} turns',
-    soft_wrap=True,
+    f'ones; medians of {report["repeats"]} turns'
   )
   for name in names:
     model = report[name]
-    console.print(
+    print(
       f'{name}: {model["folder"]}, {model["dtype"]}, '
       f'{model["params"]:,} parameters, {model["weights_bytes"] / 1e9:.2f} GB, '
-      f'KV cache {model["kv_cache_bytes_per_token"]:,} bytes a token',
-      soft_wrap=True,
+      f'KV cache {model["kv_cache_bytes_per_token"]:,} bytes a token'
     )

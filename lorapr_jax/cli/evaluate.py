@@ -5,12 +5,13 @@ import dataclasses
 import sys
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from lorapr_jax import api
-from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.cli.arguments import (
+  Parser,
+  make_table,
+  print_json,
+  print_tables,
+)
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import suite, zero_shot
 
@@ -146,7 +147,7 @@ def show_suite(
       }
     )
     return
-  table = _table(
+  table = make_table(
     ('text',),
     ('seq_len', 'windows', 'left out', 'perplexity', 'tokens/s'),
   )
@@ -158,11 +159,10 @@ def show_suite(
       f'{figures.perplexity:.2f}',
       f'{figures.tokens_per_second:,.0f}',
     )
-  console = Console(highlight=False, markup=False)
-  console.print(table)
-  console.print('left out: tokens in no window that was measured')
+  print_tables(table)
+  print('left out: tokens in no window that was measured')
   for name, spec in {r.name: r.measured.data for r in measured}.items():
-    console.print(f'{name}: {spec}', soft_wrap=True)
+    print(f'{name}: {spec}')
 
 
 def show_tasks(scores: Sequence[zero_shot.TaskScore], args: Any) -> None:
@@ -177,7 +177,7 @@ def show_tasks(scores: Sequence[zero_shot.TaskScore], args: Any) -> None:
       }
     )
     return
-  table = _table(('task',), ('shots', 'questions', 'metric', 'value', '±'))
+  table = make_table(('task',), ('shots', 'questions', 'metric', 'value', '±'))
   for score in scores:
     for metric, value in score.metrics.items():
       error = score.errors.get(metric)
@@ -189,15 +189,6 @@ def show_tasks(scores: Sequence[zero_shot.TaskScore], args: Any) -> None:
   if len(scores) > 1:
     for metric, value in means.items():
       table.add_row('mean', '', '', metric, f'{value:.4f}', '')
-  Console(highlight=False, markup=False).print(table)
+  print_tables(table)
   if len(scores) > 1 and means:
     print("the mean of acc_norm takes a task's acc where it has no acc_norm")
-
-
-def _table(left: Sequence[str], right: Sequence[str]) -> Table:
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-  for column in left:
-    table.add_column(column, overflow='fold')
-  for column in right:
-    table.add_column(column, justify='right', no_wrap=True)
-  return table

@@ -45,12 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     # Imported here: a command loads only what it needs.
     importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return _failed()
+    return _failed(str(error))
   except OSError as error:
     where = f'{error.filename}: ' if error.filename else ''
-    print(f'error: {where}{error.strerror or error}', file=sys.stderr)
-    return _failed()
+    return _failed(f'{where}{error.strerror or error}')
   except Stopped as stopped:
     print(f'{stopped}; {_how_to_go_on()}', file=sys.stderr)
     return stopped.status
@@ -63,13 +61,13 @@ def main(argv: list[str] | None = None) -> int:
   except Exception as error:
     if type(error).__module__.partition('.')[0] not in _STORES:
       raise
-    print(f'error: {type(error).__name__}: {error}', file=sys.stderr)
-    return _failed()
+    return _failed(f'{type(error).__name__}: {error}')
   return 0
 
 
-def _failed() -> int:
+def _failed(message: str) -> int:
   """The exit status; one of many processes ends here, and so do the others."""
+  print(f'error: {message}', file=sys.stderr)
   jax = sys.modules.get('jax')
   if jax and jax.distributed.is_initialized():
     sys.stdout.flush()

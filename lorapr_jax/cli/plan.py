@@ -9,10 +9,9 @@ from typing import Any
 import jax
 from ml_collections import config_dict
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
-from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.cli.arguments import Parser, print_json, print_tables
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
 from lorapr_jax.planning.compiled import Compiled
@@ -23,6 +22,9 @@ from lorapr_jax.report import units
 from lorapr_jax.runtime.sharding import mesh_sizes
 
 CRITERIA = ('lora', 'gradient')
+
+# (criterion, what a function needs), in the order in which they are shown.
+Found = list[tuple[str, Needs]]
 
 
 def main(argv: list[str]) -> None:
@@ -70,43 +72,33 @@ def main(argv: list[str]) -> None:
 
 def _planned(
   config: config_dict.ConfigDict, name: str, criteria: list[str]
-) -> tuple[Topology, dict[str, list[Needs]]]:
+) -> tuple[Topology, Found]:
   """The topology of that name, and what the run needs there."""
-  topology = Topology.of(name)
-  if topology.chip:
-    _cache_nothing()
-  found = {}
+  topology, found = Topology.of(name), []
   for criterion in criteria:
     config.prune.criterion = criterion
-    found[criterion] = []
     for needs in plan_run(config, topology):
       print(f'compiled: {criterion}, {needs.name}', file=sys.stderr)
-      found[criterion].append(needs)
+      found.append((criterion, needs))
   return topology, found
 
 
 def _searched(
   config: config_dict.ConfigDict, kind: str, criterion: str
-) -> tuple[Topology, dict[str, list[Needs]]]:
+) -> tuple[Topology, Found]:
   """The smallest slice that the run fits on, and what it needs there.
 
   Its mesh is the config's then.
   """
   if kind not in SLICES:
     raise UserError(f'--topology={kind} --search: one of {", ".join(SLICES)}')
-  _cache_nothing()
   config.prune.criterion = criterion
   for tried in search(config, kind):
     name, axes = tried.topology.name, _axes(tried.mesh)
     print(f'{name}, {axes}: {_verdict(tried)}', file=sys.stderr)
   if not tried.fits:
     raise UserError(f'no slice up to {tried.topology.name} holds the run')
-  return tried.topology, {criterion: list(tried.needs)}
-
-
-def _cache_nothing() -> None:
-  # Programs for devices that do not exist here cannot be read from a cache.
-  jax.config.update('jax_enable_compilation_cache', False)
+  return tried.topology, [(criterion, needs) for needs in tried.needs]
 
 
 def _axes(mesh: dict[str, int]) -> str:
@@ -128,6 +120,9 @@ def _only_cpus(topology: str) -> None:
     # JAX refuses once it has made its devices; `Topology` counts them.
     with contextlib.suppress(RuntimeError):
       jax.config.update('jax_num_cpu_devices', int(count[1]))
+  else:
+    # Programs for devices that do not exist here cannot be read from a cache.
+    jax.config.update('jax_enable_compilation_cache', False)
 
 
 def _mesh_flags(mesh: str) -> list[str]:
@@ -150,22 +145,21 @@ def _criteria(names: str) -> list[str]:
 
 
 def _report(
-  found: dict[str, list[Needs]], topology: Topology, mesh: dict[str, int]
+  found: Found, topology: Topology, mesh: dict[str, int]
 ) -> dict[str, Any]:
   phases = []
-  for criterion, all_needs in found.items():
-    for needs in all_needs:
-      phase = {
-        'criterion': criterion,
-        'phase': needs.name,
-        **dataclasses.asdict(needs),
-      }
-      del phase['name']
-      if needs.compiled:
-        del phase['compiled']['text']  # Megabytes.
-      if topology.chip and needs.compiled:
-        phase['roofline_seconds'] = needs.compiled.roofline(topology.chip)
-      phases.append(phase)
+  for criterion, needs in found:
+    phase = {
+      'criterion': criterion,
+      'phase': needs.name,
+      **dataclasses.asdict(needs),
+    }
+    del phase['name']
+    if needs.compiled:
+      del phase['compiled']['text']  # Megabytes.
+    if topology.chip and needs.compiled:
+      phase['roofline_seconds'] = needs.compiled.roofline(topology.chip)
+    phases.append(phase)
   fits = [phase['fits'] for phase in phases]
   return {
     'topology': topology.name,
@@ -177,44 +171,36 @@ def _report(
   }
 
 
-def show(
-  found: dict[str, list[Needs]], topology: Topology, mesh: dict[str, int]
-) -> None:
+def show(found: Found, topology: Topology, mesh: dict[str, int]) -> None:
   """Prints a table of memory and one of work, with a row for each function."""
   memory = _table(
     'arguments', 'outputs', 'temporaries', 'beside', 'all', 'fits'
   )
   work = _table('products', 'received', 'floor', 'of')
-  for criterion, all_needs in found.items():
-    for needs in all_needs:
-      row = criterion, needs.name
-      memory.add_row(*row, *_memory(needs))
-      if needs.compiled:
-        work.add_row(*row, *_work(needs.compiled, topology.chip))
-  console = Console(highlight=False, markup=False)
-  each = topology.chip and f', {units.size(topology.chip.hbm)} each'
-  console.print(
-    f'{topology.name}: {len(topology.devices)} devices{each or ""}; '
-    f'{_axes(mesh)}'
+  for criterion, needs in found:
+    row = criterion, needs.name
+    memory.add_row(*row, *_memory(needs))
+    if needs.compiled:
+      work.add_row(*row, *_work(needs.compiled, topology.chip))
+  each = f', {units.size(topology.chip.hbm)} each' if topology.chip else ''
+  print(
+    f'{topology.name}: {len(topology.devices)} devices{each}; {_axes(mesh)}'
   )
-  console.print(memory, work)
-  console.print(
-    'Each figure is of one device. beside: what else of the run lies there.',
-    soft_wrap=True,
+  print_tables(memory, work)
+  print(
+    'Each figure is of one device. beside: what else of the run lies there.'
   )
-  if any(x.compiled is None for needs in found.values() for x in needs):
-    console.print(
+  if any(needs.compiled is None for _, needs in found):
+    print(
       'The compiler refuses the functions without arguments: all is the figure '
-      'that it names.',
-      soft_wrap=True,
+      'that it names.'
     )
   if topology.chip:
-    console.print(
+    print(
       'floor: the longest of the products at the peak of bfloat16, of '
       'arguments, outputs and twice the temporaries at the bandwidth of the '
       'memory, and of what is received at that of the interconnect. Nothing '
-      'was timed.',
-      soft_wrap=True,
+      'was timed.'
     )
 
 

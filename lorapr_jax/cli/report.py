@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.cli.arguments import (
+  Parser,
+  make_table,
+  print_json,
+  print_tables,
+)
 from lorapr_jax.errors import UserError
 from lorapr_jax.report import comparison, units
 from lorapr_jax.report.page import REPORT_FILE, render_comparison, render_report
@@ -31,13 +31,11 @@ def main(argv: list[str]) -> None:
   entries = comparison.entries(runs)
   warnings = comparison.warnings(entries) if len(runs) > 1 else []
   if page and not page.exists():
-    one = len(runs) == 1
-    write_text(
-      page,
-      render_report(*args.workdirs)
-      if one
-      else render_comparison(args.workdirs),
-    )
+    if len(runs) == 1:
+      text = render_report(args.workdirs[0])
+    else:
+      text = render_comparison(args.workdirs)
+    write_text(page, text)
   report = {
     'runs': entries,
     'warnings': warnings,
@@ -51,8 +49,7 @@ def main(argv: list[str]) -> None:
   else:
     _show(entries, warnings)
   if page:
-    console = Console(highlight=False, markup=False)
-    console.print(f'report: {page}', soft_wrap=True)
+    print(f'report: {page}')
 
 
 def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
@@ -67,16 +64,12 @@ def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
 
 
 def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-  table.add_column('run', overflow='fold')
-  for column in (
-    *('parameters\nkept', 'heads\nremoved', 'channels\nremoved'),
-    *('perplexity\n(dense)', 'latency\n(dense)', 'time'),
-  ):
-    table.add_column(column, justify='right', no_wrap=True)
+  shares = 'parameters\nkept', 'heads\nremoved', 'channels\nremoved'
+  costs = 'perplexity\n(dense)', 'latency\n(dense)', 'time'
+  table = make_table(('run',), shares + costs)
   for entry in entries:
     table.add_row(
-      Text(entry['name']),
+      entry['name'],
       f'{units.count(entry["params_pruned"])}\n'
       f'{units.share(entry["params_kept"])}',
       units.share(entry['heads_removed']),
@@ -85,10 +78,9 @@ def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
       _pair(entry['latency'], units.milliseconds),
       units.duration(entry['seconds']),
     )
-  console = Console(highlight=False, markup=False)
-  console.print(table)
+  print_tables(table)
   for warning in warnings:
-    console.print(f'warning: {warning}', soft_wrap=True)
+    print(f'warning: {warning}')
 
 
 def _pair(pair: dict[str, Any] | None, form: Callable[[Any], str]) -> str:

@@ -130,7 +130,7 @@ def test_eighty_columns_hold_the_widest_figures(capsys, monkeypatch):
     fits=True,
   )
   topology = Topology('v5e:1x1', devices, CHIPS['v5e'])
-  show({'gradient': [needs]}, topology, {'data': 1, 'fsdp': 1, 'tensor': 1})
+  show([('gradient', needs)], topology, {'data': 1, 'fsdp': 1, 'tensor': 1})
   out = capsys.readouterr().out
   assert 'interconnect' in out and '…' not in out
   assert max(map(len, out.splitlines()[:8])) <= 80
