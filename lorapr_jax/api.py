@@ -11,7 +11,7 @@ from lorapr_jax.data.sources import parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval import generation
-from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
+from lorapr_jax.eval.perplexity import HeldOut, Perplexity
 from lorapr_jax.eval.suite import evaluate_suite as evaluate_suite
 from lorapr_jax.eval.zero_shot import evaluate_tasks as evaluate_tasks
 from lorapr_jax.hf.load import Model, folder_and_config, in_memory
@@ -135,13 +135,8 @@ def evaluate(
   )[:max_windows]
   # The weights come last, when everything else has been checked.
   loaded = in_memory(model, dtype)
-  return evaluate_perplexity(
-    loaded.params,
-    windows,
-    Compute(loaded.config, dtype=loaded.dtype),
-    data=data,
-    batch_size=batch_size,
-  )
+  compute = Compute(config, dtype=loaded.dtype)
+  return HeldOut(windows, data, batch_size).perplexity(loaded.params, compute)
 
 
 def export(

@@ -81,70 +81,14 @@ def batch_rows(params: Any, most: int, count: int) -> int:
   return -(-min(most, count) // parts) * parts
 
 
-def evaluate_perplexity(
-  params: Any,
-  windows: np.ndarray,
-  settings: Compute,
-  *,
-  data: str,
-  batch_size: int,
-  lora: Any = None,
-  masks: Any = None,
-) -> Perplexity:
-  """exp of the mean NLL of the T - 1 predictions of each window.
-
-  Each window is scored by itself. The last batch is filled up with windows that
-  do not count, so that all batches have one shape and are compiled once.
-
-  Args:
-    params: the base. On a mesh, its axes data and fsdp share each batch.
-    windows: (W, T) ids.
-    settings: sizes and dtype.
-    data: the spec of the text, for the result.
-    batch_size: windows at a time; raised to a multiple of these axes.
-    lora: the adapters, or None.
-    masks: the masks, or None.
-  """
-  count, seq_len = windows.shape
-  batch_size = batch_rows(params, batch_size, count)
-  place = sharding.beside(params, ('batch', 'length'))
-  score = make_window_losses(settings, sharding.beside(params, ()))
-  results, starts = [], []
-  for start in range(0, count, batch_size):
-    tokens = np.array(windows[start : start + batch_size])
-    missing = batch_size - len(tokens)
-    tokens = np.pad(tokens, ((0, missing), (0, 0)))
-    weights = np.ones(tokens.shape, np.float32)
-    starts.append(time.perf_counter())
-    losses = score(
-      params, *jax.device_put((tokens, weights), place), lora, masks
-    )
-    results.append(np.asarray(losses)[: batch_size - missing])
-  end = time.perf_counter()
-  timed, begin = count * seq_len, starts[0]
-  if len(starts) > 1:
-    timed, begin = (count - batch_size) * seq_len, starts[1]
-  nll = float(np.concatenate(results).sum(dtype=np.float64))
-  tokens = count * (seq_len - 1)
-  return Perplexity(
-    perplexity=math.exp(nll / tokens),
-    nll=nll / tokens,
-    tokens=tokens,
-    windows=count,
-    seq_len=seq_len,
-    data=data,
-    tokens_per_second=timed / (end - begin),
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-  """Held-out text, on which a run measures its models.
+  """Text that models are measured on.
 
   Attributes:
     windows: (W, T) ids.
     data: the spec of the text.
-    batch_size: windows at a time.
+    batch_size: windows at a time; raised so that devices get equally many.
   """
 
   windows: np.ndarray
@@ -152,14 +96,46 @@ class HeldOut:
   batch_size: int
 
   def perplexity(
-    self, params: Any, compute: Compute, **adapted: Any
+    self, params: Any, compute: Compute, *, lora: Any = None, masks: Any = None
   ) -> Perplexity:
-    """Of weights; `adapted` is `lora` and `masks`, if there are any."""
-    return evaluate_perplexity(
-      params,
-      self.windows,
-      compute,
+    """exp of the mean NLL of the T - 1 predictions of each window.
+
+    Each window is scored by itself. The last batch is filled up with windows
+    that do not count, so that all batches have one shape and are compiled once.
+
+    Args:
+      params: the base. On a mesh, its axes data and fsdp share each batch.
+      compute: sizes and dtype.
+      lora: the adapters, or None.
+      masks: the masks, or None.
+    """
+    count, seq_len = self.windows.shape
+    batch_size = batch_rows(params, self.batch_size, count)
+    place = sharding.beside(params, ('batch', 'length'))
+    score = make_window_losses(compute, sharding.beside(params, ()))
+    results, starts = [], []
+    for start in range(0, count, batch_size):
+      tokens = np.array(self.windows[start : start + batch_size])
+      missing = batch_size - len(tokens)
+      tokens = np.pad(tokens, ((0, missing), (0, 0)))
+      weights = np.ones(tokens.shape, np.float32)
+      starts.append(time.perf_counter())
+      losses = score(
+        params, *jax.device_put((tokens, weights), place), lora, masks
+      )
+      results.append(np.asarray(losses)[: batch_size - missing])
+    end = time.perf_counter()
+    timed, begin = count * seq_len, starts[0]
+    if len(starts) > 1:
+      timed, begin = (count - batch_size) * seq_len, starts[1]
+    nll = float(np.concatenate(results).sum(dtype=np.float64))
+    tokens = count * (seq_len - 1)
+    return Perplexity(
+      perplexity=math.exp(nll / tokens),
+      nll=nll / tokens,
+      tokens=tokens,
+      windows=count,
+      seq_len=seq_len,
       data=self.data,
-      batch_size=self.batch_size,
-      **adapted,
+      tokens_per_second=timed / (end - begin),
     )

@@ -16,7 +16,7 @@ from lorapr_jax.data.pipeline import check_vocabulary
 from lorapr_jax.data.sources import Spec, evaluation_text, parse_spec
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
-from lorapr_jax.eval.perplexity import Perplexity, evaluate_perplexity
+from lorapr_jax.eval.perplexity import HeldOut, Perplexity
 from lorapr_jax.hf.load import Model, folder_and_config, in_memory
 from lorapr_jax.models.compute import Compute
 
@@ -114,17 +114,13 @@ def evaluate_suite(
       f'{first.name}: {first.reason}, fewer than one window of {first.seq_len}'
     )
   loaded = in_memory(model, dtype)
+  compute = Compute(config, dtype=loaded.dtype)
 
   def measure(name: str, length: int) -> TextPerplexity:
     tokens = ids[name]
     windows = tokens[: len(tokens) // length * length].reshape(-1, length)
-    measured = evaluate_perplexity(
-      loaded.params,
-      windows[:max_windows],
-      Compute(config, dtype=loaded.dtype),
-      data=texts[name],
-      batch_size=batch_size,
-    )
+    text = HeldOut(windows[:max_windows], texts[name], batch_size)
+    measured = text.perplexity(loaded.params, compute)
     left_out = len(tokens) - measured.windows * length
     return TextPerplexity(name, left_out, measured)
 

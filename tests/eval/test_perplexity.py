@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from lorapr_jax.cli.main import main
-from lorapr_jax.eval.perplexity import evaluate_perplexity
+from lorapr_jax.eval.perplexity import HeldOut
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.compute import Compute
@@ -95,9 +95,7 @@ def evaluate(capsys, *args):
 
 def test_it_is_transformers_on_the_same_windows(folder, load, windows):
   config, params = load(folder)
-  result = evaluate_perplexity(
-    params, windows, Compute(config), data='text', batch_size=BATCH
-  )
+  result = HeldOut(windows, 'text', BATCH).perplexity(params, Compute(config))
   nll = torch_nll(folder, windows)
   # A model that is far from uniform: mistakes show.
   assert math.exp(nll) > 1.5 * VOCAB
@@ -113,9 +111,7 @@ def test_it_does_not_depend_on_the_batch_size(folder, load, windows):
   config, params = load(folder)
   few = windows[:5]
   perplexities = [
-    evaluate_perplexity(
-      params, few, Compute(config), data='', batch_size=size
-    ).perplexity
+    HeldOut(few, '', size).perplexity(params, Compute(config)).perplexity
     for size in (2, 5, 100)
   ]
   assert perplexities == pytest.approx(perplexities[:1] * 3, rel=1e-5)
@@ -165,13 +161,8 @@ def test_an_exported_pruned_model_has_the_masked_models_perplexity(
   rng = np.random.default_rng(0)
   importance = jax.tree.map(lambda m: jnp.asarray(rng.random(m.shape)), masks)
   masks = select_stack_masks(importance, masks, by_stack(plan.keep, config))
-  masked = evaluate_perplexity(
-    params,
-    windows,
-    Compute(config),
-    data='',
-    batch_size=BATCH,
-    masks=masks,
+  masked = HeldOut(windows, '', BATCH).perplexity(
+    params, Compute(config), masks=masks
   )
 
   kept = kept_groups(masks)

@@ -13,7 +13,7 @@ import transformers
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.data.hub import parse_hub
-from lorapr_jax.eval.perplexity import evaluate_perplexity
+from lorapr_jax.eval.perplexity import HeldOut
 from lorapr_jax.eval.suite import PAPER_TEXTS
 from lorapr_jax.hf.load import load
 from lorapr_jax.models.compute import Compute
@@ -171,9 +171,8 @@ def test_a_batch_is_shared_by_the_devices(text_model, texts):
   assert place.spec == P(('data', 'fsdp'), 'sequence')
   assert sharding.batch_parts(model.params) == 8
   windows = windows_of(text_model, texts['ptb'], 128)[:11]
-  found = evaluate_perplexity(
-    model.params, windows, Compute(model.config), data='', batch_size=3
-  )
+  text = HeldOut(windows, data='', batch_size=3)
+  found = text.perplexity(model.params, Compute(model.config))
   assert found.windows == 11
   assert found.perplexity == pytest.approx(
     torch_perplexity(text_model, windows), rel=1e-3

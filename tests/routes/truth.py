@@ -11,7 +11,7 @@ import numpy as np
 from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.generation import Sampling, stream_tokens
-from lorapr_jax.eval.perplexity import evaluate_perplexity
+from lorapr_jax.eval.perplexity import HeldOut
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute
@@ -64,13 +64,9 @@ def measure(folder: Path, text: Path) -> None:
       ),
       np.int32,
     ),
-    perplexity=evaluate_perplexity(
-      params,
-      windows,
-      Compute(config),
-      data=str(text),
-      batch_size=_WINDOWS,
-    ).perplexity,
+    perplexity=HeldOut(windows, str(text), _WINDOWS)
+    .perplexity(params, Compute(config))
+    .perplexity,
     text='\n'.join(lines),
     ids=tokenizer.encode('\n'.join(lines)).tolist(),
     continuations=[_continuation(line, tokenizer, logits) for line in lines],
