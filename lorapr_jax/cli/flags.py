@@ -20,11 +20,7 @@ from lorapr_jax.settings.files import (
 def parse_flags(
   argv: list[str], command: str = 'train'
 ) -> tuple[config_dict.ConfigDict, str]:
-  """The config with its overrides, and the workdir.
-
-  Args:
-    argv: the flags.
-    command: the command they belong to, for errors.
+  """The config with its overrides, and the workdir, from a command's flags.
 
   Raises:
     UserError: for an unknown flag or key, a value of a wrong type, or a config

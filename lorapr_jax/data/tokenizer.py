@@ -130,13 +130,18 @@ class Tokenizer:
     return self.encode_batch([text], special=False)[0]
 
   def chat_text(
-    self, messages: Sequence[dict[str, str]], *, answer_next: bool = False
+    self,
+    messages: Sequence[dict[str, str]],
+    *,
+    answer_next: bool = False,
+    last_goes_on: bool = False,
   ) -> str:
     """A conversation as the chat template writes it, special tokens included.
 
     Args:
       messages: as for `encode_chat`.
       answer_next: whether the text ends where an assistant's answer begins.
+      last_goes_on: whether it ends with the last message's own text.
 
     Raises:
       UserError: as `encode_chat`.
@@ -145,7 +150,10 @@ class Tokenizer:
 
     try:
       return self._tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=answer_next, tokenize=False
+        list(messages),
+        add_generation_prompt=answer_next,
+        continue_final_message=last_goes_on,
+        tokenize=False,
       )
     except (ValueError, jinja2.TemplateError) as error:
       raise self._error('the chat template', error) from None

@@ -98,7 +98,7 @@ def compare(
   """Medians of a phase; the speed-up is the median of the turns' own.
 
   Args:
-    times: as `paired_generation` gives them.
+    times: from `paired_generation`.
     phase: 'prefill' or 'decode'.
     tokens: that one time is of.
     flops: of a token, of each model.

@@ -77,7 +77,7 @@ def encode_prompt(
 
   Args:
     tokenizer: of the model.
-    config: of the model.
+    config: its sizes.
     messages: {'role', 'content'} of each; the last one is the user's.
     raw: whether the last one is the beginning of a text even where the
       tokenizer has a chat template.
@@ -272,13 +272,9 @@ def sample(logits: Array, key: Array, temperature: Array, top_p: Array):
 
 
 def nucleus(logits: Array, top_p: Array) -> Array:
-  """Sets all logits to -inf but the likeliest, which together reach top_p.
+  """Sets all logits (V,) to -inf but the likeliest, which together reach top_p.
 
   As few as possible are kept, and all that equal the smallest of these.
-
-  Args:
-    logits: (V,).
-    top_p: in (0, 1).
   """
   descending = jnp.sort(logits, descending=True)
   probabilities = jax.nn.softmax(descending)

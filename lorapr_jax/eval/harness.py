@@ -8,7 +8,6 @@ import contextlib
 import time
 from typing import Any
 
-import jinja2
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
@@ -19,7 +18,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.errors import UserError
 from lorapr_jax.eval import generation
 from lorapr_jax.eval.continuations import score_continuations
 from lorapr_jax.hf.load import Model, load
@@ -85,14 +84,10 @@ class HarnessModel(TemplateLM):
     max_batch_size: int | None = None,
     device: str | None = None,
   ):
-    """Reads the model. The arguments are those that lm_eval gives.
+    """Reads the model, or takes one that is in memory.
 
-    Args:
-      pretrained: a model, or its Hugging Face folder.
-      dtype: float32, bfloat16 or auto.
-      batch_size: rows at a time; `auto` is 8.
-      max_batch_size: not used.
-      device: not used; lm_eval gives `cuda:0` on any machine.
+    The arguments are those that lm_eval gives. A batch size of `auto` is 8. The
+    last two are not used: the device is `cuda:0` on any machine.
 
     Raises:
       UserError: for a mistake in the arguments or in the folder.
@@ -151,18 +146,11 @@ class HarnessModel(TemplateLM):
     Raises:
       UserError: if there is no template, or it does not take these messages.
     """
-    try:
-      return self.tokenizer.apply_chat_template(
-        chat_history,
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-        continue_final_message=not add_generation_prompt,
-      )
-    except (ValueError, jinja2.TemplateError) as error:
-      raise UserError(
-        f'the chat template of {self._tokenizer.folder} cannot be used: '
-        + first_line(error)
-      ) from None
+    return self._tokenizer.chat_text(
+      chat_history,
+      answer_next=add_generation_prompt,
+      last_goes_on=not add_generation_prompt,
+    )
 
   def _loglikelihood_tokens(
     self,

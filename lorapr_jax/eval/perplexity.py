@@ -68,14 +68,10 @@ def make_window_losses(
 
 
 def batch_rows(params: Any, most: int, count: int) -> int:
-  """The number of windows in a batch: `most`, or `count` if that is less.
+  """The number of windows in a batch: `most`, or all `count` if that is less.
 
-  It is raised so that every device gets equally many.
-
-  Args:
-    params: the base's weights, or their shapes with shardings.
-    most: the number of windows that was asked for.
-    count: the number of all windows.
+  It is raised so that every device gets equally many. `params` may be shapes
+  with shardings.
   """
   parts = sharding.batch_parts(params)
   return -(-min(most, count) // parts) * parts

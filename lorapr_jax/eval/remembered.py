@@ -25,11 +25,7 @@ def remembered_perplexity(
 ) -> Perplexity:
   """The perplexity of a base, from the cache if it was measured before.
 
-  Args:
-    held_out: the text.
-    folder: of the base; None: random weights, which are measured anew.
-    params: its weights.
-    compute: how it is computed.
+  Without a folder the weights are random, and are measured anew.
   """
   # Many processes must all measure or all not, and their caches may differ.
   if folder is None or processes.count() > 1:

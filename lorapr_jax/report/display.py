@@ -30,14 +30,7 @@ class Display(contextlib.AbstractContextManager):
   """
 
   def __init__(self, console: Console, title: str, steps: int, hint: str = ''):
-    """For a run.
-
-    Args:
-      console: where to print.
-      title: of the panel.
-      steps: of the whole run.
-      hint: a line that is shown with every logged step.
-    """
+    """For a run of so many steps; the hint is shown with every logged one."""
     self.seconds: dict[str, float] = {}
     self.warnings: list[str] = []
     self._console, self._title, self._steps = console, title, steps
@@ -85,12 +78,7 @@ class Display(contextlib.AbstractContextManager):
     self.seconds, self._phase = self._times(), None
 
   def show(self, record: Mapping[str, float], memory_bytes: int) -> None:
-    """Shows a logged step.
-
-    Args:
-      record: a line of metrics.jsonl.
-      memory_bytes: the largest use so far.
-    """
+    """Shows a logged step: a line of metrics.jsonl, and the peak of memory."""
     self._step = int(record['step']) + 1
     self._left.add(self._step, record['seconds'], compiled=self._compiled)
     self._compiled = False

@@ -20,32 +20,25 @@ from lorapr_jax.pruning.targets import Targets, plan_pruning
 def describe(
   config: LlamaConfig, protect: str, bytes_each: int
 ) -> dict[str, Any]:
-  """Every group: its tensors with the axis that shrinks, counts and bytes.
-
-  Args:
-    config: the model's sizes.
-    protect: which layers are protected; see pruning.groups.
-    bytes_each: of a weight.
-  """
-  axes = block_axes(config)['params']
-  protected = protected_layers(len(config.layers), protect)
-  groups = {}
-  for group in (KV_HEADS, QUERIES, CHANNELS):
-    shapes = dict.fromkeys(config.layers)
-    groups[group] = {
-      'kind': kind(group),
-      'tensors': {name: list(names) for name, names in couplings(axes, group)},
-      'per_layer': [group_size(config, s, group) for s in config.layers],
-      'bytes_each': [
-        bytes_each * member_parameters(config, s, group) for s in shapes
-      ],
-    }
+  """Every group: its tensors with the axis that shrinks, counts and bytes."""
+  tree = block_axes(config)['params']
+  shapes = dict.fromkeys(config.layers)
   return {
     'parameters': config.num_parameters,
     'bytes': bytes_each * config.num_parameters,
     'layers': len(config.layers),
-    'protected_layers': sorted(protected),
-    'groups': groups,
+    'protected_layers': sorted(protected_layers(len(config.layers), protect)),
+    'groups': {
+      group: {
+        'kind': kind(group),
+        'tensors': {name: list(axes) for name, axes in couplings(tree, group)},
+        'per_layer': [group_size(config, s, group) for s in config.layers],
+        'bytes_each': [
+          bytes_each * member_parameters(config, s, group) for s in shapes
+        ],
+      }
+      for group in (KV_HEADS, QUERIES, CHANNELS)
+    },
   }
 
 

@@ -14,15 +14,10 @@ _SHADES = 8
 
 
 def kept_map(name: str, label: str, kept: np.ndarray) -> str:
-  """Maps which members every layer keeps.
+  """Maps which members (in the plural: `label`) every layer keeps.
 
   More than 64 members are put into bins; the shade of a bin is the share of its
-  members that is kept.
-
-  Args:
-    name: the figure's name.
-    label: the name of the members, in the plural.
-    kept: (layers, members), bool.
+  members that is kept. `kept` is (layers, members), bool.
   """
   layers, members = kept.shape
   columns = min(members, MAX_COLUMNS)

@@ -42,20 +42,12 @@ class Log:
   def __init__(
     self, workdir: Path, log: LogSettings, step_tokens: int, first_step: int
   ):
-    """Goes on with the log of the steps before `first_step` in the workdir.
-
-    Args:
-      workdir: of the run.
-      log: where else to write.
-      step_tokens: the tokens of a step.
-      first_step: the next step to log.
-    """
+    """Goes on with the log of the steps before `first_step` in the workdir."""
     self._tokens = step_tokens
     self._last, self._next_step = time.perf_counter(), first_step
     self._writers: list[_Writer] = []
     if processes.is_first():
-      lines = _JsonLines if is_local(workdir) else _FarJsonLines
-      self._writers.append(lines(workdir / METRICS_FILE))
+      self._writers.append(_JsonLines(workdir / METRICS_FILE))
       if log.tensorboard:
         self._writers.append(_TensorBoard(workdir, first_step))
       if log.wandb:
@@ -109,26 +101,17 @@ class _JsonLines:
   """Writes a line for each record, whole and at once."""
 
   def __init__(self, path: Path):
-    self._file = open(path, 'a', encoding='utf-8')  # noqa: SIM115
-
-  def write(self, record: dict[str, float]) -> None:
-    self._file.write(json.dumps(record) + '\n')
-    self._file.flush()
-
-  def close(self, failed: bool) -> None:
-    self._file.close()
-
-
-class _FarJsonLines:
-  """Writes the whole file for each record, in stores that cannot append."""
-
-  def __init__(self, path: Path):
     self._path = path
-    self._text = path.read_text(encoding='utf-8') if path.exists() else ''
 
   def write(self, record: dict[str, float]) -> None:
-    self._text += json.dumps(record) + '\n'
-    write_text(self._path, self._text)
+    line = json.dumps(record) + '\n'
+    if is_local(self._path):
+      with open(self._path, 'a', encoding='utf-8') as file:
+        file.write(line)
+    else:  # Such stores cannot append.
+      exists = self._path.exists()
+      before = self._path.read_text(encoding='utf-8') if exists else ''
+      write_text(self._path, before + line)
 
   def close(self, failed: bool) -> None:
     pass
@@ -249,13 +232,7 @@ def check_finite(
   skipped_in_a_row: int,
   print_line: Callable[[str], None],
 ) -> None:
-  """Prints how many steps were skipped, and stops after a few in a row.
-
-  Args:
-    step: the last one.
-    skipped: steps whose gradients or scores were not finite, in all.
-    skipped_in_a_row: the same, since the last good step.
-    print_line: shows a line.
+  """Prints how many steps were skipped in all, if the last one was.
 
   Raises:
     UserError: after MAX_SKIPPED_IN_A_ROW steps without finite gradients.

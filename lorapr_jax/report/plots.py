@@ -168,13 +168,7 @@ def over_cut_line(scores: Mapping[int, Scores]) -> dict[str, np.ndarray]:
 def importance_histogram(
   name: str, label: str, ratios: Mapping[str, np.ndarray]
 ) -> str:
-  """Plots how far from the cut line the kept and the cut groups are.
-
-  Args:
-    name: the figure's name.
-    label: the name of the groups, in the plural.
-    ratios: from `over_cut_line`.
-  """
+  """Plots how far from the cut line the groups are; see `over_cut_line`."""
   values = np.log2(np.concatenate([ratios['cut'], ratios['kept']]))
   low, high = np.quantile(values, (0.002, 0.998))
   # The cut line is an edge of two bins.

@@ -134,13 +134,7 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
 def print_plan(
   config: LlamaConfig, pruning: Pruning | None, show: Callable[[str], None]
 ) -> None:
-  """Shows what a run will do: counts, sizes, and shares to remove.
-
-  Args:
-    config: the sizes of the base.
-    pruning: what will be masked, and when it is cut.
-    show: prints a line.
-  """
+  """Shows, line by line, what a run will do to a base of these sizes."""
   show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')
   if pruning is None:
     show('nothing is pruned (prune.target=0)')
@@ -210,21 +204,19 @@ def print_summary(summary: dict[str, Any]) -> None:
     f'latency: prefill of {latency["seq_len"]} tokens, batch size '
     f'{latency["batch_size"]}'
   )
-  # A path is printed as it is, on one line, to be copied.
-  console = Console(markup=False, emoji=False, soft_wrap=True)
-  console.print(table, soft_wrap=False)
+  Console(markup=False, emoji=False).print(table)
   for note in notes:
-    console.print(note)
+    print(note)
   for kind, share in summary['sparsity'].items():
-    console.print(f'{kind} removed: {_share(share)}')
+    print(f'{kind} removed: {_share(share)}')
   seconds = ', '.join(f'{k} {v:.0f} s' for k, v in summary['seconds'].items())
-  console.print(f'time: {seconds}')
-  console.print(
+  print(f'time: {seconds}')
+  print(
     f'training {summary["tokens_per_second"]:,.0f} tokens/s, peak memory '
     f'{summary["peak_memory_bytes"] / 1e9:.2f} GB'
   )
   for export in summary['exports'].values():
-    console.print(
+    print(
       f'export: {export["path"]} ({export["dtype"]}), read back, logits differ '
       f'by at most {export["max_logit_difference"]:.1e}'
     )
