@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from lorapr_jax.cli.arguments import Parser, print_json
+from lorapr_jax.cli.arguments import Parser, print_json, print_tables
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.pruning.groups import QUERIES
 from lorapr_jax.pruning.targets import Targets
@@ -60,8 +59,7 @@ def main(argv: list[str]) -> None:
 
 def show(report: dict[str, Any]) -> None:
   """Prints a report for people."""
-  console = Console(highlight=False)
-  console.print(
+  print(
     f'{report["parameters"]:,} parameters, {report["bytes"] / 1e6:,.1f} MB, '
     f'{report["layers"]} layers; protected: '
     + (', '.join(map(str, report['protected_layers'])) or 'none')
@@ -82,10 +80,10 @@ def show(report: dict[str, Any]) -> None:
       ours = group.split(',')
       marked = [axis.upper() if axis in ours else axis for axis in axes]
       table.add_row(name, ' '.join(marked))
-    console.print(table)
+    print_tables(table)
   if 'plan' in report:
     plan = report['plan']
-    console.print(
+    print(
       f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
     )
     for group, kept in plan['kept_by_depth'].items():
@@ -94,8 +92,8 @@ def show(report: dict[str, Any]) -> None:
       else:
         counts = ', '.join(f'{count} in {layers}' for count, layers in kept)
         text = f'kept by depth in those not protected: {counts} layers'
-      console.print(f'{group}: {text}')
+      print(f'{group}: {text}')
     for name, achieved in plan['achieved'].items():
       target = plan['target'][name]
       asked = '' if target is None else f' (target {target:.2%})'
-      console.print(f'{name} removed: {achieved:.2%}{asked}')
+      print(f'{name} removed: {achieved:.2%}{asked}')

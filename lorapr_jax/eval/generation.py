@@ -20,7 +20,7 @@ from jax.sharding import Sharding
 import numpy as np
 
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import compiler_options
 from lorapr_jax.models.config import LlamaConfig
@@ -52,10 +52,7 @@ class Sampling:
   seed: int = 0
 
   def __post_init__(self):
-    if self.max_new_tokens < 1:
-      raise UserError(
-        f'max_new_tokens is {self.max_new_tokens}: it must be at least 1'
-      )
+    check_least(max_new_tokens=(self.max_new_tokens, 1))
     if not 0.0 <= self.temperature < math.inf:
       raise UserError(
         f'temperature is {self.temperature}: it must be 0 or positive'

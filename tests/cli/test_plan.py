@@ -154,7 +154,8 @@ def test_what_the_compiler_refuses_is_shown_by_its_figure(monkeypatch, capsys):
   assert (step.fits, step.compiled) == (False, None)
   assert step.total == round(20.5 * 2**30)
   assert all(x.fits and x.compiled for x in others)
-  show({'lora': [step, *others]}, topology, {'data': 1, 'fsdp': 2})
+  found = [('lora', needs) for needs in (step, *others)]
+  show(found, topology, {'data': 1, 'fsdp': 2})
   out = capsys.readouterr().out
   assert out.count(' step ') == 1 and '22.0 GB' in out
   assert 'The compiler refuses' in out
