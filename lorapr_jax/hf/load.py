@@ -1,5 +1,6 @@
 """Reading a Hugging Face folder: config.json, and weights by slices."""
 
+from collections.abc import Callable
 import dataclasses
 import functools
 import math
@@ -177,11 +178,24 @@ def load_or_draw(
   if folder:
     return load_params(folder, config, shardings, dtype)
 
-  @functools.partial(jax.jit, out_shardings=shardings)
-  def draw(key):
-    return init_params(key, config, dtype)
-
+  leaves, structure = jax.tree.flatten(shardings)
+  draw = _make_draw(config, dtype, tuple(leaves), structure)
   return draw(jax.random.key(seed))
+
+
+# A run draws its model twice: at its start, and once more for comparison.
+@functools.lru_cache(4)
+def _make_draw(
+  config: LlamaConfig,
+  dtype: Any,
+  shardings: tuple[jax.sharding.Sharding, ...],
+  structure: Any,
+) -> Callable[[jax.Array], Any]:
+  """key -> random weights, compiled once."""
+  return jax.jit(
+    lambda key: init_params(key, config, dtype),
+    out_shardings=jax.tree.unflatten(structure, shardings),
+  )
 
 
 def load_params(

@@ -19,6 +19,9 @@ from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.paths import is_folder, make_folder, move
 from lorapr_jax.training.state import TrainState
 
+# One function of all arrays, not one compiled for each shape.
+_copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+
 
 def saved_steps(folder: Path) -> list[int]:
   """The steps of the complete checkpoints in a folder, if it is there."""
@@ -209,7 +212,7 @@ class Checkpoints:
     """
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
-    state = jax.tree.map(jnp.copy, state)
+    state = _copied(state)
     with _writing(self._folder):
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
