@@ -16,6 +16,8 @@ from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from tests.conftest import HF_CONFIGS
 from tests.runs import assert_same_run, metrics, train
 
+# So that less is traced and compiled.
+LESS = '--config.lora.targets=q_proj,gate_proj', '--config.data.eval='
 FULL, SMALL = LayerShape(4, 2, 128), LayerShape(2, 2, 64)
 # Each with what it leaves of the four layers.
 WAYS = {
@@ -34,7 +36,7 @@ WAYS = {
 @pytest.mark.parametrize('way', WAYS)
 def test_other_ways_to_prune_run_to_the_end(way, tmp_path):
   workdir = tmp_path / 'run'
-  settings = ['--config.train.steps=12', '--config.prune.every=3']
+  settings = ['--config.train.steps=12', '--config.prune.every=3', *LESS]
   said = train(
     workdir, [*settings, *(f'--config.prune.{x}' for x in way.split())]
   )
@@ -109,8 +111,7 @@ def test_a_bases_own_biases_are_cut_and_exported(
 def losses_of(workdir, *settings):
   arguments = [
     *('--config.train.steps=8', '--config.prune.every=3'),
-    *('--config.train.log_every=1', '--config.lora.dropout=0.0'),
-    *('--config.lora.targets=q_proj,gate_proj', '--config.data.eval='),
+    *('--config.train.log_every=1', '--config.lora.dropout=0.0', *LESS),
     *(f'--config.{setting}' for setting in settings),
   ]
   train(workdir, arguments)
