@@ -17,16 +17,17 @@ from lorapr_jax.runtime import processes
 from tests.runs import ROOT, TIMING, metrics
 from tests.xla_flags import environment
 
-STEPS, HEARTBEAT = 18, 10
+STEPS, HEARTBEAT = 16, 10
 SETTINGS = {
   'train.steps': STEPS,
   'train.log_every': 1,
   'train.checkpoint_every': 5,
-  'prune.every': 3,
+  'prune.every': 4,
   'prune.compensate': 'ridge',
   'train.distill': 0.5,
   'train.distill_top_k': 8,
-  # So that less is compiled, by every process anew.
+  # So that less is compiled, by every process anew, and less is sent.
+  'model.sizes.num_hidden_layers': 2,
   'data.eval': '',
   'lora.targets': 'q_proj,gate_proj',
   'prune.protect': 'none',
