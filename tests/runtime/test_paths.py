@@ -245,14 +245,14 @@ def test_a_run_in_gs_that_was_killed_goes_on_as_undisturbed(
   for name, value in store.items():
     monkeypatch.setenv(name, value)
   settings = [
-    '--config.train.log_every=1',
-    '--config.train.checkpoint_every=10',
-    '--config.log.tensorboard=False',
+    *('--config.train.steps=24', '--config.prune.every=3'),
+    *('--config.train.log_every=1', '--config.train.checkpoint_every=5'),
+    *('--config.lora.targets=q_proj,down_proj', '--config.data.eval='),
   ]
   env = store | {'LORAPR_CACHE': str(tmp_path / 'cache')}
   killed = start('gs://bucket/run', settings, **env)
   for line in killed.stderr:
-    if line.startswith('step 35 of 60'):
+    if line.startswith('step 17 of 24'):
       break
   killed.kill()
   killed.communicate()
@@ -264,7 +264,7 @@ def test_a_run_in_gs_that_was_killed_goes_on_as_undisturbed(
     path.write_bytes(b'')
   _, err = finish(start(far, settings, **env))
   assert f'{newest} cannot be read, because it is damaged: it is now' in err
-  assert f'resuming at step {newest - 10} of 60' in err
+  assert f'resuming at step {newest - 5} of 24' in err
   finish(start(tmp_path / 'near', settings, **env))
 
   copy_file(far / 'metrics.jsonl', tmp_path / 'metrics.jsonl')
