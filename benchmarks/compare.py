@@ -70,9 +70,8 @@ ROWS = (
   ),
   Row(20, 'joint', 'lora', (0, 1, 2)),
   *(Row(20, 'joint', criterion) for criterion in ('gradient', 'magnitude')),
-  Row(50, 'joint', 'lora', (0, 1, 2), 'everything'),
-  Row(50, 'joint', 'lora', (0, 1, 2), 'everything, 12 batches'),
-  Row(20, 'joint', 'lora', (0, 1, 2), 'everything'),
+  Row(50, 'prune_then_tune', 'obs', (0, 1, 2), 'everything'),
+  Row(20, 'prune_then_tune', 'obs', (0, 1, 2), 'everything'),
   *(
     Row(percent, 'joint', 'lora', (0, 1), added)
     for percent, added in itertools.product(TARGETS, ADDITIONS)
@@ -244,7 +243,7 @@ def parse_arguments() -> argparse.Namespace:
   """From the command line."""
   parser = argparse.ArgumentParser(description=__doc__.partition('\n')[0])
   parser.add_argument('--out', type=Path, default=ROOT / 'runs' / 'compare')
-  parser.add_argument('--full', action='store_true', help='90 runs')
+  parser.add_argument('--full', action='store_true', help='126 runs')
   parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
   parser.add_argument(
     '--text', action='append', default=[], help='NAME=SPEC, to measure on too'

@@ -130,7 +130,8 @@ def get_config() -> config_dict.ConfigDict:
   config.prune = config_dict.ConfigDict()
   # What scores the groups: lora (LoRAPrune), gradient (the gradient of the
   # base, which takes as much memory as a second copy of its weights),
-  # activation (Wanda-sp), magnitude or random.
+  # obs (what is lost when they go and the rest is repaired), activation
+  # (Wanda-sp), fluctuation (FLAP), magnitude or random.
   config.prune.criterion = 'lora'
   # When groups are pruned: joint (while LoRA trains), prune_then_tune (all at
   # once, then LoRA trains on what is left, for as many steps in all) or none
@@ -162,10 +163,10 @@ def get_config() -> config_dict.ConfigDict:
   # What makes up for groups each time they are masked: ridge (the weights of
   # o_proj and down_proj that survive, by ridge regression) or none (LoRAPrune).
   config.prune.compensate = 'ridge'
-  # The ridge, in units of the projection's mean squared input.
-  config.prune.compensate_damping = 0.2
-  # Repairs use the inputs of the newest N batches.
-  config.prune.compensate_batches = 2
+  # Each time groups are masked they are measured (by obs, activation and
+  # fluctuation) and repaired on the newest N batches. 0: so many that this
+  # takes up to a quarter of the operations of the steps.
+  config.prune.compensate_batches = 0
   # When masked groups are cut: end (once, at the end), shares of the ramp in
   # ascending order, such as 0.5,0.8 (on the way too, so that what is left
   # trains faster; joint only), or auto (the cuts on the way that save most time

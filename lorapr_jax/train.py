@@ -140,7 +140,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if unrepaired := int(state.unrepaired):
       display.warn(
         f'{unrepaired} projections were left as they were where groups of '
-        'their inputs were masked: prune.compensate found no finite repair'
+        'their inputs were masked: no repair lessens the error on other tokens'
       )
 
     # --- Cut: what is left is smaller, and the larger base makes room.

@@ -51,7 +51,7 @@ def make_window_losses(
   """
 
   def losses(params, tokens, weights, lora, masks):
-    each, _ = token_losses(
+    each = token_losses(
       params,
       tokens,
       weights,

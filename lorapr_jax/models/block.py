@@ -33,7 +33,6 @@ class _Part(nn.Module):
   shape: LayerShape
   lora: LoraConfig | None
   matmul_dtype: Any
-  valid: Array | None
 
   def projections(self, part: str) -> dict[str, LoRAEinsum]:
     """Those of a part of a block, by name."""
@@ -49,7 +48,6 @@ class _Part(nn.Module):
         lora=lora if lora and name in lora.targets else None,
         dtype=self.matmul_dtype,
         use_bias=part in self.config.biased,
-        valid=self.valid,
         name=name,
       )
       for name, spec in PROJECTIONS[part].items()
@@ -112,7 +110,6 @@ class Block(nn.Module):
     lora: of the adapters; None: there are none.
     matmul_dtype: of the projections' operands; None: x's.
     attend: as `causal_attention`, or one that fills a cache.
-    valid: by token, whether it is observed; None: all are.
   """
 
   config: LlamaConfig
@@ -120,7 +117,6 @@ class Block(nn.Module):
   lora: LoraConfig | None = None
   matmul_dtype: Any = None
   attend: Callable[..., Array] = causal_attention
-  valid: Array | None = None
 
   @nn.compact
   def __call__(
@@ -130,7 +126,7 @@ class Block(nn.Module):
     parts: tuple[str, ...] = tuple(PROJECTIONS),
   ) -> Array:
     """The layer's output, or what one of its parts alone makes of x."""
-    sizes = (self.config, self.shape, self.lora, self.matmul_dtype, self.valid)
+    sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
     norm = functools.partial(RMSNorm, self.config.norm_eps)
     x = checkpoint_name(x, BLOCK)
     if 'self_attn' in parts:

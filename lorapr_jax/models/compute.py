@@ -90,8 +90,8 @@ def run_model(
   segments: Array | None = None,
   matmul_dtype: Any = None,
   **model: Any,
-) -> tuple[Array, Any]:
-  """Runs `decoder.observed_hidden_states` on a batch.
+) -> Array:
+  """Runs `decoder.hidden_states` on a batch.
 
   Args:
     params: the base.
@@ -101,7 +101,7 @@ def run_model(
     segments: (B, T): numbers of the documents that share a window, in runs.
       Attention and positions stay within one; None: a window is one text.
     matmul_dtype: of the products' operands; None: as settings.dtype.
-    **model: lora, masks, dropout_key, observe, scan_layers.
+    **model: lora, masks, dropout_key, scan_layers.
   """
   attend = choose_attention(
     settings.attention,
@@ -114,7 +114,7 @@ def run_model(
     model['valid'] = segments > 0
     model['positions'] = segment_positions(segments)
     attend = functools.partial(attend, segments=segments)
-  return decoder.observed_hidden_states(
+  return decoder.hidden_states(
     params,
     tokens,
     settings.config,
@@ -138,7 +138,7 @@ def token_losses(
   matmul_dtype: Any = None,
   teacher: Mapping[str, Array] | None = None,
   **model: Any,
-) -> tuple[Array, Any]:
+) -> Array:
   """The weighted negative log-likelihood of each predicted token, (B, T).
 
   Position t predicts token t + 1; the last position has no target and loses
@@ -153,11 +153,8 @@ def token_losses(
     matmul_dtype: as of `run_model`.
     teacher: as of `chunked_cross_entropy`, (B, T, ...).
     **model: what else `run_model` takes.
-
-  Returns:
-    The losses, and what was observed.
   """
-  hidden, observed = run_model(
+  hidden = run_model(
     params, tokens, settings, mesh=mesh, matmul_dtype=matmul_dtype, **model
   )
   targets = jnp.roll(tokens, -1, axis=1)
@@ -173,4 +170,4 @@ def token_losses(
     teacher=jax.tree.map(lambda x: in_rows(x, mesh), teacher),
     distill=settings.distill,
   )
-  return out_of_rows(losses, tokens.shape, mesh), observed
+  return out_of_rows(losses, tokens.shape, mesh)

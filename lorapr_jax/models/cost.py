@@ -35,6 +35,16 @@ def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
   return 2.0 * config.head_dim * heads * (seq_len + 1)
 
 
+def pass_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+  """The operations of a pruning event for each token: layers, and X^T X."""
+  layers = forward_flops_per_token(config, seq_len, with_logits=0.0)
+  inputs = (
+    (shape.num_heads * config.head_dim, shape.mlp_dim)
+    for shape in config.layers
+  )
+  return layers + 2.0 * sum(a * a + b * b for a, b in inputs)
+
+
 def kv_cache_bytes_per_token(config: LlamaConfig, bytes_each: int) -> int:
   """What generation keeps of every token: a key and a value a KV head.
 

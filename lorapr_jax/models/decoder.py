@@ -18,7 +18,6 @@ from lorapr_jax.models.layers import (
   BLOCK,
   DROPOUT,
   PROJECTION,
-  STATISTICS,
   RMSNorm,
   Rotation,
   rope_rotation,
@@ -43,13 +42,6 @@ REMAT_POLICIES = {
 
 
 def hidden_states(
-  params: Any, tokens: Array, config: LlamaConfig, **options: Any
-) -> Array:
-  """The output of `observed_hidden_states` alone."""
-  return observed_hidden_states(params, tokens, config, **options)[0]
-
-
-def observed_hidden_states(
   params: Any,
   tokens: Array,
   config: LlamaConfig,
@@ -66,8 +58,7 @@ def observed_hidden_states(
   flat: bool = True,
   dtype: Any = jnp.float32,
   matmul_dtype: Any = None,
-  observe: bool = False,
-) -> tuple[Array, Any]:
+) -> Array:
   """The last layer's normalised output, (B, T, D), computed in `dtype`.
 
   Args:
@@ -79,8 +70,7 @@ def observed_hidden_states(
     attend: as `causal_attention`: which tokens of a row see which.
     lora: adapters, with `lora_config`; None runs the base alone.
     masks: None where nothing is masked.
-    valid: (B, T), False where there is padding, which adds nothing to what is
-      observed, and without biases is zero in every layer. None: there is none.
+    valid: (B, T), False where there is padding. None: there is none.
     dropout_key: None for no dropout.
     remat: a key of REMAT_POLICIES.
     scan_layers: whether a stack is a loop; else each layer is compiled apart.
@@ -88,11 +78,6 @@ def observed_hidden_states(
       T can cut no axis of both. XLA's CPU backend is faster with N.
     dtype: of the activations.
     matmul_dtype: of the operands of the projections; None: as `dtype`.
-    observe: whether the projections' inputs are observed.
-
-  Returns:
-    The output; and for each stack what was observed: {'squares': the sum over
-    tokens of the squared input} of each layer and projection, or {}.
   """
   B, T = tokens.shape
   positions = jnp.arange(T) if positions is None else positions
@@ -103,18 +88,14 @@ def observed_hidden_states(
     lora_config, lora = None, nothing
   axes = block_axes(config.dequantized, lora_config)
   x = _embedded(params, tokens.reshape(B * T) if flat else tokens, valid, dtype)
-  valid = valid if observe and config.biased else None
-  observed = []
   for i, stack in enumerate(config.stacks):
     layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
     inputs = (layers, masks[i], _dropout_keys(dropout_key, stack))
-    block = Block(config, stack.shape, lora_config, matmul_dtype, attend, valid)
-    layer = _layer(block, axes, rotation, observe)
-    x, found = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
-    observed.append(found)
+    block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
+    layer = _layer(block, axes, rotation)
+    x = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
   norm = RMSNorm(config.norm_eps)
-  x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
-  return x, tuple(observed)
+  return norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
 
 
 def _embedded(
@@ -141,8 +122,8 @@ def _run_stack(
   size: int,
   remat: str,
   scan_layers: bool,
-) -> tuple[Array, Any]:
-  """x through the layers of a stack, rematerialised; and what they observed."""
+) -> Array:
+  """x through the layers of a stack, rematerialised."""
   # Without a loop around them XLA would find both computations of a block, and
   # keep what they share. The barriers against that cost time, and where all is
   # kept there is nothing to compute twice.
@@ -151,7 +132,7 @@ def _run_stack(
     policy=REMAT_POLICIES[remat],
     prevent_cse=not scan_layers and remat != 'none',
   )
-  return jax.lax.scan(layer, x, inputs, unroll=1 if scan_layers else size)
+  return jax.lax.scan(layer, x, inputs, unroll=1 if scan_layers else size)[0]
 
 
 def _squeezed(stack: Any) -> Any:
@@ -167,9 +148,7 @@ def _squeezed(stack: Any) -> Any:
   return jax.tree.map(squeeze, stack, is_leaf=is_quantized)
 
 
-def _layer(
-  block: Block, axes: Any, rotation: Rotation, observe: bool
-) -> Callable[..., Any]:
+def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
   sizes = block.config.sizes(block.shape)
 
   def layer(x, inputs):
@@ -184,14 +163,7 @@ def _layer(
       name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
     }
     rngs = None if key is None else {'dropout': key}
-    x, observed = block.apply(
-      variables,
-      x,
-      rotation,
-      rngs=rngs,
-      mutable=[STATISTICS] if observe else [],
-    )
-    return x, observed.get(STATISTICS, {})
+    return block.apply(variables, x, rotation, rngs=rngs), None
 
   return layer
 

@@ -18,9 +18,8 @@ from lorapr_jax.models.config import LlamaConfig, LoraConfig, RopeScaling
 BLOCK = 'block'
 PROJECTION = 'projection'
 DROPOUT = 'dropout'
-# Collections that a caller may ask for: sums of the projections' squared
-# inputs, and the inputs themselves.
-STATISTICS, INPUTS = 'statistics', 'inputs'
+# A collection that a caller may ask for: the projections' inputs.
+INPUTS = 'inputs'
 
 
 class RMSNorm(nn.Module):
@@ -170,12 +169,11 @@ def _product(
 class LoRAEinsum(nn.Module):
   """y = x W + s (x A) B, or with + b, for the tokens of a projection.
 
-  Tokens are x's first axes: N, or B and T (`decoder.observed_hidden_states`).
+  Tokens are x's first axes: N, or B and T (`decoder.hidden_states`).
   The shapes of A and B follow from the einsum: A takes W's contracted axes to
   the rank, B the rank to W's other axes, which are those of b. W and b are in
   the collection `params`, A and B in `lora`, in float32 whatever W's dtype.
-  Where the collection STATISTICS is mutable, it gets the sum over valid tokens
-  of x^2, as `squares`; where INPUTS is, it gets x, as `inputs`.
+  Where the collection INPUTS is mutable, it gets x, as `inputs`.
 
   Attributes:
     spec: x, W -> y; one of axes.PROJECTIONS.
@@ -183,7 +181,6 @@ class LoRAEinsum(nn.Module):
     lora: None for a projection without an adapter.
     dtype: of the products' operands; None: x's.
     use_bias: whether there is b.
-    valid: by token, False where there is padding; None: there is none.
   """
 
   spec: str
@@ -191,7 +188,6 @@ class LoRAEinsum(nn.Module):
   lora: LoraConfig | None = None
   dtype: Any = None
   use_bias: bool = False
-  valid: Array | None = None
 
   @nn.compact
   def __call__(self, x: Array, lora_x: Array) -> Array:
@@ -200,14 +196,6 @@ class LoRAEinsum(nn.Module):
     inputs, outputs = self.shape[:split], self.shape[split:]
     fan_in, tokens = math.prod(inputs), x.shape[:-split]
     weight = self.param('weight', nn.initializers.normal(0.02), self.shape)
-    if self.is_mutable_collection(STATISTICS):
-      axes = tuple(range(len(tokens)))
-      squares = jnp.square(x.astype(jnp.float32))
-      if self.valid is not None:
-        there = self.valid.reshape(*tokens, *(1 for _ in inputs))
-        squares = jnp.where(there, squares, 0)
-      squares = jnp.sum(squares, axis=axes)
-      self.put_variable(STATISTICS, 'squares', squares)
     if self.is_mutable_collection(INPUTS):
       self.put_variable(INPUTS, 'inputs', x)
 

@@ -11,6 +11,7 @@ from ml_collections import config_dict
 import optax
 
 from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
+from lorapr_jax.pruning.compensation import repaired_of, without_repaired
 from lorapr_jax.runtime import sharding
 from lorapr_jax.settings.run import split_config
 from lorapr_jax.settings.sections import TrainSettings
@@ -76,8 +77,8 @@ def loop_functions(
 ) -> Iterator[LoopFunction]:
   """The functions that the loop of a run's first phase calls.
 
-  They are step, importance, compensation if it is asked for, optimiser and
-  evaluation. The ranking of groups is left out.
+  They are step, importance, the pass of a pruning event if it has one,
+  optimiser and evaluation. The ranking of groups is left out.
 
   Args:
     config: of the run.
@@ -107,9 +108,9 @@ def loop_functions(
     shapes.beside(state.lora, state.masks, batch),
   )
   if pruning:
-    yield _importance(functions, shapes, pruning.criterion.needs)
-  if pruning and pruning.compensation:
-    yield _compensation(functions, shapes, pruning.compensation.batches)
+    yield _importance(functions, shapes, pruning.criterion.needs_base_grads)
+  if pruning and pruning.passes:
+    yield _event(functions, shapes, pruning.pass_batches)
   ok = _replicated(jax.ShapeDtypeStruct((), jnp.bool_), places)
   yield LoopFunction(
     'optimiser',
@@ -123,14 +124,14 @@ def loop_functions(
 
 
 def _importance(
-  functions: Functions, shapes: Shapes, needs: str | None
+  functions: Functions, shapes: Shapes, base_grads: bool
 ) -> LoopFunction:
   base, state, batch, key = shapes
   _, grads, more = jax.eval_shape(
     functions.lora_gradients, base.params, state.lora, state.masks, batch, key
   )
-  if needs == 'base_grads':
-    like = {needs: steps.projections(base.params['stacks'])}
+  if base_grads:
+    like = {'base_grads': steps.projections(base.params['stacks'])}
     more = jax.tree.map(_placed_like, more, like)
   else:
     more = _replicated(more, base.places)
@@ -146,18 +147,18 @@ def _importance(
   )
 
 
-def _compensation(
-  functions: Functions, shapes: Shapes, batches: int
-) -> LoopFunction:
-  state = shapes.state
+def _event(functions: Functions, shapes: Shapes, batches: int) -> LoopFunction:
+  state, params = shapes.state, shapes.base.params
   texts = {name: x for name, x in shapes.batch.items() if name != 'teacher'}
   return LoopFunction(
-    'compensation',
-    functions.prune.compensate.lower(
-      *(shapes.base.params, state.lora, state.masks, state.masks),
+    'pruning event',
+    functions.prune.prune_layers.lower(
+      *(repaired_of(params), without_repaired(params), state.lora),
+      *(state.masks, state.importance),
+      jax.tree.map(_count_of, state.masks),
       (texts,) * batches,
     ),
-    shapes.beside(state.lora, state.masks, texts),
+    shapes.beside(state.lora, state.masks, state.importance, texts),
   )
 
 
@@ -203,6 +204,11 @@ def _replicated(tree: Any, places: Places) -> Any:
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places.state),
     tree,
   )
+
+
+def _count_of(mask: Any) -> jax.ShapeDtypeStruct:
+  """The shape of how many stay in each layer of a stack."""
+  return jax.ShapeDtypeStruct(mask.shape[:1], jnp.int32)
 
 
 def _placed_like(x: Any, other: Any) -> jax.ShapeDtypeStruct:

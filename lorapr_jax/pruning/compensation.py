@@ -5,42 +5,19 @@ training/repair.py goes through a model.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 from typing import Any
 
 import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.solve import solve
 
 NONE, RIDGE = 'none', 'ridge'
 # By part of a block, the projection that reads the pruned groups.
 REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Compensation:
-  """How it is done.
-
-  Attributes:
-    damping: c of `ridge_update`.
-    batches: how many of the newest batches the inputs are taken from.
-  """
-
-  damping: float
-  batches: int
-
-  def __post_init__(self):
-    if not self.damping > 0:
-      raise UserError(
-        f'prune.compensate_damping is {self.damping}: it must be positive'
-      )
-    if self.batches < 1:
-      raise UserError(
-        f'prune.compensate_batches is {self.batches}: it must be positive'
-      )
+# c of `ridge_update`: what `best_update` tries.
+DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 
 
 def repaired_part(block: Any) -> Any:
@@ -82,6 +59,19 @@ def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
   return {**params, 'stacks': tuple(with_part(*pair) for pair in pairs)}
 
 
+def damped(gram: Array, stays: Array, damping: float) -> Array:
+  """H_SS + c mean(diag H_SS) I, with equations of their own for other rows.
+
+  Args:
+    gram: (I, I), H.
+    stays: (I,), 1 for a row of S.
+    damping: c.
+  """
+  outer = stays[:, None] * stays
+  ridge = damping * jnp.sum(jnp.diagonal(gram) * stays) / jnp.sum(stays)
+  return gram * outer + jnp.diag(jnp.where(stays > 0, ridge, 1.0))
+
+
 def ridge_update(
   weight: Array,
   gram: Array,
@@ -105,10 +95,47 @@ def ridge_update(
     damping: c.
     solve: (A, R) -> X of A X = R, A positive definite.
   """
-  outer = stays[:, None] * stays
-  ridge = damping * jnp.sum(jnp.diagonal(gram) * stays) / jnp.sum(stays)
-  # The rows outside S make equations of their own, whose solution is zero.
-  system = gram * outer + jnp.diag(jnp.where(stays > 0, ridge, 1.0))
   with jax.default_matmul_precision('highest'):
     lost = stays[:, None] * (gram @ (gone[:, None] * weight))
-  return solve(system, lost)
+  return solve(damped(gram, stays, damping), lost)
+
+
+def best_update(
+  weight: Array,
+  gram: Array,
+  gone: Array,
+  stays: Array,
+  held_out_error: Callable[[Array], Array],
+  solve: Callable[[Array, Array], Array] = solve,
+) -> tuple[Array, Array]:
+  """The `ridge_update` that leaves the least error on other tokens, or none.
+
+  Every c of DAMPINGS is tried, at the price of one factorisation each. Nothing
+  is added where that leaves less than all of them, or none is finite.
+
+  Args:
+    weight: (I, O).
+    gram: (I, I), of tokens that the error is not measured on.
+    gone: (I,), 1 for a row of P.
+    stays: (I,), 1 for a row of S.
+    held_out_error: what goes missing in the weight, (I, O) -> the squared error
+      of the output of tokens that are not in `gram`.
+    solve: as of `ridge_update`.
+
+  Returns:
+    The update, and the share of the error that is left: 1 where there is none.
+  """
+  lost = gone[:, None] * weight
+  nothing = held_out_error(lost)
+
+  def attempt(best: tuple[Array, Array], damping: Array) -> tuple[Any, None]:
+    update = ridge_update(weight, gram, gone, stays, damping, solve)
+    error = held_out_error(lost - update)
+    better = error < best[1]  # NaN is not.
+    return jax.tree.map(
+      lambda new, old: jnp.where(better, new, old), (update, error), best
+    ), None
+
+  first = jnp.zeros_like(lost), nothing
+  (update, error), _ = jax.lax.scan(attempt, first, jnp.asarray(DAMPINGS))
+  return update, jnp.where(error < nothing, error / nothing, 1.0)

@@ -21,6 +21,10 @@ from lorapr_jax.models.lora import (
   lora_product,
   terms_of,
 )
+from lorapr_jax.pruning.compensation import REPAIRED
+
+# Of each input of a projection: the sum of squares over tokens; the variance.
+SQUARES, VARIANCES = 'squares', 'variances'
 
 
 class Signals(NamedTuple):
@@ -33,8 +37,8 @@ class Signals(NamedTuple):
     layer: the layer's index in the model.
     base_grads: of the projections of `params`, for a criterion that needs
       them.
-    statistics: {part: {projection: {'squares': S}}}, for a criterion that
-      needs them: S is the sum over tokens of the projection's squared input.
+    statistics: {part: {projection: array}}, of the tokens that the projection
+      reads, for a criterion that needs them: see `Criterion.statistic`.
   """
 
   params: Any
@@ -78,9 +82,27 @@ class Criterion:
       raise UserError(f'prune.decay is {self.decay}: it must be in [0, 1)')
 
   @property
-  def needs(self) -> str | None:
-    """The field of `Signals` that must be filled in for this criterion."""
-    return {'gradient': 'base_grads', 'activation': 'statistics'}.get(self.name)
+  def squared(self) -> bool:
+    """Whether the terms of `TERMS` are squared; else their size counts."""
+    return self.score == 'square' or self.name == 'fluctuation'
+
+  @property
+  def averaged(self) -> bool:
+    """Whether scores come from gradients, and are averaged over the steps.
+
+    All others are scored at a pruning event, from what is there then.
+    """
+    return self.name in ('lora', 'gradient')
+
+  @property
+  def needs_base_grads(self) -> bool:
+    """Whether each step must give the gradients of the base."""
+    return self.name == 'gradient'
+
+  @property
+  def statistic(self) -> str | None:
+    """What of a projection's inputs it reads: SQUARES, VARIANCES or nothing."""
+    return {'activation': SQUARES, 'fluctuation': VARIANCES}.get(self.name)
 
 
 class Options(NamedTuple):
@@ -136,9 +158,27 @@ def _gradient(signals, part, name, options):
 def _activation(signals, part, name, options):
   # Wanda's score (arXiv 2306.11695, eq. 1), which Wanda-sp (arXiv 2312.11983)
   # sums over groups: |W_ij| times the L2 norm of input feature i over tokens.
-  weight = _effective_weight(signals, part, name, options)
-  norms = jnp.sqrt(signals.statistics[part][name]['squares'])
-  return weight * norms.reshape(norms.shape + (1,) * (weight.ndim - norms.ndim))
+  norms = jnp.sqrt(signals.statistics[part][name])
+  return _times_rows(norms, _effective_weight(signals, part, name, options))
+
+
+def _fluctuation(signals, part, name, options):
+  # FLAP's score (arXiv 2312.11983, eq. 6), squared in `element_scores`: the
+  # variance of input i over tokens times the squared norm of its row. That is
+  # the error of the output once its mean is made up for.
+  if name not in REPAIRED.values():
+    return None
+  deviations = jnp.sqrt(signals.statistics[part][name])
+  return _times_rows(
+    deviations, _effective_weight(signals, part, name, options)
+  )
+
+
+def _times_rows(values: Array, weight: Array) -> Array:
+  """A value for each input times its row of the weight."""
+  return weight * values.reshape(
+    values.shape + (1,) * (weight.ndim - values.ndim)
+  )
 
 
 def _magnitude(signals, part, name, options):
@@ -148,7 +188,7 @@ def _magnitude(signals, part, name, options):
 def _random(signals, part, name, options):
   # One number for each input of the two projections that leave the groups;
   # the same at every step, so that the average is constant.
-  if name not in ('o_proj', 'down_proj'):
+  if name not in REPAIRED.values():
     return None
   key = jax.random.fold_in(jax.random.key(0), signals.layer)
   shape = signals.params[part][name]['weight'].shape
@@ -157,13 +197,19 @@ def _random(signals, part, name, options):
 
 # Each gives the first-order term of every element of a projection, before
 # the absolute value or the square, or None where it has nothing to say.
-CRITERIA: dict[str, Callable[..., Array | None]] = {
+TERMS: dict[str, Callable[..., Array | None]] = {
   'lora': _lora,
   'gradient': _gradient,
   'activation': _activation,
+  'fluctuation': _fluctuation,
   'magnitude': _magnitude,
   'random': _random,
 }
+
+
+# The loss after repair (pruning/surgeon.py), which has no terms.
+OBS = 'obs'
+CRITERIA = (*TERMS, OBS)
 
 
 def element_scores(
@@ -171,7 +217,8 @@ def element_scores(
 ) -> dict[str, dict[str, dict[str, Array]]]:
   """|G (W + s A B)| of every element, or its square (eqs. 3 and 6).
 
-  The gradient term has no s, as in the reference. Returns the tree of
+  The other criteria put their own term in its place. The gradient term has no
+  s, as in the reference. Returns the tree of
   `signals.params`, without what is not a projection or has no score.
   """
   criterion = options.criterion
@@ -180,9 +227,9 @@ def element_scores(
     for name in projections:
       if name == 'weight':  # A norm.
         continue
-      term = CRITERIA[criterion.name](signals, part, name, options)
+      term = TERMS[criterion.name](signals, part, name, options)
       if term is not None:
-        shape = jnp.abs if criterion.score == 'abs' else jnp.square
+        shape = jnp.square if criterion.squared else jnp.abs
         scores.setdefault(part, {})[name] = {'weight': shape(term)}
   return scores
 

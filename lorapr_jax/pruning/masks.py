@@ -51,17 +51,20 @@ def select_masks(
       exceed what is alive.
   """
 
-  def select(importance: Array, mask: Array, keep: Array) -> Array:
-    alive_first = jnp.where(mask > 0, importance, -jnp.inf)
-    order = jnp.argsort(alive_first, axis=-1, descending=True, stable=True)
-    rank = jnp.argsort(order, axis=-1)
-    keep = keep.reshape(-1, *(1 for _ in range(mask.ndim - 1)))
-    return mask * (rank < keep)
-
   return {
-    group: select(importance[group], mask, keep[group])
+    group: select_mask(importance[group], mask, keep[group])
     for group, mask in masks.items()
   }
+
+
+def select_mask(importance: Array, mask: Array, keep: Array) -> Array:
+  """`select_masks` for one kind of group, of a layer or a stack of them."""
+  alive_first = jnp.where(mask > 0, importance, -jnp.inf)
+  order = jnp.argsort(alive_first, axis=-1, descending=True, stable=True)
+  rank = jnp.argsort(order, axis=-1)
+  return mask * (
+    rank < keep.reshape(keep.shape + (1,) * (mask.ndim - keep.ndim))
+  )
 
 
 def alive_counts(

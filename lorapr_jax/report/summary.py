@@ -164,7 +164,7 @@ def print_plan(
   show(f'masked groups are cut out {before}after the last step')
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
-  if criterion.needs == 'base_grads':
+  if criterion.needs_base_grads:
     bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)
     show(
       f'prune.criterion={criterion.name} keeps gradients of the base '

@@ -90,7 +90,8 @@ def check_teacher(train: TrainSettings, planned: PlannedModel) -> None:
       f'train.distill_top_k is {train.distill_top_k}, and the model has '
       f'{vocab_size} tokens: choose fewer, such as 64'
     )
-  if train.distill == 1 and order != 'joint':
+  averaged = planned.prune.ranking().averaged
+  if train.distill == 1 and order != 'joint' and averaged:
     raise UserError(
       f'train.distill=1 with prune.order={order}: while importance is '
       'measured the model is its own teacher, and gradients are zero: use a '

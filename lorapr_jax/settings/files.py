@@ -23,6 +23,7 @@ REMOVED = {
   'layers than from others',
   'prune.blocks': 'leave it out; it belonged to prune.scope, which was '
   'removed too',
+  'prune.compensate_damping': 'leave it out; each repair chooses its own',
 }
 
 

@@ -19,7 +19,7 @@ from lorapr_jax.models.decoder import REMAT_POLICIES
 from lorapr_jax.models.kernels import ATTENTION
 from lorapr_jax.models.lora import INPUTS, terms_of
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE, Compensation
+from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.schedule import PruneSchedule
@@ -116,8 +116,7 @@ class PruneSettings:
   warmup: float = 0.1
   cooldown: float = 0.1
   compensate: str = RIDGE
-  compensate_damping: float = 0.2
-  compensate_batches: int = 2
+  compensate_batches: int = 0
   shrink: str = 'end'
   protect: str = Targets.protect
   layer_profile: str = Targets.layer_profile
@@ -130,6 +129,17 @@ class PruneSettings:
 
   def __post_init__(self):
     choose('prune.order', self.order, ORDERS)
+    choose(
+      'prune.compensate',
+      self.compensate,
+      (RIDGE, NONE),
+      removed={'bias': 'prune.compensate=ridge'},
+    )
+    if self.compensate_batches < 0:
+      raise UserError(
+        f'prune.compensate_batches is {self.compensate_batches}: 0, or a '
+        'number of batches'
+      )
     if self.calibration_steps < 1:
       raise UserError(
         f'prune.calibration_steps is {self.calibration_steps}: it must be '
@@ -152,16 +162,10 @@ class PruneSettings:
       decay=self.decay,
     )
 
-  def compensation(self) -> Compensation | None:
-    """How what survives is repaired; None where it is not."""
-    choose(
-      'prune.compensate',
-      self.compensate,
-      (RIDGE, NONE),
-      removed={'bias': 'prune.compensate=ridge'},
-    )
-    how = Compensation(self.compensate_damping, self.compensate_batches)
-    return None if self.compensate == NONE else how
+  @property
+  def repairs(self) -> bool:
+    """Whether what survives is repaired."""
+    return self.compensate == RIDGE
 
   def schedule(self, steps: int) -> PruneSchedule:
     """When groups are masked, in a run of so many steps with LoRA."""
@@ -179,7 +183,7 @@ class PlannedModel(NamedTuple):
     config: the sizes of the base, which say what is quantised.
     lora: the adapters'.
     plan: what will be left; None if nothing is pruned.
-    compensation: how what survives is repaired; None: not at all.
+    repairs: whether what survives is repaired.
     base_dtype: of the weights that are not quantised.
   """
 
@@ -188,7 +192,7 @@ class PlannedModel(NamedTuple):
   config: LlamaConfig
   lora: LoraConfig
   plan: PruningPlan | None
-  compensation: Compensation | None
+  repairs: bool
   base_dtype: Any
 
 
@@ -227,13 +231,13 @@ def plan_model(
   else:
     counts = {group: tuple(n) for group, n in keep.items()}
     plan = PruningPlan(sizes, targets, counts)
-  compensation = prune.compensation()
+  repairs = prune.repairs and bool(plan.keep)
   if not plan.keep:
-    plan = compensation = None
+    plan = None
   dtype, quantized = settings.base_dtype, ()
   if dtype == INT8:
     # A repair would be rounded to int8 each time.
-    kept = REPAIRED.values() if compensation else ()
+    kept = REPAIRED.values() if repairs else ()
     dtype = 'auto'
     quantized = tuple(name for name in LORA_TARGETS if name not in kept)
   return PlannedModel(
@@ -242,7 +246,7 @@ def plan_model(
     dataclasses.replace(sizes, quantized=quantized),
     lora,
     plan,
-    compensation,
+    repairs,
     resolve_dtype('model.base_dtype', dtype, platform),
   )
 

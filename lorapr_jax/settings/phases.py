@@ -5,7 +5,6 @@ import functools
 
 import optax
 
-from lorapr_jax.pruning.compensation import Compensation
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.pruning.schedule import PruneSchedule
@@ -29,14 +28,16 @@ class Pruning:
     plan: what is left at its end.
     schedule: when groups are masked.
     criterion: which ones.
-    compensation: how what survives is repaired; None: not at all.
+    repairs: whether what survives is repaired.
+    batches: the most batches whose tokens an event measures and repairs on.
     cuts: the steps before which masked groups are cut out of the arrays.
   """
 
   plan: PruningPlan
   schedule: PruneSchedule
   criterion: Criterion
-  compensation: Compensation | None
+  repairs: bool
+  batches: int
   cuts: tuple[int, ...] = ()
 
   @functools.cached_property
@@ -45,18 +46,18 @@ class Pruning:
     return Milestones(self.plan, self.schedule)
 
   @property
-  def repairs(self) -> tuple[int, ...]:
-    """The steps at which what survives is repaired."""
-    return self.milestones.maskings if self.compensation else ()
+  def passes(self) -> tuple[int, ...]:
+    """The steps at which tokens go through the layers, to measure or repair."""
+    without = self.criterion.averaged and not self.repairs
+    return () if without else self.milestones.maskings
 
   @property
-  def repair_batches(self) -> int:
-    """The newest batches that a repair is fitted to.
+  def pass_batches(self) -> int:
+    """The newest batches that a pass takes.
 
     No more than there are at the first one.
     """
-    first = min(self.repairs, default=-1)
-    return min(self.compensation.batches, first + 1) if self.compensation else 0
+    return min(self.batches, min(self.passes, default=-1) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,20 +96,26 @@ class Phase:
       return optax.cosine_decay_schedule(self.peak, self.steps)
     return optax.constant_schedule(self.peak)
 
+  @property
+  def learns(self) -> bool:
+    """Whether gradients are needed, for the adapters or for the scores."""
+    scores = self.pruning and self.pruning.criterion.averaged
+    return self.peak > 0 or bool(scores)
+
   def compiling(self, first: int) -> frozenset[int]:
     """The steps from `first` on whose calls compile.
 
     The first one, those before which is cut, and after each of these the first
-    that repairs.
+    with a pass.
     """
     if self.pruning is None:
       return frozenset([first])
     sizes = [first, *(cut for cut in self.pruning.cuts if cut > first)]
-    repairs = [
-      next((step for step in self.pruning.repairs if step >= size), first)
+    passes = [
+      next((step for step in self.pruning.passes if step >= size), first)
       for size in sizes
     ]
-    return frozenset(sizes + repairs)
+    return frozenset(sizes + passes)
 
 
 def make_phases(

@@ -14,6 +14,11 @@ from ml_collections import config_dict
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.compute import Compute, resolve_dtype
+from lorapr_jax.models.cost import (
+  forward_flops_per_token,
+  pass_flops_per_token,
+)
+from lorapr_jax.pruning.importance import OBS
 from lorapr_jax.pruning.milestones import parse_shrink
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
@@ -28,7 +33,12 @@ from lorapr_jax.settings.devices import (
   resolve_loss_chunk,
   resolve_matmul_dtype,
 )
-from lorapr_jax.settings.model import ModelSettings, PlannedModel, plan_model
+from lorapr_jax.settings.model import (
+  ModelSettings,
+  PlannedModel,
+  PruneSettings,
+  plan_model,
+)
 from lorapr_jax.settings.phases import Phase, Pruning, make_phases
 from lorapr_jax.settings.sections import (
   DataSettings,
@@ -40,6 +50,11 @@ from lorapr_jax.settings.sections import (
   TrainSettings,
   read_section,
 )
+
+# What all pruning events may cost, as a share of the steps' operations; and the
+# most tokens that one reads.
+EVENT_SHARE = 0.25
+EVENT_TOKENS = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +184,30 @@ def _compute(
   )
 
 
+def _event_batches(
+  pruning: Pruning, prune: PruneSettings, train: TrainSettings
+) -> int:
+  """The batches that a pruning event reads, where the config leaves it open.
+
+  So many that all events together take EVENT_SHARE of the operations of the
+  steps, which are three forward passes each.
+  """
+  if prune.order == 'none':
+    return prune.calibration_steps
+  config, tokens = pruning.plan.config, train.batch_size * train.seq_len
+  step = 3 * forward_flops_per_token(config, train.seq_len)
+  each = pass_flops_per_token(config, train.seq_len)
+  share = EVENT_SHARE * train.steps * step / each
+  number = int(share / max(1, len(pruning.passes)))
+  return max(2, min(number, EVENT_TOKENS // tokens))
+
+
 def _pruning(planned: PlannedModel, train: TrainSettings) -> Pruning | None:
   """What the first phase masks."""
   prune, plan = planned.prune, planned.plan
   criterion, schedule = prune.ranking(), prune.schedule(train.steps)
   shares = parse_shrink(prune.shrink)
-  if planned.config.quantized and criterion.needs == 'base_grads':
+  if planned.config.quantized and criterion.needs_base_grads:
     raise UserError(
       f'prune.criterion={criterion.name} needs gradients of the base, which '
       'model.base_dtype=int8 has none of: use prune.criterion=lora'
@@ -194,7 +227,18 @@ def _pruning(planned: PlannedModel, train: TrainSettings) -> Pruning | None:
     raise UserError(f'prune.shrink is {prune.shrink!r}, but {reason}')
   if plan is None:
     return None
-  pruning = Pruning(plan, schedule, criterion, planned.compensation)
+  pruning = Pruning(plan, schedule, criterion, planned.repairs, 1)
+  batches = prune.compensate_batches or _event_batches(pruning, prune, train)
+  pruning = dataclasses.replace(pruning, batches=batches)
+  micro_batches = train.batch_size // train.micro_batch_size
+  fits = pruning.repairs or criterion.name == OBS
+  if fits and pruning.pass_batches * micro_batches < 2:
+    raise UserError(
+      'a pruning event keeps one micro-batch out of what it is fitted to, and '
+      'the first one has no other: raise prune.compensate_batches, '
+      'prune.calibration_steps or prune.warmup, or lower '
+      'train.micro_batch_size'
+    )
   if reason:
     return pruning
   cuts = pruning.milestones.cuts(shares, train.seq_len)

@@ -83,7 +83,7 @@ class Base(NamedTuple):
   """The weights at one size.
 
   Attributes:
-    params: the weights, of which compensation alone changes any.
+    params: the weights, of which a repair alone changes any.
     compute: what the functions of the loop are specialised to, with this size.
     places: where arrays of this size lie.
   """

@@ -90,7 +90,7 @@ class Batches:
   ) -> Iterator[Iterator[tuple[dict[str, Any], tuple[Any, ...]]]]:
     """(batch, the newest batches) of a phase from its step `first` on.
 
-    The newest batches are those that a repair is fitted to, this one included:
+    The newest batches are those that an event reads, this one included:
     as many as a run that was never cut short would have at this step.
 
     Args:
@@ -99,7 +99,7 @@ class Batches:
       first: a step of the phase.
     """
     newest = collections.deque(
-      maxlen=phase.pruning.repair_batches if phase.pruning else 0
+      maxlen=phase.pruning.pass_batches if phase.pruning else 0
     )
     seen = min(first, newest.maxlen)
 

@@ -4,12 +4,38 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+from jax import Array
+import jax.numpy as jnp
 
+from lorapr_jax.models.compute import Compute, compiler_options
+from lorapr_jax.pruning.compensation import (
+  repaired_of,
+  with_repaired,
+  without_repaired,
+)
+from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import by_stack, select_stack_masks
 from lorapr_jax.settings.phases import Pruning
-from lorapr_jax.training.base import Base
-from lorapr_jax.training.repair import make_compensate
+from lorapr_jax.training.base import Base, Places
+from lorapr_jax.training.layer_pass import Carry, LayerPass, embedded
+from lorapr_jax.training.prune_part import Layer, PartPruning
 from lorapr_jax.training.state import TrainState
+
+
+class Pruned(NamedTuple):
+  """What a pruning event changes.
+
+  Attributes:
+    repaired: `repaired_of` the base.
+    masks: as of the state.
+    importance: as of the state.
+    unrepaired: how many projections lost rows and were not repaired.
+  """
+
+  repaired: Any
+  masks: Any
+  importance: Any
+  unrepaired: Array
 
 
 class PruningEvent(NamedTuple):
@@ -17,24 +43,20 @@ class PruningEvent(NamedTuple):
 
   Attributes:
     pruning: what is masked when, and how.
-    select_masks: (importance, masks, counts) -> masks.
-    compensate: from `make_compensate`; None where nothing is repaired.
+    select: (importance, masks, counts) -> masks, where that is all.
+    prune_layers: from `make_prune_layers`, where tokens are needed.
   """
 
   pruning: Pruning
-  select_masks: Callable[..., Any]
-  compensate: Callable[..., Any] | None
+  select: Callable[..., Any]
+  prune_layers: Callable[..., Pruned]
 
   @classmethod
   def of(cls, pruning: Pruning, base: Base) -> 'PruningEvent':
     """For the size of `base`."""
-    place, compensate = base.places.state, None
-    if pruning.compensation:
-      compensate = make_compensate(
-        base.compute, pruning.compensation, base.places.base, place
-      )
-    select = jax.jit(select_stack_masks, out_shardings=place)
-    return cls(pruning, select, compensate)
+    select = jax.jit(select_stack_masks, out_shardings=base.places.state)
+    how = base.compute, pruning.criterion, pruning.repairs, base.places
+    return cls(pruning, select, make_prune_layers(*how))
 
   def __call__(
     self, state: TrainState, base: Base, step: int, batches: Sequence[Any]
@@ -45,15 +67,80 @@ class PruningEvent(NamedTuple):
       state: with the importance of this step.
       base: whose repaired weights are donated.
       step: of the phase.
-      batches: the newest, whose tokens the repair is fitted to.
+      batches: the newest, whose tokens are measured and repaired on.
     """
     keep = self.pruning.plan.keep_at(self.pruning.schedule.progress(step))
     counts = by_stack(keep, base.compute.config)
-    masks = self.select_masks(state.importance, state.masks, counts)
-    if self.compensate and step in self.pruning.milestones.maskings:
-      params, failed = self.compensate(
-        base.params, state.lora, state.masks, masks, tuple(batches)
+    if not batches:
+      masks = self.select(state.importance, state.masks, counts)
+      return state.replace(masks=masks), base
+    if step not in self.pruning.milestones.maskings:
+      return state, base
+    pruned = self.prune_layers(
+      *(repaired_of(base.params), without_repaired(base.params), state.lora),
+      *(state.masks, state.importance, counts, tuple(batches)),
+    )
+    params = with_repaired(base.params, pruned.repaired)
+    state = state.replace(
+      masks=pruned.masks,
+      importance=pruned.importance,
+      unrepaired=state.unrepaired + pruned.unrepaired,
+    )
+    return state, base._replace(params=params)
+
+
+def make_prune_layers(
+  compute: Compute, criterion: Criterion, repairs: bool, places: Places
+) -> Callable[..., Pruned]:
+  """The jitted pass of a pruning event:
+
+    (repaired, rest, lora, masks, importance, counts, batches) -> Pruned
+
+  The batches' tokens go through the layers in order. Each part of a layer runs
+  with the masks from before the event, up to the inputs X of its last
+  projection. Its groups are scored on them, unless the scores are averages over
+  steps, and chosen. `best_update` repairs the weight W of that projection,
+  where W + s A B is what the rows that go contributed. The next part sees the
+  output with the new masks. So each choice and each repair knows of all before
+  it, and one projection's X^T X exists at a time. Padding does not count in X.
+
+  `repaired` and `importance` are donated.
+
+  Args:
+    compute: of the run, for the size of the arrays.
+    criterion: that ranks.
+    repairs: whether what survives is repaired.
+    places: of arrays of this size.
+  """
+  place = places.state
+
+  def prune_layers(repaired, rest, lora, masks, importance, counts, batches):
+    batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
+    embeddings = rest['embed_tokens']['weight']
+    x, rotation = embedded(compute, place, embeddings, batch)
+    unrepaired, weights, chosen = jnp.int32(0), [], []
+    segments = batch.get('segments')
+    parts = PartPruning(compute, criterion, repairs, place, segments)
+    for i, stack in enumerate(compute.config.stacks):
+      layers = LayerPass(parts, stack.shape, rotation)
+      index = jnp.arange(stack.size)
+      trees = {'params': rest['stacks'][i], 'lora': lora[i]}
+      (x, new, unrepaired), found = jax.lax.scan(
+        layers.prune_layer,
+        Carry(x, repaired[i], unrepaired),
+        Layer(
+          *(index, stack.start + index, trees),
+          *(masks[i], importance[i], counts[i]),
+        ),
       )
-      base = base._replace(params=params)
-      state = state.replace(unrepaired=state.unrepaired + failed)
-    return state.replace(masks=masks), base
+      weights.append(new)
+      chosen.append(found)
+    masks, importance = zip(*chosen, strict=True)
+    return Pruned(tuple(weights), masks, importance, unrepaired)
+
+  return jax.jit(
+    prune_layers,
+    donate_argnums=(0, 4),
+    out_shardings=Pruned(repaired_of(places.base), place, place, place),
+    compiler_options=compiler_options(place),
+  )

@@ -37,7 +37,8 @@ class Functions(NamedTuple):
       steps.make_lora_gradients(
         base.compute,
         place,
-        needs=criterion and criterion.needs,
+        learns=phase.learns,
+        base_grads=bool(criterion and criterion.needs_base_grads),
         base_sharding=base.places.base,
       ),
       steps.make_update_importance(base.compute, criterion, place),

@@ -72,7 +72,7 @@ def _stored_shapes(
     for x in (compute, base.compute)
   )
   state = state.replace(whole=whole.whole)
-  if phase.pruning and phase.pruning.compensation:
+  if phase.pruning and phase.pruning.repairs:
     weights = weight_shapes(base.places.mesh, compute.config, base.dtype)
     state = state.replace(repaired=repaired_of(weights))
   return state

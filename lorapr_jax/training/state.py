@@ -31,7 +31,7 @@ class TrainState:
     repaired: in a checkpoint, `repaired_of` the base where prune.compensate
       changes it; in the loop these are in the base, and this is ().
     unrepaired: projections that an event of it left as they were, in all,
-      because their repair was not finite.
+      because no repair made the error on tokens that were kept out less.
   """
 
   step: Array

@@ -37,7 +37,8 @@ def make_lora_gradients(
   settings: Compute,
   out_sharding: Sharding,
   *,
-  needs: str | None = None,
+  learns: bool = True,
+  base_grads: bool = False,
   base_sharding: Any = None,
 ) -> Callable[..., Any]:
   """The jitted step: params, lora, masks, batch, key -> metrics, grads, more.
@@ -48,29 +49,26 @@ def make_lora_gradients(
   also has 'teacher', (M, B, T, ...), for `token_losses`. The loss is the mean
   over all the batch's target tokens. `grads` has the structure of `lora`,
   clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
-  clipping). `more` is {} or, if `needs` is
-
-    'base_grads'  {'base_grads': the gradients of `projections(params)`, in
-                  float32, scaled as `grads` were by the clipping}
-    'statistics'  {'statistics': what `decoder.observed_hidden_states` observed,
-                  summed over the batch}
+  clipping). `more` is {} or, if `base_grads`, {'base_grads': the gradients of
+  `projections(params)`, in float32, scaled as `grads` were by the clipping}.
 
   Args:
     settings: of the run.
     out_sharding: of all that comes out, but
     base_sharding: of the base, which its gradients share.
-    needs: of the criterion.
+    learns: whether anything is made of the gradients; else they are zeros.
+    base_grads: whether the criterion needs the gradients of the base.
   """
   mesh = mesh_of(out_sharding)
 
   def gradients(params, lora, masks, batch, key):
     count = jnp.maximum(jnp.sum(batch['weights'][..., 1:]), 1.0)
     trained = {'lora': lora}
-    if needs == 'base_grads':
+    if base_grads:
       trained['base'] = projections(params['stacks'])
 
     def loss(trained, micro, key):
-      losses, observed = token_losses(
+      losses = token_losses(
         _with_trained(params, trained),
         micro['tokens'],
         micro['weights'],
@@ -82,22 +80,20 @@ def make_lora_gradients(
         lora=trained['lora'],
         masks=masks,
         dropout_key=key if settings.lora.dropout > 0 else None,
-        observe=needs == 'statistics',
         scan_layers=settings.scan_layers,
       )
-      return jnp.sum(losses) / count, observed
+      return jnp.sum(losses) / count
 
-    (value, observed), grads = _summed(loss, trained, batch, key)
+    value, grads = _summed(loss, trained, batch, key, learns)
     norm = optax.tree.norm(grads['lora'])
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
-    known = {'base_grads': grads.get('base'), 'statistics': observed}
-    more = {needs: known[needs]} if needs else {}
+    more = {'base_grads': grads['base']} if base_grads else {}
     return {'loss': value, 'grad_norm': norm}, grads['lora'], more
 
   more_sharding = out_sharding
-  if needs == 'base_grads' and base_sharding is not None:
-    more_sharding = {needs: projections(base_sharding['stacks'])}
+  if base_grads and base_sharding is not None:
+    more_sharding = {'base_grads': projections(base_sharding['stacks'])}
   return jax.jit(
     gradients,
     out_shardings=(out_sharding, out_sharding, more_sharding),
@@ -116,14 +112,18 @@ def _with_trained(params: Any, trained: dict[str, Any]) -> Any:
 
 
 def _summed(
-  loss: Callable[..., Any], trained: Any, batch: Any, key: Array
+  loss: Callable[..., Any], trained: Any, batch: Any, key: Array, learns: bool
 ) -> Any:
   """The sum over a batch's micro-batches, one of which exists at a time.
 
   Returns:
-    The loss, what it observed, and its gradients: ((value, observed), grads).
+    The loss and its gradients.
   """
-  value_and_grads = jax.value_and_grad(loss, has_aux=True)
+  value_and_grads = jax.value_and_grad(loss)
+  if not learns:
+
+    def value_and_grads(trained, *inputs):
+      return loss(trained, *inputs), jax.tree.map(jnp.zeros_like, trained)
 
   def accumulate(total, inputs):
     new = value_and_grads(trained, *inputs)
@@ -157,11 +157,12 @@ def make_update_importance(
 
   Args:
     settings: of the run.
-    criterion: None where nothing is masked, so that nothing is ranked.
+    criterion: None where nothing is masked, so that nothing is ranked. One
+      that is not averaged leaves the importance as it is.
     out_sharding: of what comes out.
   """
   average_stack = None
-  if criterion:
+  if criterion and criterion.averaged:
     average_stack = _stack_average(settings, criterion, out_sharding)
 
   def update(importance, params, lora, grads, more, masks, grad_norm):

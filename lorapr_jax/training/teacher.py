@@ -72,7 +72,7 @@ def make_top_tokens(
   compute, mesh = base.compute, mesh_of(base.places.state)
 
   def of_one(params: Any, micro: Any) -> dict[str, Array]:
-    hidden, _ = run_model(
+    hidden = run_model(
       params,
       micro['tokens'],
       compute,

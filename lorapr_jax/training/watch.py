@@ -209,6 +209,6 @@ class PhaseWatch:
 
   def _save(self, state: TrainState, base: Base) -> None:
     pruning = self._phase.pruning
-    if pruning and pruning.compensation:
+    if pruning and pruning.repairs:
       state = state.replace(repaired=repaired_of(base.params))
     self._checkpoints.save(int(state.step), state)

@@ -35,13 +35,14 @@ from lorapr_jax.planning.hlo import Program
 from lorapr_jax.planning.needs import plan_run
 from lorapr_jax.planning.search import search
 from lorapr_jax.planning.topology import SLICES, Topology
-from lorapr_jax.pruning.compensation import Compensation
+from lorapr_jax.pruning.compensation import repaired_of, without_repaired
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.solve import solve_in_blocks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
-from lorapr_jax.training.repair import make_compensate
+from lorapr_jax.training.base import Places
+from lorapr_jax.training.event import make_prune_layers
 from lorapr_jax.training.state import init_state
 from tests.aot.overlap import overlapped
 
@@ -276,9 +277,15 @@ def _compiled_repair(mesh: Mesh, micro_batches: int, tokens: int):
     'tokens': jax.ShapeDtypeStruct(shape, jnp.int32, sharding=rows),
     'weights': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
   }
-  event = make_compensate(settings, Compensation(0.2, 1), places, _whole(mesh))
-  return jax.jit(event).lower(
-    params, state.lora, state.masks, state.masks, (batch,)
+  prune_layers = make_prune_layers(
+    settings, Criterion(), True, Places(places, rows, _whole(mesh))
+  )
+  counts = jax.tree.map(
+    lambda mask: jax.ShapeDtypeStruct(mask.shape[:1], jnp.int32), state.masks
+  )
+  return prune_layers.lower(
+    *(repaired_of(params), without_repaired(params), state.lora),
+    *(state.masks, state.importance, counts, (batch,)),
   )
 
 

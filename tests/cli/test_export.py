@@ -210,7 +210,7 @@ def test_a_profile_is_exported_as_it_was_planned(capsys, tmp_path):
     **{'mesh.data': -1, 'mesh.fsdp': 1, 'mesh.tensor': 2},
     **{'prune.target': 0.6, 'prune.protect': 'none'},
     'prune.layer_profile': '0.5,1.5',
-    'report.prompts': (),
+    **{'report.prompts': (), 'lora.targets': 'q_proj,gate_proj'},
     'export.format': 'hf,gguf,peft',
   }
   workdir, summary = make_run(

@@ -49,7 +49,7 @@ def test_every_phase_of_both_criteria_is_compiled(capsys):
   mesh = {'data': 2, 'fsdp': 4, 'sequence': 1, 'tensor': 1}
   assert report['mesh'] == mesh
   found = by_phase(report)
-  phases = ('step', 'importance', 'compensation', 'optimiser', 'evaluation')
+  phases = ('step', 'importance', 'pruning event', 'optimiser', 'evaluation')
   assert set(found) == {(c, p) for c in ('lora', 'gradient') for p in phases}
   for phase in found.values():
     own = phase['compiled']
@@ -192,8 +192,8 @@ def test_the_compiler_that_is_missing_is_named(capsys):
 
 def test_compensation_is_a_phase_where_it_is_asked_for(capsys):
   report = plan(capsys, '--config.prune.compensate=ridge')
-  found = by_phase(report)['lora', 'compensation']['compiled']
+  found = by_phase(report)['lora', 'pruning event']['compiled']
   # What is repaired takes the place of what was.
-  assert found['outputs'] < 1000 < found['temporaries']
+  assert found['outputs'] < 4000 < found['temporaries']
   without = by_phase(plan(capsys, '--config.prune.compensate=none'))
-  assert ('lora', 'compensation') not in without
+  assert ('lora', 'pruning event') not in without

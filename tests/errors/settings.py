@@ -106,8 +106,14 @@ CASES = [
   tiny_override('prune.blocks=4', 'which was removed'),
   tiny_override('prune.compensate=wish'),
   tiny_override('prune.compensate=bias'),
-  tiny_override('prune.compensate_damping=0'),
-  tiny_override('prune.compensate_batches=0'),
+  tiny_override('prune.compensate_damping=0.1', 'which was removed'),
+  tiny_override('prune.compensate_batches=-1'),
+  Case(
+    '`--config.prune.compensate_batches=1` and one micro-batch in a step',
+    with_argv(
+      *train_tiny('prune.compensate_batches=1', 'train.micro_batch_size=16')
+    ),
+  ),
   tiny_override('prune.every=0'),
   tiny_override('prune.warmup=0.95', 'with prune.cooldown=0.1'),
   tiny_override('prune.decay=1.5'),

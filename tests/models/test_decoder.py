@@ -160,19 +160,3 @@ def test_masked_is_cut_where_there_are_biases(keep, random_params, random_lora):
   )
   shapes = jax.tree.map(lambda x: x.shape, param_shapes(small, 'float32'))
   assert jax.tree.map(lambda x: x.shape, cut) == shapes
-
-
-def test_padding_is_not_observed_where_there_are_biases(random_params):
-  config = SMALL.with_biases(('self_attn', 'mlp'))
-  params = random_params(config)
-  observed = []
-  for length in (8, 11):
-    tokens, valid = TOKENS[:, :length], np.arange(length) < 8
-    valid = np.broadcast_to(valid, tokens.shape)
-    _, found = decoder.observed_hidden_states(
-      params, tokens, config, valid=valid, observe=True
-    )
-    observed.append(found)
-  jax.tree.map(
-    functools.partial(np.testing.assert_allclose, rtol=1e-5), *observed
-  )

@@ -3,8 +3,11 @@
 import numpy as np
 import pytest
 
-from lorapr_jax.errors import UserError
-from lorapr_jax.pruning.compensation import Compensation, ridge_update
+from lorapr_jax.pruning.compensation import (
+  DAMPINGS,
+  best_update,
+  ridge_update,
+)
 
 ROWS, COLUMNS, TOKENS = 12, 5, 200
 GONE = np.isin(np.arange(ROWS), [2, 7, 8])
@@ -54,7 +57,36 @@ def test_rows_that_others_make_up_go_without_a_trace(arrays):
   assert np.abs(after - before).max() < 1e-3 * lost
 
 
-def test_settings_are_checked():
-  for damping, batches, key in ((0.0, 1, 'damping'), (0.1, 0, 'batches')):
-    with pytest.raises(UserError, match=f'prune.compensate_{key} is'):
-      Compensation(damping, batches)
+def held_out_error(x):
+  return lambda missing: np.float32(0) + ((x @ missing) ** 2).sum()
+
+
+def test_the_ridge_that_leaves_least_on_other_tokens_is_taken(arrays):
+  x, weight = arrays
+  fitted, other = x[:30], x[30:]  # So few that a large ridge is better.
+  gone, stays = (rows.astype(np.float32) for rows in (GONE, STAYS))
+  found, left = best_update(
+    *(weight, fitted.T @ fitted, gone, stays, held_out_error(other))
+  )
+  lost = np.where(GONE[:, None], weight, 0)
+  nothing = held_out_error(other)(lost)
+  tried = {c: update(fitted, weight, c) for c in DAMPINGS}
+  errors = {c: held_out_error(other)(lost - x) for c, x in tried.items()}
+  best = min(errors, key=errors.get)
+  np.testing.assert_allclose(found, tried[best], rtol=1e-4, atol=1e-5)
+  np.testing.assert_allclose(left, errors[best] / nothing, rtol=1e-4)
+  assert left < 1
+
+
+@pytest.mark.parametrize('broken', [1.0, np.inf, np.nan])
+def test_where_nothing_helps_nothing_is_added(arrays, broken):
+  x, weight = arrays
+  weight = weight * np.where(GONE, broken, 1.0)[:, None].astype(np.float32)
+  # What the other tokens hold is the opposite of what was fitted.
+  other = np.where(GONE, -x, x)
+  gone, stays = (rows.astype(np.float32) for rows in (GONE, STAYS))
+  found, left = best_update(
+    *(weight, x.T @ x, gone, stays, held_out_error(other))
+  )
+  np.testing.assert_array_equal(found, 0)
+  assert left == 1

@@ -19,6 +19,7 @@ from lorapr_jax.pruning.importance import (
   Options,
   Signals,
   element_scores,
+  group_scores,
   update_importance,
 )
 from lorapr_jax.pruning.masks import initial_masks
@@ -239,6 +240,33 @@ def test_the_jitted_step_is_the_methods_in_every_layer(
     masks = jax.tree.map(lambda m, t=t: mask_one(m, t), masks)
 
 
+def scored(config, name, seed, statistics=None):
+  """The scores of a criterion that is not averaged over steps, by stack."""
+  options = Options(Criterion(name, norm=False), 1.5)
+  params, lora, _ = random_model(config, LORA, seed)
+  axes = block_axes(config, LORA)['params']
+
+  def of_layer(layer):
+    number, trees, statistics, masks = layer
+    signals = Signals(*trees, None, number, statistics=statistics)
+    scores = element_scores(signals, options)
+    return group_scores(scores, masks, axes, norm=False)
+
+  masks = stack_masks(config, ('kv_heads', 'mlp'))
+  return [
+    jax.lax.map(
+      of_layer,
+      (
+        stack.start + np.arange(stack.size),
+        (params['stacks'][i], lora[i]),
+        statistics,
+        masks[i],
+      ),
+    )
+    for i, stack in enumerate(config.stacks)
+  ]
+
+
 def one_step(config, name, seed, more=None, **options):
   """The scores of one step under a criterion, by stack."""
   step = make_step(config, Criterion(name=name, decay=0.0, **options))
@@ -264,20 +292,22 @@ def expected_scores(name, block, adapters, signal):
       weight = matrix(block[part][projection]['weight'], split) + 1.5 * update
       if name == 'gradient':
         factor = matrix(signal[part][projection]['weight'], split)
-      else:  # The norm of each input feature: a row of the weight.
-        factor = np.sqrt(np.ravel(signal[part][projection]['squares']))[:, None]
+      else:  # The size of each input feature: a row of the weight.
+        factor = np.sqrt(np.ravel(signal[part][projection]))[:, None]
       scores[projection] = np.abs(factor * weight)
+  if name == 'fluctuation':  # The variance times the row's squared norm.
+    return {n: scores[n] ** 2 for n in ('o_proj', 'down_proj')}
   return scores
 
 
-def input_squares(weight, projection):
-  """Random sums of squares in the shape of a projection's input."""
+def input_sizes(weight, projection):
+  """Random statistics in the shape of a projection's input."""
   inputs = {'o_proj': 3}.get(projection, 1)
   shape = weight.shape[: 1 + inputs]  # With `layers` in front.
   return np.random.default_rng(weight.size).uniform(0.1, 9.0, shape)
 
 
-@pytest.mark.parametrize('name', ['gradient', 'activation'])
+@pytest.mark.parametrize('name', ['gradient', 'activation', 'fluctuation'])
 def test_baselines_are_the_formulas_of_their_papers(name):
   config = model(SHAPE, SHAPE)
   params, lora, _ = random_model(config, LORA, 0)
@@ -287,13 +317,16 @@ def test_baselines_are_the_formulas_of_their_papers(name):
   else:
     signal = {
       part: {
-        projection: {'squares': input_squares(leaf['weight'], projection)}
+        projection: input_sizes(leaf['weight'], projection)
         for projection, leaf in projections.items()
       }
       for part, projections in stack.items()
     }
-  needs = Criterion(name).needs
-  found = one_step(config, name, 0, {needs: (signal,)}, norm=False)[0]
+  if name == 'gradient':
+    more = {'base_grads': (signal,)}
+    found = one_step(config, name, 0, more, norm=False)[0]
+  else:
+    found = scored(config, name, 0, signal)[0]
   for layer in range(2):
     block, adapters, here = (
       layer_of(x, layer) for x in (params['stacks'][0], lora[0], signal)
@@ -311,7 +344,7 @@ def test_baselines_are_the_formulas_of_their_papers(name):
 
 def test_magnitude_is_the_sum_of_the_weights_that_would_go():
   config = model(SHAPE, SHAPE)
-  importance = one_step(config, 'magnitude', 0, norm=False)[0]
+  importance = scored(config, 'magnitude', 0)[0]
   params, lora, _ = random_model(config, LORA, 0)
   for layer in range(2):
     block, adapters = (
@@ -334,8 +367,8 @@ def test_magnitude_is_the_sum_of_the_weights_that_would_go():
 
 
 def test_random_scores_depend_on_nothing_but_the_layer():
-  here = one_step(model(SHAPE, SHAPE, SHAPE), 'random', 0)[0]
-  there = one_step(model(WIDE, SHAPE, SHAPE), 'random', 7)[1]
+  here = scored(model(SHAPE, SHAPE, SHAPE), 'random', 0)[0]
+  there = scored(model(WIDE, SHAPE, SHAPE), 'random', 7)[1]
   for group in ('kv_heads', 'mlp'):
     np.testing.assert_array_equal(here[group][1:], there[group])
 
@@ -343,7 +376,7 @@ def test_random_scores_depend_on_nothing_but_the_layer():
 def test_random_scores_differ_by_layer_and_have_no_ties():
   layers = 4
   big = LayerShape(num_kv_heads=8, queries_per_kv=1, mlp_dim=64)
-  for group, scores in one_step(model(*[big] * layers), 'random', 0)[0].items():
+  for group, scores in scored(model(*[big] * layers), 'random', 0)[0].items():
     assert [len(set(row)) for row in np.asarray(scores)] == (
       [8 if group == 'kv_heads' else 64] * layers
     )

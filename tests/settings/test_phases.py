@@ -14,7 +14,7 @@ def first_phase(**prune):
 
 def test_calls_compile_at_the_first_step_the_cuts_and_the_first_repairs():
   phase = first_phase(shrink='0.5,0.8')
-  cuts, repairs = phase.pruning.cuts, phase.pruning.repairs
+  cuts, repairs = phase.pruning.cuts, phase.pruning.passes
   assert len(cuts) == 2 and repairs == phase.pruning.milestones.maskings
   # After the last cut nothing is left to be masked.
   one, two = (next(r for r in repairs if r >= start) for start in (0, cuts[0]))
@@ -29,15 +29,15 @@ def test_calls_compile_at_the_first_step_the_cuts_and_the_first_repairs():
 def test_without_repair_only_sizes_compile():
   phase = first_phase(shrink='0.5', compensate='none')
   assert phase.compiling(0) == {0, *phase.pruning.cuts}
-  assert phase.pruning.repair_batches == 0
+  assert phase.pruning.pass_batches == 0
 
 
 @pytest.mark.parametrize('batches, kept', [(2, 2), (9, 6), (100, 6)])
 def test_a_repair_is_fitted_to_no_more_batches_than_there_are(batches, kept):
   # Masking begins at step 5 of 60, since two of four heads go over the ramp.
   pruning = first_phase(compensate_batches=batches, warmup=0.0).pruning
-  assert min(pruning.repairs) == 5
-  assert pruning.repair_batches == kept
+  assert min(pruning.passes) == 5
+  assert pruning.pass_batches == kept
 
 
 def test_where_nothing_is_pruned_only_the_first_step_compiles():

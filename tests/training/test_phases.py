@@ -27,7 +27,7 @@ WAYS = {
   ),
   'target=0': (FULL,) * 4,
   'protect=none criterion=gradient': (SMALL,) * 4,
-  'layer_profile=0.5,1,1.5 criterion=magnitude': (
+  'layer_profile=0.5,1,1.5 order=prune_then_tune criterion=obs': (
     *(LayerShape(3, 2, 96), SMALL, LayerShape(1, 2, 32), FULL),
   ),
 }
@@ -70,7 +70,7 @@ def test_a_bases_own_biases_are_cut_and_exported(
     *(f'--workdir={workdir}', f'--config.data.train=file:{text}'),
     *('--config.train.steps=6', '--config.train.batch_size=8'),
     *('--config.train.micro_batch_size=8', '--config.train.seq_len=32'),
-    *('--config.prune.every=2', '--config.prune.protect=none'),
+    *('--config.prune.every=2', '--config.prune.protect=none', *LESS),
     *('--config.export.format=hf,gguf,peft', '--config.report.prompts=()'),
     *(f'--config.{setting}' for setting in settings),
   ]
@@ -143,7 +143,7 @@ PHASES = [
   '--config.train.checkpoint_every=2',
   *('--config.prune.order=prune_then_tune', '--config.recover.steps=4'),
   *('--config.prune.calibration_steps=3', '--config.recover.data=synthetic:9'),
-  '--config.prune.compensate=ridge',
+  *('--config.prune.compensate=ridge', LESS[0]),
   *('--config.train.distill=0.5', '--config.train.distill_top_k=16'),
   *('--config.export.format=hf,peft', '--config.recover.learning_rate=0.003'),
 ]

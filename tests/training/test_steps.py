@@ -87,12 +87,12 @@ def trees(random_params, random_lora):
 
 
 @functools.cache
-def _step(settings, needs=None):
-  return steps.make_lora_gradients(settings, _device(), needs=needs)
+def _step(settings, base_grads=False):
+  return steps.make_lora_gradients(settings, _device(), base_grads=base_grads)
 
 
-def _gradients(trees, batch, settings=SETTINGS, key=0, needs=None):
-  results = _step(settings, needs)(*trees, batch, jax.random.key(key))
+def _gradients(trees, batch, settings=SETTINGS, key=0, base_grads=False):
+  results = _step(settings, base_grads)(*trees, batch, jax.random.key(key))
   return jax.device_get(results)
 
 
@@ -190,7 +190,7 @@ def test_gradients_are_those_of_the_formulas_clipped(trees):
 def test_gradients_of_the_base_are_those_of_the_formulas(trees, micro_batches):
   params, lora, masks = trees
   batch = _batch(micro_batches)
-  metrics, grads, more = _gradients(trees, batch, needs='base_grads')
+  metrics, grads, more = _gradients(trees, batch, base_grads=True)
   plain = jax.jit(jax.grad(lambda p: _loss(lora, p, masks, _batch())))
   want = steps.projections(jax.device_get(plain(params))['stacks'])
   clip = SETTINGS.clip_norm / metrics['grad_norm']
@@ -201,27 +201,13 @@ def test_gradients_of_the_base_are_those_of_the_formulas(trees, micro_batches):
   assert _norm(want) > 0.1
 
 
-@pytest.mark.parametrize('micro_batches', [1, 2])
-def test_statistics_are_the_sums_of_squared_inputs(trees, micro_batches):
-  params, _, masks = trees
-  batch = _batch(micro_batches)
-  _, grads, more = _gradients(trees, batch, needs='statistics')
-  first = more['statistics'][0]
-  x = params['embed_tokens']['weight'][_batch()['tokens'].reshape(-1)]
-  x = x / np.sqrt(np.mean(x * x, -1, keepdims=True) + 1e-6)
-  x = x * params['stacks'][0]['input_layernorm']['weight'][0]
-  for name in ('q_proj', 'k_proj', 'v_proj'):
-    squares = first['self_attn'][name]['squares']
-    np.testing.assert_allclose(squares[0], np.sum(x * x, 0), rtol=1e-4)
-  # What is masked puts nothing in.
-  channels = masks[0]['mlp'][1] > 0
-  squares = first['mlp']['down_proj']['squares'][1]
-  assert np.all((squares > 0) == channels) and not np.all(channels)
-  assert first['self_attn']['o_proj']['squares'].shape[1:] == (
-    *(CONFIG.layers[0].num_kv_heads, CONFIG.layers[0].queries_per_kv),
-    CONFIG.head_dim,
-  )
-  _assert_close(grads, _gradients(trees, batch)[1], atol=1e-6)
+def test_where_nothing_learns_there_is_the_loss_and_no_gradient(trees):
+  step = steps.make_lora_gradients(SETTINGS, _device(), learns=False)
+  batch = _batch(2)
+  found, grads, _ = step(*trees, batch, jax.random.key(0))
+  expected, _, _ = _gradients(trees, batch)
+  assert found['loss'] == pytest.approx(expected['loss'], abs=1e-6)
+  assert found['grad_norm'] == 0 and _norm(jax.device_get(grads)) == 0
 
 
 def test_small_gradients_are_not_clipped(trees):
@@ -493,13 +479,12 @@ def test_the_true_gradient_costs_a_copy_of_the_projections():
   settings = Compute(SMOLLM2, RANK_8)
   arguments = _abstract_smollm2(settings.lora, jnp.dtype('bfloat16'))
   held = {}
-  for needs in (None, 'statistics', 'base_grads'):
-    step = steps.make_lora_gradients(settings, _device(), needs=needs)
+  for base_grads in (False, True):
+    step = steps.make_lora_gradients(settings, _device(), base_grads=base_grads)
     memory = step.lower(*arguments).compile().memory_analysis()
-    held[needs] = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    held[base_grads] = memory.temp_size_in_bytes + memory.output_size_in_bytes
   gradient = 4 * sum(SMOLLM2.layer_parameters(x) for x in SMOLLM2.layers)
-  assert held['base_grads'] - held[None] > 0.95 * gradient
-  assert held['statistics'] - held[None] < 0.02 * gradient
+  assert held[True] - held[False] > 0.95 * gradient
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -542,7 +527,7 @@ def _alone(lora, params, masks, documents):
   for size in sorted({len(d) for d in documents}):
     same = [i for i, d in enumerate(documents) if len(d) == size]
     tokens = jnp.stack([documents[i] for i in same])
-    each, _ = token_losses(
+    each = token_losses(
       params, tokens, jnp.ones(tokens.shape), SETTINGS, lora=lora, masks=masks
     )
     losses |= dict(zip(same, each, strict=True))
@@ -564,7 +549,7 @@ def test_packed_documents_have_the_losses_of_each_alone(trees):
       segments=segments,
       lora=lora,
       masks=masks,
-    )[0]
+    )
 
   together = np.asarray(losses(packed['segments']))
   alone = _alone(lora, params, masks, documents)
@@ -573,22 +558,6 @@ def test_packed_documents_have_the_losses_of_each_alone(trees):
   # Without segments they are others: attention then crosses.
   crossing = losses(np.ones_like(packed['segments']))
   assert np.abs(crossing - together).max() > 1e-3
-
-
-def test_padding_adds_nothing_to_the_statistics(trees):
-  batch, documents = _packed()
-  _, _, packed = _gradients(trees, batch, needs='statistics')
-  total = None
-  for document in documents:
-    tokens = document.astype(np.int32)[None, None]
-    alone = {'tokens': tokens, 'weights': np.ones(tokens.shape, np.float32)}
-    _, _, more = _gradients(trees, alone, needs='statistics')
-    total = more if total is None else jax.tree.map(np.add, total, more)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
-    packed,
-    total,
-  )
 
 
 def test_packed_documents_have_the_gradient_of_each_alone(trees):

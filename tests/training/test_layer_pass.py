@@ -1,4 +1,4 @@
-"""Compensation in a whole model: exact where it can be, alike on every mesh."""
+"""The pass of an event: exact where it can be, alike on every mesh."""
 
 import dataclasses
 import functools
@@ -28,16 +28,21 @@ from lorapr_jax.models.trees import (
   logical_axes,
   param_shapes,
 )
+from lorapr_jax.pruning import compensation, surgeon
 from lorapr_jax.pruning.compensation import (
   REPAIRED,
-  Compensation,
   repaired_of,
+  with_repaired,
+  without_repaired,
 )
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
+from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.runtime import sharding
-from lorapr_jax.training.repair import make_compensate
+from lorapr_jax.training.base import Places
+from lorapr_jax.training.event import make_prune_layers
 
+LORA_CRITERION = Criterion()
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 CONFIG = LlamaConfig(
   vocab_size=48,
@@ -146,9 +151,46 @@ def places_of(config, mesh):
 
 
 @functools.cache
-def event_of(config, adapters, compensation, mesh):
+def event_of(config, adapters, criterion, damping, mesh):
   state, base = places_of(config, mesh)
-  return make_compensate(Compute(config, adapters), compensation, base, state)
+  places = Places(base, None, state)
+  compute = Compute(config, adapters)
+  return make_prune_layers(compute, criterion, True, places)
+
+
+def event(
+  params,
+  lora,
+  before,
+  importance,
+  keep,
+  tokens,
+  *,
+  config=CONFIG,
+  adapters=LORA,
+  criterion=LORA_CRITERION,
+  damping=1e-6,
+  mesh=None,
+):
+  """The base and what else the event changes."""
+  state, base = places_of(config, mesh)
+  # A copy, which the event may take.
+  params = jax.device_put(jax.tree.map(np.array, params), base)
+  lora, before, importance, keep = jax.device_put(
+    (lora, before, jax.tree.map(np.array, importance), keep), state
+  )
+  if mesh is not None:
+    rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
+    tokens = jax.device_put(tokens, rows)
+  prune_layers = event_of(config, adapters, criterion, damping, mesh)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(compensation, 'DAMPINGS', (damping,))
+    patch.setattr(surgeon, 'DAMPING', damping)
+    pruned = prune_layers(
+      *(repaired_of(params), without_repaired(params), lora),
+      *(before, importance, keep, tokens),
+    )
+  return with_repaired(params, pruned.repaired), pruned
 
 
 def compensate(
@@ -157,22 +199,14 @@ def compensate(
   before,
   after,
   tokens,
-  *,
-  config=CONFIG,
-  adapters=LORA,
-  damping=1e-6,
-  mesh=None,
+  **options,
 ):
-  state, base = places_of(config, mesh)
-  # A copy, which the event may take.
-  params = jax.device_put(jax.tree.map(np.array, params), base)
-  lora, before, after = jax.device_put((lora, before, after), state)
-  if mesh is not None:
-    rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
-    tokens = jax.device_put(tokens, rows)
-  compensation = Compensation(damping, len(tokens))
-  event = event_of(config, adapters, compensation, mesh)
-  return event(params, lora, before, after, tokens)
+  """The base and how many repairs failed, where `after` is what is chosen."""
+  keep = jax.tree.map(lambda x: x.sum(axis=-1).astype(np.int32), after)
+  keep = jax.tree.map(lambda x: x.reshape(len(x), -1)[:, 0], keep)
+  params, pruned = event(params, lora, before, after, keep, tokens, **options)
+  jax.tree.map(np.testing.assert_array_equal, pruned.masks, after)
+  return params, pruned.unrepaired
 
 
 # That no batch has.
@@ -254,17 +288,18 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
   block = Block(config, config.layers[0], adapters)
   axes = block_axes(config, adapters)
 
-  @functools.partial(jax.jit, static_argnums=1)
-  def run(x, layer, params, masks):
+  @functools.partial(jax.jit, static_argnums=(1, 4))
+  def run(x, layer, params, masks, parts=('self_attn', 'mlp')):
     trees = {'params': params['stacks'][0], 'lora': lora[0]}
     trees = jax.tree.map(lambda x: x[layer], trees)
     masks = {CHANNELS: masks[0][CHANNELS][layer]}
     variables = {n: apply_masks(t, masks, axes[n]) for n, t in trees.items()}
     rotation = rope_rotation(config, jnp.arange(12.0))
-    return block.apply(variables, x, rotation, mutable=[INPUTS])
+    return block.apply(variables, x, rotation, parts, mutable=[INPUTS])
 
   rows = np.concatenate([batch['tokens'] for batch in tokens]).reshape(-1)
   x, _ = run(params['embed_tokens']['weight'][rows], 0, repaired, after)
+  stream, _ = run(x, 1, params, before, ('self_attn',))
   _, seen = run(x, 1, params, before)
   inputs = np.asarray(seen[INPUTS]['mlp']['down_proj']['inputs'], np.float64)
 
@@ -282,6 +317,11 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
     whole = whole + LORA.scale * adapter['a'] @ adapter['b']
   gone = gone[1]
   old, new = old['weight'], new['weight']
+  # Each token counts as large as the residual stream that it is added to, and
+  # the last of the four micro-batches is kept out.
+  stream = np.asarray(stream, np.float64)
+  inputs = inputs / np.sqrt((stream**2).mean(axis=-1, keepdims=True))
+  inputs = inputs[: len(inputs) * 3 // 4]
   there, lost = inputs[:, ~gone], inputs[:, gone] @ whole[gone]
   gram = there.T @ there
   ridge = damping * np.diag(gram).mean() * np.eye(len(gram))
@@ -351,12 +391,17 @@ def test_what_masked_groups_hold_is_of_no_account(group):
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-  'sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4), (1, 2, 2, 2)]
-)
-@pytest.mark.parametrize(
-  'group, config',
-  [*((group, CONFIG) for group in DOUBLES), (KV_HEADS, BIASED)],
-  ids=[*DOUBLES, 'biases'],
+  'group, config, sizes',
+  [
+    (CHANNELS, CONFIG, (8, 1, 1)),
+    (CHANNELS, CONFIG, (1, 2, 2, 2)),
+    (KV_HEADS, CONFIG, (1, 8, 1)),
+    (KV_HEADS, CONFIG, (1, 2, 4)),
+    (QUERIES, CONFIG, (2, 2, 2)),
+    (QUERIES, CONFIG, (1, 2, 2, 2)),
+    (KV_HEADS, BIASED, (1, 2, 2, 2)),
+    (KV_HEADS, BIASED, (2, 2, 2)),
+  ],
 )
 def test_eight_devices_repair_as_one_does(group, config, sizes):
   params, lora = random_model(config)
@@ -409,3 +454,131 @@ def test_a_repair_that_is_not_finite_is_left_out_and_counted(config):
   new, old = (x['stacks'][0]['mlp']['down_proj'] for x in (repaired, params))
   for name, leaf in old.items():
     np.testing.assert_array_equal(np.asarray(new[name])[0], leaf[0])
+
+
+def inputs_of(part, params, lora, masks, batch, *, layer=0):
+  """What the last projection of a part of the first layer reads, in NumPy."""
+  axes = block_axes(CONFIG, LORA)
+  trees = jax.tree.map(
+    lambda x: x[layer], {'params': params['stacks'][0], 'lora': lora[0]}
+  )
+  masks = {group: mask[layer] for group, mask in masks[0].items()}
+  variables = {n: apply_masks(t, masks, axes[n]) for n, t in trees.items()}
+  tokens = batch['tokens'].reshape(-1)
+  x = params['embed_tokens']['weight'][tokens]
+  block = Block(CONFIG, CONFIG.layers[0], LORA)
+  rotation = rope_rotation(CONFIG, jnp.arange(float(batch['tokens'].shape[-1])))
+  parts = ('self_attn',) if part == 'self_attn' else ('self_attn', 'mlp')
+  _, seen = block.apply(variables, x, rotation, parts=parts, mutable=[INPUTS])
+  found = {n: y['inputs'] for n, y in seen[INPUTS][part].items()}
+  return jax.tree.map(lambda y: np.asarray(y, np.float64), found)
+
+
+def counts_below(masks, gone):
+  """How many stay, where so many more go from each layer."""
+  return jax.tree.map(
+    lambda x: (x.sum(axis=-1) - gone).reshape(len(x), -1)[:, 0].astype(int),
+    masks,
+  )
+
+
+@pytest.mark.parametrize('group', DOUBLES)
+def test_the_scores_of_fluctuation_are_flaps(group):
+  """Variance over tokens times the squared norm of the row, in NumPy."""
+  params, lora = random_model()
+  before, _ = masks_of(group)
+  (batch,) = batches(1)
+  zeros = jax.tree.map(np.zeros_like, before)
+  _, pruned = event(
+    *(params, lora, before, zeros, counts_below(before, 1), (batch,)),
+    criterion=Criterion('fluctuation', norm=False),
+  )
+  part, name = next(
+    (part, name)
+    for part, name in REPAIRED.items()
+    if (part == 'mlp') == (group == CHANNELS)
+  )
+  inputs = inputs_of(part, params, lora, before, batch)[name]
+  weight = params['stacks'][0][part][name]['weight'][0]
+  adapter = jax.tree.map(lambda x: x[0], lora[0][part][name])
+  weight = weight.reshape(-1, 16) + LORA.scale * (
+    adapter['a'].reshape(-1, LORA.rank) @ adapter['b']
+  )
+  rows = inputs.reshape(-1, len(weight)).var(axis=0)
+  rows = rows * (weight.astype(np.float64) ** 2).sum(axis=1)
+  shape = before[0][group].shape[1:]
+  expected = rows.reshape(np.prod(shape), -1).sum(axis=1).reshape(shape)
+  found = np.asarray(pruned.importance[0][group])[0]
+  np.testing.assert_allclose(found, expected, rtol=1e-3)
+  kept = np.asarray(pruned.masks[0][group])[0]
+  assert np.all(
+    np.sort(expected)[..., :1]
+    == np.where(kept > 0, np.inf, expected).min(-1, keepdims=True)
+  )
+
+
+@pytest.mark.parametrize('name', ['activation', 'fluctuation', 'obs'])
+@pytest.mark.parametrize('group', DOUBLES)
+def test_documents_that_share_a_row_are_measured_as_if_alone(group, name):
+  params, lora = random_model(BIASED)
+  before, _ = masks_of(group)
+  (packed,) = batches(1, packed=True)
+  alone = {
+    key: np.concatenate([x[..., :5], x[..., 5:10]], axis=1)
+    for key, x in packed.items()
+    if key != 'segments'
+  }
+  zeros = jax.tree.map(np.zeros_like, before)
+  (_, ours), (_, theirs) = (
+    event(
+      *(params, lora, before, zeros, counts_below(before, 1), (batch,)),
+      config=BIASED,
+      criterion=Criterion(name),
+      damping=0.1,
+    )
+    for batch in (packed, alone)
+  )
+  for x, y in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize('group', DOUBLES)
+def test_of_a_member_and_its_double_only_one_goes(group):
+  """By loss: the first costs nothing, and then the other costs all."""
+  params, lora = model_with_doubles(group)
+  before, _ = masks_of(group)
+  zeros = jax.tree.map(np.zeros_like, before)
+  _, pruned = event(
+    *(params, lora, before, zeros, counts_below(before, 1), batches(2)),
+    criterion=Criterion('obs'),
+  )
+  mask = np.asarray(pruned.masks[0][group])
+  kept, gone = DOUBLES[group]
+  if group == QUERIES:  # One of two stays under every KV head.
+    assert np.all(mask.sum(axis=-1) == 1)
+  else:
+    assert np.all(mask[:, [kept, gone]].sum(axis=1) == 1)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize('name', ['activation', 'fluctuation', 'obs'])
+def test_eight_devices_choose_as_one_does(name):
+  params, lora = random_model()
+  before, _ = masks_of(KV_HEADS)
+  before[0][CHANNELS] = masks_of(CHANNELS)[0][0][CHANNELS]
+  zeros = jax.tree.map(np.zeros_like, before)
+  keep = counts_below(before, 1)
+  (_, one), (_, eight) = (
+    event(
+      *(params, lora, before, zeros, keep, batches(2)),
+      criterion=Criterion(name),
+      damping=0.1,
+      mesh=mesh,
+    )
+    for mesh in (None, sharding.make_mesh(sharding.mesh_sizes(2, 2, 2)))
+  )
+  jax.tree.map(np.testing.assert_array_equal, one.masks, eight.masks)
+  for x, y in zip(
+    *map(jax.tree.leaves, (one.importance, eight.importance)), strict=True
+  ):
+    np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-6)

@@ -1,0 +1,255 @@
+"""What a pruning event does to one part of a layer: choose and repair."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax import Array
+import jax.numpy as jnp
+from jax.sharding import Sharding
+
+from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.lora import lora_product
+from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.compensation import REPAIRED, best_update
+from lorapr_jax.pruning.importance import (
+  OBS,
+  SQUARES,
+  Criterion,
+  Options,
+  Signals,
+  element_scores,
+  group_scores,
+)
+from lorapr_jax.pruning.masks import select_mask
+from lorapr_jax.pruning.solve import solve, solve_in_blocks, spread
+from lorapr_jax.pruning.surgeon import choose_by_loss
+from lorapr_jax.runtime.sharding import mesh_of, parts, platform
+
+
+class Layer(NamedTuple):
+  """What the pass reads of one layer, or of a stack of them.
+
+  Attributes:
+    index: in its stack.
+    number: in the model.
+    trees: {'params', 'lora'}, without what is repaired.
+    masks: before the event.
+    importance: averages, or the scores of the event before.
+    keep: how many stay of each kind of group.
+  """
+
+  index: Array
+  number: Array
+  trees: Any
+  masks: dict[str, Array]
+  importance: dict[str, Array]
+  keep: dict[str, Array]
+
+
+class Chosen(NamedTuple):
+  """What becomes of the groups of a part.
+
+  Attributes:
+    mask: after the event.
+    importance: by which they were chosen.
+    weight: of the projection that reads them, repaired.
+    unrepaired: 1 where no repair made the error less.
+  """
+
+  mask: Array
+  importance: Array
+  weight: Array
+  unrepaired: Array
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PartPruning:
+  """How the parts of a layer are pruned.
+
+  Tokens are (M, N): M micro-batches of N tokens. On a mesh that cuts T, B and T
+  are two axes in the place of N. The last eighth of the micro-batches is kept
+  out of H, and decides how much is repaired.
+
+  Attributes:
+    settings: of the run.
+    criterion: that ranks; where it is averaged over steps, `Layer.importance`
+      is given.
+    repairs: whether what survives is repaired.
+    place: of small arrays; it has the mesh.
+    segments: (M, B, T), as of `run_model`; None: a window is one text.
+  """
+
+  settings: Compute
+  criterion: Criterion
+  repairs: bool
+  place: Sharding
+  segments: Array | None
+
+  def prune(
+    self,
+    part: str,
+    group: str,
+    trees: Any,
+    inputs: Mapping[str, Array],
+    scale: Array,
+    layer: Layer,
+  ) -> Chosen:
+    """Chooses the groups of a part that stay, and repairs what reads them.
+
+    Args:
+      part: of the block.
+      group: the kind of groups.
+      trees: the layer's, with the weights that are repaired.
+      inputs: what the projections read, {name: (M, N, ...)}.
+      scale: from `token_scale`.
+      layer: the rest of it.
+    """
+    own = projection_of(trees, part, REPAIRED[part])
+    weight, before = own['params']['weight'], layer.masks[group]
+    keep, old = layer.keep[group], layer.importance[group]
+
+    def pruned() -> Chosen:
+      matrix = self.effective(own)
+      fitted, held_out = self.tokens(inputs[REPAIRED[part]], scale)
+      gram = spread(self.gram(fitted), mesh_of(self.place), 0)
+      if self.criterion.name == OBS:
+        mask, found = choose_by_loss(matrix, gram, before, keep, self.solver)
+      else:
+        found = old
+        if not self.criterion.averaged:
+          found = self.scores(part, group, trees, inputs, layer)
+        mask = select_mask(found, before, keep)
+      importance = jnp.where(before > 0, found, old)
+      if not self.repairs:
+        return Chosen(mask, importance, weight, jnp.int32(0))
+      size = len(matrix) // mask.size
+      rows = (jnp.repeat(x.ravel(), size) for x in (before - mask, mask))
+      error = squared_error_for(held_out)
+      update, left = best_update(matrix, gram, *rows, error, self.solver)
+      new = weight.astype(jnp.float32) + update.reshape(weight.shape)
+      unrepaired = (left >= 1).astype(jnp.int32)
+      return Chosen(mask, importance, new.astype(weight.dtype), unrepaired)
+
+    return jax.lax.cond(
+      jnp.any(keep < jnp.sum(before, axis=-1)),
+      pruned,
+      lambda: Chosen(before, old, weight, jnp.int32(0)),
+    )
+
+  def scores(
+    self,
+    part: str,
+    group: str,
+    trees: Any,
+    inputs: Mapping[str, Array],
+    layer: Layer,
+  ) -> Array:
+    """The scores of a part's groups, from what its projections read."""
+    options = Options(self.criterion, self.settings.lora.scale)
+    axes = block_axes(self.settings.config.dequantized, self.settings.lora)
+    signals = Signals(
+      {part: trees['params'][part]},
+      {part: trees['lora'].get(part, {})},
+      None,
+      layer.number,
+      statistics={part: {n: self.statistic(y) for n, y in inputs.items()}},
+    )
+    scores, masks = element_scores(signals, options), layer.masks
+    norm = self.criterion.norm
+    return group_scores(
+      scores, {group: masks[group]}, axes['params'], norm=norm
+    )[group]
+
+  def statistic(self, inputs: Array) -> Array:
+    """The criterion's, over all tokens but padding, in float32."""
+    axes, x = self.token_axes, inputs.astype(jnp.float32)
+    if self.criterion.statistic == SQUARES:
+      return jnp.sum(x * x, axis=axes)
+    there = jnp.ones(x.shape[: len(axes)])
+    if self.segments is not None:
+      there = (self.segments > 0).reshape(there.shape).astype(jnp.float32)
+    count = jnp.maximum(jnp.sum(there), 1.0)
+    mean = jnp.sum(x, axis=axes) / count  # Padding is zero.
+    return jnp.sum(jnp.square((x - mean) * along(there, x)), axes) / count
+
+  def effective(self, own: Any) -> Array:
+    """W + s A B of a projection as a matrix, (I, O), in float32."""
+    weight = own['params']['weight']
+    matrix = weight.reshape(-1, weight.shape[-1]).astype(jnp.float32)
+    if not own['lora']:
+      return matrix
+    product = lora_product(own['lora']['a'], own['lora']['b'])
+    return matrix + self.settings.lora.scale * product.reshape(matrix.shape)
+
+  def tokens(self, seen: Array, scale: Array) -> tuple[Array, Array]:
+    """What a projection reads as rows, (M, N, I): for H, and kept out of it."""
+    x = seen.reshape(*scale.shape, -1) * scale[..., None]
+    x = x.astype(self.settings.matmul_dtype or x.dtype)
+    kept_out = held_out_of(len(x))
+    return x[:-kept_out], x[-kept_out:]
+
+  def gram(self, x: Array) -> Array:
+    """X^T X over tokens, in float32."""
+    # Micro-batches stay apart: their tokens lie on all devices.
+    return jax.lax.dot_general(
+      x,
+      x,
+      ((self.token_axes, self.token_axes), ((), ())),
+      precision=jax.lax.Precision.HIGHEST,
+      preferred_element_type=jnp.float32,
+    )
+
+  @property
+  def token_axes(self) -> tuple[int, ...]:
+    """Those of tokens: M and N, or M, B and T."""
+    cut = parts(mesh_of(self.place), 'length') > 1
+    return tuple(range(3 if cut else 2))
+
+  @property
+  def solver(self) -> Callable[[Array, Array], Array]:
+    """X of A X = R, as the devices do it best."""
+    if platform(self.place) == 'tpu':
+      return functools.partial(solve_in_blocks, mesh=mesh_of(self.place))
+    return solve
+
+
+def token_scale(x: Array, eps: float) -> Array:
+  """1 / rms of each token's residual stream, (M, N), for x (M, N, D).
+
+  The error of a token's output counts relative to the stream that it is added
+  to, as the next norm sees it. In some layers the first token of a text is a
+  thousand times as large as all others (massive activations, arXiv 2402.17762):
+  unscaled, it alone would decide what is repaired.
+  """
+  squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)
+  return jax.lax.rsqrt(squares + eps)
+
+
+def held_out_of(micro_batches: int) -> int:
+  """How many of the micro-batches of an event, the last ones, H leaves out."""
+  return max(1, micro_batches // 8)
+
+
+def squared_error_for(x: Array) -> Callable[[Array], Array]:
+  """What goes missing in a weight -> the squared error of its output for x."""
+
+  def error(missing: Array) -> Array:
+    left = jnp.matmul(
+      x, missing.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    return jnp.sum(left * left)
+
+  return error
+
+
+def projection_of(trees: Any, part: str, name: str) -> dict[str, Any]:
+  """One projection of a block's {'params', 'lora'}: {} without an adapter."""
+  return {key: tree.get(part, {}).get(name, {}) for key, tree in trees.items()}
+
+
+def along(tokens: Array, values: Array) -> Array:
+  """A number for each token, which broadcasts along values of tokens."""
+  return tokens.reshape(tokens.shape + (1,) * (values.ndim - tokens.ndim))
