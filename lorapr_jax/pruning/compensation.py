@@ -1,7 +1,7 @@
 """Compensation: what survives makes up for what is masked, in closed form.
 
 Here are the formula for one projection and what of the base it changes;
-training/repair.py goes through a model.
+training/layer_pass.py goes through a model.
 """
 
 from collections.abc import Callable, Sequence
@@ -95,9 +95,16 @@ def ridge_update(
     damping: c.
     solve: (A, R) -> X of A X = R, A positive definite.
   """
-  with jax.default_matmul_precision('highest'):
-    lost = stays[:, None] * (gram @ (gone[:, None] * weight))
+  lost = _correlation(weight, gram, gone, stays)
   return solve(damped(gram, stays, damping), lost)
+
+
+def _correlation(
+  weight: Array, gram: Array, gone: Array, stays: Array
+) -> Array:
+  """H_SP W_P, with zeros in other rows."""
+  with jax.default_matmul_precision('highest'):
+    return stays[:, None] * (gram @ (gone[:, None] * weight))
 
 
 def best_update(
@@ -127,9 +134,10 @@ def best_update(
   """
   lost = gone[:, None] * weight
   nothing = held_out_error(lost)
+  correlation = _correlation(weight, gram, gone, stays)
 
   def attempt(best: tuple[Array, Array], damping: Array) -> tuple[Any, None]:
-    update = ridge_update(weight, gram, gone, stays, damping, solve)
+    update = solve(damped(gram, stays, damping), correlation)
     error = held_out_error(lost - update)
     better = error < best[1]  # NaN is not.
     return jax.tree.map(
