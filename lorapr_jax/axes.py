@@ -97,6 +97,11 @@ def align(values: Array, group: str, axes: tuple[str, ...]) -> Array:
   return values.reshape([sizes.get(name, 1) for name in axes])
 
 
+def along_first(values: Array, other: Array) -> Array:
+  """Values for the first axes of `other`, which broadcast along the rest."""
+  return values.reshape(values.shape + (1,) * (other.ndim - values.ndim))
+
+
 def apply_masks(tree: Any, masks: Mapping[str, Array], axes: Any) -> Any:
   """Multiplies every tensor of a block by the masks of its groups.
 

@@ -12,7 +12,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.axes import carries, group_axes
+from lorapr_jax.axes import along_first, carries, group_axes
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.lora import (
   FULL,
@@ -159,7 +159,8 @@ def _activation(signals, part, name, options):
   # Wanda's score (arXiv 2306.11695, eq. 1), which Wanda-sp (arXiv 2312.11983)
   # sums over groups: |W_ij| times the L2 norm of input feature i over tokens.
   norms = jnp.sqrt(signals.statistics[part][name])
-  return _times_rows(norms, _effective_weight(signals, part, name, options))
+  weight = _effective_weight(signals, part, name, options)
+  return along_first(norms, weight) * weight
 
 
 def _fluctuation(signals, part, name, options):
@@ -169,16 +170,8 @@ def _fluctuation(signals, part, name, options):
   if name not in REPAIRED.values():
     return None
   deviations = jnp.sqrt(signals.statistics[part][name])
-  return _times_rows(
-    deviations, _effective_weight(signals, part, name, options)
-  )
-
-
-def _times_rows(values: Array, weight: Array) -> Array:
-  """A value for each input times its row of the weight."""
-  return weight * values.reshape(
-    values.shape + (1,) * (weight.ndim - values.ndim)
-  )
+  weight = _effective_weight(signals, part, name, options)
+  return along_first(deviations, weight) * weight
 
 
 def _magnitude(signals, part, name, options):
@@ -218,8 +211,8 @@ def element_scores(
   """|G (W + s A B)| of every element, or its square (eqs. 3 and 6).
 
   The other criteria put their own term in its place. The gradient term has no
-  s, as in the reference. Returns the tree of
-  `signals.params`, without what is not a projection or has no score.
+  s, as in the reference. Returns the tree of `signals.params`, without what is
+  not a projection or has no score.
   """
   criterion = options.criterion
   scores: dict[str, dict[str, dict[str, Array]]] = {}

@@ -12,7 +12,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from lorapr_jax.axes import group_axes
+from lorapr_jax.axes import along_first, group_axes
 from lorapr_jax.models.config import LlamaConfig
 
 
@@ -62,9 +62,7 @@ def select_mask(importance: Array, mask: Array, keep: Array) -> Array:
   alive_first = jnp.where(mask > 0, importance, -jnp.inf)
   order = jnp.argsort(alive_first, axis=-1, descending=True, stable=True)
   rank = jnp.argsort(order, axis=-1)
-  return mask * (
-    rank < keep.reshape(keep.shape + (1,) * (mask.ndim - keep.ndim))
-  )
+  return mask * (rank < along_first(keep, mask))
 
 
 def alive_counts(

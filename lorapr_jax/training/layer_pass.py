@@ -13,7 +13,12 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from lorapr_jax.axes import PROJECTIONS, apply_masks, carries
+from lorapr_jax.axes import (
+  PROJECTIONS,
+  along_first,
+  apply_masks,
+  carries,
+)
 from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
@@ -28,7 +33,6 @@ from lorapr_jax.runtime.sharding import mesh_of, parts
 from lorapr_jax.training.prune_part import (
   Layer,
   PartPruning,
-  along,
   projection_of,
   token_scale,
 )
@@ -148,7 +152,9 @@ class LayerPass:
         return found
       # Biases make something of padding.
       there = (segments > 0).reshape(x.shape[:-1])
-      return {n: jnp.where(along(there, y), y, 0) for n, y in found.items()}
+      return {
+        n: jnp.where(along_first(there, y), y, 0) for n, y in found.items()
+      }
 
     return jax.lax.map(of_one, (x, self.rotation, pruning.segments))
 

@@ -10,6 +10,7 @@ from jax import Array
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
+from lorapr_jax.axes import along_first
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.lora import lora_product
 from lorapr_jax.models.trees import block_axes
@@ -173,7 +174,7 @@ class PartPruning:
       there = (self.segments > 0).reshape(there.shape).astype(jnp.float32)
     count = jnp.maximum(jnp.sum(there), 1.0)
     mean = jnp.sum(x, axis=axes) / count  # Padding is zero.
-    return jnp.sum(jnp.square((x - mean) * along(there, x)), axes) / count
+    return jnp.sum(jnp.square((x - mean) * along_first(there, x)), axes) / count
 
   def effective(self, own: Any) -> Array:
     """W + s A B of a projection as a matrix, (I, O), in float32."""
@@ -248,8 +249,3 @@ def squared_error_for(x: Array) -> Callable[[Array], Array]:
 def projection_of(trees: Any, part: str, name: str) -> dict[str, Any]:
   """One projection of a block's {'params', 'lora'}: {} without an adapter."""
   return {key: tree.get(part, {}).get(name, {}) for key, tree in trees.items()}
-
-
-def along(tokens: Array, values: Array) -> Array:
-  """A number for each token, which broadcasts along values of tokens."""
-  return tokens.reshape(tokens.shape + (1,) * (values.ndim - tokens.ndim))
