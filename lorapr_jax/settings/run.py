@@ -51,8 +51,8 @@ from lorapr_jax.settings.sections import (
   read_section,
 )
 
-# What all pruning events may cost, as a share of the steps' operations; and the
-# most tokens that one reads.
+# What the passes of all pruning events may cost, as a share of the steps'
+# operations; and the most tokens of one, if two batches are not more.
 EVENT_SHARE = 0.25
 EVENT_TOKENS = 2**17
 
@@ -189,16 +189,18 @@ def _event_batches(
 ) -> int:
   """The batches that a pruning event reads, where the config leaves it open.
 
-  So many that all events together take EVENT_SHARE of the operations of the
-  steps, which are three forward passes each.
+  So many that their passes together take EVENT_SHARE of the operations of the
+  steps, which are three forward passes each. With prune.order=none there are no
+  such steps, and all that were read before the event are taken. What solving
+  costs does not depend on the number, and is left out.
   """
-  if prune.order == 'none':
-    return prune.calibration_steps
   config, tokens = pruning.plan.config, train.batch_size * train.seq_len
   step = 3 * forward_flops_per_token(config, train.seq_len)
   each = pass_flops_per_token(config, train.seq_len)
   share = EVENT_SHARE * train.steps * step / each
   number = int(share / max(1, len(pruning.passes)))
+  if prune.order == 'none':
+    number = prune.calibration_steps
   return max(2, min(number, EVENT_TOKENS // tokens))
 
 

@@ -2,6 +2,10 @@
 
 import pytest
 
+from lorapr_jax.models.cost import (
+  forward_flops_per_token,
+  pass_flops_per_token,
+)
 from lorapr_jax.settings.files import read_config
 from lorapr_jax.settings.run import split_config
 
@@ -43,3 +47,29 @@ def test_a_repair_is_fitted_to_no_more_batches_than_there_are(batches, kept):
 def test_where_nothing_is_pruned_only_the_first_step_compiles():
   phase = first_phase(target=0.0)
   assert phase.pruning is None and phase.compiling(7) == {7}
+
+
+@pytest.mark.parametrize('steps, every', [(60, 5), (1000, 10), (1000, 500)])
+def test_the_passes_of_all_events_take_a_quarter_of_the_steps(steps, every):
+  config = read_config('tiny')
+  config.train.steps, config.prune.every = steps, every
+  pruning = split_config(config).phases[0].pruning
+  sizes = pruning.plan.config
+  of_steps = steps * 3 * forward_flops_per_token(sizes, 32)
+  each = len(pruning.passes) * pass_flops_per_token(sizes, 32)
+  # One batch more would be too much, but for the least and the most.
+  assert 2 <= pruning.batches <= 2**17 // (16 * 32)
+  assert pruning.batches == 2 or pruning.batches * each <= of_steps / 4
+  more = (pruning.batches + 1) * each > of_steps / 4
+  assert more or pruning.batches == 2**17 // (16 * 32)
+
+
+@pytest.mark.parametrize('order', ['none', 'prune_then_tune'])
+def test_an_event_reads_no_more_tokens_than_its_most(order):
+  config = read_config('tiny')
+  config.prune.update({'order': order, 'calibration_steps': 40})
+  config.train.update({'steps': 2000, 'batch_size': 8192})
+  pruning = split_config(config).phases[0].pruning
+  assert pruning.pass_batches == 2
+  config.train.batch_size = 128
+  assert split_config(config).phases[0].pruning.pass_batches == 32
