@@ -19,7 +19,7 @@ def write_scores(
 ) -> None:
   """Writes the importance and the mask of every group, in float32.
 
-  The tensors are `layers.{i}.{group}.importance`, the moving average, and
+  The tensors are `layers.{i}.{group}.importance`, as in the state, and
   `layers.{i}.{group}.mask` (1 kept, 0 cut), in the shape of the group's axes. A
   group that was cut has the importance of the step at which it was masked.
 

@@ -71,11 +71,9 @@ class PruningEvent(NamedTuple):
     """
     keep = self.pruning.plan.keep_at(self.pruning.schedule.progress(step))
     counts = by_stack(keep, base.compute.config)
-    if not batches:
+    if step not in self.pruning.passes:
       masks = self.select(state.importance, state.masks, counts)
       return state.replace(masks=masks), base
-    if step not in self.pruning.milestones.maskings:
-      return state, base
     pruned = self.prune_layers(
       *(repaired_of(base.params), without_repaired(base.params), state.lora),
       *(state.masks, state.importance, counts, tuple(batches)),

@@ -23,7 +23,8 @@ class TrainState:
     lora: the adapters, by stack.
     opt_state: optax's state for `lora`.
     masks: {group: 0 or 1}, by stack.
-    importance: the moving average, as `masks`.
+    importance: the moving average, or what the last pruning event scored; as
+      `masks`.
     whole: {'masks', 'importance'} of the model before any cut, as the last
       cut on the way left them: a mask is 1 where `masks` still has the group.
     skipped: steps whose gradients or scores were not finite, in all.
