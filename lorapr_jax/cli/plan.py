@@ -18,10 +18,9 @@ from lorapr_jax.planning.compiled import Compiled
 from lorapr_jax.planning.needs import Needs, plan_run
 from lorapr_jax.planning.search import Tried, search
 from lorapr_jax.planning.topology import SLICES, Chip, Topology
+from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.report import units
 from lorapr_jax.runtime.sharding import mesh_sizes
-
-CRITERIA = ('lora', 'gradient')
 
 # (criterion, what a function needs), in the order in which they are shown.
 Found = list[tuple[str, Needs]]
@@ -49,7 +48,7 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     '--criteria',
     default='',
-    help="such as lora,gradient, each planned; default: the config's",
+    help="such as lora,obs, each planned; default: the config's",
   )
   parser.add_json()
   args, flags = parser.parse_known_args(argv)

@@ -1,6 +1,7 @@
 """The functions of a run's loop, ready to be compiled, without weights."""
 
 from collections.abc import Iterator, Sequence
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -90,6 +91,9 @@ def loop_functions(
   settings = split_config(config, devices)
   compute, dtype = settings.compute, settings.base_dtype
   train, data, phase = settings.train, settings.data, settings.phases[0]
+  if any(later.learns for later in settings.phases):
+    # What learns after the cut is smaller: this bounds it.
+    phase = dataclasses.replace(phase, peak=train.learning_rate)
   pruning = phase.pruning
   places = Places.of(settings.mesh, compute.config, dtype, train.micro_batch)
   params = weight_shapes(places.mesh, compute.config, dtype)

@@ -170,7 +170,7 @@ def test_what_the_compiler_refuses_is_shown_by_its_figure(monkeypatch, capsys):
     ([TINY[1], '--mesh=data'], '--mesh=data: AXIS=SIZE,...'),
     ([TINY[1], '--mesh=rows=2'], 'unknown setting --config.mesh.rows'),
     ([TINY[1], '--mesh=fsdp=3'], 'do not multiply to the 8 devices'),
-    ([TINY[1], '--criteria=random'], 'choose from lora, gradient'),
+    ([TINY[1], '--criteria=taylor'], 'choose from lora, gradient'),
     ([TINY[1], '--config=llama:8b'], 'SIZE of 7b, 13b, 30b, 65b, llama3-8b'),
   ],
 )
@@ -197,3 +197,14 @@ def test_compensation_is_a_phase_where_it_is_asked_for(capsys):
   assert found['outputs'] < 4000 < found['temporaries']
   without = by_phase(plan(capsys, '--config.prune.compensate=none'))
   assert ('lora', 'pruning event') not in without
+
+
+def test_the_step_that_is_planned_learns_though_the_first_phase_does_not(
+  capsys,
+):
+  ways = ('--config.prune.order=prune_then_tune', '--config.prune.order=none')
+  tuned, untrained, joint = (
+    by_phase(plan(capsys, '--criteria=obs', *way))['obs', 'step']['compiled']
+    for way in ((ways[0],), (ways[1],), ())
+  )
+  assert tuned['flops'] == joint['flops'] > untrained['flops']

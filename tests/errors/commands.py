@@ -195,8 +195,8 @@ CASES = [
     devices=8,
   ),
   Case(
-    '`plan --criteria=random`',
-    _plan('--topology=cpu:8', '--criteria=random'),
+    '`plan --criteria=taylor`',
+    _plan('--topology=cpu:8', '--criteria=taylor'),
     devices=8,
   ),
   Case('`benchmark` without `--model`', with_argv('benchmark')),
