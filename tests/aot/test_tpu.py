@@ -264,7 +264,9 @@ def test_importance_holds_no_array_of_a_projections_size():
   assert memory.temp_size_in_bytes < 0.1 * smallest_projection
 
 
-def _compiled_repair(mesh: Mesh, micro_batches: int, tokens: int):
+def _lowered_event(
+  mesh: Mesh, micro_batches: int, tokens: int, criterion: Criterion
+):
   config = _config(LayerShape(4, 2, 2048))
   settings = Compute(
     config, LORA, dtype=jnp.bfloat16, matmul_dtype=jnp.bfloat16
@@ -278,7 +280,7 @@ def _compiled_repair(mesh: Mesh, micro_batches: int, tokens: int):
     'weights': jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows),
   }
   prune_layers = make_prune_layers(
-    settings, Criterion(), True, Places(places, rows, _whole(mesh))
+    settings, criterion, True, Places(places, rows, _whole(mesh))
   )
   counts = jax.tree.map(
     lambda mask: jax.ShapeDtypeStruct(mask.shape[:1], jnp.int32), state.masks
@@ -289,9 +291,12 @@ def _compiled_repair(mesh: Mesh, micro_batches: int, tokens: int):
   )
 
 
-def test_compensation_leaves_its_tokens_where_they_lie():
+@pytest.mark.parametrize('criterion', ['lora', 'obs'])
+def test_an_event_leaves_its_tokens_where_they_lie(criterion):
   micro_batches, tokens, channels = 4, 1024, 2048
-  compiled = _compiled_repair(_mesh(2, 2, 2), micro_batches, tokens).compile()
+  compiled = _lowered_event(
+    _mesh(2, 2, 2), micro_batches, tokens, Criterion(criterion)
+  ).compile()
   # What down_proj reads, of the tokens of a device: a batch is in four parts.
   read = micro_batches * tokens * channels
   gathered = re.findall(
