@@ -16,6 +16,7 @@ _ONLY_SUPPORTED = {
   'partial_rotary_factor': 1.0,
   'quantization_config': None,
   'sliding_window': None,
+  'transformers_weights': None,
 }
 # The type of each of these keys, where it is neither absent nor null.
 _TYPES = {

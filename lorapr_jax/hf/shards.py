@@ -15,11 +15,16 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.runtime.files import read_json, write_json
-from lorapr_jax.runtime.paths import files_in, is_local, path_of, version_of
+from lorapr_jax.hf.files import (
+  INDEX_FILE,
+  WEIGHTS_FILE,
+  check_file,
+  weight_files,
+)
+from lorapr_jax.runtime.files import write_json
+from lorapr_jax.runtime.paths import is_local, path_of, version_of
 
 MAX_SHARD_BYTES = 5_000_000_000
-INDEX_FILE = 'model.safetensors.index.json'
 # By the names that safetensors gives them.
 DTYPES = {
   'F16': np.dtype(np.float16),
@@ -42,24 +47,10 @@ class Shards:
     Raises:
       UserError: if there is no safetensors file, or one is damaged.
     """
-    folder = path_of(folder)
-    index = folder / INDEX_FILE
-    if index.exists():
-      weight_map = read_json(index).get('weight_map')
-      if not isinstance(weight_map, dict) or not weight_map:
-        raise UserError(f'{index} has no weight_map of tensors to files')
-      names = sorted(set(map(str, weight_map.values())))
-    else:
-      names = [path.name for path in files_in(folder, '*.safetensors')]
-    if not names:
-      raise UserError(
-        f'{folder} holds no *.safetensors file (other formats are not read: '
-        'save the model with transformers and safe_serialization=True)'
-      )
-    self.folder = folder
+    self.folder = path_of(folder)
     self._files = {}
-    for name in names:
-      file = open_file(folder / name)
+    for path in weight_files(self.folder):
+      file = open_file(path)
       self._files.update(dict.fromkeys(file.keys(), file))
 
   @property
@@ -83,6 +74,7 @@ def open_file(path: Path) -> Any:
   Raises:
     UserError: if it cannot be read.
   """
+  check_file(path)
   try:
     if is_local(path):
       return safe_open(path, framework='np')
@@ -189,7 +181,7 @@ def write_safetensors(
     shards[-1][name] = shape
     held, total = held + size, total + size
   if len(shards) == 1:
-    write_file(folder / 'model.safetensors', shapes, dtype, tensors)
+    write_file(folder / WEIGHTS_FILE, shapes, dtype, tensors)
     return
   weight_map = {}
   for i, shard in enumerate(shards, 1):
@@ -238,11 +230,11 @@ def write_file(
 
 
 def content_hash(folder: Path) -> str:
-  """The SHA-256 of a folder's config.json and weights.
+  """The SHA-256 of a folder's config.json and of the files of its weights.
 
   A process reads files that have not changed once.
   """
-  paths = [folder / 'config.json', *files_in(folder, '*.safetensors')]
+  paths = [folder / 'config.json', *weight_files(folder)]
   return _hashed(tuple((path.absolute(), version_of(path)) for path in paths))
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
@@ -57,10 +58,16 @@ def _truncate(name: str) -> Callable[[Path], None]:
   return change
 
 
-def _index(weight_map) -> Callable[[Path], None]:
-  return _write(
-    'model.safetensors.index.json', json.dumps({'weight_map': weight_map})
-  )
+def _index(index: dict[str, Any]) -> Callable[[Path], None]:
+  def change(model):
+    (model / 'model.safetensors').unlink()
+    (model / 'model.safetensors.index.json').write_text(json.dumps(index))
+
+  return change
+
+
+def _weight_map(weight_map) -> Callable[[Path], None]:
+  return _index({'weight_map': weight_map})
 
 
 def _only_pickle(model: Path) -> None:
@@ -161,15 +168,15 @@ CASES = [
   ),
   _changed(
     'MODEL/model.safetensors.index.json names an absent file',
-    _index({QUERIES: 'model-00001-of-00002.safetensors'}),
+    _weight_map({QUERIES: 'model-00001-of-00002.safetensors'}),
   ),
   _changed(
     'MODEL/model.safetensors.index.json has no weight_map',
-    _write('model.safetensors.index.json', '{}'),
+    _index({}),
   ),
   _changed(
     'MODEL/model.safetensors.index.json has a list as weight_map',
-    _index(['model.safetensors']),
+    _weight_map(['model.safetensors']),
   ),
   _changed('MODEL has pytorch_model.bin alone', _only_pickle),
   _changed('MODEL names code of its own in auto_map', _strangers_model),

@@ -242,7 +242,7 @@ def test_a_missing_shard_is_named(save_hf, tmp_path, load):
 
 def test_a_folder_without_safetensors_is_refused(damaged, load):
   (damaged / 'model.safetensors').rename(damaged / 'pytorch_model.bin')
-  assert 'no *.safetensors' in _refusal(load, damaged)
+  assert 'no model.safetensors and no' in _refusal(load, damaged)
 
 
 @pytest.mark.parametrize('text', [None, '{"vocab_size": ', '[1]', '\udcff'])
@@ -449,8 +449,13 @@ def test_what_an_export_cannot_hold_is_refused(
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folders_hash_is_of_its_config_and_all_weights(tmp_path):
-  files = {'config.json': b'{}', 'a.safetensors': b'1', 'b.safetensors': b'2'}
+@pytest.mark.parametrize('below', ['', 'below/'])
+def test_a_folders_hash_is_of_its_config_and_all_weights(below, tmp_path):
+  shards = f'{below}a.safetensors', f'{below}b.safetensors'
+  files = {'config.json': b'{}', **dict.fromkeys(shards, b'1')}
+  (tmp_path / 'below').mkdir()
+  index = {'weight_map': {name: name for name in shards}}
+  (tmp_path / INDEX).write_text(json.dumps(index))
   for name, content in files.items():
     (tmp_path / name).write_bytes(content)
   seen = [content_hash(tmp_path)]
@@ -459,6 +464,7 @@ def test_a_folders_hash_is_of_its_config_and_all_weights(tmp_path):
     (tmp_path / name).write_bytes(content[::-1] + b'!')
     seen.append(content_hash(tmp_path))
   (tmp_path / 'README.md').write_text('Not part of it.')
+  (tmp_path / 'adapter_model.safetensors').write_text('Nor is this.')
   assert content_hash(tmp_path) == seen[-1] and len(set(seen)) == 4
 
 
