@@ -1,6 +1,8 @@
 """Which files of a Hugging Face folder hold its weights."""
 
 from pathlib import Path
+import re
+from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import read_json
@@ -17,7 +19,7 @@ def weight_files(folder: Path) -> list[Path]:
   is read, whatever its name.
 
   Raises:
-    UserError: if there is neither, or the index names no files.
+    UserError: if there is neither, or the index names no files of the folder.
   """
   weights, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
   if weights.is_file():
@@ -37,7 +39,21 @@ def _names(index: Path) -> list[str]:
   weight_map = read_json(index).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
     raise UserError(f'{index} has no weight_map of tensors to files')
-  return sorted(set(map(str, weight_map.values())))
+  for tensor, name in weight_map.items():
+    if not _is_inside(name):
+      raise UserError(
+        f'{index} says that {tensor} is in {name!r}, which is no name of a '
+        'file in its folder'
+      )
+  return sorted(set(weight_map.values()))
+
+
+def _is_inside(name: Any) -> bool:
+  """Whether a name, joined to a folder, stays below it; links may lead out."""
+  if not isinstance(name, str):
+    return False
+  parts = re.split(r'[/\\]', name)
+  return parts[0] != '' and ':' not in parts[0] and '..' not in parts
 
 
 def check_file(path: Path) -> None:

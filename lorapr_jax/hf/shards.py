@@ -45,12 +45,18 @@ class Shards:
     """Opens the folder's files without reading any tensor.
 
     Raises:
-      UserError: if there is no safetensors file, or one is damaged.
+      UserError: if there is no safetensors file, if one is damaged, or if two
+        hold the same tensor.
     """
     self.folder = path_of(folder)
     self._files = {}
     for path in weight_files(self.folder):
       file = open_file(path)
+      if twice := sorted(self._files.keys() & set(file.keys())):
+        raise UserError(
+          f'{path} holds tensor {twice[0]}, as another file of the '
+          'index does: save the model again with transformers'
+        )
       self._files.update(dict.fromkeys(file.keys(), file))
 
   @property

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import json
 from pathlib import Path
+import shutil
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,20 @@ def _index(index: dict[str, Any]) -> Callable[[Path], None]:
 
 def _weight_map(weight_map) -> Callable[[Path], None]:
   return _index({'weight_map': weight_map})
+
+
+def _twice(model: Path) -> None:
+  shutil.copy(model / 'model.safetensors', model / 'a.safetensors')
+  (model / 'model.safetensors').rename(model / 'b.safetensors')
+  index = {QUERIES: 'a.safetensors', 'lm_head.weight': 'b.safetensors'}
+  (model / 'model.safetensors.index.json').write_text(
+    json.dumps({'weight_map': index})
+  )
+
+
+def _dangling_link(model: Path) -> None:
+  (model / 'model.safetensors').unlink()
+  (model / 'model.safetensors').symlink_to('../../blobs/2f9c')
 
 
 def _only_pickle(model: Path) -> None:
@@ -177,6 +192,14 @@ CASES = [
   _changed(
     'MODEL/model.safetensors.index.json has a list as weight_map',
     _weight_map(['model.safetensors']),
+  ),
+  _changed(
+    'MODEL/model.safetensors.index.json names a file of another folder',
+    _weight_map({QUERIES: '../OTHER/model.safetensors'}),
+  ),
+  _changed('Two files of MODEL hold the same tensor', _twice),
+  _changed(
+    'MODEL/model.safetensors is a link that leads nowhere', _dangling_link
   ),
   _changed('MODEL has pytorch_model.bin alone', _only_pickle),
   _changed('MODEL names code of its own in auto_map', _strangers_model),

@@ -1,6 +1,7 @@
 """The weights that are read are those that transformers reads."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -136,4 +137,56 @@ def test_no_other_name_is_read_as_in_transformers(change, folder):
   with pytest.raises(OSError, match='no file named model.safetensors'):
     transformers.AutoModelForCausalLM.from_pretrained(folder)
   with pytest.raises(UserError, match=f'holds no {WHOLE} and no {INDEX}'):
+    Shards(folder)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    '../other/model.safetensors',
+    'below/../../other/model.safetensors',
+    '..\\other\\model.safetensors',
+    '/dev/zero',
+    'C:\\model.safetensors',
+    'memory://other/model.safetensors',
+    '..',
+    '',
+    7,
+    None,
+    ['a.safetensors'],
+  ],
+)
+def test_an_index_that_leads_out_of_its_folder_is_refused(name, folder):
+  shutil.copytree(folder, folder.parent / 'other')
+  (folder / WHOLE).unlink()
+  write_index(folder, {NORM: name})
+  with pytest.raises(UserError, match=f'{NORM} is in .*, which is no name'):
+    Shards(folder)
+
+
+@pytest.mark.parametrize(
+  'name', ['pipe', 'below', '.', 'gone', 'link', 'nul\0']
+)
+def test_an_index_that_names_no_file_is_refused(name, folder):
+  (folder / WHOLE).unlink()
+  os.mkfifo(folder / 'pipe')
+  (folder / 'below').mkdir()
+  (folder / 'link').symlink_to('nowhere')
+  write_index(folder, {NORM: name})
+  with pytest.raises(UserError, match='is not a file|not exist|cannot be read'):
+    Shards(folder)
+
+
+def test_a_link_that_leads_nowhere_is_named(folder):
+  (folder / WHOLE).rename(folder / 'blob')
+  (folder / WHOLE).symlink_to('../../blobs/0af3')
+  with pytest.raises(UserError, match=f'{WHOLE} is a link to ../../blobs/0af3'):
+    Shards(folder)
+
+
+def test_a_tensor_in_two_files_is_refused(folder):
+  save_shards(folder, 5)
+  save(folder, 7, 'b.safetensors')
+  (folder / WHOLE).unlink()
+  with pytest.raises(UserError, match=f'b.safetensors holds .* {NORM}, as'):
     Shards(folder)
