@@ -120,14 +120,13 @@ def _tokenise(
       ]
     )
   )
-  eos = (
-    [] if whole or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-  )
+  eos = None if whole else tokenizer.eos_token_id
   result = []
   for document, ids in zip(
     documents, encode([d.text for d in documents]), strict=True
   ):
-    ids = np.append(ids, eos).astype(np.int32)
+    if eos is not None and eos not in ids[-1:]:
+      ids = np.append(ids, eos).astype(np.int32)
     targets = np.ones(len(ids), np.uint8)
     if document.responses is not None:
       targets[:] = 0

@@ -9,12 +9,9 @@ import warnings
 
 import numpy as np
 
+from lorapr_jax.data import tokenizer_files
 from lorapr_jax.errors import UserError, first_line
-from lorapr_jax.runtime.files import read_json
-from lorapr_jax.runtime.paths import files_in, path_of, tokenizer_folder
-
-# One of these holds the vocabulary.
-_VOCABULARIES = ('tokenizer.json', 'tokenizer.model*', 'vocab.json', 'tekken*')
+from lorapr_jax.runtime.paths import path_of, tokenizer_folder
 
 
 @contextlib.contextmanager
@@ -42,45 +39,28 @@ class Tokenizer:
     """Loads the files of a Hugging Face folder.
 
     Raises:
-      UserError: if there is no tokenizer that transformers can read.
+      UserError: if there is no tokenizer that can be read.
     """
     # Imported here: it takes seconds, and synthetic data do not need it.
     import transformers
 
     self.folder = path_of(folder)
     self._local = tokenizer_folder(self.folder)
-    if not files_in(self._local, *_VOCABULARIES):
+    if not tokenizer_files.vocabulary_files(self._local):
       raise UserError(
         f'{folder} holds no tokenizer files: tokenizer.json (or '
         "tokenizer.model) is missing; copy the original model's"
       )
-    # transformers cannot always read the config of our own export without its
-    # remote code. A tokenizer does not need that config: give it another.
-    path = self._local / 'config.json'
-    remote = path.exists() and 'auto_map' in read_json(path)
     try:
       with _quiet(transformers.logging):
-        self._tokenizer = transformers.AutoTokenizer.from_pretrained(
-          self._local,
-          config=transformers.LlamaConfig() if remote else None,
-          local_files_only=True,
-          trust_remote_code=False,
-        )
+        self._loaded = tokenizer_files.load_tokenizer(self._local)
+    except UserError:
+      raise
     # For a damaged file the libraries raise many kinds of errors, and even
     # Exception itself.
     except Exception as error:
-      self._check_files()
       raise self._error('the tokenizer', error) from error
-    self.eos_token_id = self._tokenizer.eos_token_id
-
-  def _check_files(self) -> None:
-    """Raises a UserError for files that ask for code of their own."""
-    for path in files_in(self._local, 'tokenizer*.json'):
-      if read_json(path).get('auto_map'):
-        raise UserError(
-          f'{path} asks for code of its own (auto_map), and no code of a model '
-          'is ever run: use tokenizer files that need none'
-        )
+    self.eos_token_id = self.wrapped.eos_token_id
 
   def encode(self, text: str) -> np.ndarray:
     """The ids of a text, with BOS in front if the tokenizer puts it there."""
@@ -89,33 +69,40 @@ class Tokenizer:
   def encode_batch(
     self, texts: list[str], *, special: bool = True
   ) -> list[np.ndarray]:
-    """The ids of each text, with BOS as in `encode` if `special` is set."""
+    """The ids of each text, with BOS as in `encode` if `special` is set.
+
+    EOS stands behind none of them.
+    """
     if not texts:
       return []
-    batch = self._tokenizer(texts, add_special_tokens=special, verbose=False)
-    ids = [np.asarray(ids, np.int32) for ids in batch['input_ids']]
-    if not special:
-      return ids
-    # Some tokenizers end every text with EOS, but here the packing adds it.
-    return [i[:-1] if len(i) and i[-1] == self.eos_token_id else i for i in ids]
+    fast, wrapped, front = self._loaded
+    if fast is None:
+      batch = wrapped(texts, add_special_tokens=False, verbose=False)
+      found = batch['input_ids']
+    else:
+      batch = fast.encode_batch_fast(texts, add_special_tokens=False)
+      found = (encoding.ids for encoding in batch)
+    front = front if special else []
+    return [np.asarray([*front, *ids], np.int32) for ids in found]
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens. Half a character is U+FFFD."""
-    return self._tokenizer.decode(
-      [int(i) for i in ids],
-      skip_special_tokens=True,
-      clean_up_tokenization_spaces=False,
+    ids = [int(i) for i in ids]
+    if self._loaded.fast is not None:
+      return self._loaded.fast.decode(ids)
+    return self.wrapped.decode(
+      ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
 
   @property
   def wrapped(self) -> Any:
-    """transformers' own object, for code that needs one."""
-    return self._tokenizer
+    """transformers' object: the special tokens and the chat template."""
+    return self._loaded.wrapped
 
   @property
   def has_chat_template(self) -> bool:
     """Whether `encode_chat` can be used."""
-    return bool(self._tokenizer.chat_template)
+    return bool(self.wrapped.chat_template)
 
   def encode_chat(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
     """The ids of a conversation, up to where the assistant's answer begins.
@@ -149,7 +136,7 @@ class Tokenizer:
     import jinja2
 
     try:
-      return self._tokenizer.apply_chat_template(
+      return self.wrapped.apply_chat_template(
         list(messages),
         add_generation_prompt=answer_next,
         continue_final_message=last_goes_on,
@@ -164,9 +151,12 @@ class Tokenizer:
 
   @property
   def fingerprint(self) -> bytes:
-    """A hash of the tokenizer's files."""
-    digest = hashlib.sha256()
-    names = (*_VOCABULARIES, '*token*', 'merges.txt', 'chat_template*')
-    for file in files_in(self._local, *names):
+    """A hash of the tokenizer's files, and of the libraries that read them."""
+    import tokenizers
+    import transformers
+
+    versions = tokenizers.__version__, transformers.__version__
+    digest = hashlib.sha256(repr(versions).encode())
+    for file in tokenizer_files.tokenizer_files(self._local):
       digest.update(file.name.encode() + b'\0' + file.read_bytes())
     return digest.digest()

@@ -132,9 +132,8 @@ class HarnessModel(TemplateLM):
       # What a chat template wrote begins with BOS already.
       prefix = self.tokenizer.decode(self.prefix_token_id)
       add_special_tokens = not string.startswith(prefix)
-    return self.tokenizer.encode(
-      string, add_special_tokens=add_special_tokens, verbose=False
-    )
+    [ids] = self._tokenizer.encode_batch([string], special=add_special_tokens)
+    return ids.tolist()
 
   def apply_chat_template(
     self,

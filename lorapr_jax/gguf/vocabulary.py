@@ -12,11 +12,11 @@ from typing import Any
 import gguf
 import tokenizers
 
+from lorapr_jax.data.tokenizer_files import chat_template_of, settings_of
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.sentencepiece import merge_scores, read_pieces
 from lorapr_jax.gguf.tokenizer import LLAMA3, PRE_TOKENIZERS, ROLES
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import tokenizer_folder
 
 _Kind = gguf.TokenType
@@ -66,11 +66,9 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   # tokenizers raises no narrower type.
   except Exception as error:
     raise UserError(f'{file} cannot be read: {error}') from None
-  settings = _settings(base)
+  settings = settings_of(base)
   for role in ROLES:
     token = settings.get(role)
-    if isinstance(token, dict):
-      token = token['content']
     found = tokenizer.token_to_id(token) if token else None
     ids[role] = ids.get(role) if found is None else found
   adds_bos, bos = _bos(file, tokenizer, settings, ids['bos_token'])
@@ -81,7 +79,7 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
     **_id_keys(ids, config),
     'tokenizer.ggml.add_bos_token': adds_bos,
   }
-  if template := _chat_template(base, settings):
+  if template := chat_template_of(base, settings):
     keys['tokenizer.chat_template'] = template
   return keys
 
@@ -90,16 +88,6 @@ def _id_keys(ids: dict[str, int | None], config: LlamaConfig) -> dict[str, int]:
   # Old config.json files have -1 for no token.
   known = range(config.vocab_size)
   return {ROLES[role]: i for role, i in ids.items() if i in known}
-
-
-def _settings(base: Path) -> dict[str, Any]:
-  """tokenizer_config.json, over the older special_tokens_map.json."""
-  files = ('special_tokens_map.json', 'tokenizer_config.json')
-  settings = {}
-  for path in (base / file for file in files):
-    if path.is_file():
-      settings |= read_json(path)
-  return settings
 
 
 def _bos(
@@ -128,17 +116,6 @@ def _bos(
   if adds and bos_id is None:
     raise UserError(f'{file}: texts start with BOS, but no token has that role')
   return bool(adds), bos_id
-
-
-def _chat_template(base: Path, settings: dict[str, Any]) -> str | None:
-  path = base / 'chat_template.jinja'
-  if path.is_file():
-    return path.read_text(encoding='utf-8')
-  template = settings.get('chat_template')
-  if isinstance(template, list):
-    named = {entry['name']: entry['template'] for entry in template}
-    return named.get('default')
-  return template
 
 
 def _model(

@@ -50,7 +50,7 @@ def learnt(document, tokenizer, whole=False):
   """The text of the tokens that are targets."""
   [(ids, targets)] = tokenise([document], tokenizer, whole=whole)
   assert set(targets) <= {0, 1}
-  return tokenizer._tokenizer.decode(ids[targets == 1])
+  return tokenizer.wrapped.decode(ids[targets == 1])
 
 
 def test_a_jinja_template_writes_the_record(documents):
