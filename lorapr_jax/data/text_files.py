@@ -11,6 +11,7 @@ import csv
 import glob
 import hashlib
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -200,16 +201,39 @@ def _csv(
   file: Path, stream: BinaryIO, fields: Sequence[str] | None
 ) -> Iterator[Record]:
   csv.field_size_limit(_FIELD_LIMIT)
-  reader = csv.DictReader(_lines(file, stream))
+  reader = csv.reader(_lines(file, stream), strict=True)
+  names: list[str] = []
+  first = 1  # The line in which the row begins.
   try:
-    if not reader.fieldnames:
-      raise UserError(f'{file} is empty: its first line names the columns')
-    names = pick(dict.fromkeys(reader.fieldnames), fields, str(file))
     for row in reader:
-      # A row that is cut short has None for the rest.
-      yield {name: row[name] or '' for name in names}
+      if not names:
+        names = _columns(file, first, row)
+        pick(dict.fromkeys(names), fields, str(file))
+      elif len(row) > len(names):
+        raise UserError(
+          f'{file}:{first}: the row has {len(row)} fields, but there are '
+          f'{len(names)} columns: put a text with commas in quotes'
+        )
+      elif row:
+        # A row that is cut short has nothing for the rest.
+        record = dict(itertools.zip_longest(names, row, fillvalue=''))
+        yield pick(record, fields, str(file))
+      first = reader.line_num + 1
   except csv.Error as error:
-    raise UserError(f'{file}:{reader.line_num}: {error}') from None
+    raise UserError(
+      f'{file}:{first}: the row that begins here is not CSV ({error}): close '
+      'each quote, and double it within quotes'
+    ) from None
+  if not names:
+    raise UserError(f'{file} is empty: its first line names the columns')
+
+
+def _columns(file: Path, line: int, row: list[str]) -> list[str]:
+  """The names in the first row."""
+  twice = sorted(name for name in row if name and row.count(name) > 1)
+  if twice:
+    raise UserError(f'{file}:{line} names the column {twice[0]!r} twice')
+  return row
 
 
 def _parquet(

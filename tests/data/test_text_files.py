@@ -1,6 +1,8 @@
 """Every kind of file, compressed or not, and files that are broken."""
 
+import csv
 import json
+import random
 import tracemalloc
 
 import pyarrow
@@ -130,6 +132,14 @@ def test_records_are_read_as_they_are_asked_for(tmp_path):
     ('a.jsonl', b'\n{"text": "\xe9"}', 'a.jsonl:2 is not UTF-8 text'),
     ('a.jsonl', b'{"text": "\\udc00"}', 'a.jsonl:1: .*surrogates not allowed'),
     ('a.jsonl', b'{"a": ' + b'[' * 10**5, 'a.jsonl:1: maximum recursion'),
+    # A comma too many, quotes that are not closed or not doubled.
+    ('a.csv', b'n,text\n1,a\n2,b, c\n3,d\n', 'a.csv:3: the row has 3 fields'),
+    ('a.csv', b'text\n"a\nb"\n\na, b\n', 'a.csv:5: the row has 2 fields, but'),
+    ('a.csv', b'n,text\n1,a\n2,"b\n3,c\n4,d\n', 'a.csv:3: .* end of data'),
+    ('a.csv', b'n,text\n1,"a\n2,"b"\n', 'a.csv:2: the row that begins here'),
+    ('a.csv', b'text\n"a "b" c"\n', 'a.csv:2: the row that begins here is'),
+    ('a.csv', b'"text\na\nb\n', 'a.csv:1: the row that begins here is not'),
+    ('a.csv', b'text,n,text\na,1,b\n', "a.csv:1 names the column 'text' twice"),
     # The first page is not what the index at the end says.
     ('a.parquet', b'PAR1' + bytes(40) + CONTENT['parquet'][44:], 'a.parquet '),
   ],
@@ -140,6 +150,28 @@ def test_a_broken_file_is_one_line(tmp_path, name, content, message):
   with pytest.raises(UserError, match=message) as error:
     records(f'file:{path}')
   assert '\n' not in str(error.value)
+
+
+def test_csv_is_read_as_pythons_own_reader_does(tmp_path):
+  rng = random.Random(0)
+  rows = [
+    {
+      name: ''.join(rng.choices('ab ,"\n\'', k=rng.randrange(8)))
+      for name in ('text', 'n')
+    }
+    for _ in range(200)
+  ]
+  with open(tmp_path / 'a.csv', 'w', newline='') as file:
+    writer = csv.DictWriter(file, ['text', 'n'])
+    writer.writeheader()
+    writer.writerows(rows)
+  assert records(f'file:{tmp_path}/a.csv') == rows
+  # A row that is cut short, and one that is not there.
+  write(tmp_path / 'b.csv', b'text,n\na\n\nb,2\n')
+  assert records(f'file:{tmp_path}/b.csv') == [
+    {'text': 'a', 'n': ''},
+    {'text': 'b', 'n': '2'},
+  ]
 
 
 @pytest.mark.parametrize('suffix', ['.gz', '.zst'])

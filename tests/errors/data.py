@@ -73,6 +73,10 @@ CASES = [
   _file('a list', 'file:d.jsonl', d_jsonl='["word"]'),
   _file('without the column', 'file:a.csv', a_csv='title,body\na,b\n'),
   _file('which is empty', 'file:b.csv', b_csv=''),
+  _file(
+    'a comma outside quotes', 'file:c.csv', c_csv='n,text\n1,Rain, then sun\n'
+  ),
+  _file('a quote that is not closed', 'file:d.csv', d_csv='text\n"Rain\nSun\n'),
   _file('a lone surrogate', 'file:e.jsonl', e_jsonl='{"text": "\\ud800"}'),
   _file('which is not gzip', 'file:a.jsonl.gz', a_jsonl_gz='{"text": "word"}'),
   _file('which is not Parquet', 'file:a.parquet', a_parquet='text'),
