@@ -34,6 +34,17 @@ def weight_files(folder: Path) -> list[Path]:
   )
 
 
+def has_weights(folder: Path) -> bool:
+  """Whether the files of the weights are all there.
+
+  A folder may have come without them: its config.json says its sizes.
+  """
+  found = (WEIGHTS_FILE, INDEX_FILE)
+  if not any((folder / name).is_file() for name in found):
+    return False
+  return all(path.is_file() for path in weight_files(folder))
+
+
 def _names(index: Path) -> list[str]:
   """The names in an index, each once."""
   weight_map = read_json(index).get('weight_map')

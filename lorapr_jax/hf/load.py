@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.hf.files import has_weights, weight_files
 from lorapr_jax.hf.names import IGNORED, hf_shapes
 from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.shards import DTYPES, Shards
@@ -21,7 +23,11 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
-from lorapr_jax.runtime.paths import is_folder, path_of
+from lorapr_jax.runtime.paths import is_folder, path_of, version_of
+
+_EMBEDDINGS, _HEAD = 'model.embed_tokens.weight', 'lm_head.weight'
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,9 @@ def in_memory(model: Model | str | Path, dtype: str) -> Model:
 def load_config(folder: str | Path) -> LlamaConfig:
   """The sizes in a folder's config.json.
 
+  A model whose embeddings are tied by config.json, and whose files hold another
+  lm_head all the same, is not tied: as in transformers, a warning says so.
+
   Raises:
     UserError: if there is no folder or its model is not supported.
   """
@@ -93,9 +102,44 @@ def load_config(folder: str | Path) -> LlamaConfig:
     )
   hf = read_json(folder / 'config.json')
   try:
-    return config_from_hf(hf)
+    config = config_from_hf(hf)
   except UserError as error:
     raise UserError(f'{folder}: {error}') from None
+  if config.tie_embeddings and has_weights(folder):
+    versions = ((path, version_of(path)) for path in weight_files(folder))
+    own_head = _has_own_head(folder, tuple(versions))
+    config = dataclasses.replace(config, tie_embeddings=not own_head)
+  return config
+
+
+@functools.lru_cache(4)
+def _has_own_head(folder: Path, versions: tuple[tuple[Path, str], ...]) -> bool:
+  """Whether the files hold an lm_head that differs from the embeddings.
+
+  `versions` of the files tell when to look again.
+  """
+  shards = Shards(folder)
+  if not {_EMBEDDINGS, _HEAD} <= shards.names:
+    return False
+  if _are_equal(shards.slice_of(_EMBEDDINGS), shards.slice_of(_HEAD)):
+    return False
+  _log.warning(
+    '%s: config.json ties the embeddings, but the files hold another lm_head: '
+    'it is used, and the model is not tied',
+    folder,
+  )
+  return True
+
+
+def _are_equal(one: Any, other: Any) -> bool:
+  """Whether two matrices of files are; parts are read until they differ."""
+  shape = one.get_shape()
+  known = one.get_dtype() in DTYPES and other.get_dtype() in DTYPES
+  if not known or len(shape) != 2 or other.get_shape() != shape:
+    return False
+  step = max(1, 2**23 // max(1, shape[1]))
+  parts = (slice(a, min(a + step, shape[0])) for a in range(0, shape[0], step))
+  return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
 def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
@@ -109,12 +153,12 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
   """
   expected = hf_shapes(param_shapes(config, np.float32), config)
   missing = sorted(expected.keys() - shards.names)
-  # A tied model's file may repeat the embeddings as lm_head.
+  # A tied model's files may hold a copy of the embeddings as lm_head.
   unknown = sorted(
     name
     for name in shards.names - expected.keys()
     if not IGNORED.fullmatch(name)
-    and not (config.tie_embeddings and name == 'lm_head.weight')
+    and not (config.tie_embeddings and name == _HEAD)
   )
   for what, names in (('lacks', missing), ('has the unknown', unknown)):
     if names:

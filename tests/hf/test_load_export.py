@@ -1,5 +1,6 @@
 """Folders come in and go out bit by bit, or are refused by what is wrong."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -484,3 +485,48 @@ def test_an_export_that_fails_leaves_nothing(random_params, tmp_path):
   with pytest.raises(IndexError):
     export_model(tmp_path / 'out', params, LLAMA, max_shard_bytes=1000)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('change', [None, 'one', 'all'])
+@pytest.mark.parametrize('shards', ['one', 'many'])
+def test_another_head_than_tied_embeddings_is_used_as_in_transformers(
+  change, shards, save_hf, load, tmp_path, caplog
+):
+  source = save_hf('gqa_tied')
+  tied, params = load(source)
+  head = np.array(params['embed_tokens']['weight'])
+  if change:
+    head[-1 if change == 'one' else slice(None)] += 0.5
+  folder, index = tmp_path / 'model', tmp_path / 'model' / INDEX
+  export_model(
+    folder,
+    params | {'lm_head': {'weight': jnp.asarray(head)}},
+    dataclasses.replace(tied, tie_embeddings=False),
+    **({'max_shard_bytes': SOME_SHARDS} if shards == 'many' else {}),
+  )
+  assert index.exists() == (shards == 'many')
+  shutil.copy(source / 'config.json', folder)
+  config, read = load(folder)
+  assert config.tie_embeddings == (change is None)
+  warned = [record.getMessage() for record in caplog.records]
+  assert len(warned) == bool(change) and all(str(folder) in w for w in warned)
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32
+  )
+  with torch.no_grad():
+    want = model(torch.from_numpy(TOKENS % 64)).logits.numpy()
+  got = _logits(read, TOKENS % 64, config)
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-4)
+  # What comes out says what it is.
+  export_model(tmp_path / 'out', read, config)
+  hf = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert hf['tie_word_embeddings'] == (change is None)
+  assert ('lm_head.weight' in _tensors(tmp_path / 'out')) == bool(change)
+
+
+def test_sizes_are_read_where_the_weights_have_not_come(save_hf, tmp_path):
+  folder = tmp_path / 'model'
+  shutil.copytree(save_hf('gqa_tied', max_shard_size='20KB'), folder)
+  for path in sorted(folder.glob('*.safetensors')):
+    path.unlink()
+    assert load_config(folder).tie_embeddings
