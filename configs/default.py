@@ -54,9 +54,11 @@ def get_config() -> config_dict.ConfigDict:
   config.data.train = ''
   # How a record becomes a text: a Jinja template over its fields, or chat, the
   # tokenizer's chat template over its messages or conversations. Empty: the
-  # text is the spec's text column (docs/data.md).
+  # text is the spec's text column (docs/data.md). In a flag, \n is a line end
+  # and \t a tab.
   config.data.template = ''
-  # A Jinja template of the answer, which follows the template's text.
+  # A Jinja template of the answer, which follows the template's text. In a
+  # flag, \n and \t are as above.
   config.data.response = ''
   # The tokens that count in the loss: all or response.
   config.data.loss = 'all'

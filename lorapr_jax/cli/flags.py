@@ -22,6 +22,9 @@ def parse_flags(
 ) -> tuple[config_dict.ConfigDict, str]:
   """The config with its overrides, and the workdir, from a command's flags.
 
+  In a flag of data.template or data.response, which a shell passes on as it is
+  written, \\n is a line end and \\t a tab; after a backslash they are not.
+
   Raises:
     UserError: for an unknown flag or key, a value of a wrong type, or a config
       that is not there.
@@ -33,11 +36,24 @@ def parse_flags(
     raise UserError('train needs --config=configs/X.py and --workdir=DIR')
   check_config(values.config, _config_flag(argv))
   for arg in overrides:
-    check_key(values.config, '--' + arg.lstrip('-').partition('=')[0])
+    check_key(values.config, _name(arg))
   values, rest = _parse(argv)
   if rest:
     raise UserError(f'{command} takes flags only, not {rest[0]!r}')
+  for key in ('template', 'response'):
+    if f'--config.data.{key}' in map(_name, overrides):
+      values.config.data[key] = _unescaped(values.config.data[key])
   return values.config, values.workdir
+
+
+def _name(flag: str) -> str:
+  """--config.KEY of --config.KEY=VALUE; one dash is as good as two."""
+  return '--' + flag.lstrip('-').partition('=')[0]
+
+
+def _unescaped(text: str) -> str:
+  ends = {'n': '\n', 't': '\t'}
+  return re.sub(r'(?<!\\)\\([nt])', lambda match: ends[match[1]], text)
 
 
 def _with_config_found(argv: list[str]) -> list[str]:

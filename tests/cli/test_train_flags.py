@@ -380,6 +380,21 @@ def test_flags_that_are_not_its_own_pass_train_untouched(monkeypatch):
   assert config.data.template == '{{ q }} -- a'
 
 
+@pytest.mark.parametrize('key', ['template', 'response'])
+def test_a_template_in_a_flag_may_have_line_ends_and_tabs(key):
+  written = r"Q:\t{{ x }}\n\n{{ '\\n' }}\d"
+  meant = 'Q:\t{{ x }}\n\n' + r"{{ '\\n' }}\d"
+  flag = f'--config.data.{key}'
+  for flags in ([f'{flag}={written}'], [flag, written], [f'{flag}={meant}']):
+    assert parse(*flags).data[key] == meant
+  # Other settings, and what a file says, stay as they are.
+  assert parse(r'--config.data.eval=file:C:\notes.txt').data.eval == (
+    r'file:C:\notes.txt'
+  )
+  for other in {'template', 'response'} - {key}:
+    assert parse(f'{flag}={written}').data[other] == ''
+
+
 def test_what_reads_the_groups_alone_cannot_rank_them_while_b_is_zero():
   later = '--config.prune.order=prune_then_tune'
   targets = '--config.lora.targets=q_proj,down_proj'
