@@ -1,10 +1,16 @@
-"""Checkpoints of the train state, by orbax; and the log that goes with them."""
+"""Checkpoints of the train state, by orbax.
+
+Beside the arrays lies the sum of their bits, since neither orbax nor what it
+writes with has a check of their values.
+"""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import logging
 from pathlib import Path
+import re
+import time
 from typing import Any
 
 from etils import epath
@@ -14,13 +20,35 @@ from jax.sharding import Sharding
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.paths import is_folder, make_folder, move
 from lorapr_jax.training.state import TrainState
 
+# What storage says when the fault is not in the files.
+_OUT_OF_REACH = re.compile(
+  'PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED'
+)
+
 # One function of all arrays, not one compiled for each shape.
 _copied = jax.jit(lambda state: jax.tree.map(jnp.copy, state))
+
+
+def _bits(x: Any) -> Any:
+  """The sum of an array's bits modulo 2**32, however it is divided."""
+  return x.view(f'uint{8 * x.dtype.itemsize}').sum(dtype=np.uint32)
+
+
+_bits_on_devices = jax.jit(_bits)  # One for each shape: many arrays have it.
+
+
+def _sum(tree: Any) -> int:
+  """Of the bits of all arrays, on the host or on devices."""
+  sums = [
+    (_bits if isinstance(x, np.ndarray) else _bits_on_devices)(x)
+    for x in jax.tree.leaves(tree)
+  ]
+  return sum(map(int, sums))
 
 
 def saved_steps(folder: Path) -> list[int]:
@@ -59,14 +87,55 @@ def read_state(workdir: Path, folder: str) -> dict[str, Any]:
       'every train.checkpoint_every steps'
     )
   newest = folder / str(max(steps))
-  path = _for_orbax(newest / 'default')
-  with _reading(newest), ocp.StandardCheckpointer() as checkpointer:
-    # Its own metadata say which shapes it has.
-    shapes = ocp.StandardCheckpointHandler().metadata(path).tree
-    state = checkpointer.restore(
-      path, jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-    )
+  state = _read(
+    newest,
+    lambda shapes: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), shapes),
+  )
   return _with_tuples(state)
+
+
+def restore(
+  folder: Path, step: int, shapes: TrainState, place: Sharding
+) -> TrainState:
+  """The state of a checkpoint, on devices.
+
+  Args:
+    folder: of the phase's checkpoints.
+    step: one of `saved_steps`.
+    shapes: `jax.ShapeDtypeStruct`s of the size that it has.
+    place: where all that has no sharding of its own will lie.
+
+  Raises:
+    Damaged: if it cannot be read.
+  """
+  placed = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=x.sharding or place
+    ),
+    shapes,
+  )
+  return _read(folder / str(step), lambda _: placed)
+
+
+def _read(folder: Path, expected: Callable[[Any], Any]) -> Any:
+  """The arrays of one checkpoint.
+
+  Args:
+    folder: of the checkpoint.
+    expected: what to read, given what the checkpoint says that it holds.
+
+  Raises:
+    Damaged: if they cannot be read, or are not as they were saved.
+  """
+  path = _for_orbax(folder / 'default')
+  with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
+    held = ocp.StandardCheckpointHandler().metadata(path)
+    state = checkpointer.restore(path, expected(held.tree))
+  found = _sum(state)
+  # Where it is not there, an earlier version wrote the checkpoint.
+  if (held.custom_metadata or {}).get('sum', found) != found:
+    raise _damaged(folder)
+  return state
 
 
 def _with_tuples(tree: Any) -> Any:
@@ -98,6 +167,8 @@ class _PatientLoops(asyncio.DefaultEventLoopPolicy):
 
 @contextlib.contextmanager
 def _patient_loops() -> Iterator[None]:
+  # Before it raises an error, orbax logs its traceback.
+  logging.getLogger('absl').setLevel(logging.CRITICAL)
   before = asyncio.get_event_loop_policy()
   asyncio.set_event_loop_policy(_PatientLoops())
   try:
@@ -110,16 +181,28 @@ class Damaged(UserError):
   """A checkpoint cannot be read."""
 
 
+def _damaged(folder: Path) -> Damaged:
+  return Damaged(
+    f'{folder} cannot be read, because it is damaged: move it away to go on '
+    'from the checkpoint before it, or from the start'
+  )
+
+
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
+  """Tells damage from a lack of memory, of permission or of a connection."""
   try:
     with _patient_loops():
       yield
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise
   except Exception as error:  # What damage raises is up to orbax.
-    raise Damaged(
-      f'{folder} cannot be read, because it is damaged: move it away to go on '
-      'from the checkpoint before it, or from the start'
-    ) from error
+    beyond = isinstance(error, PermissionError | ConnectionError | TimeoutError)
+    if beyond or _OUT_OF_REACH.search(f'{error} {error.__cause__}'):
+      raise UserError(
+        f'{folder} is out of reach: {first_line(error)}'
+      ) from error
+    raise _damaged(folder) from error
 
 
 @contextlib.contextmanager
@@ -140,8 +223,32 @@ class _Manager(ocp.CheckpointManager):
     return False
 
 
+def set_aside(folder: Path, step: int, left: int) -> str:
+  """Moves a checkpoint that cannot be read away.
+
+  Args:
+    folder: of the phase's checkpoints.
+    step: of the damaged one.
+    left: of the one that could be read.
+
+  Returns:
+    What was done, for the user.
+  """
+  aside = folder.with_name(f'{folder.name}-damaged') / str(step)
+  if processes.is_first():
+    if aside.exists():  # The same step was damaged before.
+      aside = aside.with_name(f'{step}-{time.time_ns()}')
+    make_folder(aside.parent)
+    move(folder / str(step), aside)
+  processes.wait_for_others(f'set step {step} aside')
+  return (
+    f'{folder / str(step)} cannot be read, because it is damaged: it is now '
+    f'{aside}, and the run goes on from step {left}'
+  )
+
+
 class Checkpoints:
-  """The train states of a phase: everything but what stays of the base."""
+  """Writes the train states of a phase: all but what stays of the base."""
 
   def __init__(self, folder: Path, keep: int):
     """Opens a folder; the newest `keep` are kept."""
@@ -151,57 +258,6 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
     )
     self._loops = _patient_loops()
-    # Before it raises an error, orbax logs its traceback.
-    logging.getLogger('absl').setLevel(logging.CRITICAL)
-
-  def newest(self) -> int | None:
-    """The step of the newest complete checkpoint, if there is one."""
-    return self._manager.latest_step()
-
-  def restore(
-    self, step: int, shapes: TrainState, place: Sharding
-  ) -> TrainState:
-    """The state of a checkpoint.
-
-    Args:
-      step: from `newest`.
-      shapes: `jax.ShapeDtypeStruct`s of the size that it has.
-      place: where all that has no sharding of its own will lie.
-
-    Raises:
-      Damaged: if it cannot be read.
-    """
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=x.sharding or place
-      ),
-      shapes,
-    )
-    with _reading(self._folder / str(step)):
-      return self._manager.restore(
-        step, args=ocp.args.StandardRestore(abstract)
-      )
-
-  def set_newest_aside(self) -> str | None:
-    """Moves the newest checkpoint away, if there is one before it.
-
-    Returns:
-      What was done, for the user; None if there is no other.
-    """
-    *before, step = sorted(self._manager.all_steps())
-    if not before:
-      return None
-    folder = self._folder
-    aside = folder.with_name(f'{folder.name}-damaged') / str(step)
-    if processes.is_first():
-      make_folder(aside.parent)
-      move(folder / str(step), aside)
-    processes.wait_for_others(f'set step {step} aside')
-    self._manager.reload()
-    return (
-      f'{folder / str(step)} cannot be read, because it is damaged: it is now '
-      f'{aside}, and the run goes on from step {before[-1]}'
-    )
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves in the background; `state` may be donated once this returns.
@@ -213,8 +269,9 @@ class Checkpoints:
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = _copied(state)
+    args = ocp.args.StandardSave(state, custom_metadata={'sum': _sum(state)})
     with _writing(self._folder):
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+      self._manager.save(step, args=args)
 
   def __enter__(self) -> 'Checkpoints':
     self._loops.__enter__()
@@ -222,11 +279,7 @@ class Checkpoints:
 
   def __exit__(self, *_: Any) -> None:
     try:
-      self.close()
+      with _writing(self._folder):  # It waits until everything is written.
+        self._manager.close()
     finally:
       self._loops.__exit__(None, None, None)
-
-  def close(self) -> None:
-    """Waits until everything is written."""
-    with _writing(self._folder):
-      self._manager.close()

@@ -82,17 +82,15 @@ def train_phase(
     state = init_state(init_key, compute, groups, adamw)
     return state if lora is None else state.replace(lora=lora)
 
-  checkpoints = watch.checkpoints(phase)
-  warn = watch.display.warn
-  state, base = begin(checkpoints, phase, base, new_state, warn)
+  folder, warn = watch.workdir / phase.checkpoints, watch.display.warn
+  state, base = begin(folder, phase, base, new_state, warn)
   if (first := int(state.step)) == phase.steps:
-    checkpoints.close()
     return state, base
 
   functions, pruning = Functions.of(phase, base, adamw), phase.pruning
   compiling = phase.compiling(first)
   with (
-    watch.over(phase, state, checkpoints, compiling) as watching,
+    watch.over(phase, state, compiling) as watching,
     batches.of(phase, base.places.batch, first) as stream,
   ):
     for step, (batch, newest) in watching.steps(first, stream):

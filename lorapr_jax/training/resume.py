@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 
@@ -10,13 +11,18 @@ from lorapr_jax.models.compute import Compute
 from lorapr_jax.pruning.compensation import repaired_of
 from lorapr_jax.settings.phases import Phase
 from lorapr_jax.training.base import Base, weight_shapes
-from lorapr_jax.training.checkpoint import Checkpoints, Damaged
+from lorapr_jax.training.checkpoint import (
+  Damaged,
+  restore,
+  saved_steps,
+  set_aside,
+)
 from lorapr_jax.training.cut import as_saved
 from lorapr_jax.training.state import TrainState
 
 
 def begin(
-  checkpoints: Checkpoints,
+  folder: Path,
   phase: Phase,
   base: Base,
   new_state: Callable[[Compute], TrainState],
@@ -24,10 +30,10 @@ def begin(
 ) -> tuple[TrainState, Base]:
   """State and base at the step that a phase goes on from.
 
-  Checkpoints that are damaged are set aside.
+  Checkpoints that are damaged are set aside once one before them is read.
 
   Args:
-    checkpoints: of the phase.
+    folder: of the phase's checkpoints.
     phase: of the run.
     base: as loaded, or as the phase before left it. Arrays that were cut on
       the way or repaired are deleted.
@@ -35,19 +41,23 @@ def begin(
     warn: tells people.
 
   Raises:
-    Damaged: if there is but one checkpoint, and it cannot be read.
+    Damaged: if there are checkpoints, and none can be read; it names the
+      newest.
   """
-  while (step := checkpoints.newest()) is not None:
+  damaged: list[tuple[int, Damaged]] = []
+  for step in sorted(saved_steps(folder), reverse=True):
+    compute = _compute_at(phase, base.compute, step)
+    shapes = _stored_shapes(phase, base, compute, new_state)
     try:
-      compute = _compute_at(phase, base.compute, step)
-      shapes = _stored_shapes(phase, base, compute, new_state)
-      state = checkpoints.restore(step, shapes, base.places.state)
-    except Damaged:
-      if (done := checkpoints.set_newest_aside()) is None:
-        raise
-      warn(done)
+      state = restore(folder, step, shapes, base.places.state)
+    except Damaged as error:
+      damaged.append((step, error))
       continue
+    for newer, _ in damaged:
+      warn(set_aside(folder, newer, step))
     return state.replace(repaired=()), as_saved(base, state)
+  if damaged:
+    raise damaged[0][1]
   return jax.device_put(new_state(base.compute), base.places.state), base
 
 

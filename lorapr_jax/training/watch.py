@@ -50,25 +50,18 @@ class Watch:
   train: TrainSettings
   log: LogSettings
 
-  def checkpoints(self, phase: Phase) -> Checkpoints:
-    """Those of a phase."""
-    folder = self.workdir / phase.checkpoints
-    return Checkpoints(folder, self.train.checkpoints_kept)
-
   @contextlib.contextmanager
   def over(
     self,
     phase: Phase,
     state: TrainState,
-    checkpoints: Checkpoints,
     compiling: Collection[int],
   ) -> Iterator['PhaseWatch']:
-    """Watches the steps of its block; closes the checkpoints after it.
+    """Watches the steps of its block; all is saved when it ends.
 
     Args:
       phase: whose steps they are.
       state: at the first of them.
-      checkpoints: of the phase.
       compiling: the steps whose calls compile. Their time is counted apart.
 
     Raises:
@@ -79,6 +72,8 @@ class Watch:
       trim_metrics(self.workdir, first_of_run)
     if int(state.step):
       self.display.print(f'resuming at step {first_of_run} of {self.steps}')
+    folder = self.workdir / phase.checkpoints
+    checkpoints = Checkpoints(folder, self.train.checkpoints_kept)
     signals = interrupt.StopSignals(self.display.notice_stop)
     tokens = self.train.batch_size * self.train.seq_len
     log = metrics.Log(self.workdir, self.log, tokens, first_of_run)
