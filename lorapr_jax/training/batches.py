@@ -107,7 +107,7 @@ class Batches:
       newest.extend(itertools.islice(stream, seen))
       for step, batch in enumerate(stream, first):
         newest.append(batch)
-        if self.teacher:
+        if self.teacher and phase.learns:
           batch = {**batch, 'teacher': self.teacher(phase, step)}
         yield batch, tuple(newest)
 

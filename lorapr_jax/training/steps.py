@@ -45,10 +45,10 @@ def make_lora_gradients(
 
   `batch` is {'tokens', 'weights'}, with 'segments' where documents share a
   window, each (M, B, T): M micro-batches whose gradients are summed inside, so
-  that one micro-batch's activations exist at a time. With settings.distill it
-  also has 'teacher', (M, B, T, ...), for `token_losses`. The loss is the mean
-  over all the batch's target tokens. `grads` has the structure of `lora`,
-  clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
+  that one micro-batch's activations exist at a time. Where the dense model
+  teaches it also has 'teacher', (M, B, T, ...), for `token_losses`. The loss is
+  the mean over all the batch's target tokens. `grads` has the structure of
+  `lora`, clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
   clipping). `more` is {} or, if `base_grads`, {'base_grads': the gradients of
   `projections(params)`, in float32, scaled as `grads` were by the clipping}.
 
@@ -76,7 +76,7 @@ def make_lora_gradients(
         mesh=mesh,
         segments=micro.get('segments'),
         matmul_dtype=settings.matmul_dtype,
-        teacher=micro['teacher'] if settings.distill else None,
+        teacher=micro.get('teacher'),
         lora=trained['lora'],
         masks=masks,
         dropout_key=key if settings.lora.dropout > 0 else None,

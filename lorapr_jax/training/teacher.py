@@ -34,7 +34,7 @@ def remember_teacher(
   top_k: int,
   workdir: Path,
 ) -> Teacher:
-  """Asks the dense model about every batch that is still to come.
+  """Asks the dense model about every batch that is still to be learned from.
 
   Args:
     base: the dense weights.
@@ -49,6 +49,8 @@ def remember_teacher(
   """
   top, known = make_top_tokens(base, top_k), {}
   for phase in phases:
+    if not phase.learns:
+      continue
     # The newest checkpoint may be damaged, and the one before it is used.
     first = min(saved_steps(workdir / phase.checkpoints), default=0)
     with batches.plain(phase, base.places.batch, first) as stream:

@@ -21,13 +21,14 @@ LESS = '--config.lora.targets=q_proj,gate_proj', '--config.data.eval='
 FULL, SMALL = LayerShape(4, 2, 128), LayerShape(2, 2, 64)
 # Each with what it leaves of the four layers.
 WAYS = {
-  'heads=queries order=none criterion=activation': (
+  'prune.heads=queries prune.order=none prune.criterion=activation': (
     *[LayerShape(4, 1, 64)] * 3,
     FULL,
   ),
-  'target=0': (FULL,) * 4,
-  'protect=none criterion=gradient': (SMALL,) * 4,
-  'layer_profile=0.5,1,1.5 order=prune_then_tune criterion=obs': (
+  'prune.target=0': (FULL,) * 4,
+  'prune.protect=none prune.criterion=gradient': (SMALL,) * 4,
+  'prune.layer_profile=0.5,1,1.5 prune.order=prune_then_tune '
+  'prune.criterion=obs train.distill=1': (
     *(LayerShape(3, 2, 96), SMALL, LayerShape(1, 2, 32), FULL),
   ),
 }
@@ -37,11 +38,11 @@ WAYS = {
 def test_other_ways_to_prune_run_to_the_end(way, tmp_path):
   workdir = tmp_path / 'run'
   settings = ['--config.train.steps=12', '--config.prune.every=3', *LESS]
-  said = train(
-    workdir, [*settings, *(f'--config.prune.{x}' for x in way.split())]
-  )
+  said = train(workdir, [*settings, *(f'--config.{x}' for x in way.split())])
   costs = 'keeps gradients of the base' in said
   assert costs == way.endswith('=gradient')
+  # Steps that only measure have no teacher: of its own it would be 0.
+  assert metrics(workdir)[0]['loss'] > 1
   assert load_config(workdir / 'export').layers == WAYS[way]
 
 
