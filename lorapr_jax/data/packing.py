@@ -1,7 +1,7 @@
 """Packs documents into windows of tokens on disk, and maps these into memory.
 
 A folder of windows holds `counts.json` and, for W windows of T tokens:
-  tokens.bin    (W, T) int32; what follows the last whole window is not read
+  tokens.bin    (W, T) int32
   segments.bin  (W, T) int32: 1, 2, ... for the documents that share a window,
                 0 for padding; only with packing=documents
   weights.bin   (W, T) uint8: 1 where a token counts in the loss, else 0; not
@@ -63,6 +63,8 @@ class Counts:
     largest_id: the largest id among the tokens; -1 if there are none.
     cut: the number of documents that are longer than a window.
     padding: the number of positions that hold no token.
+    untaught: the number of windows that were left out: none of their tokens
+      counts in the loss.
   """
 
   documents: int = 0
@@ -70,6 +72,7 @@ class Counts:
   largest_id: int = -1
   cut: int = 0
   padding: int = 0
+  untaught: int = 0
 
 
 def tokenise(
@@ -146,10 +149,32 @@ def _common(head: np.ndarray, ids: np.ndarray) -> int:
   return int(differ[0]) if len(differ) else count
 
 
-def concatenate(documents: Iterable[Tokens]) -> Iterator[Windows]:
-  """Yields the documents as they are, to be written one behind the other."""
+def concatenate(documents: Iterable[Tokens], seq_len: int) -> Iterator[Windows]:
+  """Yields windows of the documents as they are, one behind the other.
+
+  Each part that is yielded has whole windows, (W, T). What follows the last one
+  is left out.
+  """
+  rest = Tokens(np.empty(0, np.int32), np.empty(0, np.uint8))
   for document in documents:
-    yield {'tokens': document.ids, 'weights': document.targets}
+    ids, targets = map(np.concatenate, zip(rest, document, strict=True))
+    whole = len(ids) - len(ids) % seq_len
+    rest = Tokens(ids[whole:], targets[whole:])
+    yield {
+      'tokens': ids[:whole].reshape(-1, seq_len),
+      'weights': targets[:whole].reshape(-1, seq_len),
+    }
+
+
+def taught(parts: Iterable[Windows], counts: Counts) -> Iterator[Windows]:
+  """Leaves out the windows of which no token counts in the loss.
+
+  A window's first token is not predicted, so it counts in none.
+  """
+  for part in parts:
+    kept = np.atleast_2d(part['weights'])[:, 1:].any(axis=1)
+    counts.untaught += len(kept) - int(kept.sum())
+    yield {name: np.atleast_2d(array)[kept] for name, array in part.items()}
 
 
 def fill(
@@ -220,7 +245,5 @@ def read(folder: Path, seq_len: int) -> Windows:
   for name, dtype in _DTYPES.items():
     path = folder / f'{name}.bin'
     if path.exists():
-      flat = np.memmap(path, dtype, mode='r')
-      whole = len(flat) - len(flat) % seq_len
-      windows[name] = flat[:whole].reshape(-1, seq_len)
+      windows[name] = np.memmap(path, dtype, mode='r').reshape(-1, seq_len)
   return windows

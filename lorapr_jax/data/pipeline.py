@@ -27,7 +27,7 @@ from lorapr_jax.runtime.files import (
 )
 
 # Part of the cache's key. Raise it when a change of code changes the windows.
-_FORMAT = 5
+_FORMAT = 6
 
 _log = logging.getLogger(__name__)
 
@@ -110,6 +110,7 @@ def _windows(
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
   if not folder.exists():
     counts = Counts()
+    picks = template is not None and template.loss != 'all'
     stream = _counted(
       _documents(spec, tokenizer, template),
       counts,
@@ -122,8 +123,10 @@ def _windows(
       parts = packing.fill(stream, seq_len, counts)
       names += ['segments', 'weights']
     else:
-      parts = packing.concatenate(stream)
-      names += ['weights'] if template and template.loss != 'all' else []
+      parts = packing.concatenate(stream, seq_len)
+      names += ['weights'] if picks else []
+    if picks:
+      parts = packing.taught(parts, counts)
     with new_in_cache(folder, 'the packed text') as partial:
       partial.mkdir()
       packing.write(partial, parts, names)
@@ -131,6 +134,12 @@ def _windows(
         raise UserError(
           f'{spec.text} has {counts.tokens} tokens: fewer than one window of '
           f'{seq_len}'
+        )
+      if not (partial / 'tokens.bin').stat().st_size:
+        raise UserError(
+          f'{spec.text}: none of {counts.untaught} windows of {seq_len} tokens '
+          'has a response to learn, since the prompts fill them: raise '
+          'train.seq_len'
         )
       write_json(partial / 'counts.json', dataclasses.asdict(counts))
   counts = Counts(**read_json(folder / 'counts.json'))
@@ -205,6 +214,15 @@ def _warn(
       '%s: %d of %d documents are longer than a window of %d tokens and go on '
       'in another, without what came before',
       *(spec.text, counts.cut, counts.documents, seq_len),
+    )
+  if counts.untaught:
+    _log.warning(
+      '%s: %d of %d windows of %d tokens have no response to learn and are '
+      'left out',
+      spec.text,
+      counts.untaught,
+      counts.untaught + len(windows),
+      seq_len,
     )
   # The last windows are never quite full; a tenth of all is worth a warning.
   if counts.padding * 10 > windows.size:

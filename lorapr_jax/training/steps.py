@@ -47,10 +47,11 @@ def make_lora_gradients(
   window, each (M, B, T): M micro-batches whose gradients are summed inside, so
   that one micro-batch's activations exist at a time. Where the dense model
   teaches it also has 'teacher', (M, B, T, ...), for `token_losses`. The loss is
-  the mean over all the batch's target tokens. `grads` has the structure of
-  `lora`, clipped to `clip_norm`; `metrics` has `loss` and `grad_norm` (before
-  clipping). `more` is {} or, if `base_grads`, {'base_grads': the gradients of
-  `projections(params)`, in float32, scaled as `grads` were by the clipping}.
+  the mean over all the batch's target tokens, and not a number where it has
+  none. `grads` has the structure of `lora`, clipped to `clip_norm`; `metrics`
+  has `loss` and `grad_norm` (before clipping). `more` is {} or, if
+  `base_grads`, {'base_grads': the gradients of `projections(params)`, in
+  float32, scaled as `grads` were by the clipping}.
 
   Args:
     settings: of the run.
@@ -62,7 +63,8 @@ def make_lora_gradients(
   mesh = mesh_of(out_sharding)
 
   def gradients(params, lora, masks, batch, key):
-    count = jnp.maximum(jnp.sum(batch['weights'][..., 1:]), 1.0)
+    # Without a target there is no mean: what is not finite changes nothing.
+    count = jnp.sum(batch['weights'][..., 1:])
     trained = {'lora': lora}
     if base_grads:
       trained['base'] = projections(params['stacks'])

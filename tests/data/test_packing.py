@@ -203,6 +203,42 @@ def test_the_cache_knows_the_settings(tokenizer, tmp_path, cache):
   assert len(list(cache.iterdir())) == entries + 1
 
 
+QUESTIONS = Template('{{q}}', '{{a}}', 'response')
+
+
+@pytest.mark.parametrize('how', ['documents', 'concatenate'])
+def test_windows_with_nothing_to_learn_are_left_out_and_counted(
+  tokenizer, tmp_path, caplog, how
+):
+  records = [{'q': 'the fox ' * 9, 'a': 'dog'}, {'q': 'the ', 'a': 'fox'}] * 9
+  spec = save_lines(tmp_path / 'r.jsonl', records)
+  [whole] = pack(spec, tokenizer, 8, pack=how, template=Template('{{q}}{{a}}'))
+  [windows] = pack(spec, tokenizer, 8, pack=how, template=QUESTIONS)
+  assert np.all(windows['weights'][:, 1:].any(axis=1))
+  # What is left is in the order in which it was, and has all targets.
+  answers = [tokenizer.encode(' ' + r['a'])[-1] for r in records]
+  learnt = windows['tokens'][windows['weights'] > 0]
+  assert np.isin(answers, learnt).all()
+  rows = iter(whole['tokens'].tolist())
+  assert all(row in rows for row in windows['tokens'].tolist())
+  out = len(whole['tokens']) - len(windows['tokens'])
+  assert out > 9
+  assert (
+    f'{spec}: {out} of {len(whole["tokens"])} windows of 8 tokens have no '
+    'response to learn and are left out'
+  ) in caplog.messages
+
+
+@pytest.mark.parametrize('how', ['documents', 'concatenate'])
+def test_a_data_set_with_nothing_to_learn_is_refused(
+  tokenizer, tmp_path, cache, how
+):
+  spec = save_lines(tmp_path / 'r.jsonl', [{'q': 'the fox ' * 9, 'a': 'dog'}])
+  with pytest.raises(UserError, match='none of 2 windows of 8 .* raise train'):
+    pack(spec, tokenizer, 8, pack=how, template=QUESTIONS, max_tokens=16)
+  assert not cache.exists()
+
+
 def test_a_mixture_is_packed_part_by_part(tokenizer, corpus, tmp_path):
   records = [{'a': 'the fox', 'b': 'jumps'}] * 9
   other = save_lines(tmp_path / 'r.jsonl', records)

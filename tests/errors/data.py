@@ -1,5 +1,7 @@
 """Data specs and files that cannot be read as text."""
 
+import json
+
 from tests.errors.case import (
   Case,
   Place,
@@ -178,6 +180,14 @@ CASES = [
     'data.template={{q}}',
     'data.response={{a}}',
     'data.loss=response',
+  ),
+  _template(
+    '`data.loss=response` where the prompts fill all windows',
+    json.dumps({'q': 'word ' * 70, 'a': 'word'}),
+    'data.template={{q}}',
+    'data.response={{a}}',
+    'data.loss=response',
+    'data.max_tokens=64',
   ),
   _train('`data.eval_windows=-1`', 'word ' * 600, 'data.eval_windows=-1'),
 ]

@@ -332,11 +332,11 @@ def state():
   return jax.device_put(state, _device())
 
 
-def _train_step(functions, state, params, keep=None):
+def _train_step(functions, state, params, keep=None, batch=None):
   """One turn of the loop in lorapr_jax/train.py: (loss, the next state)."""
   lora_gradients, update_importance, apply_update = functions
   metrics, grads, more = lora_gradients(
-    params, state.lora, state.masks, _batch(2), jax.random.key(0)
+    params, state.lora, state.masks, batch or _batch(2), jax.random.key(0)
   )
   importance, ok = update_importance(
     state.importance,
@@ -409,9 +409,13 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(
   broken = jax.tree.map(
     lambda x: x.at[0, 0, 0].set(jnp.nan) if x is weight else x, params
   )
-  for _ in range(2):
-    loss, state = _train_step(functions, state, broken)
-    assert np.isnan(loss)
+  loss, state = _train_step(functions, state, broken)
+  assert np.isnan(loss)
+  # A batch of which no token is a target.
+  batch = {**_batch(2), 'weights': np.zeros_like(_batch(2)['weights'])}
+  batch['weights'][..., 0] = 1.0
+  loss, state = _train_step(functions, state, params, batch=batch)
+  assert np.isnan(loss)
   after = _host_copy(state)
   for name in ('lora', 'opt_state', 'masks', 'importance'):
     jax.tree.map(
