@@ -37,6 +37,7 @@ from lorapr_jax.settings.run import split_config
 from lorapr_jax.training.base import Base, Places, kept_of
 from lorapr_jax.training.batches import Batches, load_held_out
 from lorapr_jax.training.cut import check_counts, finished, widened
+from lorapr_jax.training.inputs import reading
 from lorapr_jax.training.loop import train_phase
 from lorapr_jax.training.teacher import remember_teacher
 from lorapr_jax.training.watch import Watch
@@ -80,7 +81,10 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   console = Console(stderr=True, quiet=not processes.is_first())
   hint = processes.hint()
-  with Display(console, model_name(folder), settings.steps, hint) as display:
+  with (
+    Display(console, model_name(folder), settings.steps, hint) as display,
+    reading(folder) as inputs_read,
+  ):
     # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
     display.start('data')
     tokenizer = Tokenizer(folder) if folder else None
@@ -100,15 +104,21 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     # --- Model: the base is frozen, but for what compensation repairs; the
     # state is small.
     display.start('load')
-    load = functools.partial(
-      load_or_draw, folder, dense, places.base, settings.base_dtype, train.seed
-    )
+    inputs = inputs_read()
+
+    def load() -> Any:
+      params = load_or_draw(
+        folder, dense, places.base, settings.base_dtype, train.seed
+      )
+      inputs.check_base()
+      return params
+
     base = Base(load(), compute, places)
     display.start('evaluate')
     measured = {}
     if held_out:
       measured['dense'] = remembered_perplexity(
-        held_out, folder, base.params, compute
+        held_out, inputs.sha256, base.params, compute
       )
 
     # --- Teacher: the dense model is asked while it is there.
@@ -150,6 +160,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       folder,
       dense,
       kept_of(groups['masks']),
+      sha256=inputs.sha256,
       dtype=settings.base_dtype.name,
       plan=plan,
       settings=identity['config']['prune'],

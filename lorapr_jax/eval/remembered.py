@@ -4,14 +4,12 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from lorapr_jax.eval.perplexity import HeldOut, Perplexity
-from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.files import cache_dir, read_json, write_json
@@ -21,20 +19,25 @@ _FORMAT = 2
 
 
 def remembered_perplexity(
-  held_out: HeldOut, folder: Path | None, params: Any, compute: Compute
+  held_out: HeldOut, sha256: str | None, params: Any, compute: Compute
 ) -> Perplexity:
   """The perplexity of a base, from the cache if it was measured before.
 
-  Without a folder the weights are random, and are measured anew.
+  Args:
+    held_out: the text.
+    sha256: of the base (`hf.files.content_hash`); None for random weights,
+      which are measured anew.
+    params: the base.
+    compute: sizes and dtype.
   """
   # Many processes must all measure or all not, and their caches may differ.
-  if folder is None or processes.count() > 1:
+  if sha256 is None or processes.count() > 1:
     return held_out.perplexity(params, compute)
   windows = np.ascontiguousarray(held_out.windows)
   # All that the figure depends on.
   parts = {
     'format': _FORMAT,
-    'model': content_hash(folder),
+    'model': sha256,
     'windows': hashlib.sha256(windows).hexdigest(),
     'shape': windows.shape,
     'dtypes': (params['norm']['weight'].dtype.name, compute.dtype.name),

@@ -8,14 +8,12 @@ import jax
 
 from lorapr_jax.exporting.cards import pruning_report
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.models.config import LlamaConfig, LoraConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.shrink import Kept, pad, shrunk_config
 from lorapr_jax.pruning.targets import PruningPlan
-from lorapr_jax.runtime import processes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +60,7 @@ def describe_run(
   config: LlamaConfig,
   kept: Kept,
   *,
+  sha256: str | None,
   dtype: str,
   plan: PruningPlan | None,
   settings: dict[str, Any],
@@ -72,6 +71,7 @@ def describe_run(
     base: the base's folder, or None for random weights.
     config: the sizes before the cut, as they are in memory.
     kept: what the cut keeps.
+    sha256: of the base as it was loaded (`hf.files.content_hash`).
     dtype: the name of the weights' dtype.
     plan: what was asked for; None if nothing is pruned.
     settings: the config's section prune.
@@ -79,8 +79,7 @@ def describe_run(
   name, config = model_name(base), config.dequantized
   origin = {
     'name': name,
-    # Only the first process writes it, so only that one reads all the weights.
-    'sha256': content_hash(base) if base and processes.is_first() else None,
+    'sha256': sha256,
     'config': config_to_hf(config),
   }
   return Description(

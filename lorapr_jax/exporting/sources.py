@@ -13,6 +13,7 @@ from lorapr_jax.exporting.model import Description, Weights, describe_run, merge
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
 from lorapr_jax.hf.config import config_to_hf, layers_from_hf
+from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.load import (
   Model,
   check_tensors,
@@ -26,6 +27,7 @@ from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
+from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import RUN_FILE
@@ -98,6 +100,7 @@ def _of_run(
     path,
     sizes,
     kept_of(widened(state, sizes)['masks']),
+    sha256=content_hash(path) if path and processes.is_first() else None,
     dtype=dtype.name,
     plan=plan,
     settings=run['config']['prune'],

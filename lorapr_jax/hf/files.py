@@ -1,10 +1,11 @@
-"""Which files of a Hugging Face folder hold its weights."""
+"""Which files of a Hugging Face folder hold its weights, and their hash."""
 
 from pathlib import Path
 import re
 from typing import Any
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.content import combined, hashing
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import is_local
 
@@ -43,6 +44,25 @@ def has_weights(folder: Path) -> bool:
   if not any((folder / name).is_file() for name in found):
     return False
   return all(path.is_file() for path in weight_files(folder))
+
+
+def base_files(folder: Path) -> list[Path]:
+  """The files that decide what a model computes: config.json, and the weights.
+
+  Raises:
+    UserError: as `weight_files`.
+  """
+  return [folder / 'config.json', *weight_files(folder)]
+
+
+def content_hash(folder: Path) -> str:
+  """The SHA-256 of `base_files`. Files that have not changed are read once.
+
+  Raises:
+    UserError: if a file cannot be read.
+  """
+  with hashing(base_files(folder)) as hashes:
+    return combined(hashes().values())
 
 
 def _names(index: Path) -> list[str]:

@@ -1,9 +1,7 @@
 """safetensors files: read by slices, written a tensor at a time."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -22,7 +20,7 @@ from lorapr_jax.hf.files import (
   weight_files,
 )
 from lorapr_jax.runtime.files import write_json
-from lorapr_jax.runtime.paths import is_local, path_of, version_of
+from lorapr_jax.runtime.paths import is_local, path_of
 
 MAX_SHARD_BYTES = 5_000_000_000
 # By the names that safetensors gives them.
@@ -233,26 +231,3 @@ def write_file(
       values = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
       for begin in range(0, len(values), _PIECE):
         file.write(values[begin : begin + _PIECE])
-
-
-def content_hash(folder: Path) -> str:
-  """The SHA-256 of a folder's config.json and of the files of its weights.
-
-  A process reads files that have not changed once.
-  """
-  paths = [folder / 'config.json', *weight_files(folder)]
-  return _hashed(tuple((path.absolute(), version_of(path)) for path in paths))
-
-
-@functools.cache
-def _hashed(versions: tuple[tuple[Path, str], ...]) -> str:
-  def sha256(path: Path) -> bytes:
-    with path.open('rb') as file:
-      return hashlib.file_digest(file, 'sha256').digest()
-
-  digest = hashlib.sha256()
-  # All files at once: a bucket limits the speed of each.
-  with ThreadPoolExecutor() as pool:
-    for each in pool.map(sha256, [path for path, _ in versions]):
-      digest.update(each)
-  return digest.hexdigest()

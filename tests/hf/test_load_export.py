@@ -16,9 +16,9 @@ import torch
 import transformers
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config, load_params, weight_places
-from lorapr_jax.hf.shards import content_hash
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling

@@ -20,8 +20,9 @@ import lorapr_jax as lp
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
+from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.load import load_config, load_params
-from lorapr_jax.hf.shards import Shards, content_hash
+from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.report.metrics import check_writers
 from lorapr_jax.runtime import sharding
