@@ -8,7 +8,6 @@ import sys
 from typing import Any
 
 from ml_collections import config_dict
-from rich.console import Console
 
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.generation import check_prompt
@@ -27,6 +26,7 @@ from lorapr_jax.report.side_by_side import generations, latencies
 from lorapr_jax.runtime import interrupt, processes
 from lorapr_jax.runtime.files import write_json, write_text
 from lorapr_jax.runtime.paths import path_of
+from lorapr_jax.runtime.terminal import PlainConsole
 from lorapr_jax.runtime.workdir import (
   RUN_FILE,
   SUMMARY_FILE,
@@ -79,7 +79,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   if 'gguf' in settings.export.routes:
     vocabulary(folder, dense)
 
-  console = Console(stderr=True, quiet=not processes.is_first())
+  console = PlainConsole(stderr=True, quiet=not processes.is_first())
   hint = processes.hint()
   with (
     Display(console, model_name(folder), settings.steps, hint) as display,

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.terminal import PlainConsole, say
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
 def print_json(value: Any) -> None:
   """Prints one JSON object on standard output."""
-  print(json.dumps(value))
+  say(json.dumps(value))
 
 
 def make_table(left: Sequence[str], right: Sequence[str]) -> Table:
@@ -57,4 +57,4 @@ def make_table(left: Sequence[str], right: Sequence[str]) -> Table:
 
 def print_tables(*tables: Table) -> None:
   """Prints tables, whose cells are shown as they are."""
-  Console(highlight=False, markup=False, emoji=False).print(*tables)
+  PlainConsole().print(*tables)

@@ -9,6 +9,7 @@ from lorapr_jax.cli.arguments import Parser, print_json, print_tables
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.benchmark import benchmark
 from lorapr_jax.hf.load import load_config
+from lorapr_jax.runtime.terminal import say
 
 
 def main(argv: list[str]) -> None:
@@ -94,13 +95,13 @@ def show(report: dict[str, Any]) -> None:
       cells += [f'x {row["speedup"]:.2f}', f'x {row["flops_ratio"]:.2f}']
     table.add_row(str(row['batch_size']), row['phase'], *cells)
   print_tables(table)
-  print(
+  say(
     f'prompts of {report["prompt_tokens"]} tokens, {report["new_tokens"]} new '
     f'ones; medians of {report["repeats"]} turns'
   )
   for name in names:
     model = report[name]
-    print(
+    say(
       f'{name}: {model["folder"]}, {model["dtype"]}, '
       f'{model["params"]:,} parameters, {model["weights_bytes"] / 1e9:.2f} GB, '
       f'KV cache {model["kv_cache_bytes_per_token"]:,} bytes a token'

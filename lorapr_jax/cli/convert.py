@@ -2,6 +2,7 @@
 
 from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.exporting.convert import DEMO, convert
+from lorapr_jax.runtime.terminal import say
 
 
 def main(argv: list[str]) -> None:
@@ -22,4 +23,4 @@ def main(argv: list[str]) -> None:
       {'folder': args.destination, 'parameters': config.num_parameters}
     )
   else:
-    print(f'{args.destination}: {config.num_parameters:,} parameters')
+    say(f'{args.destination}: {config.num_parameters:,} parameters')

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import sys
 from typing import Any
 
 from lorapr_jax import api
@@ -14,6 +13,7 @@ from lorapr_jax.cli.arguments import (
 )
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import suite, zero_shot
+from lorapr_jax.runtime.terminal import say
 
 # The flags that only one of the three uses.
 _ONLY = {
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
     if args.json:
       print_json({**dataclasses.asdict(result), 'model': args.model})
     else:
-      print(
+      say(
         f'perplexity {result.perplexity:.4f} on {result.data}: '
         f'{result.windows} windows of {result.seq_len} tokens, '
         f'{result.tokens_per_second:,.0f} tokens/s'
@@ -126,9 +126,9 @@ def show_suite(
       measured.append(result)
       continue
     skipped.append(result)
-    print(
+    say(
       f'skipped: {result.name} at {result.seq_len}: {result.reason}',
-      file=sys.stderr,
+      error=True,
     )
   if args.json:
     print_json(
@@ -160,9 +160,9 @@ def show_suite(
       f'{figures.tokens_per_second:,.0f}',
     )
   print_tables(table)
-  print('left out: tokens in no window that was measured')
+  say('left out: tokens in no window that was measured')
   for name, spec in {r.name: r.measured.data for r in measured}.items():
-    print(f'{name}: {spec}')
+    say(f'{name}: {spec}')
 
 
 def show_tasks(scores: Sequence[zero_shot.TaskScore], args: Any) -> None:
@@ -191,4 +191,4 @@ def show_tasks(scores: Sequence[zero_shot.TaskScore], args: Any) -> None:
       table.add_row('mean', '', '', metric, f'{value:.4f}', '')
   print_tables(table)
   if len(scores) > 1 and means:
-    print("the mean of acc_norm takes a task's acc where it has no acc_norm")
+    say("the mean of acc_norm takes a task's acc where it has no acc_norm")

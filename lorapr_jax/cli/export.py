@@ -6,6 +6,7 @@ from lorapr_jax.exporting.routes import Route
 from lorapr_jax.hf.layout import LAYOUTS, MODEL_TYPES
 from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
 from lorapr_jax.runtime.paths import path_of
+from lorapr_jax.runtime.terminal import say
 from lorapr_jax.settings.sections import ROUTES
 
 
@@ -63,7 +64,7 @@ def main(argv: list[str]) -> None:
   if args.json:
     print_json(result)
   else:
-    print(
+    say(
       f'{result["path"]}: {result["parameters"]:,} parameters, '
       f'{result["dtype"]}, read back, logits differ by at most '
       f'{result["max_logit_difference"]:.1e}'

@@ -2,7 +2,8 @@
 
 If the folder has a chat template, a prompt is a user's message. Without
 --prompt, a terminal starts a conversation (Ctrl-C stops an answer, Ctrl-D ends
-it); otherwise each line of standard input is a prompt.
+it); otherwise each line of standard input is a prompt. Control characters in
+an answer are written out, such as \\x1b; --json has them as they are.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -17,6 +18,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import generation
 from lorapr_jax.hf.load import folder_and_config, load
+from lorapr_jax.runtime.terminal import say, say_piece
 
 
 def main(argv: list[str]) -> None:
@@ -126,13 +128,13 @@ def message(role: str, content: str) -> dict[str, str]:
 def show(answer: Iterable[str]) -> None:
   """Prints the pieces as they come."""
   for piece in answer:
-    print(piece, end='', flush=True)
-  print()
+    say_piece(piece)
+  say()
 
 
 def converse(answer: Callable[[list[dict[str, str]]], 'Answer']) -> None:
   """Holds a conversation on a terminal; an answer sees all that came before."""
-  print('Ctrl-C stops an answer, Ctrl-D ends.', file=sys.stderr)
+  say('Ctrl-C stops an answer, Ctrl-D ends.', error=True)
   messages = []
   while True:
     reply = None
@@ -144,12 +146,12 @@ def converse(answer: Callable[[list[dict[str, str]]], 'Answer']) -> None:
       reply = answer([*messages, question])
       show(reply)
     except EOFError:
-      print()
+      say()
       return
     except KeyboardInterrupt:
-      print()
+      say()
     except UserError as error:
-      print(f'error: {error}', file=sys.stderr)
+      say(f'error: {error}', error=True)
     # Of an answer that was stopped, what was shown is part of it.
     if reply and reply.text:
       messages += [question, message('assistant', reply.text)]

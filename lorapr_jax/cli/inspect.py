@@ -10,6 +10,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.pruning.groups import QUERIES
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.report.inspection import describe, describe_plan
+from lorapr_jax.runtime.terminal import say
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 def show(report: dict[str, Any]) -> None:
   """Prints a report for people."""
-  print(
+  say(
     f'{report["parameters"]:,} parameters, {report["bytes"] / 1e6:,.1f} MB, '
     f'{report["layers"]} layers; protected: '
     + (', '.join(map(str, report['protected_layers'])) or 'none')
@@ -83,7 +84,7 @@ def show(report: dict[str, Any]) -> None:
     print_tables(table)
   if 'plan' in report:
     plan = report['plan']
-    print(
+    say(
       f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
     )
     for group, kept in plan['kept_by_depth'].items():
@@ -92,8 +93,8 @@ def show(report: dict[str, Any]) -> None:
       else:
         counts = ', '.join(f'{count} in {layers}' for count, layers in kept)
         text = f'kept by depth in those not protected: {counts} layers'
-      print(f'{group}: {text}')
+      say(f'{group}: {text}')
     for name, achieved in plan['achieved'].items():
       target = plan['target'][name]
       asked = '' if target is None else f' (target {target:.2%})'
-      print(f'{name} removed: {achieved:.2%}{asked}')
+      say(f'{name} removed: {achieved:.2%}{asked}')

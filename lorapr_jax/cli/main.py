@@ -8,6 +8,7 @@ import sys
 
 from lorapr_jax.errors import Stopped, UserError
 from lorapr_jax.runtime.compilation_cache import keep_compiled
+from lorapr_jax.runtime.terminal import say, show_warnings
 
 COMMANDS = {
   'train': 'prune a model by a config',
@@ -32,15 +33,16 @@ def main(argv: list[str] | None = None) -> int:
   Ctrl-C ends the process with status 130, unless the command handles it.
   """
   argv = sys.argv[1:] if argv is None else argv
-  texts = '\n'.join(f'  {name:10}{text}' for name, text in COMMANDS.items())
   if argv[:1] in ([], ['-h'], ['--help']):
-    print(f'usage: python -m lorapr_jax COMMAND ...\n{texts}')
+    texts = (f'  {name:10}{text}' for name, text in COMMANDS.items())
+    say('usage: python -m lorapr_jax COMMAND ...', *texts)
     return 0 if argv else 1
   try:
     if argv[0] not in COMMANDS:
       raise UserError(
         f'{argv[0]!r} is no command: choose from {", ".join(COMMANDS)}'
       )
+    show_warnings()
     keep_compiled()  # Nothing has imported JAX so far.
     # Imported here: a command loads only what it needs.
     importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
@@ -50,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     where = f'{error.filename}: ' if error.filename else ''
     return _failed(f'{where}{error.strerror or error}')
   except Stopped as stopped:
-    print(f'{stopped}; {_how_to_go_on()}', file=sys.stderr)
+    _stopped(f'{stopped}; {_how_to_go_on()}')
     return stopped.status
   except KeyboardInterrupt:
     hint = f'; {_how_to_go_on()}' if argv[0] == 'train' else ''
-    print(f'stopped{hint}', file=sys.stderr)
+    _stopped(f'stopped{hint}')
     sys.stdout.flush()
     # Not sys.exit, in which JAX waits for all that it was given to compute.
     os._exit(128 + signal.SIGINT)
@@ -67,12 +69,17 @@ def main(argv: list[str] | None = None) -> int:
 
 def _failed(message: str) -> int:
   """The exit status; one of many processes ends here, and so do the others."""
-  print(f'error: {message}', file=sys.stderr)
+  say(f'error: {message}', error=True)
   jax = sys.modules.get('jax')
   if jax and jax.distributed.is_initialized():
     sys.stdout.flush()
     os._exit(1)  # An ordinary end would wait for the others.
   return 1
+
+
+def _stopped(text: str) -> None:
+  # A flag may hold lines, which the command to run again needs as they are.
+  say(*text.split('\n'), error=True)
 
 
 def _how_to_go_on() -> str:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import re
-import sys
 from typing import Any
 
 import jax
@@ -21,6 +20,7 @@ from lorapr_jax.planning.topology import SLICES, Chip, Topology
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.report import units
 from lorapr_jax.runtime.sharding import mesh_sizes
+from lorapr_jax.runtime.terminal import say
 
 # (criterion, what a function needs), in the order in which they are shown.
 Found = list[tuple[str, Needs]]
@@ -77,7 +77,7 @@ def _planned(
   for criterion in criteria:
     config.prune.criterion = criterion
     for needs in plan_run(config, topology):
-      print(f'compiled: {criterion}, {needs.name}', file=sys.stderr)
+      say(f'compiled: {criterion}, {needs.name}', error=True)
       found.append((criterion, needs))
   return topology, found
 
@@ -94,7 +94,7 @@ def _searched(
   config.prune.criterion = criterion
   for tried in search(config, kind):
     name, axes = tried.topology.name, _axes(tried.mesh)
-    print(f'{name}, {axes}: {_verdict(tried)}', file=sys.stderr)
+    say(f'{name}, {axes}: {_verdict(tried)}', error=True)
   if not tried.fits:
     raise UserError(f'no slice up to {tried.topology.name} holds the run')
   return tried.topology, [(criterion, needs) for needs in tried.needs]
@@ -182,20 +182,16 @@ def show(found: Found, topology: Topology, mesh: dict[str, int]) -> None:
     if needs.compiled:
       work.add_row(*row, *_work(needs.compiled, topology.chip))
   each = f', {units.size(topology.chip.hbm)} each' if topology.chip else ''
-  print(
-    f'{topology.name}: {len(topology.devices)} devices{each}; {_axes(mesh)}'
-  )
+  say(f'{topology.name}: {len(topology.devices)} devices{each}; {_axes(mesh)}')
   print_tables(memory, work)
-  print(
-    'Each figure is of one device. beside: what else of the run lies there.'
-  )
+  say('Each figure is of one device. beside: what else of the run lies there.')
   if any(needs.compiled is None for _, needs in found):
-    print(
+    say(
       'The compiler refuses the functions without arguments: all is the figure '
       'that it names.'
     )
   if topology.chip:
-    print(
+    say(
       'floor: the longest of the products at the peak of bfloat16, of '
       'arguments, outputs and twice the temporaries at the bandwidth of the '
       'memory, and of what is received at that of the interconnect. Nothing '

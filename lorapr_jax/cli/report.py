@@ -17,6 +17,7 @@ from lorapr_jax.report.run import read_run
 from lorapr_jax.report.summary import print_summary
 from lorapr_jax.runtime.files import write_text
 from lorapr_jax.runtime.paths import is_local, path_of
+from lorapr_jax.runtime.terminal import say
 
 
 def main(argv: list[str]) -> None:
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> None:
   else:
     _show(entries, warnings)
   if page:
-    print(f'report: {page}')
+    say(f'report: {page}')
 
 
 def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
@@ -80,7 +81,7 @@ def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
     )
   print_tables(table)
   for warning in warnings:
-    print(f'warning: {warning}')
+    say(f'warning: {warning}')
 
 
 def _pair(pair: dict[str, Any] | None, form: Callable[[Any], str]) -> str:

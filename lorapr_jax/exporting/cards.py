@@ -3,10 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report.summary import sparsity_report
+from lorapr_jax.runtime.terminal import one_line
 
 
 def pruning_report(
@@ -41,12 +44,8 @@ def model_card(
     for kind, share in pruning['sparsity'].items()
   )
   zeros = '\nWhat was removed is stored as zeros.' if padded else ''
-  name = pruning['base']['name']
-  return f"""---
-base_model: {name}
-library_name: transformers
-tags: [pruned, lorapr_jax]
----
+  name = one_line(pruning['base']['name'])
+  return f"""{_header(name, 'transformers')}
 {name}, pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403): {shares} removed
 (heads and channels as shares of the layers that were pruned), which leaves
 {sizes.num_parameters:,} parameters. What was kept is in pruning.json.{zeros}
@@ -61,11 +60,8 @@ tokenizer = AutoTokenizer.from_pretrained('.')
 
 def adapter_card(name: str, layout: str) -> str:
   """A README.md for a folder with a PEFT adapter over a pruned model."""
-  return f"""---
-base_model: {name}
-library_name: peft
-tags: [pruned, lorapr_jax]
----
+  name = one_line(name)
+  return f"""{_header(name, 'peft')}
 LoRA of {name}, which was pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403).
 The pruned model, in which it is not merged, is in base/.
 
@@ -76,6 +72,16 @@ model = AutoModelForCausalLM.from_pretrained('base'{_trust(layout)})
 model = PeftModel.from_pretrained(model, '.')
 ```
 """
+
+
+def _header(name: str, library: str) -> str:
+  fields = {
+    'base_model': name,
+    'library_name': library,
+    'tags': ['pruned', 'lorapr_jax'],
+  }
+  text = yaml.safe_dump(fields, sort_keys=False, allow_unicode=True)
+  return f'---\n{text}---'
 
 
 def _trust(layout: str) -> str:

@@ -6,7 +6,7 @@ import logging
 import time
 from typing import Any
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorapr_jax.report import units
+from lorapr_jax.runtime.terminal import PlainConsole, one_line
 from lorapr_jax.runtime.time_left import TimeLeft
 
 
@@ -29,11 +30,13 @@ class Display(contextlib.AbstractContextManager):
     warnings: each warning once.
   """
 
-  def __init__(self, console: Console, title: str, steps: int, hint: str = ''):
+  def __init__(
+    self, console: PlainConsole, title: str, steps: int, hint: str = ''
+  ):
     """For a run of so many steps; the hint is shown with every logged one."""
     self.seconds: dict[str, float] = {}
     self.warnings: list[str] = []
-    self._console, self._title, self._steps = console, title, steps
+    self._console, self._title, self._steps = console, one_line(title), steps
     self._hint = hint
     self._left = TimeLeft(steps)
     self._compiled = False
@@ -104,10 +107,7 @@ class Display(contextlib.AbstractContextManager):
 
   def print(self, text: str) -> None:
     """A line of its own, above the panel."""
-    # As it is: a path may hold what looks like markup or like :x: an emoji.
-    self._console.print(
-      text, markup=False, emoji=False, highlight=False, soft_wrap=True
-    )
+    self._console.print(one_line(text), soft_wrap=True)
 
   def warn(self, text: str) -> None:
     """Prints a warning and keeps it, unless it is known already."""

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
 from rich.table import Table
 
 from lorapr_jax.eval.perplexity import Perplexity
@@ -21,6 +20,7 @@ from lorapr_jax.models.cost import (
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.runtime.terminal import PlainConsole, say
 from lorapr_jax.settings.phases import Pruning
 
 _PACKAGES = (
@@ -204,19 +204,19 @@ def print_summary(summary: dict[str, Any]) -> None:
     f'latency: prefill of {latency["seq_len"]} tokens, batch size '
     f'{latency["batch_size"]}'
   )
-  Console(markup=False, emoji=False).print(table)
+  PlainConsole().print(table)
   for note in notes:
-    print(note)
+    say(note)
   for kind, share in summary['sparsity'].items():
-    print(f'{kind} removed: {_share(share)}')
+    say(f'{kind} removed: {_share(share)}')
   seconds = ', '.join(f'{k} {v:.0f} s' for k, v in summary['seconds'].items())
-  print(f'time: {seconds}')
-  print(
+  say(f'time: {seconds}')
+  say(
     f'training {summary["tokens_per_second"]:,.0f} tokens/s, peak memory '
     f'{summary["peak_memory_bytes"] / 1e9:.2f} GB'
   )
   for export in summary['exports'].values():
-    print(
+    say(
       f'export: {export["path"]} ({export["dtype"]}), read back, logits differ '
       f'by at most {export["max_logit_difference"]:.1e}'
     )

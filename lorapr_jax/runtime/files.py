@@ -76,7 +76,8 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
   """Writes a text file. An old one stays until the new one is complete."""
-  write_bytes(path, text.encode())
+  # A file's name may hold bytes that are not UTF-8: half a character in Python.
+  write_bytes(path, text.encode(errors='backslashreplace'))
 
 
 def write_bytes(path: Path, content: bytes) -> None:

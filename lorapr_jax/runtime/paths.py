@@ -30,11 +30,16 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   with its own options; but orbax, which writes checkpoints, only has its name.
 
   Raises:
-    UserError: if there is no such file system, or its package is missing.
+    UserError: if there is no such file system, if its package is missing, or
+      if the name is not UTF-8, which the libraries that write need.
   """
   if getattr(name, 'protocol', 'file') not in ('file', 'local', 'gcs', ''):
     return name
   name = str(name)
+  try:
+    name.encode()
+  except UnicodeEncodeError:
+    raise UserError(f'{name} is no name in UTF-8: rename it') from None
   if '://' not in name:
     return Path(name)
   # Imported here because most paths are local.

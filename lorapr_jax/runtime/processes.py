@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 from pathlib import Path
-import sys
 import time
 from typing import Any
 
@@ -16,6 +15,7 @@ import numpy as np
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import compilation_cache
+from lorapr_jax.runtime.terminal import say
 
 # The others end once a process is silent for this long: it was killed, or its
 # machine is gone.
@@ -81,7 +81,7 @@ def _initialize(*given: Any, **how: Any) -> None:
   wait_for_others('connect')
   if not is_first():
     place = f'process {jax.process_index()} of {count()}: process 0 has the log'
-    print(f'{place}; {hint()}', file=sys.stderr, flush=True)
+    say(f'{place}; {hint()}', error=True)
 
 
 def _has_others() -> bool:

@@ -13,6 +13,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval import generation
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.runtime.terminal import visible
 
 CONFIG = LlamaConfig(
   vocab_size=300,
@@ -71,14 +72,18 @@ class Terminal(io.StringIO):
 
 
 def test_a_prompt_is_continued(run, expected):
-  assert run('--prompt', 'the dog') == (0, expected('the dog') + '\n', '')
+  assert run('--prompt', 'the dog') == (
+    0,
+    visible(expected('the dog')) + '\n',
+    '',
+  )
 
 
 def test_with_a_template_a_prompt_is_a_message(run, expected):
   as_message = '<|user|>the dog\n<|assistant|>'
   for args, prompt in (([], as_message), (['--raw'], 'the dog')):
     _, out, _ = run('--prompt', 'the dog', *args, name='chat')
-    assert out == expected(prompt) + '\n'
+    assert out == visible(expected(prompt)) + '\n'
   assert expected(as_message) != expected('the dog')
 
 
@@ -112,9 +117,8 @@ def test_the_arguments_reach_the_sampling(run):
 
 def test_each_line_of_a_file_is_a_prompt(run, expected, monkeypatch):
   monkeypatch.setattr(sys, 'stdin', io.StringIO('the dog\n\n the fox\r\n'))
-  assert run() == (
-    *(0, f'{expected("the dog")}\n{expected(" the fox")}\n', ''),
-  )
+  texts = expected('the dog'), expected(' the fox')
+  assert run() == (0, ''.join(f'{visible(text)}\n' for text in texts), '')
 
 
 def test_each_line_of_a_file_is_an_object(run, monkeypatch):
@@ -139,7 +143,7 @@ def test_a_conversation_outlives_a_mistake(run, expected, monkeypatch):
   typed = f'the dog\n{"x" * 128}\n'
   monkeypatch.setattr(sys, 'stdin', Terminal(typed))
   status, out, err = run()
-  assert (status, out) == (0, f'> {expected("the dog")}\n> > \n')
+  assert (status, out) == (0, f'> {visible(expected("the dog"))}\n> > \n')
   assert 'error: the prompt has 128 tokens' in err
 
 

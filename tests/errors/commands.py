@@ -69,6 +69,10 @@ CASES = [
   Case('`train` without `--config`', with_argv('train', '--workdir=RUN')),
   Case('`train --workdir=`', with_argv('train', TINY, '--workdir=')),
   Case(
+    '`train --workdir=` with a name that is not UTF-8',
+    with_argv('train', TINY, '--workdir=RUN\udcff'),
+  ),
+  Case(
     '`train --steps=3`, an unknown flag', with_argv(*train_tiny(), '--steps=3')
   ),
   Case('`train ... more`', with_argv(*train_tiny(), 'more')),

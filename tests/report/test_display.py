@@ -5,10 +5,10 @@ import logging
 import time
 
 import pytest
-from rich.console import Console
 from rich.text import Text
 
 from lorapr_jax.report.display import Display
+from lorapr_jax.runtime.terminal import PlainConsole
 
 RECORD = {
   'step': 11,
@@ -28,7 +28,7 @@ def display(monkeypatch):
 
   def make(terminal):
     out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal, width=80)
+    console = PlainConsole(file=out, force_terminal=terminal, width=80)
     return Display(console, 'a [model]', 60), out
 
   return make
