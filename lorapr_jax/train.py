@@ -81,22 +81,22 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   console = PlainConsole(stderr=True, quiet=not processes.is_first())
   hint = processes.hint()
-  with (
-    Display(console, model_name(folder), settings.steps, hint) as display,
-    reading(folder) as inputs_read,
-  ):
+  with Display(console, model_name(folder), settings.steps, hint) as display:
     # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
     display.start('data')
-    tokenizer = Tokenizer(folder) if folder else None
-    for prompt in settings.report.prompts if tokenizer else ():
-      check_prompt(tokenizer.encode(prompt), dense)
     specs = [phase.data for phase in settings.phases]
-    batches = Batches.load(specs, tokenizer, dense.vocab_size, data, train)
-    held_out = load_held_out(
-      tokenizer, dense.vocab_size, data, train.micro_batch_size
-    )
+    texts = dict.fromkeys([*specs, *filter(None, [data.eval])])
+    with reading(folder, texts) as inputs_read:
+      tokenizer = Tokenizer(folder) if folder else None
+      for prompt in settings.report.prompts if tokenizer else ():
+        check_prompt(tokenizer.encode(prompt), dense)
+      batches = Batches.load(specs, tokenizer, dense.vocab_size, data, train)
+      held_out = load_held_out(
+        tokenizer, dense.vocab_size, data, train.micro_batch_size
+      )
+      inputs = inputs_read()
     if processes.is_first():
-      claim_workdir(workdir, identity)
+      claim_workdir(workdir, identity, inputs.recorded())
     processes.wait_for_others('claim the workdir')
     processes.check_shared(workdir / RUN_FILE)
     summary.print_plan(dense, settings.pruning, display.print)
@@ -104,7 +104,6 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     # --- Model: the base is frozen, but for what compensation repairs; the
     # state is small.
     display.start('load')
-    inputs = inputs_read()
 
     def load() -> Any:
       params = load_or_draw(

@@ -16,6 +16,7 @@ from typing import Any
 
 from lorapr_jax.data.text_files import Record, pick
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.runtime.content import sha256_of
 
 # Files that `save_to_disk` writes, for one split and for several.
 _SAVED = ('state.json', 'dataset_dict.json')
@@ -87,13 +88,18 @@ def read_hub(
 
 
 def hub_fingerprint(path: str) -> bytes:
-  """What the library itself tells data sets apart by. Reads no rows.
+  """Tells data sets apart: a folder's by their content, the Hub's by revision.
 
   Raises:
     UserError: if there is no such data set or split.
   """
   data = _load(path)
-  return f'{data.split} {len(data)} {data._fingerprint}'.encode()
+  # The rows as the library keeps them. Its own fingerprint knows the times of
+  # the files that it read, or is one that was saved beside the rows.
+  files = data.cache_files if Path(parse_hub(path).name).is_dir() else ()
+  content = [sha256_of(Path(file['filename'])) for file in files]
+  content = content or [data._fingerprint]
+  return ' '.join((str(data.split), str(len(data)), *content)).encode()
 
 
 @contextlib.contextmanager

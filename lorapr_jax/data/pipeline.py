@@ -106,7 +106,8 @@ def _windows(
   kind = ('train', template) if template else ('eval',)
   key = (_FORMAT, *kind, pack, max_tokens, seq_len, spec.column)
   digest = hashlib.sha256(repr(key).encode())
-  digest.update(identity(spec) + tokenizer.fingerprint)
+  content = identity(spec)
+  digest.update(content + tokenizer.fingerprint)
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
   if not folder.exists():
     counts = Counts()
@@ -130,6 +131,8 @@ def _windows(
     with new_in_cache(folder, 'the packed text') as partial:
       partial.mkdir()
       packing.write(partial, parts, names)
+      if identity(spec) != content:
+        raise UserError(f'{spec.text} changed while it was read: start again')
       if pack == 'concatenate' and counts.tokens < seq_len:
         raise UserError(
           f'{spec.text} has {counts.tokens} tokens: fewer than one window of '

@@ -227,8 +227,8 @@ def evaluation_text(spec: Spec) -> str:
 def identity(spec: Spec) -> bytes:
   """A hash that changes when what `read_records` gives changes.
 
-  It is a hash of the content. Of a data set that another library keeps, it is a
-  hash of what that library knows about it: the content is not read.
+  It is a hash of the content; files that have not changed are read once. Of a
+  data set on the Hub it is what the library knows of its revision.
 
   Raises:
     UserError: if the data cannot be read.

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.runtime.content import sha256_of
 from lorapr_jax.runtime.paths import is_local, path_of
 
 Record = dict[str, Any]
@@ -106,11 +107,7 @@ def hash_files(path: str) -> bytes:
   digest = hashlib.sha256()
   for file in find_files(path):
     digest.update(f'{kind(file)}{file.suffix}'.encode())
-    try:
-      with file.open('rb') as stream:
-        digest.update(hashlib.file_digest(stream, 'sha256').digest())
-    except OSError as error:
-      raise UserError(f'{file} cannot be read: {error}') from None
+    digest.update(bytes.fromhex(sha256_of(file)))
   return digest.digest()
 
 

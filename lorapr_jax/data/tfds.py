@@ -19,6 +19,8 @@ import numpy as np
 
 from lorapr_jax.data.text_files import Record, pick
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.runtime.content import sha256_of
+from lorapr_jax.runtime.paths import path_of
 
 _SPEC = re.compile(
   r'(?P<name>\w+(?:/[\w.-]+)?)(?::(?P<version>\d+\.\d+\.\d+))?'
@@ -107,11 +109,10 @@ def read_tfds(
 
 
 def tfds_fingerprint(spec: TfdsSpec) -> bytes:
-  """A hash of what the data set says of itself, and of its files' state.
+  """A hash of what the data set says of itself, and of its files.
 
   It covers the version, the checksums of what was downloaded, the sizes of the
-  splits and the slice, and the names, sizes and times of the files. No records
-  are read.
+  splits and the slice, and the names and contents of the slice's files.
 
   Raises:
     UserError: as `read_tfds`.
@@ -120,13 +121,12 @@ def tfds_fingerprint(spec: TfdsSpec) -> bytes:
   info = builder.info.as_proto.SerializeToString(deterministic=True)
   digest = hashlib.sha256(info)
   for part in split.file_instructions:
-    path = builder.data_path / os.path.basename(part.filename)
+    path = path_of(builder.data_path / os.path.basename(part.filename))
     try:
-      state = path.stat()
-    except OSError as error:
+      content = sha256_of(path)
+    except UserError as error:
       raise _unreadable(spec, builder, error) from None
-    slice_ = (path.name, part.skip, part.take)
-    digest.update(repr((*slice_, state.length, state.mtime)).encode())
+    digest.update(repr((path.name, part.skip, part.take, content)).encode())
   return digest.digest()
 
 

@@ -79,7 +79,7 @@ def export(
 def _of_run(
   workdir: Path, route: Route, base: Path | None
 ) -> tuple[Description, Weights]:
-  run = _read(workdir / RUN_FILE, ('config', 'resolved'))
+  run = _read(workdir / RUN_FILE, ('config', 'resolved', 'inputs'))
   config = config_dict.ConfigDict(run['config'])
   config.model.path = _base_path(workdir, config.model.path, base)
   # On another mesh, other counts might have been the nearest.
@@ -105,7 +105,8 @@ def _of_run(
     plan=plan,
     settings=run['config']['prune'],
   )
-  _check_same_base(workdir, model)
+  if processes.is_first():
+    _check_same_base(workdir, run['inputs'], model)
   route.check(model)
   places = Places.of(mesh_of_all(sizes), sizes, dtype)
   params = load_or_draw(path, sizes, places.base, dtype, config.train.seed)
@@ -143,16 +144,14 @@ def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
   return str(path)
 
 
-def _check_same_base(workdir: Path, model: Description) -> None:
-  """Compares the base with the one that a finished run's export names."""
-  path = workdir / 'export' / 'pruning.json'
-  if path.exists():
-    sha256 = _read(path, ('base',))['base']['sha256']
-    if sha256 != model.pruning['base']['sha256']:
-      raise UserError(
-        f'{model.base} is not the base of {workdir}: its weights are others '
-        f'than {path} says'
-      )
+def _check_same_base(workdir: Path, inputs: Any, model: Description) -> None:
+  """Compares the base with the one that run.json has the hash of."""
+  found = model.pruning['base']['sha256']
+  if not isinstance(inputs, dict) or inputs.get('sha256') != found:
+    raise UserError(
+      f'{model.base} is not the base of {workdir}: its weights are others '
+      f'than {RUN_FILE} says'
+    )
 
 
 def _of_memory(source: Model, route: Route) -> tuple[Description, Weights]:

@@ -52,10 +52,13 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     raise UserError(f'{workdir} holds a finished run: choose another --workdir')
   path = workdir / RUN_FILE
   if path.exists():
-    for difference in _differences(read_json(path), _plain(run)):
+    stored = read_json(path)
+    stored = {key: stored.get(key) for key in run}
+    for at, old, new in _differences(stored, _plain(run)):
       raise UserError(
-        f'{workdir} belongs to a run with another {difference}: choose '
-        'another --workdir, or go on with the settings in its run.json'
+        f'{workdir} belongs to a run with another {".".join(at)} ({old!r}, now '
+        f'{new!r}): choose another --workdir, or go on with the settings in '
+        'its run.json'
       )
   elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
     raise UserError(
@@ -83,30 +86,49 @@ def _check_writable(workdir: Path) -> None:
     ) from None
 
 
-def claim_workdir(workdir: Path, run: dict[str, Any]) -> None:
-  """Makes the workdir and its run.json, unless they exist."""
+def claim_workdir(
+  workdir: Path, run: dict[str, Any], inputs: dict[str, Any]
+) -> None:
+  """Makes the workdir and its run.json, or finds that they are of this run.
+
+  Args:
+    workdir: that `check_workdir` passed.
+    run: the resolved settings.
+    inputs: hashes of what the run reads, {'files': {path: hash}, ...}.
+
+  Raises:
+    UserError: naming what the run read when it began, and is another now.
+  """
   make_folder(workdir)
-  if not (workdir / RUN_FILE).exists():
-    write_json(workdir / RUN_FILE, _plain(run))
+  path = workdir / RUN_FILE
+  if not path.exists():
+    write_json(path, _plain(run | {'inputs': inputs}))
+    return
+  for at, *_ in _differences(read_json(path).get('inputs'), inputs):
+    raise UserError(
+      f'{workdir} was begun with other contents of {at[-1]}: put these back, '
+      'or choose another --workdir'
+    )
 
 
 def _plain(run: dict[str, Any]) -> Any:
   return json.loads(json.dumps(run))
 
 
-def _differences(old: Any, new: Any, at: str = '') -> list[str]:
-  if at in _FREE:
+def _differences(
+  old: Any, new: Any, at: tuple[str, ...] = ()
+) -> list[tuple[tuple[str, ...], Any, Any]]:
+  """(keys on the way, old, new) of each value that is another."""
+  if '.'.join(at) in _FREE:
     return []
   if isinstance(old, dict | None) and isinstance(new, dict):
     old = old or {}  # A missing section counts as an empty one.
     return [
       difference
       for key in sorted(old.keys() | new.keys())
-      for difference in _differences(
-        old.get(key), new.get(key), f'{at}.{key}' if at else key
-      )
+      for difference in _differences(old.get(key), new.get(key), (*at, key))
     ]
-  return [] if old == new else [f'{at} ({old!r}, now {new!r})']
+  return [] if old == new else [(at, old, new)]
 
 
 def trim_metrics(workdir: Path, step: int) -> None:

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -218,6 +219,17 @@ def test_a_saved_data_set(tmp_path, datasets):
   ]
   assert len(set(identities)) == 3
   assert identity(parse_spec(f'hf:{tmp_path}/one')) == identities[0]
+  shutil.copytree(
+    tmp_path / 'one', tmp_path / 'copy', copy_function=shutil.copyfile
+  )
+  copy = parse_spec(f'hf:{tmp_path}/copy')
+  assert identity(copy) == identities[0]
+  # Other rows, beside what was saved of the old ones.
+  other = {'text': [*'zyxw'], 'other': [*'abcd']}
+  datasets.Dataset.from_dict(other).save_to_disk(tmp_path / 'other')
+  [rows] = (tmp_path / 'other').glob('*.arrow')
+  shutil.copy(rows, tmp_path / 'copy' / rows.name)
+  assert identity(copy) != identities[0]
   spec = parse_spec(f'hf:{tmp_path}/two:test')
   assert list(read_records(spec)) == [
     {'text': 'three', 'other': 'e', 'number': 3}
@@ -255,6 +267,11 @@ def test_a_folder_of_files(tmp_path, monkeypatch, datasets, suffix):
   spec = parse_spec('hf:json')
   before = identity(spec)
   assert identity(spec) == before != identity(parse_spec('hf:json:test'))
+  # Times count nothing, and content does.
+  os.utime(folder / f'train.{suffix}', (0, 0))
+  assert identity(spec) == before
+  shutil.copy(folder / f'test.{suffix}', folder / f'train.{suffix}')
+  assert identity(spec) != before
   with pytest.raises(UserError, match='hf:json:dev: Unknown split "dev"'):
     read('hf:json:dev')
 

@@ -3,7 +3,12 @@
 from collections.abc import Callable
 from pathlib import Path
 import shutil
+import sys
 
+from lorapr_jax.cli.flags import parse_flags
+from lorapr_jax.runtime.workdir import claim_workdir
+from lorapr_jax.settings.run import split_config
+from lorapr_jax.training.inputs import reading
 from tests.errors.case import Case, Place, train_model, train_tiny, with_argv
 
 # The reason, which safetensors, orbax and NumPy each say in their own words.
@@ -65,6 +70,32 @@ def _broken_record(run: Path) -> None:
   (run / 'run.json').write_text('{"config":')
 
 
+def _begun(did: str, change: Callable[[Place], None]) -> Case:
+  """A run that was stopped while it loaded its base goes on after `change`."""
+
+  def argv(place: Place) -> list[str]:
+    place.copy('MODEL')
+    place.text()
+    command = train_model()
+    config, workdir = parse_flags(command[1:])
+    sys.modules.pop('config_config')
+    settings = split_config(config)
+    run = {'config': config.to_dict(), 'resolved': settings.resolved()}
+    with reading(settings.model.folder, [settings.data.train]) as inputs:
+      claim_workdir(place.folder / workdir, run, inputs().recorded())
+    change(place)
+    return command
+
+  return Case(did, argv, late=True, leaves=('CACHE', 'CACHE/'))
+
+
+def _other_weights(place: Place) -> None:
+  path = place.folder / 'MODEL' / 'model.safetensors'
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  path.write_bytes(content)
+
+
 def _packing(place: Place) -> list[str]:
   place.copy('MODEL')
   place.text()
@@ -76,6 +107,11 @@ CASES = [
   _run('`--workdir=RUN` of another run', _unfinished, 'prune.target=0.25'),
   _run('`--workdir=RUN`, a folder with other files', _foreign),
   _run('`--workdir=RUN`, a file', _file),
+  _begun(
+    'RUN goes on, and its text is another now',
+    lambda place: place.text('word ' * 900),
+  ),
+  _begun('RUN goes on, and its base is another now', _other_weights),
   _run('RUN/run.json is cut short', _broken_record),
   _run('The only checkpoint of RUN is damaged', _damaged, late=True),
   Case(
