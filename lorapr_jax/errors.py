@@ -1,6 +1,7 @@
 """What commands turn into one line: a mistake of the user's, a stop."""
 
 from collections.abc import Mapping
+import json
 from typing import Any
 
 
@@ -27,6 +28,27 @@ class Stopped(Exception):
 def first_line(error: Exception) -> str:
   """What another library's exception says, for a message of one line."""
   return str(error).strip().partition('\n')[0] or repr(error)
+
+
+def short(text: str, most: int = 100) -> str:
+  """A text that a message quotes; of a long one its beginning."""
+  return text if len(text) <= most else f'{text[:most]}…'
+
+
+def check_size(key: str, value: Any, most: int) -> int:
+  """A value that a file gives, if it is an integer from 1 to `most`.
+
+  Raises:
+    UserError: naming the key.
+  """
+  if type(value) is not int or value < 1:
+    found = short(json.dumps(value))
+    raise UserError(f'{key} is {found}, not a positive integer')
+  if value > most:
+    raise UserError(
+      f'{key} is {short(str(value))}; at most {most} is supported'
+    )
+  return value
 
 
 def check_least(**arguments: tuple[int | None, int]) -> None:

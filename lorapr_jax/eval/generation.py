@@ -9,6 +9,7 @@ of two as well, so the function is compiled only a few times.
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import dataclasses
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from jax.sharding import Sharding
 import numpy as np
 
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError, check_least
+from lorapr_jax.errors import UserError, check_least, short
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import compiler_options
 from lorapr_jax.models.config import LlamaConfig
@@ -95,8 +96,15 @@ def stop_ids(folder: str | Path) -> frozenset[int]:
   for name in ('generation_config.json', 'config.json'):
     path = path_of(folder) / name
     eos = read_json(path).get('eos_token_id') if path.exists() else None
-    if eos is not None:
-      return frozenset(eos if isinstance(eos, list) else [eos])
+    if eos is None:
+      continue
+    ids = eos if isinstance(eos, list) else [eos]
+    if not all(type(i) is int for i in ids):
+      raise UserError(
+        f'{path}: eos_token_id is {short(json.dumps(eos))}, not the id of a '
+        'token or a list of them'
+      )
+    return frozenset(ids)
   return frozenset()
 
 

@@ -28,7 +28,7 @@ from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.runtime import processes
-from lorapr_jax.runtime.files import read_json
+from lorapr_jax.runtime.files import LARGE, read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import RUN_FILE
 from lorapr_jax.settings.model import plan_model
@@ -121,7 +121,7 @@ def _of_run(
 
 
 def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-  value = read_json(path)
+  value = read_json(path, LARGE)
   missing = [key for key in keys if key not in value]
   if missing:
     raise UserError(f'{path} is none of ours: it has no {", ".join(missing)}')

@@ -2,11 +2,18 @@
 
 from collections.abc import Mapping
 import json
+import re
 from typing import Any
 
-from lorapr_jax.errors import UserError
-from lorapr_jax.hf.rope import rope_from_hf, rope_to_hf
-from lorapr_jax.models.config import BIAS_KEYS, LayerShape, LlamaConfig
+from lorapr_jax.errors import UserError, check_size, short
+from lorapr_jax.hf.rope import is_positive, rope_from_hf, rope_to_hf
+from lorapr_jax.models.config import (
+  BIAS_KEYS,
+  MOST,
+  MOST_LAYERS,
+  LayerShape,
+  LlamaConfig,
+)
 from lorapr_jax.models.families import FAMILIES, REMOTE_CODE, Family
 
 # The value each of these keys must have, or be absent.
@@ -18,26 +25,40 @@ _ONLY_SUPPORTED = {
   'sliding_window': None,
   'transformers_weights': None,
 }
-# The type of each of these keys, where it is neither absent nor null.
-_TYPES = {
-  'attention_bias': (bool, 'true or false'),
-  'bos_token_id': (int, 'an integer'),
-  'eos_token_id': (int | list, 'an integer or a list of them'),
-  'layer_types': (list, 'a list'),
-  'mlp_bias': (bool, 'true or false'),
-  'pad_token_id': (int, 'an integer'),
-  'per_layer_config': (dict, 'an object'),
-  'rope_parameters': (dict, 'an object'),
-  'rope_scaling': (dict, 'an object'),
-  'tie_word_embeddings': (bool, 'true or false'),
+
+
+def _is_id(value: Any) -> bool:
+  return type(value) is int and abs(value) <= MOST
+
+
+def _is_bool(value: Any) -> bool:
+  return isinstance(value, bool)
+
+
+def _is_object(value: Any) -> bool:
+  return isinstance(value, dict)
+
+
+# What each of these keys is, where it is neither absent nor null.
+_KINDS = {
+  'attention_bias': (_is_bool, 'true or false'),
+  'bos_token_id': (_is_id, 'the id of a token'),
+  'eos_token_id': (
+    lambda x: all(map(_is_id, x if isinstance(x, list) else [x])),
+    'the id of a token or a list of them',
+  ),
+  'layer_types': (
+    lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
+    'a list of names',
+  ),
+  'mlp_bias': (_is_bool, 'true or false'),
+  'pad_token_id': (_is_id, 'the id of a token'),
+  'rms_norm_eps': (is_positive, 'a positive number'),
+  'rope_parameters': (_is_object, 'an object'),
+  'rope_scaling': (_is_object, 'an object'),
+  'rope_theta': (is_positive, 'a positive number'),
+  'tie_word_embeddings': (_is_bool, 'true or false'),
 }
-_POSITIVE = (
-  'head_dim',
-  'max_position_embeddings',
-  'num_key_value_heads',
-  'rms_norm_eps',
-  'rope_theta',
-)
 
 
 def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
@@ -58,9 +79,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
   }
   layers = layers_from_hf(hf)
   embed_dim = _required(hf, 'hidden_size')
-  head_dim = hf.get('head_dim') or (
-    embed_dim // _required(hf, 'num_attention_heads')
-  )
+  if 'head_dim' in hf:
+    head_dim = _required(hf, 'head_dim')
+  else:
+    head_dim = embed_dim // _required(hf, 'num_attention_heads')
   if head_dim < 2 or head_dim % 2:
     raise UserError(
       f'config.json: heads of {head_dim} dimensions, which RoPE cannot pair'
@@ -77,9 +99,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
     rope_scaling=scaling,
     tie_embeddings=hf['tie_word_embeddings'],
     **{key: hf[key] for key in BIAS_KEYS.values()},
-    max_positions=hf['max_position_embeddings'],
+    max_positions=_required(hf, 'max_position_embeddings'),
     bos_token_id=hf.get('bos_token_id'),
-    eos_token_id=tuple(eos) if isinstance(eos, list) else eos,
+    eos_token_id=(tuple(eos) or None) if isinstance(eos, list) else eos,
     pad_token_id=hf.get('pad_token_id'),
   )
 
@@ -129,16 +151,21 @@ def layers_from_hf(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:
   Raises:
     UserError: naming the key that is no size.
   """
-  per_layer = hf.get('per_layer_config') or {}
-  # We write the keys as '3'; transformers 5, saving, as '03'.
-  num_layers = _required(hf, 'num_hidden_layers')
-  for index in per_layer:
-    if not index.isdigit() or int(index) >= num_layers:
+  per_layer = hf.get('per_layer_config')
+  per_layer = {} if per_layer is None else per_layer
+  if not isinstance(per_layer, dict):
+    raise UserError(
+      f'config.json: per_layer_config is {_shown(per_layer)}, not an object'
+    )
+  num_layers = _required(hf, 'num_hidden_layers', MOST_LAYERS)
+  for index, sizes in per_layer.items():
+    # We write the keys as '3'; transformers 5, saving, as '03'.
+    if not re.fullmatch('[0-9]{1,9}', index) or int(index) >= num_layers:
       raise UserError(
-        f'config.json: per_layer_config has {index!r}, but the layers are 0 '
-        f'to {num_layers - 1}'
+        f'config.json: per_layer_config has {short(repr(index))}, but the '
+        f'layers are 0 to {num_layers - 1}'
       )
-    if not isinstance(per_layer[index], dict):
+    if not isinstance(sizes, dict):
       raise UserError(
         f'config.json: per_layer_config has no sizes for layer {index}'
       )
@@ -171,12 +198,12 @@ def _layer_to_hf(shape: LayerShape) -> dict[str, int]:
   }
 
 
-def _required(hf: Mapping[str, Any], key: str) -> int:
-  if not isinstance(hf.get(key), int) or hf[key] < 1:
-    raise UserError(
-      f'config.json: {key} is {json.dumps(hf.get(key))}, not a positive integer'
-    )
-  return hf[key]
+def _required(hf: Mapping[str, Any], key: str, most: int = MOST) -> int:
+  return check_size(f'config.json: {key}', hf.get(key), most)
+
+
+def _shown(value: Any) -> str:
+  return short(json.dumps(value))
 
 
 def _family(hf: Mapping[str, Any]) -> Family:
@@ -185,7 +212,7 @@ def _family(hf: Mapping[str, Any]) -> Family:
   types = {**FAMILIES, **REMOTE_CODE}
   if model_type not in list(types):  # A list has no hash.
     raise UserError(
-      f'config.json: model_type is {model_type!r}; only '
+      f'config.json: model_type is {short(repr(model_type))}; only '
       f'{", ".join(FAMILIES)} and {" and ".join(REMOTE_CODE)} (our own export) '
       'are supported'
     )
@@ -204,10 +231,10 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
         f'{model_type}; only "{key}": {json.dumps(value)} is supported'
       )
     raise UserError(
-      f'config.json: {key} is {json.dumps(found)}; only {json.dumps(value)} is '
+      f'config.json: {key} is {_shown(found)}; only {json.dumps(value)} is '
       'supported'
     )
-  _check_types(hf)
+  _check_kinds(hf)
   for key in BIAS_KEYS.values():
     if hf.get(key) and not family.has_biases:
       with_biases = [name for name, x in FAMILIES.items() if x.has_biases]
@@ -215,9 +242,9 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
         f'config.json: {key} is true, and a {model_type} has no biases; only a '
         f'{" or ".join(with_biases)} with them is supported'
       )
-  if set(hf.get('layer_types') or ()) - {'full_attention'}:
+  if others := set(hf.get('layer_types') or ()) - {'full_attention'}:
     raise UserError(
-      f'config.json: layer_types has {sorted(set(hf["layer_types"]))}; only '
+      f'config.json: layer_types has {short(repr(sorted(others)))}; only '
       'full_attention is supported'
     )
   if hf.get('per_layer_config') and model_type not in REMOTE_CODE:
@@ -227,14 +254,8 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
     )
 
 
-def _check_types(hf: Mapping[str, Any]) -> None:
-  for key, (kind, text) in _TYPES.items():
+def _check_kinds(hf: Mapping[str, Any]) -> None:
+  for key, (is_kind, text) in _KINDS.items():
     value = hf.get(key)
-    if value is not None and not isinstance(value, kind):
-      raise UserError(f'config.json: {key} is {json.dumps(value)}, not {text}')
-  for key in _POSITIVE:
-    value = hf.get(key)
-    if value is not None and not (isinstance(value, int | float) and value > 0):
-      raise UserError(
-        f'config.json: {key} is {json.dumps(value)}, not a positive number'
-      )
+    if value is not None and not is_kind(value):
+      raise UserError(f'config.json: {key} is {_shown(value)}, not {text}')

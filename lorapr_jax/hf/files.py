@@ -6,7 +6,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.content import combined, hashing
-from lorapr_jax.runtime.files import read_json
+from lorapr_jax.runtime.files import check_file, read_json
 from lorapr_jax.runtime.paths import is_local
 
 WEIGHTS_FILE = 'model.safetensors'
@@ -85,20 +85,3 @@ def _is_inside(name: Any) -> bool:
     return False
   parts = re.split(r'[/\\]', name)
   return parts[0] != '' and ':' not in parts[0] and '..' not in parts
-
-
-def check_file(path: Path) -> None:
-  """Refuses what is no file, such as a link that leads nowhere or a pipe.
-
-  Raises:
-    UserError: saying what it is.
-  """
-  if path.is_file():
-    return
-  if is_local(path) and path.is_symlink() and not path.exists():
-    raise UserError(
-      f'{path} is a link to {path.readlink()}, which does not exist: fetch the '
-      'model again'
-    )
-  what = 'is not a file' if path.exists() else 'does not exist'
-  raise UserError(f'{path} {what}')

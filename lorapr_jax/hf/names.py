@@ -83,9 +83,9 @@ def hf_shape(
 
 def hf_shapes(params: Any, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor of a tree by its name, in the tree's order."""
-  shapes = {}
+  shapes, stacks = {}, config.stacks
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    path, layers = locate(key_path, config.stacks)
+    path, layers = locate(key_path, stacks)
     if layers is None:
       shapes[hf_name(path)] = leaf.shape
     else:

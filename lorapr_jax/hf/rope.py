@@ -5,7 +5,7 @@ import dataclasses
 import json
 from typing import Any
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, short
 from lorapr_jax.models.config import RopeScaling
 
 
@@ -29,12 +29,12 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
   if hf.get('rope_theta', theta) != theta:
     raise UserError(
       f'config.json: rope_theta is {hf["rope_theta"]} but '
-      f'{key}.rope_theta is {theta}'
+      f'{key}.rope_theta is {short(json.dumps(theta))}'
     )
-  if not isinstance(theta, int | float) or theta <= 0:
+  if not is_positive(theta):
     raise UserError(
-      f'config.json: {key}.rope_theta is {json.dumps(theta)}, not a positive '
-      'number'
+      f'config.json: {key}.rope_theta is {short(json.dumps(theta))}, not a '
+      'positive number'
     )
   if rope.get('partial_rotary_factor', 1.0) != 1.0:
     raise UserError(
@@ -45,17 +45,28 @@ def rope_from_hf(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     return float(theta), None
   if kind != 'llama3':
     raise UserError(
-      f'config.json: {key}.rope_type is {kind!r}; only default and llama3 '
-      'are supported'
+      f'config.json: {key}.rope_type is {short(repr(kind))}; only default and '
+      'llama3 are supported'
     )
   fields = [field.name for field in dataclasses.fields(RopeScaling)]
-  missing = [f for f in fields if not isinstance(rope.get(f), int | float)]
+  missing = [f for f in fields if not is_positive(rope.get(f))]
   if missing:
     raise UserError(
       f'config.json: {key} of type llama3 needs the numbers '
       + ', '.join(missing)
     )
-  return float(theta), RopeScaling(**{field: rope[field] for field in fields})
+  scaling = RopeScaling(**{field: rope[field] for field in fields})
+  if scaling.high_freq_factor <= scaling.low_freq_factor:
+    raise UserError(
+      f'config.json: {key} has a high_freq_factor that is not above its '
+      'low_freq_factor'
+    )
+  return float(theta), scaling
+
+
+def is_positive(value: Any) -> bool:
+  """Whether a value of a file is a positive number that float32 holds."""
+  return type(value) in (int, float) and 0 < value < 2**128
 
 
 def rope_to_hf(theta: float, scaling: RopeScaling | None) -> dict[str, Any]:

@@ -13,13 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.files import (
-  INDEX_FILE,
-  WEIGHTS_FILE,
-  check_file,
-  weight_files,
-)
-from lorapr_jax.runtime.files import write_json
+from lorapr_jax.hf.files import INDEX_FILE, WEIGHTS_FILE, weight_files
+from lorapr_jax.runtime.files import check_file, write_json
 from lorapr_jax.runtime.paths import is_local, path_of
 
 MAX_SHARD_BYTES = 5_000_000_000

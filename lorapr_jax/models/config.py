@@ -13,6 +13,10 @@ from lorapr_jax.errors import UserError
 # config.json has a key of the same name.
 BIAS_KEYS = {'self_attn': 'attention_bias', 'mlp': 'mlp_bias'}
 
+# Files that say more are refused: a size is an int32 everywhere, and a list of
+# layers takes memory before a weight is read.
+MOST_LAYERS, MOST = 1000, 2**31 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class LayerShape:

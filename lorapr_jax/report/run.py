@@ -10,7 +10,7 @@ from safetensors.numpy import load
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.runtime.files import read_json
+from lorapr_jax.runtime.files import LARGE, read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import METRICS_FILE, RUN_FILE, SUMMARY_FILE
 
@@ -119,7 +119,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _read_kept(path: Path) -> dict[str, np.ndarray]:
-  pruning = read_json(path) if path.exists() else {}
+  pruning = read_json(path, LARGE) if path.exists() else {}
   layers = pruning.get('kept')
   if not layers:
     return {}

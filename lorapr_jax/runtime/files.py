@@ -1,6 +1,6 @@
 """Reads JSON with clear errors, writes files whole, and keeps the cache."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import contextlib
 import json
 import os
@@ -10,6 +10,12 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.paths import is_local
+
+# The most bytes of a file of settings, from which Python makes up to a
+# gigabyte; and of one with what pruning kept of every layer.
+SMALL, LARGE = 2**25, 2**28
+# More than this no file needs, and Python itself may not manage.
+_DEEPEST = 100
 
 
 def cache_dir() -> Path:
@@ -52,21 +58,75 @@ def new_in_cache(path: Path, what: str) -> Iterator[Path]:
         folder.rmdir()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-  """A JSON object from a file.
+def check_file(path: Path) -> None:
+  """Refuses what is no file, such as a link that leads nowhere or a pipe.
 
   Raises:
-    UserError: if the file is missing or is not a JSON object.
+    UserError: saying what it is.
   """
+  if path.is_file():
+    return
+  if is_local(path) and path.is_symlink() and not path.exists():
+    raise UserError(
+      f'{path} is a link to {path.readlink()}, which does not exist: fetch the '
+      'model again'
+    )
+  what = 'is not a file' if path.exists() else 'does not exist'
+  raise UserError(f'{path} {what}')
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+  """The content of a file, of which no more is read than allowed.
+
+  Raises:
+    UserError: if it is no file, or has more than `most` bytes.
+  """
+  check_file(path)
+  with path.open('rb') as file:
+    content = file.read(most + 1)
+  if len(content) > most:
+    raise UserError(
+      f'{path} has more than {most / 2**20:,.0f} MiB, the most that is read of '
+      'such a file'
+    )
+  return content
+
+
+def read_json(path: Path, most: int = SMALL) -> dict[str, Any]:
+  """A JSON object from a file of at most `most` bytes.
+
+  Raises:
+    UserError: if there is no such file, or it is not a JSON object.
+  """
+  content = read_bytes(path, most)
   try:
-    value = json.loads(path.read_text(encoding='utf-8'))
-  except FileNotFoundError:
-    raise UserError(f'{path} does not exist') from None
-  except (json.JSONDecodeError, UnicodeDecodeError) as error:
-    raise UserError(f'{path} is not JSON: {error}') from None
+    value = json.loads(content.decode())
+  except RecursionError:
+    raise _too_deep(path) from None
+  # Also an integer of thousands of digits, with advice behind a semicolon.
+  except ValueError as error:
+    reason, _, _ = str(error).partition(';')
+    raise UserError(f'{path} is not JSON: {reason}') from None
   if not isinstance(value, dict):
     raise UserError(f'{path} holds no JSON object')
-  return value
+  inner = [value]
+  for _ in range(_DEEPEST):
+    inner = [x for outer in inner for x in _inside(outer)]
+    if not inner:
+      return value
+  raise _too_deep(path)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+  """The lists and objects that a list or an object holds."""
+  values = value.values() if isinstance(value, dict) else value
+  return [x for x in values if isinstance(x, dict | list)]
+
+
+def _too_deep(path: Path) -> UserError:
+  return UserError(
+    f'{path} has lists and objects more than {_DEEPEST} deep in each other'
+  )
 
 
 def write_json(path: Path, value: Any) -> None:

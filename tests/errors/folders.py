@@ -85,6 +85,11 @@ def _dangling_link(model: Path) -> None:
   (model / 'model.safetensors').symlink_to('../../blobs/2f9c')
 
 
+def _device(model: Path) -> None:
+  (model / 'config.json').unlink()
+  (model / 'config.json').symlink_to('/dev/zero')
+
+
 def _only_pickle(model: Path) -> None:
   strangers.add_pickle(model)
   (model / 'model.safetensors').unlink()
@@ -118,6 +123,15 @@ CASES = [
   _changed('no MODEL/config.json', lambda m: (m / 'config.json').unlink()),
   _changed('MODEL/config.json is cut short', _write('config.json', '{"a": 1')),
   _changed('MODEL/config.json is a list', _write('config.json', '[]')),
+  _changed('MODEL/config.json is a link to a device', _device),
+  _changed(
+    'MODEL/config.json has an integer of 5,000 digits',
+    _write('config.json', f'{{"hidden_size": {"9" * 5000}}}'),
+  ),
+  _changed(
+    'MODEL/config.json has lists in lists, 100,000 deep',
+    _write('config.json', '[' * 100_000 + ']' * 100_000),
+  ),
   _config('model_type qwen2', model_type='qwen2'),
   _config('model_type mistral without sliding_window', model_type='mistral'),
   _config('sliding_window 4096', sliding_window=4096),
@@ -144,6 +158,7 @@ CASES = [
   _config('no hidden_size', hidden_size=None),
   _config('vocab_size "64"', vocab_size='64'),
   _config('num_hidden_layers 0', num_hidden_layers=0),
+  _config('num_hidden_layers 100,000,000', num_hidden_layers=10**8),
   _config('num_key_value_heads "2"', num_key_value_heads='2'),
   _config('num_key_value_heads 3 for 4 heads', num_key_value_heads=3),
   _config('head_dim 7', head_dim=7),

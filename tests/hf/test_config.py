@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import transformers
@@ -285,6 +286,19 @@ UNSUPPORTED = [
   ({'intermediate_size': '48'}, 'intermediate_size'),
   ({'num_hidden_layers': 2.5}, 'num_hidden_layers'),
   ({'num_attention_heads': 0}, 'num_attention_heads'),
+  ({'num_key_value_heads': True}, 'num_key_value_heads'),
+  ({'num_hidden_layers': 10**8}, 'num_hidden_layers'),
+  ({'vocab_size': 2**31}, 'vocab_size'),
+  ({'head_dim': 16.0}, 'head_dim'),
+  ({'rms_norm_eps': math.inf}, 'rms_norm_eps'),
+  ({'rope_theta': 10**400}, 'rope_theta'),
+  ({'eos_token_id': [2, '3']}, 'eos_token_id'),
+  ({'layer_types': [{}]}, 'layer_types'),
+  ({'rope_scaling': LLAMA3 | {'low_freq_factor': 4.0}}, 'high_freq_factor'),
+  (
+    {'model_type': 'pruned_llama', 'per_layer_config': {'²': {}}},
+    'per_layer_config',
+  ),
   (
     {'model_type': 'pruned_llama', 'per_layer_config': {'x': {}}},
     'per_layer_config',

@@ -1,0 +1,67 @@
+"""The kinds of files that are bent, each with what reads it.
+
+A new kind needs no more than its entry here: see `Kind`.
+"""
+
+import json
+from pathlib import Path
+
+from lorapr_jax.cli.main import main
+from tests.errors.bend import bent_json
+from tests.errors.conftest import SIZES
+from tests.errors.survive import Kind
+
+CONFIG = {
+  **SIZES,
+  'model_type': 'pruned_llama',
+  'hidden_act': 'silu',
+  'head_dim': 8,
+  'rms_norm_eps': 1e-5,
+  'rope_theta': 10000.0,
+  'rope_scaling': {
+    'rope_type': 'llama3',
+    'factor': 8.0,
+    'low_freq_factor': 1.0,
+    'high_freq_factor': 4.0,
+    'original_max_position_embeddings': 64,
+  },
+  'layer_types': ['full_attention', 'full_attention'],
+  'per_layer_config': {'1': {'intermediate_size': 40}},
+  'attention_bias': False,
+  'quantization_config': None,
+  'bos_token_id': 1,
+  'eos_token_id': [2, 3],
+  'pad_token_id': 0,
+}
+
+
+def _config(folder: Path) -> Path:
+  path = folder / 'MODEL' / 'config.json'
+  path.parent.mkdir()
+  path.write_text(json.dumps(CONFIG))
+  return path
+
+
+KINDS = {
+  'config.json': Kind(
+    make=_config,
+    bend=lambda good: bent_json(json.loads(good), 120),
+    read=lambda folder: main(['inspect', '--model', 'MODEL']),
+    accepts=frozenset(
+      {
+        'attention_bias is true',
+        'bos_token_id is null',
+        'eos_token_id is -1',
+        'eos_token_id.1 is -1',
+        'pad_token_id is gone',
+        'per_layer_config is {}',
+        'per_layer_config.1 is gone',
+        'per_layer_config.1 is {}',
+        'rope_scaling is an object of lists',
+        'rope_scaling is null',
+        'rope_scaling.high_freq_factor is 2.5',
+        'rope_theta is 2**31',
+      }
+    ),
+  ),
+}
