@@ -166,10 +166,13 @@ def get_config() -> config_dict.ConfigDict:
   # o_proj and down_proj that survive, by ridge regression) or none (LoRAPrune).
   config.prune.compensate = 'ridge'
   # Each time groups are masked they are measured (by obs, activation and
-  # fluctuation) and repaired on the newest N batches. 0: so many that the
+  # fluctuation) and repaired on N batches. 0: so many that the
   # passes over them take a quarter of the operations of the steps, but no more
   # than 131,072 tokens or two batches each time.
   config.prune.compensate_batches = 0
+  # The text that these batches are of, a data spec or a mixture; a repair holds
+  # for text like it. Empty: the newest batches of data.train.
+  config.prune.compensate_data = ''
   # When masked groups are cut: end (once, at the end), shares of the ramp in
   # ascending order, such as 0.5,0.8 (on the way too, so that what is left
   # trains faster; joint only), or auto (the cuts on the way that save most time

@@ -85,6 +85,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
     display.start('data')
     specs = [phase.data for phase in settings.phases]
+    if settings.pruning and settings.pruning.data:
+      specs.append(settings.pruning.data)
     texts = dict.fromkeys([*specs, *filter(None, [data.eval])])
     with reading(folder, texts) as inputs_read:
       tokenizer = Tokenizer(folder) if folder else None
@@ -146,7 +148,10 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     first, *later = settings.phases
     state, base = run_phase(first, base)
     skipped = int(state.skipped)
-    if unrepaired := int(state.unrepaired):
+    repair = summary.repair_report(
+      settings.pruning, int(state.unrepaired), state.error_left.tolist()
+    )
+    if unrepaired := repair.get('unrepaired'):
       display.warn(
         f'{unrepaired} projections were left as they were where groups of '
         'their inputs were masked: no repair lessens the error on other tokens'
@@ -223,6 +228,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       seq_len=train.seq_len,
     ),
     'sparsity': summary.sparsity_report(plan),
+    'repair': repair,
     'cuts_on_the_way': list(settings.pruning.cuts if settings.pruning else ()),
     **comparison,
     'seconds': display.seconds,

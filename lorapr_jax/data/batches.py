@@ -20,8 +20,9 @@ def batches(
 ) -> Callable[..., dict[str, np.ndarray]]:
   """Makes the function (t, rows) -> batch t, or some rows of its micro-batches.
 
-  A batch is {'tokens', 'weights'}, and 'segments' where documents share a
-  window, each (M, B, T): M micro-batches of B windows of T tokens. A batch
+  A batch is {'tokens', 'weights'}, 'segments' where documents share a window,
+  and 'sources', the part of each token, where there are several. Each is
+  (M, B, T): M micro-batches of B windows of T tokens. A batch
   depends on the seed and t alone. So a resumed run goes on with the data that
   it would have seen, and each of many processes can read only its own rows.
   Each part of a mixture gets a new order in every epoch.
@@ -60,6 +61,9 @@ def batches(
     if 'segments' in parts[0].windows:
       result['segments'] = np.empty(shape, np.int32)
     part_of = np.searchsorted(starts, numbers, side='right') - 1
+    if len(parts) > 1:
+      result['sources'] = np.empty(shape, np.int32)
+      result['sources'][...] = part_of[..., None]
     for i, part in enumerate(parts):
       here = part_of == i
       for name, array in part.windows.items():

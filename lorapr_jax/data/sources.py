@@ -87,8 +87,8 @@ def parse_spec(spec: str) -> Spec:
   """
   if _WEIGHTED.fullmatch(spec) or _PLUS.search(spec):
     raise UserError(
-      f'data spec {spec!r} is a mixture, which only data.train takes: give one '
-      'spec, without a weight'
+      f'data spec {spec!r} is a mixture, which only text to train or repair on '
+      'can be: give one spec, without a weight'
     )
   scheme, colon, rest = spec.partition(':')
   path, _, query = rest.partition('?')

@@ -14,6 +14,7 @@ import optax
 from lorapr_jax.eval.perplexity import batch_rows, make_window_losses
 from lorapr_jax.pruning.compensation import repaired_of, without_repaired
 from lorapr_jax.runtime import sharding
+from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.settings.run import split_config
 from lorapr_jax.settings.sections import TrainSettings
 from lorapr_jax.training import steps
@@ -114,7 +115,7 @@ def loop_functions(
   if pruning:
     yield _importance(functions, shapes, pruning.criterion.needs_base_grads)
   if pruning and pruning.passes:
-    yield _event(functions, shapes, pruning.pass_batches)
+    yield _event(functions, shapes, pruning)
   ok = _replicated(jax.ShapeDtypeStruct((), jnp.bool_), places)
   yield LoopFunction(
     'optimiser',
@@ -151,16 +152,20 @@ def _importance(
   )
 
 
-def _event(functions: Functions, shapes: Shapes, batches: int) -> LoopFunction:
+def _event(
+  functions: Functions, shapes: Shapes, pruning: Pruning
+) -> LoopFunction:
   state, params = shapes.state, shapes.base.params
   texts = {name: x for name, x in shapes.batch.items() if name != 'teacher'}
+  if len(pruning.texts) > 1:
+    texts['sources'] = texts['tokens']
   return LoopFunction(
     'pruning event',
     functions.prune.prune_layers.lower(
       *(repaired_of(params), without_repaired(params), state.lora),
       *(state.masks, state.importance),
       jax.tree.map(_count_of, state.masks),
-      (texts,) * batches,
+      (texts,) * pruning.pass_batches,
     ),
     shapes.beside(state.lora, state.masks, state.importance, texts),
   )

@@ -118,7 +118,8 @@ def best_update(
   """The `ridge_update` that leaves the least error on other tokens, or none.
 
   Every c of DAMPINGS is tried, at the price of one factorisation each. Nothing
-  is added where that leaves less than all of them, or none is finite.
+  is added where that leaves less than all of them, or none is finite. What
+  counts is the sum over texts.
 
   Args:
     weight: (I, O).
@@ -126,11 +127,11 @@ def best_update(
     gone: (I,), 1 for a row of P.
     stays: (I,), 1 for a row of S.
     held_out_error: what goes missing in the weight, (I, O) -> the squared error
-      of the output of tokens that are not in `gram`.
+      of the output of tokens that are not in `gram`, by text, (S,).
     solve: as of `ridge_update`.
 
   Returns:
-    The update, and the share of the error that is left: 1 where there is none.
+    The update, and the errors before and after it, (2, S).
   """
   lost = gone[:, None] * weight
   nothing = held_out_error(lost)
@@ -139,11 +140,11 @@ def best_update(
   def attempt(best: tuple[Array, Array], damping: Array) -> tuple[Any, None]:
     update = solve(damped(gram, stays, damping), correlation)
     error = held_out_error(lost - update)
-    better = error < best[1]  # NaN is not.
+    better = jnp.sum(error) < jnp.sum(best[1])  # NaN is not.
     return jax.tree.map(
       lambda new, old: jnp.where(better, new, old), (update, error), best
     ), None
 
   first = jnp.zeros_like(lost), nothing
   (update, error), _ = jax.lax.scan(attempt, first, jnp.asarray(DAMPINGS))
-  return update, jnp.where(error < nothing, error / nothing, 1.0)
+  return update, jnp.stack([nothing, error])

@@ -1,7 +1,8 @@
 """What summary.json holds, and what people see at a run's start and end."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
+import math
 import platform
 import resource
 import sys
@@ -100,6 +101,25 @@ def sparsity_report(
   return {
     kind: {'target': target, 'achieved': achieved[kind]}
     for kind, target in plan.targets_by_kind().items()
+  }
+
+
+def repair_report(
+  pruning: Pruning | None, unrepaired: int, error_left: Sequence[float]
+) -> dict[str, Any]:
+  """What repairs came to; {} where nothing is repaired.
+
+  Args:
+    pruning: what the first phase masks.
+    unrepaired: as of the state.
+    error_left: as of the state, by text; NaN, here null, where it is not known.
+  """
+  if not pruning or not pruning.repairs:
+    return {}
+  shares = [None if math.isnan(share) else share for share in error_left]
+  return {
+    'unrepaired': unrepaired,
+    'error_left': dict(zip(pruning.texts, shares, strict=True)),
   }
 
 
@@ -209,6 +229,9 @@ def print_summary(summary: dict[str, Any]) -> None:
     say(note)
   for kind, share in summary['sparsity'].items():
     say(f'{kind} removed: {_share(share)}')
+  for text, share in summary['repair'].get('error_left', {}).items():
+    left = 'not measured' if share is None else f'{share:.0%}'
+    say(f'error left by repairs, on other tokens of {text}: {left}')
   seconds = ', '.join(f'{k} {v:.0f} s' for k, v in summary['seconds'].items())
   say(f'time: {seconds}')
   say(

@@ -117,6 +117,7 @@ class PruneSettings:
   cooldown: float = 0.1
   compensate: str = RIDGE
   compensate_batches: int = 0
+  compensate_data: str = ''
   shrink: str = 'end'
   protect: str = Targets.protect
   layer_profile: str = Targets.layer_profile

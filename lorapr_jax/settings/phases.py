@@ -30,6 +30,8 @@ class Pruning:
     criterion: which ones.
     repairs: whether what survives is repaired.
     batches: the most batches whose tokens an event measures and repairs on.
+    texts: the specs that these batches are drawn from.
+    data: the mixture of an event's own batches; empty: the newest batches.
     cuts: the steps before which masked groups are cut out of the arrays.
   """
 
@@ -38,6 +40,8 @@ class Pruning:
   criterion: Criterion
   repairs: bool
   batches: int
+  texts: tuple[str, ...] = ('',)
+  data: str = ''
   cuts: tuple[int, ...] = ()
 
   @functools.cached_property
@@ -53,11 +57,20 @@ class Pruning:
 
   @property
   def pass_batches(self) -> int:
-    """The newest batches that a pass takes.
+    """The batches that a pass takes.
 
-    No more than there are at the first one.
+    Of the newest no more than there are at the first one.
     """
+    if self.data and self.passes:
+      return self.batches
     return min(self.batches, min(self.passes, default=-1) + 1)
+
+  def own_batches(self, step: int) -> range:
+    """The batches of `data` that the event of a step reads."""
+    if not self.data or step not in self.passes:
+      return range(0)
+    first = self.passes.index(step) * self.batches
+    return range(first, first + self.batches)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
+from lorapr_jax.data.sources import parse_mixture
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.compute import Compute, resolve_dtype
@@ -142,7 +143,7 @@ def split_config(
   compute = _compute(planned, train, mesh, devices)
   check_lengths(data, train, compute, mesh, devices)
   check_teacher(train, planned)
-  pruning = _pruning(planned, train)
+  pruning = _pruning(planned, train, data.train)
   export = read_section(ExportSettings, config.export)
   check_export(export, planned)
   return RunSettings(
@@ -204,7 +205,9 @@ def _event_batches(
   return max(2, min(number, EVENT_TOKENS // tokens))
 
 
-def _pruning(planned: PlannedModel, train: TrainSettings) -> Pruning | None:
+def _pruning(
+  planned: PlannedModel, train: TrainSettings, text: str
+) -> Pruning | None:
   """What the first phase masks."""
   prune, plan = planned.prune, planned.plan
   criterion, schedule = prune.ranking(), prune.schedule(train.steps)
@@ -229,7 +232,17 @@ def _pruning(planned: PlannedModel, train: TrainSettings) -> Pruning | None:
     raise UserError(f'prune.shrink is {prune.shrink!r}, but {reason}')
   if plan is None:
     return None
-  pruning = Pruning(plan, schedule, criterion, planned.repairs, 1)
+  own = prune.compensate_data
+  texts = tuple(spec.text for _, spec in parse_mixture(own or text))
+  pruning = Pruning(
+    *(plan, schedule, criterion, planned.repairs, 1, texts, own)
+  )
+  if own and not pruning.passes:
+    raise UserError(
+      f'prune.compensate_data is {own!r}, but with prune.compensate=none and '
+      f'prune.criterion={criterion.name} no text is measured or repaired on: '
+      'leave it empty'
+    )
   batches = prune.compensate_batches or _event_batches(pruning, prune, train)
   pruning = dataclasses.replace(pruning, batches=batches)
   micro_batches = train.batch_size // train.micro_batch_size

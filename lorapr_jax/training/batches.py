@@ -88,20 +88,30 @@ class Batches:
   def of(
     self, phase: Phase, place: NamedSharding, first: int
   ) -> Iterator[Iterator[tuple[dict[str, Any], tuple[Any, ...]]]]:
-    """(batch, the newest batches) of a phase from its step `first` on.
+    """(batch, what an event would read) of a phase from its step `first` on.
 
-    The newest batches are those that an event reads, this one included:
-    as many as a run that was never cut short would have at this step.
+    An event reads batches of its own data, or the newest ones, this one
+    included: as many as a run that was never cut short would have at this step.
 
     Args:
       phase: of the run.
       place: of a batch.
       first: a step of the phase.
     """
+    pruning = phase.pruning
+    own = pruning and pruning.data
     newest = collections.deque(
-      maxlen=phase.pruning.pass_batches if phase.pruning else 0
+      maxlen=pruning.pass_batches if pruning and not own else 0
     )
     seen = min(first, newest.maxlen)
+
+    def read(step: int) -> tuple[dict[str, jax.Array], ...]:
+      if not own:
+        return tuple(newest)
+      steps = pruning.own_batches(step)
+      args = self.streams[own], place, self.rows, steps
+      with device_batches(*args) as stream:
+        return tuple(stream)
 
     def taught(stream: Iterator[Any]) -> Iterator[Any]:
       newest.extend(itertools.islice(stream, seen))
@@ -109,7 +119,7 @@ class Batches:
         newest.append(batch)
         if self.teacher and phase.learns:
           batch = {**batch, 'teacher': self.teacher(phase, step)}
-        yield batch, tuple(newest)
+        yield batch, read(step)
 
     with self.plain(phase, place, first - seen) as stream:
       yield taught(stream)

@@ -29,13 +29,15 @@ class Pruned(NamedTuple):
     repaired: `repaired_of` the base.
     masks: as of the state.
     importance: as of the state.
-    unrepaired: how many projections lost rows and were not repaired.
+    errors: of the outputs of repaired projections on the tokens that are kept
+      out, before and after the repair, by projection and text, (P, 2, S); 0
+      where nothing is repaired.
   """
 
   repaired: Any
   masks: Any
   importance: Any
-  unrepaired: Array
+  errors: Array
 
 
 class PruningEvent(NamedTuple):
@@ -56,7 +58,7 @@ class PruningEvent(NamedTuple):
     """For the size of `base`."""
     select = jax.jit(select_stack_masks, out_shardings=base.places.state)
     how = base.compute, pruning.criterion, pruning.repairs, base.places
-    return cls(pruning, select, make_prune_layers(*how))
+    return cls(pruning, select, make_prune_layers(*how, len(pruning.texts)))
 
   def __call__(
     self, state: TrainState, base: Base, step: int, batches: Sequence[Any]
@@ -82,13 +84,35 @@ class PruningEvent(NamedTuple):
     state = state.replace(
       masks=pruned.masks,
       importance=pruned.importance,
-      unrepaired=state.unrepaired + pruned.unrepaired,
+      **repair_of(pruned.errors, state.unrepaired),
     )
     return state, base._replace(params=params)
 
 
+@jax.jit
+def repair_of(errors: Array, unrepaired: Array) -> dict[str, Array]:
+  """What the state keeps of the `errors` of `Pruned`.
+
+  Args:
+    errors: (P, 2, S).
+    unrepaired: of the events before.
+  """
+  before, after = errors[:, 0], errors[:, 1]
+  lost, left = jnp.sum(before, axis=-1), jnp.sum(after, axis=-1)
+  count = jnp.sum((lost != 0) & ~(left < lost))  # NaN is not repaired.
+  return {
+    'unrepaired': unrepaired + count.astype(jnp.int32),
+    # NaN where a text has no token among those that are kept out.
+    'error_left': jnp.nanmean(after / before, axis=0),
+  }
+
+
 def make_prune_layers(
-  compute: Compute, criterion: Criterion, repairs: bool, places: Places
+  compute: Compute,
+  criterion: Criterion,
+  repairs: bool,
+  places: Places,
+  texts: int = 1,
 ) -> Callable[..., Pruned]:
   """The jitted pass of a pruning event:
 
@@ -109,6 +133,8 @@ def make_prune_layers(
     criterion: that ranks.
     repairs: whether what survives is repaired.
     places: of arrays of this size.
+    texts: S; if it is not 1, a batch's 'sources', (M, B, T), says of which text
+      a token is.
   """
   place = places.state
 
@@ -116,16 +142,16 @@ def make_prune_layers(
     batch = jax.tree.map(lambda *x: jnp.concatenate(x), *batches)
     embeddings = rest['embed_tokens']['weight']
     x, rotation = embedded(compute, place, embeddings, batch)
-    unrepaired, weights, chosen = jnp.int32(0), [], []
-    segments = batch.get('segments')
-    parts = PartPruning(compute, criterion, repairs, place, segments)
+    weights, chosen = [], []
+    about = batch.get('segments'), texts, batch.get('sources')
+    parts = PartPruning(compute, criterion, repairs, place, *about)
     for i, stack in enumerate(compute.config.stacks):
       layers = LayerPass(parts, stack.shape, rotation)
       index = jnp.arange(stack.size)
       trees = {'params': rest['stacks'][i], 'lora': lora[i]}
-      (x, new, unrepaired), found = jax.lax.scan(
+      (x, new), found = jax.lax.scan(
         layers.prune_layer,
-        Carry(x, repaired[i], unrepaired),
+        Carry(x, repaired[i]),
         Layer(
           *(index, stack.start + index, trees),
           *(masks[i], importance[i], counts[i]),
@@ -133,8 +159,9 @@ def make_prune_layers(
       )
       weights.append(new)
       chosen.append(found)
-    masks, importance = zip(*chosen, strict=True)
-    return Pruned(tuple(weights), masks, importance, unrepaired)
+    masks, importance, errors = zip(*chosen, strict=True)
+    errors = jnp.concatenate(jax.tree.leaves(errors))
+    return Pruned(tuple(weights), masks, importance, errors)
 
   return jax.jit(
     prune_layers,

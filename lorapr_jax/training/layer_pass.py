@@ -44,12 +44,10 @@ class Carry(NamedTuple):
   Attributes:
     x: the tokens, (M, N, D).
     weights: of the stack that are repaired, written in place.
-    unrepaired: how many projections lost rows and were not repaired.
   """
 
   x: Array
   weights: Any
-  unrepaired: Array
 
 
 def embedded(
@@ -86,8 +84,11 @@ class LayerPass:
   rotation: Rotation
 
   def prune_layer(self, carry: Carry, layer: Layer) -> tuple[Carry, Any]:
-    """The body of the scan over a stack. Gives its new masks and importance."""
-    x, stacks, unrepaired = carry
+    """The body of the scan over a stack.
+
+    Gives its new masks, importance, and {group: errors of its repair}.
+    """
+    x, stacks = carry
     settings = self.pruning.settings
     axes = block_axes(settings.config.dequantized, settings.lora)
     weights = jax.tree.map(lambda stack: stack[layer.index], stacks)
@@ -97,6 +98,7 @@ class LayerPass:
       k: apply_masks(tree, layer.masks, axes[k]) for k, tree in trees.items()
     }
     after, importance = dict(layer.masks), dict(layer.importance)
+    errors = {}
     for part, name in REPAIRED.items():
       own, names = (projection_of(y, part, name) for y in (trees, axes))
       inputs = self.read(part, old, x)
@@ -106,14 +108,14 @@ class LayerPass:
         scale = token_scale(x, settings.config.norm_eps)
         chosen = self.pruning.prune(part, group, trees, inputs, scale, layer)
         after[group], importance[group] = chosen.mask, chosen.importance
+        errors[group] = chosen.errors
         if self.pruning.repairs:
           own['params'] = own['params'] | {'weight': chosen.weight}
           stack = stacks[part][name]['weight']
           stack = stack.at[layer.index].set(chosen.weight)
           stacks = {**stacks, part: {name: {'weight': stack}}}
-          unrepaired += chosen.unrepaired
       x += self.write(part, apply_masks(own, after, names), inputs[name])
-    return Carry(x, stacks, unrepaired), (after, importance)
+    return Carry(x, stacks), (after, importance, errors)
 
   def read(self, part: str, variables: Any, x: Array) -> dict[str, Array]:
     """What the projections of a part read, {name: (M, N, ...)}.

@@ -76,10 +76,12 @@ def train_phase(
   watch.display.start('compile')
   adamw = steps.make_optimizer(phase.learning_rate)
   init_key, step_key = jax.random.split(jax.random.key(seed))
-  groups = tuple(phase.pruning.plan.keep) if phase.pruning else ()
+  groups, texts = (), 1
+  if phase.pruning:
+    groups, texts = tuple(phase.pruning.plan.keep), len(phase.pruning.texts)
 
   def new_state(compute: Compute) -> TrainState:
-    state = init_state(init_key, compute, groups, adamw)
+    state = init_state(init_key, compute, groups, adamw, texts)
     return state if lora is None else state.replace(lora=lora)
 
   folder, warn = watch.workdir / phase.checkpoints, watch.display.warn

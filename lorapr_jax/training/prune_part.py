@@ -57,13 +57,14 @@ class Chosen(NamedTuple):
     mask: after the event.
     importance: by which they were chosen.
     weight: of the projection that reads them, repaired.
-    unrepaired: 1 where no repair made the error less.
+    errors: of its output on the tokens that are kept out, before and after the
+      repair, by text, (2, S); 0 where nothing is repaired.
   """
 
   mask: Array
   importance: Array
   weight: Array
-  unrepaired: Array
+  errors: Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +82,8 @@ class PartPruning:
     repairs: whether what survives is repaired.
     place: of small arrays; it has the mesh.
     segments: (M, B, T), as of `run_model`; None: a window is one text.
+    texts: S, how many texts the windows are of.
+    sources: (M, B, T), the text of each token, from 0; None if S is 1.
   """
 
   settings: Compute
@@ -88,6 +91,8 @@ class PartPruning:
   repairs: bool
   place: Sharding
   segments: Array | None
+  texts: int
+  sources: Array | None
 
   def prune(
     self,
@@ -111,6 +116,7 @@ class PartPruning:
     own = projection_of(trees, part, REPAIRED[part])
     weight, before = own['params']['weight'], layer.masks[group]
     keep, old = layer.keep[group], layer.importance[group]
+    no_errors = jnp.zeros((2, self.texts))
 
     def pruned() -> Chosen:
       matrix = self.effective(own)
@@ -125,19 +131,18 @@ class PartPruning:
         mask = select_mask(found, before, keep)
       importance = jnp.where(before > 0, found, old)
       if not self.repairs:
-        return Chosen(mask, importance, weight, jnp.int32(0))
+        return Chosen(mask, importance, weight, no_errors)
       size = len(matrix) // mask.size
       rows = (jnp.repeat(x.ravel(), size) for x in (before - mask, mask))
-      error = squared_error_for(held_out)
-      update, left = best_update(matrix, gram, *rows, error, self.solver)
+      error = self.squared_error_for(held_out)
+      update, errors = best_update(matrix, gram, *rows, error, self.solver)
       new = weight.astype(jnp.float32) + update.reshape(weight.shape)
-      unrepaired = (left >= 1).astype(jnp.int32)
-      return Chosen(mask, importance, new.astype(weight.dtype), unrepaired)
+      return Chosen(mask, importance, new.astype(weight.dtype), errors)
 
     return jax.lax.cond(
       jnp.any(keep < jnp.sum(before, axis=-1)),
       pruned,
-      lambda: Chosen(before, old, weight, jnp.int32(0)),
+      lambda: Chosen(before, old, weight, no_errors),
     )
 
   def scores(
@@ -203,6 +208,26 @@ class PartPruning:
       preferred_element_type=jnp.float32,
     )
 
+  def squared_error_for(self, x: Array) -> Callable[[Array], Array]:
+    """What goes missing in a weight -> the error of its output, by text, (S,).
+
+    Args:
+      x: what the projection reads of the last micro-batches, (K, N, I).
+    """
+
+    def errors(missing: Array) -> Array:
+      left = jnp.matmul(
+        x, missing.astype(x.dtype), preferred_element_type=jnp.float32
+      )
+      of_tokens = jnp.sum(left * left, axis=-1)
+      if self.sources is None:
+        return jnp.sum(of_tokens)[None]
+      sources = self.sources[-len(x) :].reshape(of_tokens.shape)
+      texts = range(self.texts)
+      return jnp.stack([jnp.sum(of_tokens, where=sources == i) for i in texts])
+
+    return errors
+
   @property
   def token_axes(self) -> tuple[int, ...]:
     """Those of tokens: M and N, or M, B and T."""
@@ -232,18 +257,6 @@ def token_scale(x: Array, eps: float) -> Array:
 def held_out_of(micro_batches: int) -> int:
   """How many of the micro-batches of an event, the last ones, H leaves out."""
   return max(1, micro_batches // 8)
-
-
-def squared_error_for(x: Array) -> Callable[[Array], Array]:
-  """What goes missing in a weight -> the squared error of its output for x."""
-
-  def error(missing: Array) -> Array:
-    left = jnp.matmul(
-      x, missing.astype(x.dtype), preferred_element_type=jnp.float32
-    )
-    return jnp.sum(left * left)
-
-  return error
 
 
 def projection_of(trees: Any, part: str, name: str) -> dict[str, Any]:

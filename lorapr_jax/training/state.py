@@ -33,6 +33,8 @@ class TrainState:
       changes it; in the loop these are in the base, and this is ().
     unrepaired: projections that an event of it left as they were, in all,
       because no repair made the error on tokens that were kept out less.
+    error_left: the share of that error that the last event's repairs left, by
+      text, (S,), the mean over projections; NaN before the first.
   """
 
   step: Array
@@ -45,16 +47,23 @@ class TrainState:
   skipped_in_a_row: Array
   repaired: tuple[Any, ...] = ()
   unrepaired: Array | int = 0
+  error_left: Any = ()
 
 
-@functools.partial(jax.jit, static_argnames=('settings', 'groups', 'optimizer'))
+@functools.partial(
+  jax.jit, static_argnames=('settings', 'groups', 'optimizer', 'texts')
+)
 def init_state(
   key: Array,
   settings: Compute,
   groups: tuple[str, ...],
   optimizer: optax.GradientTransformation,
+  texts: int = 1,
 ) -> TrainState:
-  """Step 0: fresh adapters, nothing masked, no importance known."""
+  """Step 0: fresh adapters, nothing masked, no importance known.
+
+  `texts` is S of `error_left`.
+  """
   config = settings.config
   lora = init_lora(key, config, settings.lora)
   masks = initial_masks(
@@ -74,4 +83,5 @@ def init_state(
     skipped=jnp.int32(0),
     skipped_in_a_row=jnp.int32(0),
     unrepaired=jnp.int32(0),
+    error_left=jnp.full(texts, jnp.nan),
   )

@@ -122,7 +122,7 @@ def test_a_mixture_has_weights_and_segments_where_a_part_has_none():
   }
   options = dict(batch_size=8, micro_batch_size=8, seed=0, shuffle=True)
   batch = batches([Packed(0.5, plain), Packed(0.5, learnt)], **options)(3)
-  assert batch.keys() == {'tokens', 'weights'}
+  assert batch.keys() == {'tokens', 'weights', 'sources'}
   tokens, weights = batch['tokens'][0], batch['weights'][0]
   assert weights.dtype == np.float32
   assert np.all(weights[tokens[:, 0] == 0] == 1)
@@ -131,6 +131,7 @@ def test_a_mixture_has_weights_and_segments_where_a_part_has_none():
     windows['segments'] = np.full((4, 3), 1 + windows['tokens'][0, 0])
   batch = batches([Packed(0.5, plain), Packed(0.5, learnt)], **options)(3)
   np.testing.assert_array_equal(batch['segments'], 1 + batch['tokens'])
+  np.testing.assert_array_equal(batch['sources'], batch['tokens'])
 
 
 def placed(batch_at, steps, devices=4):

@@ -69,5 +69,5 @@ def test_a_mixture_that_cannot_be_is_refused(tmp_path, spec, message):
   'spec', ['0.7*synthetic:1', '0.7*file:a.txt + 0.3*demo:news:train']
 )
 def test_where_one_spec_is_asked_for_a_mixture_is_refused(spec):
-  with pytest.raises(UserError, match='is a mixture, which only data.train'):
+  with pytest.raises(UserError, match='is a mixture, which only text to train'):
     parse_spec(spec)

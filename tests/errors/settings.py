@@ -114,6 +114,13 @@ CASES = [
       *train_tiny('prune.compensate_batches=1', 'train.micro_batch_size=16')
     ),
   ),
+  Case(
+    '`--config.prune.compensate_data=synthetic:7 '
+    '--config.prune.compensate=none`',
+    with_argv(
+      *train_tiny('prune.compensate_data=synthetic:7', 'prune.compensate=none')
+    ),
+  ),
   tiny_override('prune.every=0'),
   tiny_override('prune.warmup=0.95', 'with prune.cooldown=0.1'),
   tiny_override('prune.decay=1.5'),

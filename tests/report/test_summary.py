@@ -62,6 +62,7 @@ def test_the_table_has_no_negative_nothing(capsys):
       },
       'latency': both | {'batch_size': 1, 'seq_len': 128},
       'sparsity': {'heads': {'target': 0.5, 'achieved': 0.5}},
+      'repair': {'unrepaired': 1, 'error_left': {'a': 0.705, 'b': None}},
       'seconds': {'data': 1.0},
       'tokens_per_second': 1000.0,
       'peak_memory_bytes': 2e9,
@@ -82,3 +83,5 @@ def test_the_table_has_no_negative_nothing(capsys):
   }
   assert 'perplexity: file:[x].txt, 3 windows of 8 tokens\n' in out
   assert 'latency: prefill of 128 tokens, batch size 1\n' in out
+  error = 'error left by repairs, on other tokens of'
+  assert f'{error} a: 70%\n{error} b: not measured\n' in out

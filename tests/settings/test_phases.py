@@ -44,6 +44,17 @@ def test_a_repair_is_fitted_to_no_more_batches_than_there_are(batches, kept):
   assert pruning.pass_batches == kept
 
 
+def test_each_event_reads_new_batches_of_its_own_text():
+  own = {'compensate_data': 'synthetic:7', 'compensate_batches': 9}
+  pruning = first_phase(**own, warmup=0.0).pruning
+  first, second, *_ = pruning.passes
+  assert pruning.pass_batches == 9 and pruning.texts == ('synthetic:7',)
+  assert pruning.own_batches(first) == range(9)
+  assert pruning.own_batches(second) == range(9, 18)
+  assert pruning.own_batches(first + 1) == range(0)
+  assert first_phase().pruning.own_batches(first) == range(0)
+
+
 def test_where_nothing_is_pruned_only_the_first_step_compiles():
   phase = first_phase(target=0.0)
   assert phase.pruning is None and phase.compiling(7) == {7}

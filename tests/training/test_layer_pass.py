@@ -40,7 +40,7 @@ from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training.base import Places
-from lorapr_jax.training.event import make_prune_layers
+from lorapr_jax.training.event import make_prune_layers, repair_of
 
 LORA_CRITERION = Criterion()
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
@@ -162,11 +162,11 @@ def places_of(config, mesh):
 
 
 @functools.cache
-def event_of(config, adapters, criterion, damping, mesh):
+def event_of(config, adapters, criterion, damping, mesh, texts):
   state, base = places_of(config, mesh)
   places = Places(base, None, state)
   compute = Compute(config, adapters)
-  return make_prune_layers(compute, criterion, True, places)
+  return make_prune_layers(compute, criterion, True, places, texts)
 
 
 def event(
@@ -182,6 +182,7 @@ def event(
   criterion=LORA_CRITERION,
   damping=1e-6,
   mesh=None,
+  texts=1,
 ):
   """The base and what else the event changes."""
   state, base = places_of(config, mesh)
@@ -193,7 +194,7 @@ def event(
   if mesh is not None:
     rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
     tokens = jax.device_put(tokens, rows)
-  prune_layers = event_of(config, adapters, criterion, damping, mesh)
+  prune_layers = event_of(config, adapters, criterion, damping, mesh, texts)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(compensation, 'DAMPINGS', (damping,))
     patch.setattr(surgeon, 'DAMPING', damping)
@@ -217,7 +218,7 @@ def compensate(
   keep = jax.tree.map(lambda x: x.reshape(len(x), -1)[:, 0], keep)
   params, pruned = event(params, lora, before, after, keep, tokens, **options)
   jax.tree.map(np.testing.assert_array_equal, pruned.masks, after)
-  return params, pruned.unrepaired
+  return params, repair_of(pruned.errors, jnp.int32(0))['unrepaired']
 
 
 # That no batch has.
@@ -247,6 +248,32 @@ def test_a_member_that_has_a_double_goes_without_a_trace(group):
   difference = np.abs(logits(repaired, lora, after) - expected).max()
   assert unrepaired > 0.02
   assert difference < 2e-3 * unrepaired
+
+
+@pytest.mark.parametrize(
+  'mesh', [None, pytest.param((2, 2, 1, 2), marks=pytest.mark.mesh)]
+)
+def test_errors_are_told_apart_by_text(mesh):
+  params, lora = random_model()
+  before, after = masks_of(CHANNELS)
+  keep = ({CHANNELS: np.array([23, 23], np.int32)},)
+  run = functools.partial(event, params, lora, before, after, keep)
+  # The last micro-batch is kept out: it is of two texts, and of the third is
+  # none of it.
+  tokens = batches(1)
+  sources = np.zeros_like(tokens[0]['tokens'])
+  sources[0], sources[1, 4:] = 2, 1
+  together = run(tokens)[1].errors
+  if mesh:
+    mesh = sharding.make_mesh(sharding.mesh_sizes(*mesh))
+  _, apart = run(({**tokens[0], 'sources': sources},), texts=3, mesh=mesh)
+  np.testing.assert_allclose(apart.errors.sum(-1), together[..., 0], rtol=1e-4)
+  assert np.all(apart.errors[..., :2] > 0)
+  assert np.all(apart.errors[..., 2] == 0)
+  left = repair_of(apart.errors, jnp.int32(0))['error_left']
+  shares = apart.errors[:, 1] / apart.errors[:, 0]
+  np.testing.assert_allclose(left, shares.mean(axis=0), rtol=1e-5)
+  assert np.all(left[:2] < 1) and np.isnan(left[2])
 
 
 @BASES

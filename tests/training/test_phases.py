@@ -28,7 +28,7 @@ WAYS = {
   'prune.target=0': (FULL,) * 4,
   'prune.protect=none prune.criterion=gradient': (SMALL,) * 4,
   'prune.layer_profile=0.5,1,1.5 prune.order=prune_then_tune '
-  'prune.criterion=obs train.distill=1': (
+  'prune.criterion=obs train.distill=1 prune.compensate_data=synthetic:7': (
     *(LayerShape(3, 2, 96), SMALL, LayerShape(1, 2, 32), FULL),
   ),
 }
@@ -43,6 +43,11 @@ def test_other_ways_to_prune_run_to_the_end(way, tmp_path):
   assert costs == way.endswith('=gradient')
   # Steps that only measure have no teacher: of its own it would be 0.
   assert metrics(workdir)[0]['loss'] > 1
+  report = json.loads((workdir / 'summary.json').read_text())
+  for text, left in report['repair'].get('error_left', {}).items():
+    own = 'compensate_data=' in way
+    assert text == ('synthetic:7' if own else 'synthetic:0?windows=512')
+    assert 0 < left < 1
   assert load_config(workdir / 'export').layers == WAYS[way]
 
 
