@@ -28,8 +28,8 @@ compare: .venv/run $(MODEL)/config.json
 
 # What has a target of its own below is not among these. Two files at a time:
 # most of their time is compiling, on one core.
-MAIN := -n 2 --dist loadfile --no-loadscope-reorder \
-  -m 'not (aot or gpu or slow or soak or packaging or browser)'
+PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
+ELSEWHERE := aot or gpu or slow or soak or packaging or browser
 
 # Ours beside PyTorch's, and how a step grows with its sizes.
 bench: .venv/dev $(MODEL)/config.json
@@ -39,7 +39,7 @@ bench-scaling: .venv/run
 	PYTHONPATH=. $(BIN)/python benchmarks/step.py --double
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(MAIN)
+	$(BIN)/python -m pytest $(PAIRS) -m 'not ($(ELSEWHERE))'
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
@@ -55,12 +55,11 @@ test-package: .venv/dev
 
 # With the oldest versions that requirements.txt allows. Messages, pages, meshes,
 # benchmarks, the algebra of pruning and the longest runs are left to `test`.
+LEFT := errors cli pruning test_docs.py test_notebook.py test_benchmarks.py \
+  training/test_shrinking.py training/test_phases.py training/test_processes.py
 test-lowest: .venv-lowest/dev
-	.venv-lowest/bin/python -m pytest $(MAIN) --ignore=tests/errors \
-	  --ignore=tests/cli --ignore=tests/pruning --ignore=tests/test_docs.py \
-	  --ignore=tests/runtime/test_sharding.py --ignore=tests/test_notebook.py \
-	  --ignore=tests/training/test_shrinking.py --ignore=tests/training/test_phases.py \
-	  --ignore=tests/test_benchmarks.py --ignore=tests/training/test_processes.py
+	.venv-lowest/bin/python -m pytest $(PAIRS) \
+	  -m 'not (mesh or $(ELSEWHERE))' $(LEFT:%=--ignore=tests/%)
 
 # What the compilers for TPUs and GPUs make of the step, with neither there.
 test-aot: .venvs/aot/made
