@@ -8,11 +8,12 @@ A folder of windows holds `counts.json` and, for W windows of T tokens:
                 there if all tokens count
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
 import functools
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ _DTYPES = {'tokens': '<i4', 'segments': '<i4', 'weights': 'u1'}
 
 # At most so many documents, and about so many characters, are tokenised in one
 # call.
-_BATCH, _CHARACTERS = 256, 2**22
+_BATCH, _CHARACTERS = 256, 2**20
 # At most so many windows are filled at the same time.
 _OPEN = 64
 
@@ -47,10 +48,17 @@ class Packed(NamedTuple):
 
 
 class Tokens(NamedTuple):
-  """A document's ids (N,), and 1 for each that counts in the loss, else 0."""
+  """The tokens of a document, or of a part of one.
+
+  Attributes:
+    ids: (N,).
+    targets: (N,), 1 for each that counts in the loss, else 0.
+    goes_on: whether the document goes on in the next ones.
+  """
 
   ids: np.ndarray
   targets: np.ndarray
+  goes_on: bool = False
 
 
 @dataclasses.dataclass
@@ -80,7 +88,8 @@ def tokenise(
 ) -> Iterator[Tokens]:
   """Yields the tokens of each document, in order, computed in batches ahead.
 
-  The tokenizers library runs threads of its own.
+  Those of a long document come in parts. The tokenizers library runs threads of
+  its own.
 
   Args:
     documents: read as they are needed.
@@ -90,8 +99,35 @@ def tokenise(
   """
   work = functools.partial(_tokenise, tokenizer, whole)
   with ThreadPoolExecutor(1) as pool:
-    for tokens in in_order(pool, work, _batches(documents), ahead=1):
-      yield from tokens
+    for long, some in itertools.groupby(
+      documents, lambda d: d.rest is not None
+    ):
+      if long:
+        for document in some:
+          yield from _tokenise_long(tokenizer, whole, document)
+        continue
+      for tokens in in_order(pool, work, _batches(some), ahead=1):
+        yield from tokens
+
+
+def _tokenise_long(
+  tokenizer: Tokenizer, whole: bool, document: Document
+) -> Iterator[Tokens]:
+  text = itertools.chain([document.text], document.rest)
+  parts = tokenizer.encode_parts(text, special=not whole)
+  ids = next(parts)
+  for following in parts:
+    yield Tokens(ids, np.ones(len(ids), np.uint8), goes_on=True)
+    ids = following
+  ids = _ended(ids, None if whole else tokenizer.eos_token_id)
+  yield Tokens(ids, np.ones(len(ids), np.uint8))
+
+
+def _ended(ids: np.ndarray, eos: int | None) -> np.ndarray:
+  """The ids of a document, with EOS at the end if there is one."""
+  if eos is None or eos in ids[-1:]:
+    return ids
+  return np.append(ids, eos).astype(np.int32)
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -128,8 +164,7 @@ def _tokenise(
   for document, ids in zip(
     documents, encode([d.text for d in documents]), strict=True
   ):
-    if eos is not None and eos not in ids[-1:]:
-      ids = np.append(ids, eos).astype(np.int32)
+    ids = _ended(ids, eos)
     targets = np.ones(len(ids), np.uint8)
     if document.responses is not None:
       targets[:] = 0
@@ -149,17 +184,25 @@ def _common(head: np.ndarray, ids: np.ndarray) -> int:
   return int(differ[0]) if len(differ) else count
 
 
+_NOTHING = np.empty(0, np.int32), np.empty(0, np.uint8)
+
+
+def _joined(before: Sequence[np.ndarray], tokens: Tokens) -> list[np.ndarray]:
+  """Ids and targets that lie before others, and those."""
+  return [np.concatenate(both) for both in zip(before, tokens[:2], strict=True)]
+
+
 def concatenate(documents: Iterable[Tokens], seq_len: int) -> Iterator[Windows]:
   """Yields windows of the documents as they are, one behind the other.
 
   Each part that is yielded has whole windows, (W, T). What follows the last one
   is left out.
   """
-  rest = Tokens(np.empty(0, np.int32), np.empty(0, np.uint8))
+  rest = _NOTHING
   for document in documents:
-    ids, targets = map(np.concatenate, zip(rest, document, strict=True))
+    ids, targets = _joined(rest, document)
     whole = len(ids) - len(ids) % seq_len
-    rest = Tokens(ids[whole:], targets[whole:])
+    rest = ids[whole:], targets[whole:]
     yield {
       'tokens': ids[:whole].reshape(-1, seq_len),
       'weights': targets[:whole].reshape(-1, seq_len),
@@ -188,31 +231,48 @@ def fill(
   it must not be predicted from the document before it.
   """
   opened: list[tuple[int, list[Tokens]]] = []  # (room left, its pieces)
-  for document in documents:
-    counts.cut += len(document.ids) > seq_len
-    for start in range(0, len(document.ids), seq_len):
-      piece = Tokens(*(x[start : start + seq_len] for x in document))
-      size = len(piece.ids)
-      best = min(
-        (i for i, (room, _) in enumerate(opened) if room >= size),
-        key=lambda i: opened[i][0],
-        default=None,
-      )
-      room, pieces = opened.pop(best) if best is not None else (seq_len, [])
-      opened.append((room - size, [*pieces, piece]))
-      if room == size:
-        yield _window(opened.pop()[1], seq_len, counts)
-      elif len(opened) > _OPEN:
-        fullest = min(range(len(opened)), key=lambda i: opened[i][0])
-        yield _window(opened.pop(fullest)[1], seq_len, counts)
+  for piece in _pieces(documents, seq_len, counts):
+    size = len(piece.ids)
+    best = min(
+      (i for i, (room, _) in enumerate(opened) if room >= size),
+      key=lambda i: opened[i][0],
+      default=None,
+    )
+    room, pieces = opened.pop(best) if best is not None else (seq_len, [])
+    opened.append((room - size, [*pieces, piece]))
+    if room == size:
+      yield _window(opened.pop()[1], seq_len, counts)
+    elif len(opened) > _OPEN:
+      fullest = min(range(len(opened)), key=lambda i: opened[i][0])
+      yield _window(opened.pop(fullest)[1], seq_len, counts)
   for _, pieces in opened:
     yield _window(pieces, seq_len, counts)
+
+
+def _pieces(
+  documents: Iterable[Tokens], seq_len: int, counts: Counts
+) -> Iterator[Tokens]:
+  """Cuts each document every `seq_len` tokens."""
+  rest, size = _NOTHING, 0
+  for document in documents:
+    ids, targets = _joined(rest, document)
+    size += len(document.ids)
+    whole = len(ids)
+    if document.goes_on:
+      whole -= whole % seq_len
+    for start in range(0, whole, seq_len):
+      here = slice(start, min(start + seq_len, whole))
+      yield Tokens(ids[here], targets[here])
+    rest = ids[whole:], targets[whole:]
+    if not document.goes_on:
+      counts.cut += size > seq_len
+      size = 0
 
 
 def _window(pieces: list[Tokens], seq_len: int, counts: Counts) -> Windows:
   window = {name: np.zeros(seq_len, dtype) for name, dtype in _DTYPES.items()}
   at = 0
-  for number, (ids, targets) in enumerate(pieces, 1):
+  for number, (ids, targets, _) in enumerate(pieces, 1):
     here = slice(at, at + len(ids))
     window['tokens'][here] = ids
     window['segments'][here] = number

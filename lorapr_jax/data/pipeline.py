@@ -159,8 +159,8 @@ def _documents(
     documents = template_documents(spec, template, tokenizer)
     yield from packing.tokenise(documents, tokenizer, whole=template.is_chat)
   else:
-    ids = tokenizer.encode(evaluation_text(spec))
-    yield Tokens(ids, np.ones(len(ids), np.uint8))
+    for ids in tokenizer.encode_parts(evaluation_text(spec)):
+      yield Tokens(ids, np.ones(len(ids), np.uint8), goes_on=True)
 
 
 def _counted(
@@ -170,18 +170,21 @@ def _counted(
   vocab_size: int,
   max_tokens: int,
 ) -> Iterator[Tokens]:
+  begins = True
   for document in documents:
-    if max_tokens:
-      left = max_tokens - counts.tokens
+    left = max_tokens - counts.tokens
+    ends = max_tokens > 0 and left <= len(document.ids)
+    if ends:
       document = Tokens(document.ids[:left], document.targets[:left])
-    counts.documents += 1
+    counts.documents += begins
+    begins = not document.goes_on
     counts.tokens += len(document.ids)
     counts.largest_id = max(
       counts.largest_id, int(document.ids.max(initial=-1))
     )
     check_vocabulary(counts.largest_id, tokenizer, vocab_size)
     yield document
-    if max_tokens and counts.tokens == max_tokens:
+    if ends:
       return
 
 

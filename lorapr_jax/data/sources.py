@@ -4,9 +4,10 @@ A document is a text file, or a record of one of the other kinds. A mixture is
 several specs with weights, `0.7*SPEC + 0.3*SPEC`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import hashlib
+import itertools
 import logging
 import math
 import re
@@ -98,7 +99,7 @@ def parse_spec(spec: str) -> Spec:
   known: tuple[str, ...] = ()
   match scheme if colon else None:
     case 'file':
-      kind = text_files.kind(text_files.find_files(path)[0])
+      kind = text_files.kind_of(path)
       known = text_files.OPTIONS[kind]
     case 'tfds':
       tfds.parse_tfds(path)
@@ -170,14 +171,34 @@ def _tfds_spec(spec: Spec) -> tfds.TfdsSpec:
   return tfds.parse_tfds(spec.path, spec.options.get('data_dir'))
 
 
-def read_rows(spec: Spec) -> Iterator[str]:
+def read_rows(spec: Spec) -> Iterator[Iterator[str]]:
   """Yields the texts of one column in order, the empty ones included.
+
+  Each comes in parts, which must be read before the next text is asked for: a
+  text file may be larger than memory.
 
   Raises:
     UserError: if the data cannot be read, if the column holds something other
       than text, or if all of it is empty.
   """
   filled = False
+
+  def watched(parts: Iterable[str]) -> Iterator[str]:
+    nonlocal filled
+    for part in parts:
+      filled = filled or _has_text(part)
+      yield part
+
+  yield from map(watched, _read_rows(spec))
+  if not filled:
+    raise UserError(f'{spec.text} holds no text')
+
+
+def _read_rows(spec: Spec) -> Iterator[Iterable[str]]:
+  if spec.scheme == 'file' and text_files.kind_of(spec.path) == '.txt':
+    lines = 'lines' in spec.options
+    yield from text_files.read_texts(spec.path, lines=lines)
+    return
   for number, record in enumerate(read_records(spec, [spec.column]), 1):
     text = record[spec.column]
     if text is not None and not isinstance(text, str):
@@ -185,14 +206,15 @@ def read_rows(spec: Spec) -> Iterator[str]:
         f'{spec.text}, record {number}: {spec.column!r} is not text but '
         f'{type(text).__name__}'
       )
-    filled = filled or bool(text and not text.isspace())
-    yield text or ''
-  if not filled:
-    raise UserError(f'{spec.text} holds no text')
+    yield (text or '',)
 
 
-def read_documents(spec: Spec) -> Iterator[str]:
-  """Yields the rows of a spec that hold text.
+def _has_text(text: str) -> bool:
+  return bool(text) and not text.isspace()
+
+
+def read_documents(spec: Spec) -> Iterator[Iterator[str]]:
+  """Yields the rows of a spec that hold text, in parts as `read_rows` does.
 
   At the end a warning says how many rows were left out.
 
@@ -200,10 +222,14 @@ def read_documents(spec: Spec) -> Iterator[str]:
     UserError: as `read_rows`.
   """
   count = empty = 0
-  for text in read_rows(spec):
+  for parts in read_rows(spec):
     count += 1
-    if text and not text.isspace():
-      yield text
+    head = []
+    for part in parts:
+      head.append(part)
+      if _has_text(part):
+        yield itertools.chain(head, parts)
+        break
     else:
       empty += 1
   if empty:
@@ -213,15 +239,18 @@ def read_documents(spec: Spec) -> Iterator[str]:
     )
 
 
-def evaluation_text(spec: Spec) -> str:
-  """All rows, the empty ones included, joined by a blank line.
+def evaluation_text(spec: Spec) -> Iterator[str]:
+  """All rows, the empty ones included, joined by a blank line, in parts.
 
   This is what the papers do (docs/method.md, evaluation).
 
   Raises:
     UserError: as `read_rows`.
   """
-  return '\n\n'.join(read_rows(spec))
+  for i, parts in enumerate(read_rows(spec)):
+    if i:
+      yield '\n\n'
+    yield from parts
 
 
 def identity(spec: Spec) -> bytes:

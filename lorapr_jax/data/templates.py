@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from lorapr_jax.data import text_files
 from lorapr_jax.data.sources import Spec, read_documents, read_records
-from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.data.tokenizer import LONG, Tokenizer
 from lorapr_jax.errors import UserError, choose
 
 LOSSES = ('all', 'response')
@@ -60,10 +60,13 @@ class Document(NamedTuple):
     text: the text, which is not empty.
     responses: the (start, end) of each run of characters that counts in the
       loss; None: all characters count.
+    rest: what follows of a long text, in parts that must be read before the
+      next document; None if that is all.
   """
 
   text: str
   responses: tuple[tuple[int, int], ...] | None = None
+  rest: Iterator[str] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +115,7 @@ class Template:
     if not self.template or {'column', 'field'} & set(spec.options):
       return False
     if spec.scheme == 'file':
-      return text_files.kind(text_files.find_files(spec.path)[0]) != '.txt'
+      return text_files.kind_of(spec.path) != '.txt'
     return spec.scheme not in ('demo', 'synthetic')
 
 
@@ -131,7 +134,7 @@ def template_documents(
     UserError: if a record does not fit the template, or if no text is left.
   """
   if not template.applies_to(spec):
-    yield from map(Document, read_documents(spec))
+    yield from map(_plain, read_documents(spec))
     return
   render = functools.partial(_chat, tokenizer) if template.is_chat else _fill
   total = empty = 0
@@ -157,6 +160,16 @@ def template_documents(
       '%s: %d of %d records give no %s and are left out',
       *(spec.text, empty, total, what),
     )
+
+
+def _plain(parts: Iterator[str]) -> Document:
+  head, size = [], 0
+  for part in parts:
+    head.append(part)
+    size += len(part)
+    if size > LONG:
+      return Document(''.join(head), rest=parts)
+  return Document(''.join(head))
 
 
 def _fill(template: Template, record: dict[str, Any], where: str) -> Document:

@@ -70,6 +70,11 @@ def kind(file: Path) -> str:
   return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
 
 
+def kind_of(path: str) -> str:
+  """The one kind of the files that `find_files` finds."""
+  return kind(find_files(path)[0])
+
+
 def read_files(
   path: str, fields: Sequence[str] | None = None, *, lines: bool = False
 ) -> Iterator[Record]:
@@ -86,16 +91,27 @@ def read_files(
     UserError: if a file cannot be read as its kind, or if a field is missing.
   """
   for file in find_files(path):
+    if kind(file) == '.txt':
+      text = ''.join(_text(file, lines))
+      yield pick({'text': text}, fields, str(file))
+      continue
     with _open(file) as stream:
       match kind(file):
-        case '.txt':
-          yield pick({'text': _text(file, stream, lines)}, fields, str(file))
         case '.jsonl':
           yield from _json_lines(file, stream, fields)
         case '.csv':
           yield from _csv(file, stream, fields)
         case '.parquet':
           yield from _parquet(file, stream, fields)
+
+
+def read_texts(path: str, *, lines: bool = False) -> Iterator[Iterator[str]]:
+  """Yields each text file in parts, which must be read before the next file.
+
+  The arguments and errors are those of `read_files`.
+  """
+  for file in find_files(path):
+    yield _text(file, lines)
 
 
 def hash_files(path: str) -> bytes:
@@ -165,11 +181,14 @@ def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
     yield from io.StringIO(text, newline=None)
 
 
-def _text(file: Path, stream: BinaryIO, lines: bool) -> str:
-  if not lines:
-    return ''.join(_lines(file, stream))
-  stripped = (line.strip() for line in _lines(file, stream))
-  return '\n\n'.join(line for line in stripped if line)
+def _text(file: Path, lines: bool) -> Iterator[str]:
+  with _open(file) as stream:
+    if not lines:
+      yield from _lines(file, stream)
+      return
+    stripped = (line.strip() for line in _lines(file, stream))
+    for i, line in enumerate(filter(None, stripped)):
+      yield f'\n\n{line}' if i else line
 
 
 def _json_lines(

@@ -1,6 +1,6 @@
 """A folder's tokenizer: turns text into ids and back, and writes chats."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import hashlib
 from pathlib import Path
@@ -10,8 +10,12 @@ import warnings
 import numpy as np
 
 from lorapr_jax.data import tokenizer_files
+from lorapr_jax.data.pieces import Pieces
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime.paths import path_of, tokenizer_folder
+
+# A text of more characters is tokenised in pieces.
+LONG = 2**20
 
 
 @contextlib.contextmanager
@@ -60,6 +64,7 @@ class Tokenizer:
     # Exception itself.
     except Exception as error:
       raise self._error('the tokenizer', error) from error
+    self._pieces = Pieces(self._loaded.fast)
     self.eos_token_id = self.wrapped.eos_token_id
 
   def encode(self, text: str) -> np.ndarray:
@@ -75,6 +80,11 @@ class Tokenizer:
     """
     if not texts:
       return []
+    if max(map(len, texts)) > LONG:
+      return [
+        np.concatenate(list(self.encode_parts([text], special=special)))
+        for text in texts
+      ]
     fast, wrapped, front = self._loaded
     if fast is None:
       batch = wrapped(texts, add_special_tokens=False, verbose=False)
@@ -84,6 +94,27 @@ class Tokenizer:
       found = (encoding.ids for encoding in batch)
     front = front if special else []
     return [np.asarray([*front, *ids], np.int32) for ids in found]
+
+  def encode_parts(
+    self, parts: Iterable[str], *, special: bool = True
+  ) -> Iterator[np.ndarray]:
+    """Yields the ids of one text, some at a time, in bounded memory.
+
+    Together they are those of `encode_batch`. A tokenizer that transformers
+    runs in Python takes the text as a whole.
+
+    Args:
+      parts: of the text, read as they are needed.
+      special: whether BOS is put in front, if the tokenizer puts it there.
+    """
+    fast, wrapped, front = self._loaded
+    yield np.asarray(front if special else [], np.int32)
+    if fast is None:
+      text = ''.join(parts)
+      ids = wrapped.encode(text, add_special_tokens=False, verbose=False)
+      yield np.asarray(ids, np.int32)
+    else:
+      yield from self._pieces.encode(parts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens. Half a character is U+FFFD."""

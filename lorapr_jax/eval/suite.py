@@ -137,6 +137,7 @@ def _obstacle(text: str, tokens: int, length: int, limit: int) -> str | None:
 
 
 def _tokens(spec: Spec, tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
-  tokens = tokenizer.encode(evaluation_text(spec))
+  parts = tokenizer.encode_parts(evaluation_text(spec))
+  tokens = np.concatenate(list(parts))
   check_vocabulary(tokens.max(initial=-1), tokenizer, vocab_size)
   return tokens

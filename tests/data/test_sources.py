@@ -25,7 +25,7 @@ from lorapr_jax.errors import UserError
 
 
 def read(spec):
-  return list(read_documents(parse_spec(spec)))
+  return list(map(''.join, read_documents(parse_spec(spec))))
 
 
 def write(path, text):

@@ -48,7 +48,7 @@ def documents(tmp_path, tokenizer):
 
 def learnt(document, tokenizer, whole=False):
   """The text of the tokens that are targets."""
-  [(ids, targets)] = tokenise([document], tokenizer, whole=whole)
+  [(ids, targets, _)] = tokenise([document], tokenizer, whole=whole)
   assert set(targets) <= {0, 1}
   return tokenizer.wrapped.decode(ids[targets == 1])
 
@@ -110,7 +110,7 @@ def test_the_chat_template_learns_the_assistants_turns(
   assert document.text == text
   assert learnt(document, tokenizer, whole=True) == 'jumps\nthe dog\n'
   # It ends as the template ends it: no token is added.
-  [(ids, _)] = tokenise([document], tokenizer, whole=True)
+  [(ids, _, _)] = tokenise([document], tokenizer, whole=True)
   np.testing.assert_array_equal(ids, tokenizer.encode(text))
 
 

@@ -22,7 +22,7 @@ COMPRESSIONS = {'': None, '.gz': 'gzip', '.zst': 'zstd'}
 
 
 def read(spec):
-  return list(read_documents(parse_spec(spec)))
+  return list(map(''.join, read_documents(parse_spec(spec))))
 
 
 def records(spec, fields=None):

@@ -102,7 +102,7 @@ def copied(data_dir, tmp_path):
 
 def read(name, data_dir, option=''):
   spec = f'tfds:{name}?data_dir={data_dir}{option}'
-  return list(read_documents(parse_spec(spec)))
+  return list(map(''.join, read_documents(parse_spec(spec))))
 
 
 @pytest.mark.parametrize(
