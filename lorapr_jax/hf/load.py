@@ -257,8 +257,11 @@ def load_params(
     dtype: to convert to.
 
   Raises:
-    UserError: if the files do not hold what config.json says.
+    UserError: if the files do not hold what config.json says, or NaN.
   """
   shards = Shards(folder)
   check_tensors(shards, config.dequantized)
-  return place_params(shards.slice_of, config, shardings, dtype)
+  try:
+    return place_params(shards.slice_of, config, shardings, dtype)
+  except UserError as error:
+    raise UserError(f'{folder}: {error}') from None

@@ -186,6 +186,7 @@ CASES = [
     lambda t: t.update({QUERIES: np.zeros((32, 16), np.float32)}),
   ),
   _weights(f'{QUERIES} is int8', _cast(QUERIES, 'int8')),
+  _weights(f'{QUERIES} holds NaN', lambda t: t[QUERIES].fill(np.nan)),
   _changed(
     'MODEL/model.safetensors is cut short',
     _truncate('model.safetensors'),

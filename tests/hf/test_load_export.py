@@ -530,3 +530,47 @@ def test_sizes_are_read_where_the_weights_have_not_come(save_hf, tmp_path):
   for path in sorted(folder.glob('*.safetensors')):
     path.unlink()
     assert load_config(folder).tie_embeddings
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize(
+  'name',
+  [
+    'model.embed_tokens.weight',
+    'model.layers.1.self_attn.k_proj.weight',
+    'model.layers.1.mlp.down_proj.weight',
+    'model.layers.0.input_layernorm.weight',
+    'model.norm.weight',
+    'lm_head.weight',
+  ],
+)
+@pytest.mark.parametrize('value', [np.nan, -np.inf])
+@pytest.mark.parametrize('kind', ['float32', 'bfloat16', 'int8'])
+def test_a_weight_that_is_not_finite_is_named(
+  kind, value, name, save_hf, tmp_path
+):
+  folder = shutil.copytree(save_hf('gqa'), tmp_path / 'model')
+  dtype = jnp.dtype('float32' if kind == 'int8' else kind)
+  config = load_config(folder)
+  if kind == 'int8':
+    config = dataclasses.replace(config, quantized=('k_proj', 'down_proj'))
+  mesh = sharding.make_mesh(sharding.mesh_sizes(1, 4, 2))
+  places = weight_places(config, dtype, mesh)
+  load_params(folder, config, places, dtype)
+
+  def change(tensors):
+    tensors[name].flat[-1] = value
+
+  _rewrite(folder, change)
+  message = f'{folder}: {name} holds NaN or infinity as {dtype.name}: fetch'
+  with pytest.raises(UserError, match=message):
+    load_params(folder, config, places, dtype)
+
+
+def test_a_weight_that_a_dtype_cannot_hold_is_named(damaged, load):
+  _rewrite(damaged, lambda t: t[f'{Q_PROJ}.weight'].fill(1e6))
+  load(damaged)
+  with pytest.raises(
+    UserError, match=f'{Q_PROJ}.weight .* infinity as float16'
+  ):
+    load(damaged, 'float16')
