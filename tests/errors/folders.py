@@ -31,13 +31,15 @@ def _config(did: str, **changes) -> Case:
   return _changed(f'MODEL/config.json has {did}', change)
 
 
-def _weights(did: str, edit: Callable[[dict[str, np.ndarray]], None]) -> Case:
+def _weights(
+  did: str, edit: Callable[[dict[str, np.ndarray]], None], **more
+) -> Case:
   def change(model):
     tensors = load_file(model / 'model.safetensors')
     edit(tensors)
     save_file(tensors, model / 'model.safetensors')
 
-  return _changed(did, change)
+  return _changed(did, change, **more)
 
 
 def _cast(name: str, dtype: str) -> Callable[[dict[str, np.ndarray]], None]:
@@ -186,7 +188,11 @@ CASES = [
     lambda t: t.update({QUERIES: np.zeros((32, 16), np.float32)}),
   ),
   _weights(f'{QUERIES} is int8', _cast(QUERIES, 'int8')),
-  _weights(f'{QUERIES} holds NaN', lambda t: t[QUERIES].fill(np.nan)),
+  _weights(
+    f'{QUERIES} holds NaN',
+    lambda t: t[QUERIES].fill(np.nan),
+    leaves=('CACHE', 'CACHE/'),
+  ),
   _changed(
     'MODEL/model.safetensors is cut short',
     _truncate('model.safetensors'),
