@@ -1,5 +1,7 @@
 """LoRAPrune from a checkpoint to a smaller checkpoint. Read top to bottom."""
 
+from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -25,6 +27,7 @@ from lorapr_jax.report.scores import write_scores
 from lorapr_jax.report.side_by_side import generations, latencies
 from lorapr_jax.runtime import interrupt, processes
 from lorapr_jax.runtime.files import write_json, write_text
+from lorapr_jax.runtime.lock import holding
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.terminal import PlainConsole
 from lorapr_jax.runtime.workdir import (
@@ -41,6 +44,15 @@ from lorapr_jax.training.inputs import reading
 from lorapr_jax.training.loop import train_phase
 from lorapr_jax.training.teacher import remember_teacher
 from lorapr_jax.training.watch import Watch
+
+
+def _lock(
+  workdir: Path, display: Display
+) -> contextlib.AbstractContextManager[Callable[[], None]]:
+  """Held by the process that writes; see `holding`."""
+  if processes.is_first():
+    return holding(workdir, display.print)
+  return contextlib.nullcontext(lambda: None)
 
 
 def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -81,7 +93,13 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   console = PlainConsole(stderr=True, quiet=not processes.is_first())
   hint = processes.hint()
-  with Display(console, model_name(folder), settings.steps, hint) as display:
+  with (
+    Display(console, model_name(folder), settings.steps, hint) as display,
+    _lock(workdir, display) as check_lock,
+  ):
+    if processes.is_first():  # Until now, another process may have run in it.
+      check_workdir(workdir, identity)
+
     # --- Data: packed once, then memory-mapped; batch t depends on seed and t.
     display.start('data')
     specs = [phase.data for phase in settings.phases]
@@ -141,6 +159,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       data=data,
       train=train,
       log=settings.log,
+      check_lock=check_lock,
     )
     run_phase = functools.partial(
       train_phase, seed=train.seed, batches=batches, watch=watch
@@ -212,34 +231,37 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
     # --- Export: every format is read back, and its logits are compared.
     display.start('export')
+    check_lock()
     exports = export_run(settings.export, workdir, model, weights)
     display.stop()
-  if not processes.is_first():
-    return {}
+    if not processes.is_first():
+      return {}
 
-  # --- Summary.
-  result = {
-    'model': model.name,
-    'base': {key: model.pruning['base'][key] for key in ('name', 'sha256')},
-    **summary.cost_report(
-      dense=dense,
-      pruned=model.config,
-      dtype=exports['hf']['dtype'],
-      seq_len=train.seq_len,
-    ),
-    'sparsity': summary.sparsity_report(plan),
-    'repair': repair,
-    'cuts_on_the_way': list(settings.pruning.cuts if settings.pruning else ()),
-    **comparison,
-    'seconds': display.seconds,
-    'tokens_per_second': metrics.median_speed(workdir),
-    'peak_memory_bytes': summary.peak_memory_bytes(),
-    'skipped_steps': skipped,
-    'warnings': display.warnings,
-    'exports': exports,
-    'versions': summary.versions(),
-    'command': shlex.join(sys.argv),
-  }
-  write_json(workdir / SUMMARY_FILE, result)
-  write_text(workdir / REPORT_FILE, render_report(workdir))
-  return result
+    # --- Summary.
+    result = {
+      'model': model.name,
+      'base': {key: model.pruning['base'][key] for key in ('name', 'sha256')},
+      **summary.cost_report(
+        dense=dense,
+        pruned=model.config,
+        dtype=exports['hf']['dtype'],
+        seq_len=train.seq_len,
+      ),
+      'sparsity': summary.sparsity_report(plan),
+      'repair': repair,
+      'cuts_on_the_way': list(
+        settings.pruning.cuts if settings.pruning else ()
+      ),
+      **comparison,
+      'seconds': display.seconds,
+      'tokens_per_second': metrics.median_speed(workdir),
+      'peak_memory_bytes': summary.peak_memory_bytes(),
+      'skipped_steps': skipped,
+      'warnings': display.warnings,
+      'exports': exports,
+      'versions': summary.versions(),
+      'command': shlex.join(sys.argv),
+    }
+    write_json(workdir / SUMMARY_FILE, result)
+    write_text(workdir / REPORT_FILE, render_report(workdir))
+    return result

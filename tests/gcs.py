@@ -38,11 +38,12 @@ def _with_generation(request, response, storage, *args, **kwargs):
 def _if_as_said(request, response, storage, *args, **kwargs):
   with _lock:
     said = request.query.get('ifGenerationMatch')
-    if said and said != [
-      _generation(request, storage, request.query['name'][0])
-    ]:
-      response.status = HTTPStatus.PRECONDITION_FAILED
-      return
+    if said:
+      # tensorstore's uploads have the name in the query, gcsfs's in a part.
+      asked = request.query.get('name') or [request.data['meta']['name']]
+      if said != [_generation(request, storage, asked[0])]:
+        response.status = HTTPStatus.PRECONDITION_FAILED
+        return
     _insert(request, response, storage, *args, **kwargs)
 
 

@@ -110,6 +110,7 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
   process.send_signal(signal.SIGKILL)
   process.communicate()
   assert not (workdir / 'checkpoints' / '60').exists()
+  assert (workdir / 'run.lock').exists()  # Of a dead process of this host.
   with open(workdir / 'metrics.jsonl', 'a') as file:
     file.write('{"step": 36, "lo')  # A line cut short by the kill.
 
@@ -118,6 +119,7 @@ def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
   assert resumed.returncode == 0, err
   assert 'resuming at step 30 of 60' in err
   assert_same_run(workdir, undisturbed[0])
+  assert not (workdir / 'run.lock').exists()
 
 
 def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(

@@ -8,6 +8,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import read_json, write_json, write_text
+from lorapr_jax.runtime.lock import LOCK_FILE
 from lorapr_jax.runtime.paths import is_local, make_folder
 
 RUN_FILE = 'run.json'
@@ -60,10 +61,17 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
         f'{new!r}): choose another --workdir, or go on with the settings in '
         'its run.json'
       )
-  elif workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+  elif workdir.exists() and not _is_empty(workdir):
     raise UserError(
       f'{workdir} exists and is no run of ours: choose another --workdir'
     )
+
+
+def _is_empty(workdir: Path) -> bool:
+  """Whether it is a folder that holds no more than a lock."""
+  return workdir.is_dir() and all(
+    path.name == LOCK_FILE for path in workdir.iterdir()
+  )
 
 
 def _check_writable(workdir: Path) -> None:

@@ -1,6 +1,6 @@
 """What goes on around the steps: clocks, log, checkpoints, signals."""
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -39,6 +39,7 @@ class Watch:
     data: says when the perplexity is measured.
     train: says when is logged and saved.
     log: where else is logged.
+    check_lock: checks that no other process writes to the workdir.
   """
 
   workdir: Path
@@ -49,6 +50,7 @@ class Watch:
   data: DataSettings
   train: TrainSettings
   log: LogSettings
+  check_lock: Callable[[], None]
 
   @contextlib.contextmanager
   def over(
@@ -203,6 +205,7 @@ class PhaseWatch:
     )
 
   def _save(self, state: TrainState, base: Base) -> None:
+    self._run.check_lock()
     pruning = self._phase.pruning
     if pruning and pruning.repairs:
       state = state.replace(repaired=repaired_of(base.params))

@@ -1,9 +1,13 @@
 """Workdirs that are taken, damaged checkpoints, and disks."""
 
 from collections.abc import Callable
+import json
+import os
 from pathlib import Path
 import shutil
 import sys
+import threading
+import time
 
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.runtime.workdir import claim_workdir
@@ -96,6 +100,24 @@ def _other_weights(place: Place) -> None:
   path.write_bytes(content)
 
 
+def _running(run: Path) -> None:
+  """As if a process of another host were touching the lock."""
+  _unfinished(run)
+  lock = run / 'run.lock'
+  lock.write_text(
+    json.dumps({'since': '2026-01-01 12:00:00', 'process': 1, 'host': 'HOST'})
+  )
+
+  def touch() -> None:
+    for _ in range(1000):
+      time.sleep(0.1)
+      if not lock.exists():
+        break
+      os.utime(lock)
+
+  threading.Thread(target=touch, daemon=True).start()
+
+
 def _packing(place: Place) -> list[str]:
   place.copy('MODEL')
   place.text()
@@ -113,6 +135,7 @@ CASES = [
   ),
   _begun('RUN goes on, and its base is another now', _other_weights),
   _run('RUN/run.json is cut short', _broken_record),
+  _run('`--workdir=RUN`, in which another process is running', _running),
   _run('The only checkpoint of RUN is damaged', _damaged, late=True),
   Case(
     '`--workdir=/dev/null/RUN`, a file in the way',

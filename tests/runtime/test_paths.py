@@ -25,7 +25,7 @@ from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.report.metrics import check_writers
-from lorapr_jax.runtime import sharding
+from lorapr_jax.runtime import lock, sharding
 from lorapr_jax.runtime.paths import (
   copy_file,
   files_in,
@@ -257,8 +257,11 @@ def test_a_run_in_gs_that_was_killed_goes_on_as_undisturbed(
       break
   killed.kill()
   killed.communicate()
-  # The newest checkpoint is damaged as well.
+  # The store lets one process alone have the lock, and that one is dead.
   far = path_of('gs://bucket/run')
+  with pytest.raises(FileExistsError):
+    lock._make(far / 'run.lock', b'')
+  # The newest checkpoint is damaged as well.
   complete = (far / 'checkpoints').glob('*/commit_success.txt')
   newest = max(int(path.parent.name) for path in complete)
   for path in (far / 'checkpoints' / str(newest)).glob('**/d/*'):
@@ -281,3 +284,4 @@ def test_a_run_in_gs_that_was_killed_goes_on_as_undisturbed(
       found = shards.slice_of(name)[:]
       np.testing.assert_allclose(found, x, rtol=0, atol=atol, err_msg=name)
   assert (far / 'report.html').stat().st_size > 10_000
+  assert not (far / 'run.lock').exists()
