@@ -94,8 +94,14 @@ def describe_run(
 
 
 def model_name(base: Path | None) -> str:
-  """The name of the base's folder."""
-  return base.resolve().name or 'model' if base else 'random weights'
+  """The name of the base's folder; of a snapshot of the Hub, ORG/NAME."""
+  if base is None:
+    return 'random weights'
+  folder = base.resolve()
+  repository, above = folder.parent.parent.name, folder.parent.name
+  if above == 'snapshots' and repository.startswith('models--'):
+    return repository.removeprefix('models--').replace('--', '/')
+  return folder.name or 'model'
 
 
 def merge(

@@ -56,7 +56,8 @@ class Route:
       return route
     if export.gguf_dtype != 'auto':
       route = dataclasses.replace(route, dtype=export.gguf_dtype)
-    file = f'{model.name}-{route.stored_dtype(model)}.gguf'
+    name = model.name.rpartition('/')[2]  # Of ORG/NAME.
+    file = f'{name}-{route.stored_dtype(model)}.gguf'
     return dataclasses.replace(route, path=path / file)
 
   def check_path(self) -> None:

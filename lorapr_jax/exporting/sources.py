@@ -9,7 +9,13 @@ from ml_collections import config_dict
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.exporting.model import Description, Weights, describe_run, merge
+from lorapr_jax.exporting.model import (
+  Description,
+  Weights,
+  describe_run,
+  merge,
+  model_name,
+)
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
 from lorapr_jax.hf.config import config_to_hf, layers_from_hf
@@ -177,7 +183,7 @@ def _describe_folder(folder: Path, route: Route) -> Description:
     )
   config, shards = load_config(folder), Shards(folder)
   check_tensors(shards, config)
-  name, before, kept, pruning = folder.resolve().name, None, None, None
+  name, before, kept, pruning = model_name(folder), None, None, None
   if (folder / 'pruning.json').exists():
     pruning = _read(folder / 'pruning.json', ('base', 'sparsity', 'kept'))
     before, kept = _cut_of(folder / 'pruning.json', pruning, config)

@@ -15,7 +15,12 @@ import transformers
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting import sources as exports
 from lorapr_jax.exporting.cards import pruning_report
-from lorapr_jax.exporting.model import Description, Weights, merge
+from lorapr_jax.exporting.model import (
+  Description,
+  Weights,
+  merge,
+  model_name,
+)
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
 from lorapr_jax.gguf.read import open_gguf
@@ -28,6 +33,7 @@ from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
+from lorapr_jax.settings.sections import ExportSettings
 from lorapr_jax.training.base import cut_params
 from lorapr_jax.training.cut import cut_adapters
 
@@ -376,3 +382,27 @@ def test_a_route_that_cannot_be_is_refused(options, message, pruned, tmp_path):
   with pytest.raises(UserError, match=re.escape(message)):
     write(route, model, weights)
   assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+  'folder, name',
+  [
+    ('llama', 'llama'),
+    (
+      'models--meta-llama--Llama-2-7b/snapshots/01c7f73d',
+      'meta-llama/Llama-2-7b',
+    ),
+    ('models--gpt2/snapshots/607a30d7', 'gpt2'),
+    ('models--a--b/other/607a30d7', '607a30d7'),
+    ('data--a--b/snapshots/607a30d7', '607a30d7'),
+  ],
+)
+def test_a_snapshot_of_the_hub_has_its_repositorys_name(folder, name, tmp_path):
+  (tmp_path / folder).mkdir(parents=True)
+  assert model_name(tmp_path / folder) == name
+  (tmp_path / 'link').symlink_to(folder)
+  assert model_name(tmp_path / 'link') == name
+  description = Description(name, None, 'bfloat16', None)
+  route = Route.of_run('gguf', tmp_path, ExportSettings(), description)
+  file = f'{name.rpartition("/")[2]}-bf16.gguf'
+  assert route.path == tmp_path / 'export-gguf' / file
