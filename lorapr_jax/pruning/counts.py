@@ -17,11 +17,15 @@ class Choice(NamedTuple):
     group: the group.
     size: the count before pruning.
     multiple: what every smaller count divides by.
+    because: the settings that say so, such as `mesh.tensor=2`; '' for 1.
+    instead: a setting under which other heads could go; '' if there is none.
   """
 
   group: str
   size: int
   multiple: int
+  because: str = ''
+  instead: str = ''
 
   @property
   def fewest(self) -> int:
@@ -55,16 +59,20 @@ def round_share(choice: Choice, target: float) -> int:
     return kept
   below = choice.counts[:-1]
   name = f'prune.{kind(choice.group)}_target'
+  multiples = f'in multiples of {choice.multiple}'
+  if choice.because:
+    multiples += f', for {choice.because}'
   if not below:
+    another = 'another multiple' if choice.because else ''
+    ways = filter(None, [choice.instead, another, f'{name}=0'])
     raise UserError(
-      f'{name}: {choice.size} in multiples of {choice.multiple} cannot be '
-      'pruned; choose a smaller multiple, another prune.heads, or target 0'
+      f'{name}: {choice.size} ({multiples}) cannot be pruned; use '
+      + ' or '.join(ways)
     )
   share = 1 - below[-1] / choice.size
   raise UserError(
-    f'{name}={target} of {choice.size} (in multiples of '
-    f'{choice.multiple}) rounds to nothing pruned; the nearest that works '
-    f'is {share:.6f}, or 0 to leave them alone'
+    f'{name}={target} of {choice.size} ({multiples}) rounds to nothing '
+    f'pruned; the nearest that works is {share:.6f}, or 0 to leave them alone'
   )
 
 

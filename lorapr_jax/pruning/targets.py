@@ -13,6 +13,7 @@ from lorapr_jax.pruning.groups import (
   CHOICES,
   HEAD_GROUPS,
   KV_HEADS,
+  QUERIES,
   group_size,
   kind,
   protected_layers,
@@ -186,6 +187,29 @@ def multiple_of(config: LlamaConfig, targets: Targets, group: str) -> int:
   )
 
 
+def _choice(config: LlamaConfig, targets: Targets, group: str) -> Choice:
+  """The counts of a group, and what they follow from."""
+  shape = config.layers[0]
+  key = f'{kind(group)}_multiple_of'
+  asked = {f'prune.{key}': getattr(targets, key)}
+  instead = ''
+  if group == QUERIES:
+    instead = 'prune.heads=kv_groups' if shape.num_kv_heads > 1 else ''
+  else:
+    asked['mesh.tensor'] = targets.tensor_parallel
+    if group == KV_HEADS and shape.queries_per_kv > 1:
+      instead = 'prune.heads=queries'
+  multiple = multiple_of(config, targets, group)
+  because = (f'{name}={value}' for name, value in asked.items() if value > 1)
+  return Choice(
+    group,
+    group_size(config, shape, group),
+    multiple,
+    because=' and '.join(because) if multiple > 1 else '',
+    instead=instead,
+  )
+
+
 def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
   """Turns targets into counts (design of the rule: docs/method.md).
 
@@ -218,14 +242,7 @@ def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
       f'prune.layer_profile has {shares} shares for the {layers} layers that '
       'are pruned: give at most one for each'
     )
-  choices = [
-    Choice(
-      group,
-      group_size(config, config.layers[0], group),
-      multiple_of(config, targets, group),
-    )
-    for group in targets.groups
-  ]
+  choices = [_choice(config, targets, group) for group in targets.groups]
   if targets.unit == 'groups':
     kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
   else:

@@ -225,6 +225,57 @@ def test_a_refusal_names_the_heads():
   assert plan.keep[KV_HEADS][5] == 3
 
 
+@pytest.mark.parametrize(
+  'kv_heads, queries, options, message',
+  [
+    (
+      *(1, 8, {}),
+      'prune.heads_target: 1 (in multiples of 1) cannot be pruned; use '
+      'prune.heads=queries or prune.heads_target=0',
+    ),
+    (
+      *(1, 1, {}),
+      'prune.heads_target: 1 (in multiples of 1) cannot be pruned; use '
+      'prune.heads_target=0',
+    ),
+    (
+      *(4, 2, {'tensor_parallel': 4}),
+      'prune.heads_target: 4 (in multiples of 4, for mesh.tensor=4) cannot be '
+      'pruned; use prune.heads=queries or another multiple or '
+      'prune.heads_target=0',
+    ),
+    (
+      *(4, 1, {'tensor_parallel': 2, 'heads_multiple_of': 4}),
+      'prune.heads_target: 4 (in multiples of 4, for prune.heads_multiple_of=4 '
+      'and mesh.tensor=2) cannot be pruned; use another multiple or '
+      'prune.heads_target=0',
+    ),
+    (
+      *(8, 1, {'tensor_parallel': 4, 'target': 0.1}),
+      'prune.heads_target=0.1 of 8 (in multiples of 4, for mesh.tensor=4) '
+      'rounds to nothing pruned; the nearest that works is 0.5',
+    ),
+    (
+      *(4, 1, {'heads': 'queries', 'heads_multiple_of': 4}),
+      'prune.heads_target: 1 (in multiples of 1) cannot be pruned; use '
+      'prune.heads=kv_groups or prune.heads_target=0',
+    ),
+    (
+      *(4, 1, {'heads': 'none', 'channels_multiple_of': 64}),
+      'prune.channels_target: 64 (in multiples of 64, for '
+      'prune.channels_multiple_of=64) cannot be pruned; use another multiple '
+      'or prune.channels_target=0',
+    ),
+  ],
+)
+def test_a_refusal_says_where_a_multiple_comes_from_and_what_to_use(
+  kv_heads, queries, options, message
+):
+  config = model(4, kv_heads, queries, 64)
+  with pytest.raises(UserError, match=re.escape(message)):
+    plan_pruning(config, Targets(**options))
+
+
 def closest(config, choices, prunable, target):
   """The parameters of the best of all choices [(K, G, F)], by brute force.
 
