@@ -25,9 +25,14 @@ class Stopped(Exception):
     self.status = 128 + signum
 
 
+# Of what another library says, in characters.
+_LONGEST = 400
+
+
 def first_line(error: Exception) -> str:
   """What another library's exception says, for a message of one line."""
-  return str(error).strip().partition('\n')[0] or repr(error)
+  line = str(error).strip().partition('\n')[0] or repr(error)
+  return line if len(line) <= _LONGEST else f'{line[:_LONGEST]}...'
 
 
 def short(text: str, most: int = 100) -> str:

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 from lorapr_jax.data import text_files
 from lorapr_jax.data.sources import Spec, read_documents, read_records
 from lorapr_jax.data.tokenizer import LONG, Tokenizer
-from lorapr_jax.errors import UserError, choose
+from lorapr_jax.errors import UserError, choose, first_line
+from lorapr_jax.runtime.limits import bounded, bounded_text
 
 LOSSES = ('all', 'response')
 CHAT = 'chat'
@@ -32,25 +33,29 @@ def _compile(key: str, source: str) -> Any:
     finalize=lambda value: '' if value is None else value,
   )
   try:
-    return environment.from_string(source)
+    return bounded(lambda: environment.from_string(source))
   except jinja2.TemplateSyntaxError as error:
     raise UserError(
       f'{key} is no Jinja template: line {error.lineno}: {error.message}'
     ) from None
+  # Its constants are computed, and the Python that it becomes is compiled.
+  except Exception as error:
+    raise UserError(f'{key} cannot be compiled: {first_line(error)}') from error
 
 
 def _render(key: str, source: str, record: dict[str, Any], where: str) -> str:
   import jinja2
 
+  template = _compile(key, source)
   try:
-    return _compile(key, source).render(record)
+    return bounded_text(lambda: template.render(record))
   except jinja2.UndefinedError as error:
     raise UserError(
       f'{where}: {key}: {error.message}; the record has {", ".join(record)}'
     ) from None
   # A template can raise anything, depending on what its author wrote.
   except Exception as error:
-    raise UserError(f'{where}: {key}: {error}') from error
+    raise UserError(f'{where}: {key}: {first_line(error)}') from error
 
 
 class Document(NamedTuple):

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 from lorapr_jax.data import tokenizer_files
 from lorapr_jax.data.pieces import Pieces
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.runtime.limits import bounded_text
 from lorapr_jax.runtime.paths import path_of, tokenizer_folder
 
 # A text of more characters is tokenised in pieces.
@@ -164,17 +166,18 @@ class Tokenizer:
     Raises:
       UserError: as `encode_chat`.
     """
-    import jinja2
-
+    render = functools.partial(
+      self.wrapped.apply_chat_template,
+      list(messages),
+      add_generation_prompt=answer_next,
+      continue_final_message=last_goes_on,
+      tokenize=False,
+    )
     try:
-      return self.wrapped.apply_chat_template(
-        list(messages),
-        add_generation_prompt=answer_next,
-        continue_final_message=last_goes_on,
-        tokenize=False,
-      )
-    except (ValueError, jinja2.TemplateError) as error:
-      raise self._error('the chat template', error) from None
+      return bounded_text(render)
+    # A template can raise anything, depending on what its author wrote.
+    except Exception as error:
+      raise self._error('the chat template', error) from error
 
   def _error(self, what: str, error: Exception) -> UserError:
     reason = first_line(error)

@@ -175,6 +175,11 @@ CASES = [
     'data.template={{a}}',
   ),
   _template(
+    '`data.template={{a * 10**10}}`, more memory than a record may take',
+    '{"a": "word"}',
+    'data.template={{a * 10**10}}',
+  ),
+  _template(
     '`data.loss=response` where the response is always empty',
     '{"q": "word", "a": ""}',
     'data.template={{q}}',
