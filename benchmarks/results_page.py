@@ -1,26 +1,15 @@
-"""docs/results.md and its figure, from what the runs of compare.py came to."""
+"""docs/results.md, from what the runs of compare.py came to."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
-import operator
 import statistics
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.settings.model import ORDERS
+from benchmarks.peers import PEERS
 
 NEWS = 'held-out news'
+PAPER, OURS = "the paper's method", 'lorapr_jax'
 SEQ_LEN, WINDOWS = 128, 80
-COLORS = dict(
-  zip(
-    CRITERIA,
-    ('#2a6fbb', '#c44e52', '#55a868', '#dd8452', '#8172b2', '#888', '#17becf'),
-    strict=True,
-  )
-)
-MARKERS = dict(zip(ORDERS, 'osx', strict=True))
 # What may be added to the paper's method, one at a time, and its settings.
 ADDITIONS: dict[str, dict[str, Any]] = {
   'own': {'prune.lora_gradient': 'own'},
@@ -28,12 +17,20 @@ ADDITIONS: dict[str, dict[str, Any]] = {
   'distillation': {'train.distill': 0.5, 'train.distill_top_k': 64},
   'recovery': {'train.steps': 60, 'recover.steps': 40},
 }
-# The demo's config, which has what is best together, with the share of its
-# steps that only measure.
+# The demo's config, which has what is best together, and what differs from it:
+# first of all the share of its steps that only measure.
+EVERYTHING = 'everything'
 TOGETHER: dict[str, dict[str, Any]] = {
-  'everything': {'prune.calibration_steps': 24},
+  EVERYTHING: {'prune.calibration_steps': 24},
+  'everything, no layer protected': {
+    'prune.calibration_steps': 24,
+    'prune.protect': 'none',
+  },
+  'everything, untrained': {
+    'prune.calibration_steps': 32,
+    'train.distill': 0.0,
+  },
 }
-ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pd<>*', strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,16 +59,18 @@ class Row:
   @property
   def is_plain(self) -> bool:
     """Whether it is what the others are compared with: LoRAPrune."""
-    return (self.order, self.method) == ('joint', 'lora')
+    plain = (self.order, self.method) == ('joint', 'lora')
+    return plain and self.percent > 0
 
   @property
   def is_best(self) -> bool:
     """Whether it is the demo's config as it is."""
-    return self.added == 'everything'
+    return self.added == EVERYTHING
 
   def name(self, seed: int) -> str:
     """Of a run's workdir."""
-    method = self.method.replace(' ', '').replace(',', '-')
+    method = self.method.replace(' + ', '+').replace(', ', '-')
+    method = method.replace(' ', '-')
     return f'{self.order}-{method}-{self.percent}-seed{seed}'
 
 
@@ -105,6 +104,53 @@ def spread(values: Sequence[float], form: str = '{:.1f}') -> str:
   return f'{mean} ({form.format(min(values))}-{form.format(max(values))})'
 
 
+def lead(
+  dense: dict[str, float], results: Results, texts: Sequence[str]
+) -> str:
+  """What a reader wants to know first, peers included."""
+  lines = [
+    ('', 'parameters', *texts),
+    ('---',) * (2 + len(texts)),
+    ('dense', '100%', *(f'{dense[text]:.1f}' for text in texts)),
+  ]
+
+  def add(name: str, chosen: Callable[[Row], bool]) -> None:
+    for row, runs in results.items():
+      if chosen(row):
+        scores = [[run['perplexity'][text] for run in runs] for text in texts]
+        seeds = f', {len(runs)} seeds' if len(runs) > 1 else ''
+        kept = f'{runs[0]["kept"]:.1%}'
+        lines.append((name + seeds, kept, *map(spread, scores)))
+
+  add('LoRA alone, nothing pruned', lambda row: row.percent == 0)
+  for percent in sorted({row.percent for row in results} - {0}):
+
+    def here(row: Row, percent: int = percent) -> bool:
+      return row.percent == percent
+
+    add(PAPER, lambda row: here(row) and row.is_plain)
+    for peer in PEERS:
+      if here(peer):
+        scores = [peer.perplexity.get(text) for text in texts]
+        shown = (f'{x:.1f}' if x else '-' for x in scores)
+        lines.append((f'{peer.name} (apart)', f'{peer.kept:.1%}', *shown))
+    untrained = f'{OURS}, untrained'
+    add(untrained, lambda row: here(row) and row.added.endswith('untrained'))
+    add(OURS, lambda row: here(row) and row.is_best)
+  return _markdown(lines)
+
+
+def _markdown(lines: Iterable[Sequence[str]]) -> str:
+  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def apart() -> str:
+  """How the peers were measured."""
+  return '\n'.join(
+    f'- {peer.name}: commit {peer.commit}; {peer.settings}' for peer in PEERS
+  )
+
+
 def table(
   dense: dict[str, float],
   results: Results,
@@ -135,7 +181,7 @@ def table(
         f'{max(run["memory"] for run in runs) / 1e9:.2f}',
       )
     )
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+  return _markdown(lines)
 
 
 def findings(results: Results, texts: Iterable[str]) -> str:
@@ -183,81 +229,6 @@ def leaders(results: Results, texts: Iterable[str]) -> str:
   return '\n'.join(lines)
 
 
-def draw(dense: dict[str, float], results: Results) -> Figure:
-  """Perplexity on held-out news against the parameters kept."""
-  figure = Figure(figsize=(7, 4))
-  axes = figure.add_subplot()
-  axes.plot([1.0], [dense[NEWS]], 'D', color='black', label='dense')
-  for row, runs in results.items():
-    kept, values = runs[0]['kept'], [run['perplexity'][NEWS] for run in runs]
-    mean = statistics.mean(values)
-    errors = [[mean - min(values)], [max(values) - mean]]
-    axes.errorbar(
-      [kept],
-      [mean],
-      yerr=errors if len(values) > 1 else None,
-      fmt=ADDED.get(row.added, MARKERS[row.order]),
-      color=COLORS[row.criterion],
-      capsize=3,
-      label=f'{row.method}, {row.order}',
-    )
-  handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-  axes.legend(
-    handles.values(),
-    handles,
-    loc='center left',
-    bbox_to_anchor=(1, 0.5),
-    frameon=False,
-  )
-  axes.set(
-    xlabel='share of parameters kept',
-    ylabel=f'perplexity, {NEWS}',
-    yscale='log',
-  )
-  axes.xaxis.set_major_formatter('{x:.0%}')
-  axes.spines[['top', 'right']].set_visible(False)
-  figure.tight_layout()
-  return figure
-
-
-def draw_best(dense: dict[str, float], results: Results) -> Figure:
-  """The paper's method and everything: what the README shows.
-
-  Means over seeds, and their ranges, on held-out news against the parameters
-  kept; both lines go on to the dense model.
-  """
-  figure = Figure(figsize=(6, 3.2))
-  axes = figure.add_subplot()
-  for label, color, is_chosen in (
-    ('LoRAPrune', '#888', operator.attrgetter('is_plain')),
-    ('lorapr_jax', '#2a6fbb', operator.attrgetter('is_best')),
-  ):
-    points = [
-      (runs[0]['kept'], [run['perplexity'][NEWS] for run in runs])
-      for row, runs in results.items()
-      if is_chosen(row)
-    ]
-    points = sorted([*points, (1.0, [dense[NEWS]])])
-    means = [statistics.mean(values) for _, values in points]
-    below = [m - min(v) for m, (_, v) in zip(means, points, strict=True)]
-    above = [max(v) - m for m, (_, v) in zip(means, points, strict=True)]
-    axes.errorbar(
-      [kept for kept, _ in points],
-      means,
-      yerr=[below, above],
-      fmt='o-',
-      color=color,
-      capsize=3,
-      label=label,
-    )
-  axes.legend(frameon=False)
-  axes.set(xlabel='share of parameters kept', ylabel=f'perplexity, {NEWS}')
-  axes.xaxis.set_major_formatter('{x:.0%}')
-  axes.spines[['top', 'right']].set_visible(False)
-  figure.tight_layout()
-  return figure
-
-
 def page(
   dense: dict[str, float],
   results: Results,
@@ -274,11 +245,28 @@ def page(
   }
   dates = sorted({run['date'] for run in runs})
   period = ' to '.join(dict.fromkeys((dates[0], dates[-1])))
-  specs = '; '.join(
-    f'{name} is `{text["spec"]}`' for name, text in texts.items()
+  specs = '\n'.join(
+    f'- {name} is `{text["spec"]}`' for name, text in texts.items()
   )
   rest = ', '.join(missing) or 'none'
   return f"""# LoRAPrune beside the alternatives
+
+SmolLM2-135M-Instruct after 100 steps of 1,024 tokens of news. Perplexity is at
+{SEQ_LEN} tokens, on the first {WINDOWS} windows of each text. A range in
+brackets is that of the seeds. A row without one is a single run.
+
+{lead(dense, results, list(texts))}
+
+`{OURS}` is the demo's config, `configs/smollm2_135m.py`, with 24 steps that
+only measure. Untrained, 32 steps measure and none trains. The rows that say
+"apart" are of the tools' own code and of the same LoRA in PyTorch, measured
+apart, one run each:
+
+{apart()}
+
+The texts:
+
+{specs}
 
 {period}; {', '.join(sorted(versions))}. Every figure is in
 [results.json](results.json). Runs of the list that are not made yet: {rest}.
@@ -287,14 +275,15 @@ def page(
 PYTHONPATH=. {command}
 ```
 
-The model is SmolLM2-135M-Instruct with its three KV heads repeated to nine. A
-run takes 100 steps of 8 x 128 tokens of news, with rank 8 and a learning rate
-of 1e-3, down to 0 in each phase. The first tenth of the layers and the last one
-stay whole. In the other layers "50%" removes 4 of 9 heads and 768 of 1,536
-channels, and "20%" removes 1 and 284: the counts of the reference
-implementation. `joint` prunes while LoRA trains. `prune_then_tune` prunes after
-10 steps that only measure, and then trains LoRA for the other 90. `none` prunes
-after those 10. A row without a `+` is the paper's method
+## All runs
+
+The model has its three KV heads repeated to nine. LoRA has rank 8; its learning
+rate goes down to 0 in each phase. The first tenth of the layers and the last
+one stay whole. In the other layers "50%" removes 4 of 9 heads and 768 of 1,536
+channels, "35%" 3 and 538, and "20%" 1 and 284: at 50% and 20% the counts of the
+reference implementation. `joint` prunes while LoRA trains. `prune_then_tune`
+prunes after 10 steps that only measure, and then trains LoRA for the other 90.
+`none` prunes after those 10. A row without a `+` is the paper's method
 (`configs/paper.py:smollm2_135m`). After a `+` comes what is added to it, with
 its own defaults:
 
@@ -303,12 +292,8 @@ its own defaults:
 - `distillation`: `train.distill=0.5`, from the dense model's 64 most
   probable tokens
 - `recovery`: the first 60 steps prune, the other 40 train what is left
-- `everything`: `configs/smollm2_135m.py`, the demo's config, with 24 steps that
-  only measure
-
-Perplexity is at {SEQ_LEN} tokens, on the first {WINDOWS} windows of each text:
-{specs}.
-A range in brackets is that of the seeds. A row without one is a single run.
+- `everything`: the demo's config, with 24 steps that only measure, or 32 where
+  it is untrained
 
 {table(dense, results, texts)}
 

@@ -68,7 +68,7 @@ def compare():
 
 def test_the_comparison_has_the_runs_that_it_should(compare):
   runs = [(row, seed) for row in compare.ROWS for seed in row.seeds]
-  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 40
+  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 42
   assert sum(len(row.seeds) for row in compare.FULL) == 126
   for row, seed in runs:
     flags = compare.arguments(row, seed, 'MODEL', 'TRAIN')
@@ -85,7 +85,12 @@ def test_the_comparison_has_the_runs_that_it_should(compare):
     assert config.prune.compensate == ('ridge' if ridge else 'none')
     assert config.prune.order in ORDERS
     targets = config.prune.heads_target, config.prune.channels_target
-    removed = {20: (1, 284), 50: (4, 768)}[row.percent]
+    removed = {
+      0: (0, 0),
+      20: (1, 284),
+      35: (3, 538),
+      50: (4, 768),
+    }[row.percent]
     assert (9 * targets[0], 1536 * targets[1]) == pytest.approx(removed)
 
 
@@ -130,15 +135,22 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
     '- The lowest at 50%: joint lora + compensation on held-out news (70.0)\n'
     '- The lowest at 20%: joint magnitude on held-out news (60.0)\n'
   ) in page
-  assert 'held-out news is `file:heldout.txt`' in page
+  assert '- held-out news is `file:heldout.txt`\n' in page
   assert '\nPYTHONPATH=. python compare.py\n' in page
   assert '| 0% | dense |  |  | 100% | 40.0 |' in page
+  assert (
+    '| dense | 100% | 40.0 |\n'
+    "| the paper's method, 2 seeds | 60.0% | 100.0 (90.0-110.0) |\n"
+    '| FLAP + LoRA (apart) | 66.3% | 79.4 |\n'
+  ) in page
   assert '2026-11-26; jax 0.10.2.' in page
   # From the dense model to each share of groups that was run.
   best = compare.draw_best(dense, results).axes[0]
   shown = dict(zip(*best.get_legend_handles_labels()[::-1], strict=True))
-  assert list(shown) == ['LoRAPrune', 'lorapr_jax']
-  line = shown['LoRAPrune'].lines[0]
+  paper = "the paper's method"
+  peers = ['FLAP + LoRA', 'LLM-Pruner + LoRA']
+  assert sorted(shown) == sorted([paper, 'lorapr_jax', *peers])
+  line = shown[paper].lines[0]
   assert line.get_xdata().tolist() == [0.6, 1.0]
   assert line.get_ydata().tolist() == [100.0, 40.0]
   # One legend entry and one mark for each row, and the dense model's.
@@ -148,7 +160,7 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
 
 def test_the_comparison_says_what_it_has_not_run(compare):
   dense, results, missing = compare.collect(RECORD, compare.ROWS)
-  assert len(missing) == 40 - 7
+  assert len(missing) == 42 - 7
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
@@ -157,7 +169,7 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   # A run that is not measured on every text is missing too.
   record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
   more = compare.collect(record, compare.ROWS)
-  assert not more[1] and len(more[2]) == 40
+  assert not more[1] and len(more[2]) == 42
 
 
 def test_another_text_needs_another_name(compare, tmp_path):
