@@ -1,20 +1,9 @@
-"""Packs documents into windows of tokens on disk, and maps these into memory.
-
-A folder of windows holds `counts.json` and, for W windows of T tokens:
-  tokens.bin    (W, T) int32
-  segments.bin  (W, T) int32: 1, 2, ... for the documents that share a window,
-                0 for padding; only with packing=documents
-  weights.bin   (W, T) uint8: 1 where a token counts in the loss, else 0; not
-                there if all tokens count
-"""
+"""Packs documents into windows of tokens."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-import contextlib
-import dataclasses
 import functools
 import itertools
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -22,17 +11,15 @@ import numpy as np
 from lorapr_jax.data.ahead import in_order
 from lorapr_jax.data.templates import Document
 from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.data.window_files import DTYPES, Counts, Windows
 
 PACKINGS = ('documents', 'concatenate')
-_DTYPES = {'tokens': '<i4', 'segments': '<i4', 'weights': 'u1'}
 
 # At most so many documents, and about so many characters, are tokenised in one
 # call.
 _BATCH, _CHARACTERS = 256, 2**20
 # At most so many windows are filled at the same time.
 _OPEN = 64
-
-Windows = dict[str, np.ndarray]  # name -> (W, T)
 
 
 class Packed(NamedTuple):
@@ -59,28 +46,6 @@ class Tokens(NamedTuple):
   ids: np.ndarray
   targets: np.ndarray
   goes_on: bool = False
-
-
-@dataclasses.dataclass
-class Counts:
-  """What packing counted.
-
-  Attributes:
-    documents: the number of documents.
-    tokens: the number of their tokens.
-    largest_id: the largest id among the tokens; -1 if there are none.
-    cut: the number of documents that are longer than a window.
-    padding: the number of positions that hold no token.
-    untaught: the number of windows that were left out: none of their tokens
-      counts in the loss.
-  """
-
-  documents: int = 0
-  tokens: int = 0
-  largest_id: int = -1
-  cut: int = 0
-  padding: int = 0
-  untaught: int = 0
 
 
 def tokenise(
@@ -270,7 +235,7 @@ def _pieces(
 
 
 def _window(pieces: list[Tokens], seq_len: int, counts: Counts) -> Windows:
-  window = {name: np.zeros(seq_len, dtype) for name, dtype in _DTYPES.items()}
+  window = {name: np.zeros(seq_len, dtype) for name, dtype in DTYPES.items()}
   at = 0
   for number, (ids, targets, _) in enumerate(pieces, 1):
     here = slice(at, at + len(ids))
@@ -281,29 +246,3 @@ def _window(pieces: list[Tokens], seq_len: int, counts: Counts) -> Windows:
     at += len(ids)
   counts.padding += seq_len - at
   return window
-
-
-def write(folder: Path, parts: Iterable[Windows], names: Iterable[str]) -> None:
-  """Writes the arrays with these names, part after part, each to its own file.
-
-  Raises:
-    OSError: if the disk cannot hold them.
-  """
-  with contextlib.ExitStack() as stack:
-    files = {
-      name: stack.enter_context((folder / f'{name}.bin').open('wb'))
-      for name in names
-    }
-    for part in parts:
-      for name, file in files.items():
-        file.write(part[name].astype(_DTYPES[name]).tobytes())
-
-
-def read(folder: Path, seq_len: int) -> Windows:
-  """The windows of a folder, mapped into memory."""
-  windows = {}
-  for name, dtype in _DTYPES.items():
-    path = folder / f'{name}.bin'
-    if path.exists():
-      windows[name] = np.memmap(path, dtype, mode='r').reshape(-1, seq_len)
-  return windows

@@ -1,14 +1,14 @@
 """Turns text into windows of tokens, once, and keeps them in the cache."""
 
 from collections.abc import Iterator
-import dataclasses
 import hashlib
 import logging
+from pathlib import Path
 
 import numpy as np
 
-from lorapr_jax.data import packing
-from lorapr_jax.data.packing import Counts, Packed, Tokens, Windows
+from lorapr_jax.data import packing, window_files
+from lorapr_jax.data.packing import Packed, Tokens
 from lorapr_jax.data.sources import (
   Spec,
   evaluation_text,
@@ -18,16 +18,12 @@ from lorapr_jax.data.sources import (
 )
 from lorapr_jax.data.templates import PLAIN, Template, template_documents
 from lorapr_jax.data.tokenizer import Tokenizer
+from lorapr_jax.data.window_files import Counts, Windows
 from lorapr_jax.errors import UserError
-from lorapr_jax.runtime.files import (
-  cache_dir,
-  new_in_cache,
-  read_json,
-  write_json,
-)
+from lorapr_jax.runtime.files import cache_dir, new_in_cache
 
 # Part of the cache's key. Raise it when a change of code changes the windows.
-_FORMAT = 6
+_FORMAT = 7
 
 _log = logging.getLogger(__name__)
 
@@ -109,47 +105,69 @@ def _windows(
   content = identity(spec)
   digest.update(content + tokenizer.fingerprint)
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
-  if not folder.exists():
+  found = _read(folder, seq_len)
+  if found is None:
     counts = Counts()
+    documents = _documents(spec, tokenizer, template)
+    stream = _counted(documents, counts, tokenizer, vocab_size, max_tokens)
     picks = template is not None and template.loss != 'all'
-    stream = _counted(
-      _documents(spec, tokenizer, template),
-      counts,
-      tokenizer,
-      vocab_size,
-      max_tokens,
-    )
-    names = ['tokens']
-    if pack == 'documents':
-      parts = packing.fill(stream, seq_len, counts)
-      names += ['segments', 'weights']
-    else:
-      parts = packing.concatenate(stream, seq_len)
-      names += ['weights'] if picks else []
-    if picks:
-      parts = packing.taught(parts, counts)
     with new_in_cache(folder, 'the packed text') as partial:
       partial.mkdir()
-      packing.write(partial, parts, names)
+      written = _write(partial, stream, counts, seq_len, pack, picks)
       if identity(spec) != content:
         raise UserError(f'{spec.text} changed while it was read: start again')
-      if pack == 'concatenate' and counts.tokens < seq_len:
-        raise UserError(
-          f'{spec.text} has {counts.tokens} tokens: fewer than one window of '
-          f'{seq_len}'
-        )
-      if not (partial / 'tokens.bin').stat().st_size:
-        raise UserError(
-          f'{spec.text}: none of {counts.untaught} windows of {seq_len} tokens '
-          'has a response to learn, since the prompts fill them: raise '
-          'train.seq_len'
-        )
-      write_json(partial / 'counts.json', dataclasses.asdict(counts))
-  counts = Counts(**read_json(folder / 'counts.json'))
+      if not written:
+        raise _too_little(spec, counts, seq_len)
+    found = window_files.read(folder, seq_len)
+  counts, windows = found
   check_vocabulary(counts.largest_id, tokenizer, vocab_size)
-  windows = packing.read(folder, seq_len)
   _warn(spec, pack, max_tokens, windows['tokens'], counts)
   return windows
+
+
+def _read(folder: Path, seq_len: int) -> tuple[Counts, Windows] | None:
+  """What a folder of the cache holds; None if it must be made."""
+  if not folder.exists():
+    return None
+  try:
+    return window_files.read(folder, seq_len)
+  except UserError as error:
+    _log.warning('%s: the text is packed again', error)
+    return None
+
+
+def _write(
+  folder: Path,
+  stream: Iterator[Tokens],
+  counts: Counts,
+  seq_len: int,
+  pack: str,
+  picks: bool,
+) -> bool:
+  """Packs a stream of tokens into a folder. Whether there is a window."""
+  names = ['tokens']
+  if pack == 'documents':
+    parts = packing.fill(stream, seq_len, counts)
+    names += ['segments', 'weights']
+  else:
+    parts = packing.concatenate(stream, seq_len)
+    names += ['weights'] if picks else []
+  if picks:
+    parts = packing.taught(parts, counts)
+  window_files.write(folder, parts, names, counts)
+  return (folder / 'tokens.bin').stat().st_size > 0
+
+
+def _too_little(spec: Spec, counts: Counts, seq_len: int) -> UserError:
+  if counts.untaught:
+    return UserError(
+      f'{spec.text}: none of {counts.untaught} windows of {seq_len} tokens has '
+      'a response to learn, since the prompts fill them: raise train.seq_len'
+    )
+  return UserError(
+    f'{spec.text} has {counts.tokens} tokens: fewer than one window of '
+    f'{seq_len}'
+  )
 
 
 def _documents(

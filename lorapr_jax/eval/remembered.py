@@ -4,18 +4,22 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 from typing import Any
 
 import jax
 import numpy as np
 
+from lorapr_jax.errors import UserError
 from lorapr_jax.eval.perplexity import HeldOut, Perplexity
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.runtime import processes
-from lorapr_jax.runtime.files import cache_dir, read_json, write_json
+from lorapr_jax.runtime.files import cache_dir, read_sealed, write_sealed
 
 # Part of the key. Raise it when a change of code changes what is measured.
-_FORMAT = 2
+_FORMAT = 3
+
+_log = logging.getLogger(__name__)
 
 
 def remembered_perplexity(
@@ -48,10 +52,13 @@ def remembered_perplexity(
   key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
   path = cache_dir() / 'perplexity' / f'{key}.json'
   if path.exists():
-    return Perplexity(**read_json(path) | {'data': held_out.data})
+    try:
+      return Perplexity(**read_sealed(path) | {'data': held_out.data})
+    except UserError as error:
+      _log.warning('%s: the perplexity is measured again', error)
   result = held_out.perplexity(params, compute)
   # The cache may be full, or another run may write the same: go on without it.
   with contextlib.suppress(OSError):
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, dataclasses.asdict(result))
+    write_sealed(path, dataclasses.asdict(result))
   return result

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import hashlib
+import logging
 import os
 from pathlib import Path
 import platform
@@ -11,13 +12,16 @@ from lorapr_jax.runtime.files import cache_dir
 
 _LARGEST = 4 * 2**30
 
+_log = logging.getLogger(__name__)
+
 
 def keep_compiled() -> None:
   """Tells JAX to keep what it compiles, in the folder `compiled` of the cache.
 
   Call it before JAX is imported: it sets JAX's environment variables, unless
   they are set already. JAX keeps nothing where JAX_COMPILATION_CACHE_DIR is set
-  and empty, or where the cache cannot be written.
+  and empty, or where the folder cannot be written or is another user's. Others
+  may not read it.
   """
   if 'JAX_COMPILATION_CACHE_DIR' in os.environ:
     return
@@ -29,12 +33,33 @@ def keep_compiled() -> None:
     there = next(path for path in folder.parents if path.exists())
   except PermissionError:
     return  # The home folder is another user's.
-  if not os.access(there, os.W_OK):
+  if not os.access(there, os.W_OK) or not _is_private(folder):
     return
   os.environ['JAX_COMPILATION_CACHE_DIR'] = str(folder)
   # When that is full, JAX deletes what was not used for longest.
   os.environ.setdefault('JAX_COMPILATION_CACHE_MAX_SIZE', str(_LARGEST))
   os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+
+
+def _is_private(folder: Path) -> bool:
+  """Makes a folder that nobody else may read or write; whether it is one.
+
+  What lies in it is loaded and run. A folder of another user stays as it is.
+  """
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid == os.geteuid():
+      folder.chmod(0o700)
+      return True
+  except OSError as error:
+    reason = error.strerror
+  else:
+    reason = 'it is of another user'
+  _log.warning(
+    '%s: what is compiled is not kept (%s); remove it, or set LORAPR_CACHE',
+    *(folder, reason),
+  )
+  return False
 
 
 def disable_on_cpu_meshes(devices: Sequence[Any]) -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
+import shutil
 import tempfile
 from typing import Any
 
@@ -14,6 +16,7 @@ from lorapr_jax.runtime.paths import is_local
 # The most bytes of a file of settings, from which Python makes up to a
 # gigabyte; and of one with what pruning kept of every layer.
 SMALL, LARGE = 2**25, 2**28
+_SEAL = 'sha256'
 # More than this no file needs, and Python itself may not manage.
 _DEEPEST = 100
 
@@ -28,8 +31,9 @@ def cache_dir() -> Path:
 def new_in_cache(path: Path, what: str) -> Iterator[Path]:
   """Gives a path at which to make `path`, a file or a folder in the cache.
 
-  It appears in the cache complete or not at all. Where another process has made
-  it meanwhile, that one stays.
+  It appears in the cache complete or not at all, after a loss of power too.
+  What is there already is removed; where another process has made it meanwhile,
+  that one stays.
 
   Raises:
     UserError: if the cache cannot hold `what`.
@@ -40,12 +44,16 @@ def new_in_cache(path: Path, what: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
       partial = Path(temporary) / path.name
+      _remove(path)
       yield partial
+      for written in (partial, *partial.rglob('*')):
+        _to_disk(written)
       try:
         os.replace(partial, path)
       except OSError:
         if not path.exists():
           raise
+    _to_disk(path.parent)
   except OSError as error:
     raise UserError(
       f'{path.parent} cannot hold {what} ({error.strerror or error}): set '
@@ -56,6 +64,22 @@ def new_in_cache(path: Path, what: str) -> Iterator[Path]:
     with contextlib.suppress(OSError):
       for folder in made:
         folder.rmdir()
+
+
+def _remove(path: Path) -> None:
+  if path.is_dir() and not path.is_symlink():
+    shutil.rmtree(path)
+  else:
+    path.unlink(missing_ok=True)
+
+
+def _to_disk(path: Path) -> None:
+  """Waits until the disk has a file or the names in a folder."""
+  opened = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(opened)
+  finally:
+    os.close(opened)
 
 
 def check_file(path: Path) -> None:
@@ -132,6 +156,27 @@ def _too_deep(path: Path) -> UserError:
 def write_json(path: Path, value: Any) -> None:
   """Writes JSON with a final line end."""
   write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + '\n')
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+  """Writes a JSON object with its own SHA-256 in it."""
+  write_json(path, value | {_SEAL: _seal(value)})
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+  """What `write_sealed` wrote.
+
+  Raises:
+    UserError: if it is not there, or not as it was written.
+  """
+  value = read_json(path)
+  if value.pop(_SEAL, None) != _seal(value):
+    raise UserError(f'{path} is not as it was written')
+  return value
+
+
+def _seal(value: dict[str, Any]) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,8 @@
 """Text to windows, with a small tokenizer that is trained here."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -154,9 +156,104 @@ def test_windows_are_packed_once(tmp_path, corpus, cache):
   first = concatenated(corpus, tokenizer, 8, VOCAB)
   [path] = cache.iterdir()
   assert isinstance(first.base, np.memmap)
-  np.full(24, 5, np.int32).tofile(path / 'tokens.bin')
+  before = path.stat().st_ino
   again = concatenated(corpus, tokenizer, 8, VOCAB)
-  assert again.tolist() == [[5] * 8] * 3
+  np.testing.assert_array_equal(again, first)
+  assert path.stat().st_ino == before
+
+
+def bend_array(name, change):
+  """Changes an array of a folder of windows."""
+
+  def bend(folder):
+    path = folder / f'{name}.bin'
+    array = np.fromfile(path, np.uint8 if name == 'weights' else np.int32)
+    change(array).tofile(path)
+
+  return bend
+
+
+def bend_counts(change):
+  """Changes the text of counts.json."""
+
+  def bend(folder):
+    path = folder / 'counts.json'
+    path.write_text(change(path.read_text()))
+
+  return bend
+
+
+def in_place_of(name, make):
+  """Makes something else in place of a file."""
+
+  def bend(folder):
+    (folder / name).unlink()
+    make(folder / name)
+
+  return bend
+
+
+def replaced(index, value):
+  """A change of one number."""
+
+  def change(array):
+    array[index] = value
+    return array
+
+  return change
+
+
+DAMAGES = {
+  'half of it': bend_array('tokens', lambda x: x[: len(x) // 2]),
+  'nothing in it': bend_array('tokens', lambda x: x[:0]),
+  'zeros': bend_array('tokens', np.zeros_like),
+  'a large id': bend_array('tokens', replaced(3, 2**30)),
+  'an id below 0': bend_array('tokens', replaced(-1, -5)),
+  'twice as much': bend_array('tokens', lambda x: np.append(x, x)),
+  'a byte more': bend_array('weights', lambda x: np.append(x, x[:1])),
+  'other segments': bend_array('segments', lambda x: x[::-1]),
+  'other weights': bend_array('weights', lambda x: 1 - x),
+  **{
+    f'no {name}': in_place_of(name, lambda path: None)
+    for name in ('tokens.bin', 'segments.bin', 'weights.bin', 'counts.json')
+  },
+  'a folder for a file': in_place_of('tokens.bin', lambda path: path.mkdir()),
+  'a pipe for a file': in_place_of('weights.bin', lambda path: os.mkfifo(path)),
+  'no JSON': bend_counts(lambda text: text[:-9]),
+  'empty JSON': bend_counts(lambda text: ''),
+  'another object': bend_counts(lambda text: '{}'),
+  'a list': bend_counts(lambda text: '[]'),
+  'another key': bend_counts(lambda text: text.replace('padding', 'room')),
+  'another kind': bend_counts(
+    lambda text: text.replace('"cut": 0', '"cut": ""')
+  ),
+  'another number': bend_counts(lambda t: t.replace('"cut": 0', '"cut": 1')),
+  'one more': bend_counts(lambda text: text.replace('{', '{"a": 1,', 1)),
+  'no folder': lambda folder: (shutil.rmtree(folder), folder.write_text('')),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_damaged_windows_are_made_again(
+  tmp_path, corpus, cache, caplog, damage
+):
+  tokenizer = Tokenizer(save_tokenizer(tmp_path / 'model'))
+
+  def pack():
+    [part] = pipeline.training_windows(
+      corpus, tokenizer, 40, VOCAB, pack='documents'
+    )
+    return part.windows
+
+  good = {name: array.tolist() for name, array in pack().items()}
+  [folder] = cache.iterdir()
+  DAMAGES[damage](folder)
+  for _ in range(2):
+    found = pack()
+    assert {name: array.tolist() for name, array in found.items()} == good
+  # Told once; then they are whole.
+  [told] = [m for m in caplog.messages if m.endswith('text is packed again')]
+  assert told.startswith(str(folder)) and '\n' not in told
 
 
 @pytest.mark.parametrize('make', [concatenated, pipeline.evaluation_windows])

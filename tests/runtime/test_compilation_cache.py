@@ -32,6 +32,41 @@ def test_by_default_it_is_a_folder_of_the_cache_for_this_kind_of_cpu(tmp_path):
   assert all(name in os.environ for name in OTHERS)
 
 
+@pytest.mark.parametrize('umask', [0o000, 0o077])
+def test_nobody_else_may_put_programs_there(umask, tmp_path):
+  before = os.umask(umask)
+  try:
+    for mode in (None, 0o777):
+      if mode:
+        Path(os.environ.pop(FOLDER)).chmod(mode)
+      keep_compiled()
+      assert Path(os.environ[FOLDER]).stat().st_mode & 0o777 == 0o700
+  finally:
+    os.umask(before)
+
+
+def test_nothing_is_kept_in_a_folder_of_another_user(monkeypatch, caplog):
+  keep_compiled()
+  folder = Path(os.environ.pop(FOLDER))
+  folder.chmod(0o755)
+  monkeypatch.setattr(os, 'geteuid', lambda: 12345)
+  keep_compiled()
+  assert FOLDER not in os.environ
+  assert folder.stat().st_mode & 0o777 == 0o755
+  [message] = caplog.messages
+  assert message.startswith(f'{folder}: what is compiled is not kept (it is of')
+
+
+def test_a_file_in_place_of_the_folder_is_told(caplog):
+  keep_compiled()
+  folder = Path(os.environ.pop(FOLDER))
+  folder.rmdir()
+  folder.write_text('')
+  keep_compiled()
+  assert FOLDER not in os.environ
+  assert 'is not kept (File exists)' in caplog.text
+
+
 @pytest.mark.parametrize('chosen', ['', 'elsewhere'])
 def test_a_folder_that_was_chosen_stays(monkeypatch, chosen):
   monkeypatch.setenv(FOLDER, chosen)

@@ -1,12 +1,20 @@
 """A JSON file is read within bounds, whatever lies in its place."""
 
 import json
+import math
 import os
+import random
 
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.runtime.files import SMALL, read_json
+from lorapr_jax.runtime.files import (
+  SMALL,
+  new_in_cache,
+  read_json,
+  read_sealed,
+  write_sealed,
+)
 
 
 def test_an_object_is_read(tmp_path):
@@ -59,3 +67,35 @@ def test_what_is_just_deep_enough_is_read(tmp_path):
   text = '{"a": ' + '[' * 99 + ']' * 99 + '}'
   (tmp_path / 'a').write_text(text)
   assert read_json(tmp_path / 'a')['a']
+
+
+def test_a_sealed_object_is_read_as_long_as_nothing_changes(tmp_path):
+  value = {'größe': [1, 2.5, None], 'b': {'z': 0.25, 'a': math.inf}}
+  path = tmp_path / 'a'
+  write_sealed(path, value)
+  assert read_sealed(path) == value
+  text = path.read_text(encoding='utf-8')
+  rng = random.Random(0)
+  for _ in range(50):
+    at = rng.randrange(len(text))
+    if not text[at].isspace():  # Which is not a part of the object.
+      path.write_text(text[:at] + text[at + 1 :], encoding='utf-8')
+      with pytest.raises(UserError, match='is not'):
+        read_sealed(path)
+
+
+def test_what_is_new_in_the_cache_is_on_the_disk_and_replaces_the_old(
+  tmp_path, monkeypatch
+):
+  waited = set()
+  monkeypatch.setattr(os, 'fsync', lambda n: waited.add(os.fstat(n).st_ino))
+  for content in ('old', 'new'):
+    with new_in_cache(tmp_path / 'cache' / 'a', 'a') as partial:
+      assert not (tmp_path / 'cache' / 'a').exists()
+      partial.mkdir()
+      (partial / 'b').write_text(content)
+    for path in ('cache', 'cache/a', 'cache/a/b'):
+      assert (tmp_path / path).stat().st_ino in waited
+    waited.clear()
+  assert (tmp_path / 'cache' / 'a' / 'b').read_text() == 'new'
+  assert os.listdir(tmp_path / 'cache') == ['a']
