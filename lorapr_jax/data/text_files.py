@@ -31,8 +31,10 @@ OPTIONS = {
 }
 # The compressions, with pyarrow's name of each.
 _COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
-# The most characters of a CSV field; Python's own limit is too small for texts.
-_FIELD_LIMIT = 2**31 - 1
+# The most bytes of a line, a record of CSV, or a Parquet file that is unpacked:
+# a small file may unpack to any size.
+MOST_BYTES = 2**27
+_TOO_LONG = f'has more than {MOST_BYTES:,} bytes, which is the most allowed'
 
 
 def find_files(path: str) -> list[Path]:
@@ -170,7 +172,10 @@ def _open(file: Path) -> Iterator[BinaryIO]:
 
 def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
   """Yields lines of text with LF ends and without a byte order mark."""
-  for number, line in enumerate(stream, 1):
+  lines = iter(lambda: stream.readline(MOST_BYTES + 1), b'')
+  for number, line in enumerate(lines, 1):
+    if len(line) > MOST_BYTES:
+      raise UserError(f'{file}:{number}: the line {_TOO_LONG}')
     try:
       text = line.decode('utf-8-sig' if number == 1 else 'utf-8')
     except UnicodeDecodeError as error:
@@ -178,7 +183,10 @@ def _lines(file: Path, stream: BinaryIO) -> Iterator[str]:
         f'{file}:{number} is not UTF-8 text ({error}): save it as UTF-8'
       ) from None
     # The stream splits at LF alone; this turns a CR into one as well.
-    yield from io.StringIO(text, newline=None)
+    if '\r' in text:
+      yield from io.StringIO(text, newline=None)
+    else:
+      yield text
 
 
 def _text(file: Path, lines: bool) -> Iterator[str]:
@@ -206,7 +214,8 @@ def _json_lines(
       raise UserError(
         f'{file}:{number} is not JSON: column {error.colno}: {error.msg}'
       ) from None
-    except (RecursionError, UnicodeEncodeError) as error:
+    # It is nested too deep, has a number of too many digits, or that half.
+    except (RecursionError, ValueError) as error:
       raise UserError(f'{file}:{number}: {first_line(error)}') from None
     if not isinstance(record, dict):
       raise UserError(f'{file}:{number} is no JSON object')
@@ -216,10 +225,23 @@ def _json_lines(
 def _csv(
   file: Path, stream: BinaryIO, fields: Sequence[str] | None
 ) -> Iterator[Record]:
-  csv.field_size_limit(_FIELD_LIMIT)
-  reader = csv.reader(_lines(file, stream), strict=True)
+  # Python's own limit is too small for texts.
+  csv.field_size_limit(MOST_BYTES)
   names: list[str] = []
-  first = 1  # The line in which the row begins.
+  first, size = 1, 0  # The line in which the row begins, and its length so far.
+
+  def lines() -> Iterator[str]:
+    nonlocal size
+    for line in _lines(file, stream):
+      size += len(line)
+      if size > MOST_BYTES:
+        raise UserError(
+          f'{file}:{first}: the row that begins here {_TOO_LONG} (is a quote '
+          'not closed?)'
+        )
+      yield line
+
+  reader = csv.reader(lines(), strict=True)
   try:
     for row in reader:
       if not names:
@@ -234,7 +256,7 @@ def _csv(
         # A row that is cut short has nothing for the rest.
         record = dict(itertools.zip_longest(names, row, fillvalue=''))
         yield pick(record, fields, str(file))
-      first = reader.line_num + 1
+      first, size = reader.line_num + 1, 0
   except csv.Error as error:
     raise UserError(
       f'{file}:{first}: the row that begins here is not CSV ({error}): close '
@@ -258,11 +280,14 @@ def _parquet(
   import pyarrow
   import pyarrow.parquet
 
+  if file.suffix in _COMPRESSED:
+    # Its index is at its end, so that it needs all of a compressed file.
+    content = stream.read(MOST_BYTES + 1)
+    if len(content) > MOST_BYTES:
+      raise UserError(f'{file}, unpacked, {_TOO_LONG}: unpack it yourself')
+    stream = io.BytesIO(content)
   try:
-    table = pyarrow.parquet.ParquetFile(
-      # Its index is at its end, so that it needs all of a compressed file.
-      io.BytesIO(stream.read()) if file.suffix in _COMPRESSED else stream
-    )
+    table = pyarrow.parquet.ParquetFile(stream)
     pick(dict.fromkeys(table.schema_arrow.names), fields, str(file))
     for batch in table.iter_batches(batch_size=1024, columns=fields):
       yield from batch.to_pylist()

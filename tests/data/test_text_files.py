@@ -9,6 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from lorapr_jax.data import text_files
 from lorapr_jax.data.sources import (
   identity,
   parse_spec,
@@ -132,6 +133,7 @@ def test_records_are_read_as_they_are_asked_for(tmp_path):
     ('a.jsonl', b'\n{"text": "\xe9"}', 'a.jsonl:2 is not UTF-8 text'),
     ('a.jsonl', b'{"text": "\\udc00"}', 'a.jsonl:1: .*surrogates not allowed'),
     ('a.jsonl', b'{"a": ' + b'[' * 10**5, 'a.jsonl:1: maximum recursion'),
+    ('a.jsonl', b'{"a": ' + b'9' * 5000 + b'}', 'a.jsonl:1: Exceeds the limit'),
     # A comma too many, quotes that are not closed or not doubled.
     ('a.csv', b'n,text\n1,a\n2,b, c\n3,d\n', 'a.csv:3: the row has 3 fields'),
     ('a.csv', b'text\n"a\nb"\n\na, b\n', 'a.csv:5: the row has 2 fields, but'),
@@ -183,6 +185,52 @@ def test_a_compressed_file_that_was_cut_short_is_no_shorter_text(
   path.write_bytes(path.read_bytes()[:-1000])
   with pytest.raises(UserError, match='Truncated compressed stream'):
     read(f'file:{path}')
+
+
+@pytest.fixture
+def small_bound(monkeypatch):
+  """Bounds of a thousandth, so that the bombs of the tests are small."""
+  monkeypatch.setattr(text_files, 'MOST_BYTES', 2**17)
+
+
+@pytest.mark.parametrize('kind', [*CONTENT, 'txt', 'txt?lines'])
+@pytest.mark.parametrize('suffix', ['.gz', '.zst'])
+@pytest.mark.parametrize('letter', [b'\0', b'x', b'\r', b'"'])
+def test_a_bomb_is_refused_at_its_bound(
+  tmp_path, small_bound, kind, suffix, letter
+):
+  kind, mark, option = kind.partition('?')
+  path = write(tmp_path / f'a.{kind}{suffix}', letter * 2**20)
+  # Streams that are put end to end are one: of 4 GB.
+  path.write_bytes(path.read_bytes() * 2**12)
+  tracemalloc.start()
+  with pytest.raises(UserError) as caught:
+    records(f'file:{path}{mark}{option}')
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 8e6
+  message = str(caught.value)
+  assert 'has more than 134,217,728 bytes, which is the most' in message
+  assert '\n' not in message
+
+
+@pytest.mark.parametrize('row', ['"' + 'a\n' * 2**17, '"a\n",' * 2**16])
+def test_a_row_of_many_lines_has_a_bound(tmp_path, small_bound, row):
+  (tmp_path / 'a.csv').write_text('text\nb\n' + row)
+  with pytest.raises(UserError, match='a.csv:3: .* has '):
+    records(f'file:{tmp_path}/a.csv')
+
+
+@pytest.mark.parametrize('end', [b'\n', b''])
+def test_a_line_of_just_the_bound_is_read(tmp_path, small_bound, end):
+  text = 'x' * (2**17 - len('{"text": ""}') - len(end))
+  line = json.dumps({'text': text}).encode() + end
+  assert len(line) == text_files.MOST_BYTES
+  (tmp_path / 'a.jsonl').write_bytes(line * (2 if end else 1))
+  assert read(f'file:{tmp_path}/a.jsonl') == [text] * (2 if end else 1)
+  (tmp_path / 'a.jsonl').write_bytes(line[:-1] + b' ' + line[-1:])
+  with pytest.raises(UserError, match='a.jsonl:1: the line has more than'):
+    read(f'file:{tmp_path}/a.jsonl')
 
 
 def test_what_is_not_text_is_refused_and_what_is_empty_left_out(

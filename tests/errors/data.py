@@ -1,5 +1,6 @@
 """Data specs and files that cannot be read as text."""
 
+import gzip
 import json
 
 from tests.errors.case import (
@@ -79,6 +80,11 @@ CASES = [
     'a comma outside quotes', 'file:c.csv', c_csv='n,text\n1,Rain, then sun\n'
   ),
   _file('a quote that is not closed', 'file:d.csv', d_csv='text\n"Rain\nSun\n'),
+  _file(
+    'a line of 129 MiB once it is unpacked',
+    'file:f.jsonl.gz',
+    f_jsonl_gz=gzip.compress(b'x' * 2**20) * 129,
+  ),
   _file('a lone surrogate', 'file:e.jsonl', e_jsonl='{"text": "\\ud800"}'),
   _file('which is not gzip', 'file:a.jsonl.gz', a_jsonl_gz='{"text": "word"}'),
   _file('which is not Parquet', 'file:a.parquet', a_parquet='text'),
