@@ -7,6 +7,7 @@ import logging
 from typing import Any, NamedTuple
 
 from lorapr_jax.data import text_files
+from lorapr_jax.data.conversations import OddConversation, read_messages
 from lorapr_jax.data.sources import Spec, read_documents, read_records
 from lorapr_jax.data.tokenizer import LONG, Tokenizer
 from lorapr_jax.errors import UserError, choose, first_line
@@ -16,9 +17,8 @@ LOSSES = ('all', 'response')
 CHAT = 'chat'
 
 _log = logging.getLogger(__name__)
-
-# ShareGPT's names of roles, and the names that chat templates use.
-_ROLES = {'human': 'user', 'gpt': 'assistant'}
+# So many of the conversations that are left out are named.
+_NAMED = 3
 
 
 @functools.cache
@@ -141,12 +141,23 @@ def template_documents(
   if not template.applies_to(spec):
     yield from map(_plain, read_documents(spec))
     return
+  if template.is_chat and not tokenizer.has_chat_template:
+    raise UserError(
+      f'data.template=chat: the tokenizer of {tokenizer.folder} has no chat '
+      'template; give a Jinja template instead'
+    )
   render = functools.partial(_chat, tokenizer) if template.is_chat else _fill
-  total = empty = 0
+  total = empty = odd = 0
+  named: list[str] = []
   for record in read_records(spec):
     total += 1
     where = f'{spec.text}, record {total}'
-    document = render(template, record, where)
+    try:
+      document = render(template, record, where)
+    except OddConversation as error:
+      odd += 1
+      named += [f'record {total}: {error}'] if odd <= _NAMED else []
+      continue
     learnt = document.responses is None or any(
       document.text[slice(*span)].strip() for span in document.responses
     )
@@ -155,15 +166,19 @@ def template_documents(
     else:
       empty += 1
   what = 'text' if template.loss == 'all' else 'response to learn'
-  if empty == total:
-    raise UserError(
-      f'{spec.text}: none of its {total} records gives any {what} by '
-      'data.template'
-    )
+  if empty + odd == total:
+    what = '; '.join([f'any {what} by data.template', *named[:1]])
+    raise UserError(f'{spec.text}: none of its {total} records gives {what}')
   if empty:
     _log.warning(
       '%s: %d of %d records give no %s and are left out',
       *(spec.text, empty, total, what),
+    )
+  if odd:
+    named += ['...'] if odd > _NAMED else []
+    _log.warning(
+      '%s: %d of %d conversations cannot be read and are left out: %s',
+      *(spec.text, odd, total, '; '.join(named)),
     )
 
 
@@ -192,49 +207,31 @@ def _chat(
   record: dict[str, Any],
   where: str,
 ) -> Document:
-  """A conversation. Each turn of the assistant is a response, with its end."""
-  messages = _messages(record, where)
+  """A conversation. Each turn of the assistant is a response, with its end.
+
+  A turn that comes before all others but the system's answers nothing, and is
+  no response.
+  """
+  messages = read_messages(record)
   try:
     text = tokenizer.chat_text(messages)
     if template.loss == 'all':
       return Document(text)
     spans = []
+    asked = False
     for i, message in enumerate(messages):
-      if message['role'] == 'assistant':
+      if asked and message['role'] == 'assistant':
         before = tokenizer.chat_text(messages[:i], answer_next=True)
         through = tokenizer.chat_text(messages[: i + 1])
         if not (text.startswith(through) and through.startswith(before)):
-          raise UserError(
+          raise OddConversation(
             "the tokenizer's chat template writes a turn otherwise once others "
             'follow, so that responses cannot be told: use data.loss=all'
           )
         spans.append((len(before), len(through)))
+      asked = asked or message['role'] not in ('system', 'assistant')
+  except OddConversation:
+    raise
   except UserError as error:
     raise UserError(f'{where}: {error}') from None
   return Document(text, tuple(spans))
-
-
-def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-  """The turns as {'role', 'content'}, from OpenAI's or from ShareGPT's form."""
-  turns = record.get('messages', record.get('conversations'))
-  if turns is None:
-    raise UserError(
-      f'{where}: data.template=chat needs the field messages or conversations; '
-      f'the record has {", ".join(record)}'
-    )
-  try:
-    messages = []
-    for turn in turns:
-      role = turn['role'] if 'role' in turn else turn['from']
-      content = turn['content'] if 'content' in turn else turn['value']
-      if not isinstance(content, str):
-        raise TypeError
-      messages.append({'role': _ROLES.get(role, role), 'content': content})
-  except (KeyError, TypeError):
-    raise UserError(
-      f'{where}: a message is no object with the texts role and content (or '
-      'from and value)'
-    ) from None
-  if not messages:
-    raise UserError(f'{where}: there are no messages')
-  return messages

@@ -11,6 +11,7 @@ import warnings
 import numpy as np
 
 from lorapr_jax.data import tokenizer_files
+from lorapr_jax.data.conversations import OddConversation
 from lorapr_jax.data.pieces import Pieces
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime.limits import bounded_text
@@ -65,7 +66,7 @@ class Tokenizer:
     # For a damaged file the libraries raise many kinds of errors, and even
     # Exception itself.
     except Exception as error:
-      raise self._error('the tokenizer', error) from error
+      raise UserError(self._reason('the tokenizer', error)) from error
     self._pieces = Pieces(self._loaded.fast)
     self.eos_token_id = self.wrapped.eos_token_id
 
@@ -164,7 +165,9 @@ class Tokenizer:
       last_goes_on: whether it ends with the last message's own text.
 
     Raises:
-      UserError: as `encode_chat`.
+      OddConversation: if there is no template, or it does not take these
+        messages.
+      UserError: if it takes too long or too much memory.
     """
     render = functools.partial(
       self.wrapped.apply_chat_template,
@@ -175,13 +178,15 @@ class Tokenizer:
     )
     try:
       return bounded_text(render)
+    except (TimeoutError, MemoryError) as error:
+      raise UserError(self._reason('the chat template', error)) from error
     # A template can raise anything, depending on what its author wrote.
     except Exception as error:
-      raise self._error('the chat template', error) from error
+      reason = self._reason('the chat template', error)
+      raise OddConversation(reason) from error
 
-  def _error(self, what: str, error: Exception) -> UserError:
-    reason = first_line(error)
-    return UserError(f'{what} of {self.folder} cannot be used: {reason}')
+  def _reason(self, what: str, error: Exception) -> str:
+    return f'{what} of {self.folder} cannot be used: {first_line(error)}'
 
   @property
   def fingerprint(self) -> bytes:

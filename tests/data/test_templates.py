@@ -179,7 +179,7 @@ def test_text_files_and_news_are_plain_text(tmp_path):
     (
       {'messages': ['hello']},
       Template('chat'),
-      'record 1: a message is no object with the texts role and content',
+      'record 1: message 1 is no object with the texts role and content',
     ),
     (
       {'messages': [{'role': 'system', 'content': 'x'}]},
@@ -197,11 +197,134 @@ def test_a_record_that_does_not_fit_is_named(
   assert '\n' not in str(error.value)
 
 
+ASKED, ANSWERED = TURNS[:2]
+# What a conversation may look like -> what the chat template writes of it, and
+# what of that is learnt.
+READ = {
+  'an answer first': (
+    {'messages': [ANSWERED, *TURNS[2:]]},
+    '<|assistant|>jumps\n<|user|>over\n<|assistant|>the dog\n',
+    'the dog\n',
+  ),
+  'parts': (
+    {
+      'messages': [
+        {'role': 'user', 'content': [{'type': 'text', 'text': 'the '}, 'fox']},
+        {**ANSWERED, 'tool_calls': None},
+      ]
+    },
+    '<|user|>the fox\n<|assistant|>jumps\n',
+    'jumps\n',
+  ),
+  **{
+    f'messages {empty} beside conversations': (
+      {'messages': empty, 'conversations': TURNS[:2], 'tools': '[]'},
+      '<|user|>the fox\n<|assistant|>jumps\n',
+      'jumps\n',
+    )
+    for empty in (None, [])
+  },
+  'null beside text': (
+    {'messages': [{'content': None, 'from': 'human', 'value': 'a'}, ANSWERED]},
+    '<|user|>a\n<|assistant|>jumps\n',
+    'jumps\n',
+  ),
+  'an empty system': (
+    {'system': '', 'conversations': TURNS[:2]},
+    '<|user|>the fox\n<|assistant|>jumps\n',
+    'jumps\n',
+  ),
+}
+
+
+@pytest.mark.parametrize('what', READ)
+def test_an_odd_conversation_is_read_where_it_is_plain(
+  documents, tokenizer, what
+):
+  record, text, response = READ[what]
+  assert documents([record], Template('chat')) == [Document(text)]
+  [document] = documents([record], Template('chat', loss='response'))
+  assert document.text == text
+  assert learnt(document, tokenizer, whole=True) == response
+
+
+def test_a_system_beside_the_conversation_comes_first(tmp_path, add_tokenizer):
+  add_tokenizer(tmp_path)
+  (tmp_path / 'chat_template.jinja').write_text(
+    '{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}'
+  )
+  tokenizer = Tokenizer(tmp_path)
+  system = {'role': 'system', 'content': 'be brief'}
+  for record in (
+    {'system': 'be brief', 'conversations': TURNS[:2]},
+    {'system': 'be brief', 'messages': [system, *TURNS[:2]]},
+    {'messages': [system, *TURNS[:2]]},
+  ):
+    (tmp_path / 'a.jsonl').write_text(json.dumps(record))
+    spec = parse_spec(f'file:{tmp_path}/a.jsonl')
+    [document] = template_documents(spec, Template('chat'), tokenizer)
+    assert document.text == (
+      '<|system|>be brief<|user|>the fox<|assistant|>jumps'
+    )
+
+
+IMAGE = {'type': 'image_url', 'image_url': {'url': 'a'}}
+CALL = {'role': 'assistant', 'content': None, 'tool_calls': [{'id': 'a'}]}
+ODD = [
+  {'messages': []},
+  {'messages': None},
+  {'messages': None, 'conversations': []},
+  {'conversations': None, 'text': 'a'},
+  {'text': 'a'},
+  {'messages': 'the fox'},
+  {'messages': {'role': ['user'], 'content': ['a']}},
+  {'messages': [None]},
+  {'messages': [[ASKED]]},
+  {'messages': [ASKED, CALL]},
+  {'messages': [ASKED, {**CALL, 'content': 'jumps'}]},
+  {'messages': [ASKED, {'role': 'assistant', 'content': None}]},
+  {'messages': [ASKED, {'role': 'assistant'}]},
+  {'messages': [ASKED, {'role': None, 'content': 'jumps'}]},
+  {'messages': [ASKED, {'role': 3, 'content': 'jumps'}]},
+  {'messages': [ASKED, {'role': 'assistant', 'content': 3}]},
+  {'messages': [ASKED, {'role': 'assistant', 'content': [IMAGE]}]},
+  {'messages': [ASKED, {'role': 'assistant', 'content': [3]}]},
+  {'messages': [ASKED, {'from': 'gpt', 'value': {'text': 'jumps'}}]},
+  {'messages': TURNS, 'tools': [{'name': 'a'}]},
+  {'conversations': TURNS, 'system': 3},
+  {'conversations': TURNS, 'system': 'which the template refuses'},
+  {'messages': [{'role': 'system', 'content': 'a'}, ASKED], 'system': 'b'},
+]
+
+
+@pytest.mark.parametrize('loss', ['all', 'response'])
+@pytest.mark.parametrize('odd', ODD)
+def test_a_conversation_that_is_not_plain_is_left_out(
+  documents, caplog, loss, odd
+):
+  template = Template('chat', loss=loss)
+  good = {'messages': TURNS[:2]}
+  assert len(documents([good, odd, good], template)) == 2
+  [message] = caplog.messages
+  assert (
+    ': 1 of 3 conversations cannot be read and are left out: record 2: '
+  ) in message
+  assert '\n' not in message
+
+
+def test_the_first_of_many_odd_conversations_are_named(documents, caplog):
+  good = {'messages': TURNS[:2]}
+  assert len(documents([good, *ODD], Template('chat'))) == 1
+  [message] = caplog.messages
+  assert f': {len(ODD)} of {len(ODD) + 1} conversations' in message
+  assert message.count('record ') == 3 and message.endswith('; ...')
+
+
 def test_a_tokenizer_without_a_chat_template_says_so(tmp_path, add_tokenizer):
   plain = Tokenizer(add_tokenizer(tmp_path))
   (tmp_path / 'a.jsonl').write_text(json.dumps({'messages': TURNS}))
   spec = parse_spec(f'file:{tmp_path}/a.jsonl')
-  with pytest.raises(UserError, match='the chat template of'):
+  with pytest.raises(UserError, match='has no chat template'):
     list(template_documents(spec, Template('chat'), plain))
 
 

@@ -34,11 +34,13 @@ def _train(did: str, text: str, *overrides: str, **more) -> Case:
   return Case(did, argv, **more)
 
 
-def _template(did: str, record: str, *overrides: str) -> Case:
-  """Training on two records of a .jsonl."""
+def _template(did: str, record: str, *overrides: str, chat: str = '') -> Case:
+  """Training on two records of a .jsonl; `chat` is MODEL's chat template."""
 
   def argv(place: Place) -> list[str]:
     place.copy('MODEL')
+    if chat:
+      place.write('MODEL/chat_template.jinja', chat)
     place.write('a.jsonl', f'{record}\n{record}\n')
     return train_model('data.train=file:a.jsonl', *overrides)
 
@@ -171,9 +173,15 @@ CASES = [
     'data.template={{question}}',
   ),
   _template(
+    '`data.template=chat`, where MODEL has no chat template',
+    '{"messages": []}',
+    'data.template=chat',
+  ),
+  _template(
     '`data.template=chat` for records without messages',
     '{"q": "word", "a": "word"}',
     'data.template=chat',
+    chat='{{ messages }}',
   ),
   _template(
     '`data.template={{a}}` where `a` is always empty',
