@@ -70,7 +70,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
 
   Raises:
     UserError: for a mistake in config, data, model or workdir.
-    Stopped: after SIGINT or SIGTERM, with a checkpoint to go on from.
+    Stopped: after SIGINT, SIGTERM or SIGHUP, with a checkpoint to go on from.
   """
   workdir = path_of(workdir)
 

@@ -22,11 +22,13 @@ from tests.runs import (
 
 
 @pytest.fixture(autouse=True, scope='module')
-def sigint():
-  """Not ignored, as in the background of a shell: processes inherit that."""
+def not_ignored():
+  """As in the background of a shell, or by nohup: processes inherit that."""
   old = signal.signal(signal.SIGINT, signal.default_int_handler)
+  hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield
   signal.signal(signal.SIGINT, old)
+  signal.signal(signal.SIGHUP, hangup)
 
 
 @pytest.fixture(scope='module')
@@ -126,28 +128,35 @@ def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(
   undisturbed, tmp_path
 ):
   workdir, command = tmp_path / 'stopped', ' '.join([*COMMAND, *SETTINGS])
-  resumed_at = 0
-  for signum, status, steps in (
-    (signal.SIGINT, 130, 5),
-    (signal.SIGTERM, 143, 40),
-  ):
-    process = start(workdir)
+  folder = workdir / 'checkpoints'
+
+  def stop(signum, steps):
     wait_for_steps(process, workdir, steps)
     process.send_signal(signum)
     out, err = process.communicate()
-    assert process.returncode == status, err
-    *lines, last = err.splitlines()
-    assert (f'resuming at step {resumed_at} of 60' in lines) == bool(resumed_at)
+    assert process.returncode == 128 + signum, err
+    assert out == ''
     # It is saved, wherever it was stopped.
-    resumed_at = max(int(p.name) for p in (workdir / 'checkpoints').iterdir())
-    assert steps <= resumed_at < 60
-    assert last == (
-      f'stopped at step {resumed_at} of 60; to go on, run the same command '
-      f'again: {command} --workdir={workdir}'
-    )
-    assert out == '' and 'Traceback' not in err
+    stopped_at = max(int(path.name) for path in folder.iterdir())
+    assert steps <= stopped_at < 60
+    return stopped_at, err
+
+  process = start(workdir)
+  stopped_at, err = stop(signal.SIGINT, 5)
+  last = err.splitlines()[-1]
+  assert 'resuming' not in err and 'Traceback' not in err
+  assert last == (
+    f'stopped at step {stopped_at} of 60; to go on, run the same command '
+    f'again: {command} --workdir={workdir}'
+  )
+  process = start(workdir)
+  while f'resuming at step {stopped_at} of 60\n' != process.stderr.readline():
+    assert process.poll() is None
+  # The connection is lost, and with it the reader of standard error.
+  process.stderr.close()
+  process.stderr = None
+  stop(signal.SIGHUP, 40)
   # What cannot be read is set aside, and the one before it is used.
-  folder = workdir / 'checkpoints'
   before, newest = sorted(int(path.name) for path in folder.iterdir())[-2:]
   for path in (folder / str(newest)).rglob('*'):
     if path.is_file() and path.parent.name == 'd':

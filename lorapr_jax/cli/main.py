@@ -1,5 +1,6 @@
-"""Runs a command. A user's mistake or Ctrl-C prints one line, no traceback."""
+"""Runs a command. A mistake or a signal prints one line, no traceback."""
 
+import contextlib
 import importlib
 import os
 import shlex
@@ -7,6 +8,7 @@ import signal
 import sys
 
 from lorapr_jax.errors import Stopped, UserError
+from lorapr_jax.runtime import ending
 from lorapr_jax.runtime.compilation_cache import keep_compiled
 from lorapr_jax.runtime.terminal import say, show_warnings
 
@@ -30,7 +32,8 @@ _STORES = ('aiohttp', 'botocore', 'gcsfs', 'google')
 def main(argv: list[str] | None = None) -> int:
   """Runs one command; returns its exit status.
 
-  Ctrl-C ends the process with status 130, unless the command handles it.
+  Ctrl-C, SIGTERM and SIGHUP end the process with status 128 plus the signal,
+  unless the command handles them.
   """
   argv = sys.argv[1:] if argv is None else argv
   if argv[:1] in ([], ['-h'], ['--help']):
@@ -45,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     show_warnings()
     keep_compiled()  # Nothing has imported JAX so far.
     # Imported here: a command loads only what it needs.
-    importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
+    with ending.in_order():
+      importlib.import_module(f'lorapr_jax.cli.{argv[0]}').main(argv[1:])
   except UserError as error:
     return _failed(str(error))
   except OSError as error:
@@ -54,12 +58,13 @@ def main(argv: list[str] | None = None) -> int:
   except Stopped as stopped:
     _stopped(f'{stopped}; {_how_to_go_on()}')
     return stopped.status
-  except KeyboardInterrupt:
+  except (KeyboardInterrupt, ending.Ended) as end:
     hint = f'; {_how_to_go_on()}' if argv[0] == 'train' else ''
     _stopped(f'stopped{hint}')
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
     # Not sys.exit, in which JAX waits for all that it was given to compute.
-    os._exit(128 + signal.SIGINT)
+    os._exit(getattr(end, 'code', 128 + signal.SIGINT))
   except Exception as error:
     if type(error).__module__.partition('.')[0] not in _STORES:
       raise

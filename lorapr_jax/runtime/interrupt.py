@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks the loop to stop, the second ends it."""
+"""Signals that stop a run: the first asks the loop, the second ends it."""
 
 from collections.abc import Callable
 import signal
@@ -9,21 +9,22 @@ from typing import Any
 
 import jax
 
-from lorapr_jax.runtime import processes
+from lorapr_jax.runtime import ending, processes
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS = (signal.SIGINT, *ending.SIGNALS)
 
 
 class StopSignals:
-  """Notes the first SIGINT or SIGTERM in its `with` block, and does no more.
+  """Notes the first signal in its `with` block, and does no more.
 
-  The first signal puts the old handlers back, so the second one has its usual
-  effect: SIGINT raises KeyboardInterrupt, SIGTERM ends the process. Python lets
-  only the main thread set handlers; in another thread this class does nothing.
+  The first one puts the old handlers back, so the second one has its usual
+  effect: SIGINT raises KeyboardInterrupt, SIGTERM ends the process. But SIGHUP
+  is ignored then: a terminal that is closed sends it twice. Python lets only
+  the main thread set handlers; in another thread this class does nothing.
 
   Many processes must stop after the same step. There JAX handles SIGTERM, which
   announces that a machine will be taken away: it tells the other processes.
-  Python handles SIGINT as usual.
+  SIGHUP becomes SIGTERM there, and Python handles SIGINT as usual.
 
   Attributes:
     signum: the signal that came; None before one comes.
@@ -39,8 +40,9 @@ class StopSignals:
     alone = processes.count() == 1
     if alone and threading.current_thread() is threading.main_thread():
       for signum in _SIGNALS:
-        # A shell makes background jobs ignore SIGINT: they still do. None is
-        # a handler that Python did not set and cannot put back.
+        # A shell makes background jobs ignore SIGINT, and nohup SIGHUP: they
+        # still do. None is a handler that Python did not set and cannot put
+        # back.
         if signal.getsignal(signum) not in (signal.SIG_IGN, None):
           self._old[signum] = signal.signal(signum, self._handle)
     return self
@@ -55,7 +57,11 @@ class StopSignals:
     return self.signum is not None
 
   def _handle(self, signum: int, _: FrameType | None) -> None:
+    hangup = self._old.pop(signal.SIGHUP, None)
     self._restore()
+    if hangup is not None:
+      self._old[signal.SIGHUP] = hangup
+      signal.signal(signal.SIGHUP, signal.SIG_IGN)
     self.signum = signum
     self._notify()
 
@@ -68,7 +74,7 @@ def let_sigterm_end() -> None:
   """Lets SIGTERM end the process again; with many processes JAX takes it."""
   alone = processes.count() == 1
   if not alone and threading.current_thread() is threading.main_thread():
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
 
 def wait_for(array: jax.Array) -> None:

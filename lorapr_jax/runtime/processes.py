@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from pathlib import Path
+import signal
 import time
 from typing import Any
 
@@ -78,10 +79,17 @@ def _initialize(*given: Any, **how: Any) -> None:
     shutdown_timeout_seconds=HEARTBEAT_SECONDS,
   )
   compilation_cache.disable_on_cpu_meshes(jax.devices())
+  if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, _terminate)
   wait_for_others('connect')
   if not is_first():
     place = f'process {jax.process_index()} of {count()}: process 0 has the log'
     say(f'{place}; {hint()}', error=True)
+
+
+def _terminate(*_: Any) -> None:
+  """JAX tells the other processes of SIGTERM, and of no other signal."""
+  os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _has_others() -> bool:

@@ -5,7 +5,9 @@ They are shown as they are, and nothing in them commands a terminal: a control
 character is shown as Python writes it, such as \\x1b.
 """
 
+from collections.abc import Callable
 import logging
+import os
 import re
 import sys
 from typing import Any
@@ -29,9 +31,45 @@ def one_line(text: str) -> str:
   return visible(text).replace('\n', '\\n')
 
 
+class _Lasting:
+  """Standard error, where a run says what it does: no failure there ends it.
+
+  Once its reader is gone, or the disk of its file is full, the rest goes
+  nowhere.
+  """
+
+  def __init__(self, stream: Any):
+    """None: there is no such stream."""
+    self._stream = stream
+
+  def write(self, text: str) -> int:
+    self._attempt(lambda: self._stream.write(text))
+    return len(text)
+
+  def flush(self) -> None:
+    self._attempt(lambda: self._stream.flush())
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._stream, name)
+
+  def _attempt(self, write: Callable[[], Any]) -> None:
+    if self._stream is None:
+      return
+    try:
+      write()
+    except OSError:
+      # Python writes what is left when it ends, and would fail then.
+      nowhere = os.open(os.devnull, os.O_WRONLY)
+      os.dup2(nowhere, self._stream.fileno())
+      os.close(nowhere)
+
+
 def say(*lines: str, error: bool = False) -> None:
-  """Prints lines on standard output or standard error."""
-  stream = sys.stderr if error else sys.stdout
+  """Prints lines on standard output or standard error.
+
+  A failure to write to standard error is none of the caller's.
+  """
+  stream = _Lasting(sys.stderr) if error else sys.stdout
   print(*map(one_line, lines), sep='\n', file=stream, flush=error)
 
 
@@ -45,6 +83,8 @@ class PlainConsole(Console):
 
   def __init__(self, **more: Any):
     """`more` goes to rich as it is."""
+    if more.get('stderr'):
+      more['file'] = _Lasting(sys.stderr)
     super().__init__(markup=False, emoji=False, highlight=False, **more)
 
   def render_str(self, text: str, **more: Any) -> Any:

@@ -71,7 +71,7 @@ def train_phase(
     The last state and the base, both at the last size.
 
   Raises:
-    Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+    Stopped: after SIGINT, SIGTERM or SIGHUP, once a checkpoint is written.
   """
   watch.display.start('compile')
   adamw = steps.make_optimizer(phase.learning_rate)

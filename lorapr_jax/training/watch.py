@@ -67,7 +67,7 @@ class Watch:
       compiling: the steps whose calls compile. Their time is counted apart.
 
     Raises:
-      Stopped: after SIGINT or SIGTERM, once a checkpoint is written.
+      Stopped: after SIGINT, SIGTERM or SIGHUP, once a checkpoint is written.
     """
     first_of_run = phase.first_step + int(state.step)
     if processes.is_first():

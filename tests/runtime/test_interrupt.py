@@ -1,8 +1,8 @@
-"""Ctrl-C and SIGTERM, within one process; whole runs are in test_train.py."""
+"""Ctrl-C, SIGTERM, SIGHUP; whole runs are in test_train.py."""
 
-import errno
 import os
 from pathlib import Path
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,18 +14,39 @@ import jax.numpy as jnp
 import pytest
 
 from lorapr_jax.errors import Stopped
-from lorapr_jax.runtime import interrupt
+from lorapr_jax.runtime import ending, interrupt
 from lorapr_jax.runtime.interrupt import StopSignals
 
 ROOT = Path(__file__).parents[2]
+ALL = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# A command of one file that is half written, which waits for a signal. It
+# imports no JAX.
+COMMAND = """
+import sys, time, types
+from pathlib import Path
+from lorapr_jax.cli.main import main
+from lorapr_jax.runtime.paths import new_path
+
+def wait(argv):
+  with new_path(Path(argv[0])) as partial:
+    partial.write_text('half')
+    print('waits', flush=True)
+    time.sleep(60)
+
+name = 'lorapr_jax.cli.' + sys.argv[1]
+sys.modules[name] = types.ModuleType(name)
+sys.modules[name].main = wait
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 @pytest.fixture(autouse=True)
 def handlers():
   """Python's own at the start, whatever the shell has set; back at the end."""
-  old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+  old = {s: signal.getsignal(s) for s in ALL}
   signal.signal(signal.SIGINT, signal.default_int_handler)
   signal.signal(signal.SIGTERM, signal.SIG_DFL)
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)
   yield
   for signum, handler in old.items():
     signal.signal(signum, handler)
@@ -82,6 +103,51 @@ def test_in_another_thread_nothing_changes():
 def test_the_status_is_the_shells():
   assert Stopped('', signal.SIGINT).status == 130
   assert Stopped('', signal.SIGTERM).status == 143
+  assert Stopped('', signal.SIGHUP).status == 129
+
+
+def test_a_terminal_that_is_closed_hangs_up_twice():
+  with StopSignals(lambda: None) as signals:
+    signal.raise_signal(signal.SIGHUP)
+    signal.raise_signal(signal.SIGHUP)
+    assert signals.signum == signal.SIGHUP
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize('signum', ALL)
+@pytest.mark.parametrize('command', ['train', 'convert'])
+def test_outside_the_loop_one_line_says_how_to_go_on(tmp_path, signum, command):
+  """What is half written is removed."""
+  arguments = [sys.executable, '-c', COMMAND, command, str(tmp_path / 'OUT')]
+  process = subprocess.Popen(
+    arguments,
+    cwd=ROOT,
+    stderr=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stdout.readline() == 'waits\n'
+  assert list(tmp_path.iterdir())
+  process.send_signal(signum)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 128 + signum
+  hint = '; to go on, run the same command again: ' + shlex.join(arguments)
+  assert (out, err) == ('', f'stopped{hint if command == "train" else ""}\n')
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  with ending.in_order():
+    signal.raise_signal(signal.SIGHUP)
+    with StopSignals(lambda: None) as signals:
+      signal.raise_signal(signal.SIGHUP)
+    assert signals.signum is None
+    with pytest.raises(ending.Ended):
+      signal.raise_signal(signal.SIGTERM)
+  assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_signal_is_handled_during_the_wait():
@@ -103,35 +169,3 @@ def test_a_signal_is_handled_during_the_wait():
     interrupt.wait_for(array)
     timer.join()
   assert ready == [False] and array.is_ready()
-
-
-def test_ctrl_c_in_another_command_is_one_line(tmp_path):
-  # The command waits for its config.json, until somebody writes it.
-  config = tmp_path / 'config.json'
-  os.mkfifo(config)
-  process = subprocess.Popen(
-    [sys.executable, '-m', 'lorapr_jax', 'inspect', '--model', str(tmp_path)],
-    cwd=ROOT,
-    stderr=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
-  writer = open_when_read(process, config)
-  process.send_signal(signal.SIGINT)
-  out, err = process.communicate(timeout=60)
-  os.close(writer)
-  assert process.returncode == 130
-  assert (out, err) == ('', 'stopped\n')
-
-
-def open_when_read(process, fifo):
-  """Opens a FIFO for writing as soon as the process reads it."""
-  deadline = time.monotonic() + 120
-  while process.poll() is None and time.monotonic() < deadline:
-    try:
-      return os.open(fifo, os.O_WRONLY | os.O_NONBLOCK)
-    except OSError as error:
-      if error.errno != errno.ENXIO:
-        raise
-      time.sleep(0.01)
-  raise AssertionError(process.communicate()[1])

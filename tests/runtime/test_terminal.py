@@ -4,6 +4,9 @@ import ast
 import io
 import logging
 from pathlib import Path
+import shlex
+import subprocess
+import sys
 
 import pytest
 from rich.table import Table
@@ -72,3 +75,36 @@ def test_nothing_is_printed_elsewhere(name):
   }
   written = {'sys.stdout.write', 'sys.stderr.write'}
   assert calls.isdisjoint({'print', 'Console'} | written)
+
+
+SAYS = """
+import sys
+from lorapr_jax.runtime.terminal import PlainConsole, say
+sys.stdin.read()
+say('lost', error=True)
+console = PlainConsole(stderr=True)
+for _ in range(100):
+  console.print('x' * 1000)
+say('lost', error=True)
+say('done')
+"""
+
+
+@pytest.mark.parametrize('stderr', ['gone', 'full', 'closed'])
+def test_no_failure_to_write_to_standard_error_ends_anything(stderr):
+  command = [sys.executable, '-c', SAYS]
+  if stderr == 'closed':
+    command = ['sh', '-c', f'{shlex.join(command)} 2>&-']
+  with open('/dev/full', 'w') as full:
+    process = subprocess.Popen(
+      command,
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      stderr=full if stderr == 'full' else subprocess.PIPE,
+      text=True,
+    )
+  if stderr == 'gone':
+    process.stderr.close()
+    process.stderr = None
+  out, _ = process.communicate(timeout=60)
+  assert (process.returncode, out) == (0, 'done\n')

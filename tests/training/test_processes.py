@@ -156,10 +156,13 @@ def test_what_is_killed_or_moved_to_fewer_devices_ends_as_undisturbed(
   assert time.monotonic() - killed < 2 * HEARTBEAT
   ours = [x for x in run.errors()[0].splitlines() if x.startswith('step ')]
   assert 'run the same command again on all of them' in ours[-1]
-  # A machine is to be taken away: all stop after the same step, and save.
+  # A connection is lost, or a machine is to be taken away, of which SIGTERM
+  # tells: all stop after the same step, and save.
+  hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # Not as by nohup.
   run = Run(workdir, 2, 4, fsdp=4, tensor=2)
+  signal.signal(signal.SIGHUP, hangup)
   run.until(8)
-  run.processes[1].terminate()
+  run.processes[1].send_signal(signal.SIGHUP)
   run.end(*[128 + signal.SIGTERM] * 2)
   assert f'resuming at step 5 of {STEPS}' in run.errors()[0]
   stopped = len(metrics(workdir))
