@@ -11,8 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import BIAS_KEYS, LlamaConfig, RopeScaling
+from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.errors import UserError, check_size, short
+from lorapr_jax.hf.rope import is_positive
+from lorapr_jax.models.config import (
+  BIAS_KEYS,
+  MOST,
+  LlamaConfig,
+  RopeScaling,
+)
 from lorapr_jax.models.families import FAMILIES
 
 # The architectures with layers of one size, and the one where they differ.
@@ -53,20 +60,45 @@ class Metadata(dict[str, Any]):
   def __missing__(self, key: str) -> Any:
     raise self.error(f'{key} is absent')
 
-  def take(self, key: str, kind: type, default: Any = None) -> Any:
-    """Removes and returns a value, which must be of this type."""
+  def size(self, key: str, default: int | None = None, most: int = MOST) -> int:
+    """Removes and returns an integer from 1 to `most`."""
     value = self.pop(key, self[key] if default is None else default)
-    if not isinstance(value, kind):
-      raise self.error(f'{key} is {value!r}, not of type {kind.__name__}')
+    return check_size(f'{self._path}: {key}', value, most)
+
+  def number(self, key: str, default: float | None = None) -> float:
+    """Removes and returns a positive number."""
+    value = self.pop(key, self[key] if default is None else default)
+    if not (isinstance(value, float) and is_positive(value)):
+      found = short(repr(value))
+      raise self.error(f'{key} is {found}, not a positive number of type float')
     # It is stored in float32: 9.999999747378752e-06 stands for 1e-5.
-    return float(str(np.float32(value))) if kind is float else value
+    return float(str(np.float32(value)))
+
+  def list_of(self, key: str, kind: type, default: Any = None) -> Any:
+    """The list under a key, all of whose members are of this type."""
+    value = self[key] if default is None else self.get(key, default)
+    if not isinstance(value, list | tuple) or {*map(type, value)} - {kind}:
+      found = short(repr(value))
+      raise self.error(f'{key} is {found}, not a list of {kind.__name__}')
+    return value
+
+  def check_id(self, key: str, value: Any, vocab_size: int) -> int:
+    """A value under a key, if it is the id of a token."""
+    if type(value) is not int or not 0 <= value < vocab_size:
+      raise self.error(
+        f'{key} is {short(repr(value))}, but the ids of tokens are 0 to '
+        f'{vocab_size - 1}'
+      )
+    return value
 
   def take_only(self, key: str, *values: Any) -> Any:
     """Removes and returns a value: one of these; if absent, the first."""
     found = self.pop(key, values[0])
     if found not in values:
       supported = ' and '.join(map(repr, values))
-      raise self.error(f'{key} is {found!r}; only {supported} is supported')
+      raise self.error(
+        f'{key} is {short(repr(found))}; only {supported} is supported'
+      )
     return found
 
 
@@ -92,6 +124,26 @@ def hf_names(config: LlamaConfig) -> dict[str, str]:
   if not config.tie_embeddings:
     names['output.weight'] = 'lm_head.weight'
   return names
+
+
+def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+  """The shape of every tensor by GGUF's name, in Hugging Face's layout."""
+  return {name: _shape(hf, config) for name, hf in hf_names(config).items()}
+
+
+def _shape(hf_name: str, config: LlamaConfig) -> tuple[int, ...]:
+  names = hf_name.split('.')
+  if len(names) < 6:
+    width = (config.embed_dim,)
+    return width if names[-2].endswith('norm') else (config.vocab_size, *width)
+  _, _, layer, part, name, leaf = names
+  letters = ProjectionLetters.of(PROJECTIONS[part][name])
+  sizes = config.sizes(config.layers[int(layer)])
+  rows, columns = (
+    math.prod(sizes[axis] for axis in Axes.of(side))
+    for side in (letters.outputs, letters.inputs)
+  )
+  return (rows, columns) if leaf == 'weight' else (rows,)
 
 
 def biased_parts(names: Collection[str]) -> list[str]:

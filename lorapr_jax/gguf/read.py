@@ -4,10 +4,9 @@ from collections.abc import Iterator
 import dataclasses
 from pathlib import Path
 
-import gguf
 import numpy as np
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line, short
 from lorapr_jax.gguf.format import (
   EOS_IDS,
   PER_LAYER,
@@ -21,10 +20,19 @@ from lorapr_jax.gguf.format import (
   is_bias,
   is_rotated,
   rope_factors,
+  shapes,
 )
-from lorapr_jax.gguf.tokenizer import write_tokenizer_files
+from lorapr_jax.gguf.header import Tensor, read_header
+from lorapr_jax.gguf.tokenizer import ROLES, TOKENS, write_tokenizer_files
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.hf.rope import is_positive
+from lorapr_jax.models.config import (
+  MOST,
+  MOST_LAYERS,
+  LayerShape,
+  LlamaConfig,
+  RopeScaling,
+)
 from lorapr_jax.runtime.files import write_json
 from lorapr_jax.runtime.paths import local_file, path_of
 
@@ -35,7 +43,7 @@ class GgufModel:
 
   config: LlamaConfig
   _metadata: Metadata
-  _tensors: dict[str, gguf.ReaderTensor]
+  _tensors: dict[str, Tensor]
 
   def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
     """Every weight as (Hugging Face name, float32 array in its layout).
@@ -43,16 +51,13 @@ class GgufModel:
     One at a time, from the embeddings to the head, dequantised; projections
     are (outputs, inputs). Tied embeddings come once. Biases that the file does
     not have are zero where it has others of that part of a block.
-
-    Raises:
-      UserError: naming a tensor whose type cannot be read.
     """
     for name, hf_name in hf_names(self.config).items():
       if name not in self._tensors:
         weight = self._tensors[name.removesuffix('bias') + 'weight']
-        yield hf_name, np.zeros(weight.shape[-1], np.float32)
+        yield hf_name, np.zeros(weight.shape[0], np.float32)
         continue
-      weight = _dequantised(self._metadata, self._tensors[name])
+      weight = self._tensors[name].read()
       if is_rotated(name):
         weight = interleaved_to_halves(weight, self.config.head_dim)
       yield hf_name, np.ascontiguousarray(weight)
@@ -86,33 +91,19 @@ def open_gguf(path: str | Path) -> GgufModel:
   if not path.is_file():
     raise UserError(f'{path}: cannot be read as GGUF: there is no such file')
   try:
-    reader = gguf.GGUFReader(local_file(path))
-  # What a truncated or foreign file raises depends on where gguf-py stumbles.
-  except (OSError, ValueError, IndexError, KeyError) as error:
+    values, tensors = read_header(local_file(path))
+  except (OSError, ValueError) as error:
     raise UserError(
-      f'{path}: cannot be read as GGUF ({error}): it is damaged, or of '
-      'another kind'
+      f'{path}: cannot be read as GGUF ({first_line(error)}): it is damaged, '
+      'or of another kind'
     ) from error
-  metadata = Metadata(
-    path, ((k, v.contents()) for k, v in reader.fields.items())
-  )
-  tensors = {tensor.name: tensor for tensor in reader.tensors}
+  metadata = Metadata(path, values)
   config = _read_config(metadata, tied='output.weight' not in tensors)
   if ROPE_FACTORS in tensors:
     config = _with_scaling(config, metadata, tensors.pop(ROPE_FACTORS))
   config = config.with_biases(biased_parts(tensors))
-  _check_names(metadata, set(tensors), set(hf_names(config)))
+  _check_tensors(metadata, tensors, config)
   return GgufModel(config, metadata, tensors)
-
-
-def _dequantised(metadata: Metadata, tensor: gguf.ReaderTensor) -> np.ndarray:
-  try:
-    return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-  except NotImplementedError:
-    raise metadata.error(
-      f'tensor {tensor.name} has type {tensor.tensor_type.name}, which '
-      'gguf-py cannot dequantise'
-    ) from None
 
 
 def _read_config(metadata: Metadata, tied: bool) -> LlamaConfig:
@@ -121,48 +112,68 @@ def _read_config(metadata: Metadata, tied: bool) -> LlamaConfig:
   arch = metadata.take_only('general.architecture', *UNIFORM, PER_LAYER)
   metadata.take_only(f'{arch}.rope.scaling.type', 'none')
   metadata.take_only(f'{arch}.tensor_data_layout', 'Meta AI original pth')
-  embed_dim = metadata.take(f'{arch}.embedding_length', int)
+  embed_dim = metadata.size(f'{arch}.embedding_length')
   layers = _read_layers(metadata, arch)
-  head_dim = metadata.take(
-    f'{arch}.attention.key_length', int, embed_dim // layers[0].num_heads
+  head_dim = metadata.size(
+    f'{arch}.attention.key_length', embed_dim // layers[0].num_heads
   )
+  if head_dim % 2:
+    raise metadata.error(
+      f'heads of {head_dim} dimensions, which RoPE cannot pair'
+    )
   metadata.take_only(f'{arch}.attention.value_length', head_dim)
   metadata.take_only(f'{arch}.rope.dimension_count', head_dim)
   # Files older than the key vocab_size have the vocabulary alone.
-  tokens = metadata.get('tokenizer.ggml.tokens', ())
-  eos = metadata.get('tokenizer.ggml.eos_token_id')
+  tokens = metadata.list_of(TOKENS, str, ())
+  vocab_size = metadata.size(f'{arch}.vocab_size', len(tokens))
+  if len(tokens) > vocab_size:
+    raise metadata.error(
+      f'{TOKENS} has {len(tokens)} entries, but the vocabulary is {vocab_size}'
+    )
+  ids = {
+    role: metadata.check_id(key, metadata[key], vocab_size)
+    for role, key in ROLES.items()
+    if key in metadata
+  }
+  eos = ids.get('eos_token')
+  if EOS_IDS in metadata:
+    found = metadata.list_of(EOS_IDS, int)
+    eos = tuple(metadata.check_id(EOS_IDS, i, vocab_size) for i in found) or eos
   config = LlamaConfig(
-    vocab_size=metadata.take(f'{arch}.vocab_size', int, len(tokens)),
+    vocab_size=vocab_size,
     embed_dim=embed_dim,
     head_dim=head_dim,
     layers=layers,
-    norm_eps=metadata.take(f'{arch}.attention.layer_norm_rms_epsilon', float),
-    rope_theta=metadata.take(f'{arch}.rope.freq_base', float, 10000.0),
+    norm_eps=metadata.number(f'{arch}.attention.layer_norm_rms_epsilon'),
+    rope_theta=metadata.number(f'{arch}.rope.freq_base', 10000.0),
     tie_embeddings=tied,
-    max_positions=metadata.take(f'{arch}.context_length', int),
-    bos_token_id=metadata.get('tokenizer.ggml.bos_token_id'),
-    eos_token_id=tuple(metadata[EOS_IDS]) if EOS_IDS in metadata else eos,
-    pad_token_id=metadata.get('tokenizer.ggml.padding_token_id'),
+    max_positions=metadata.size(f'{arch}.context_length'),
+    bos_token_id=ids.get('bos_token'),
+    eos_token_id=eos,
+    pad_token_id=ids.get('pad_token'),
   )
   for key, value in metadata.items():
     if key.startswith(f'{arch}.'):
-      raise metadata.error(f'{key} is {value!r}, which is not supported')
+      raise metadata.error(
+        f'{key} is {short(repr(value))}, which is not supported'
+      )
   return config
 
 
 def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
   """The sizes of every layer; in a `deci` they may be lists, one entry each."""
-  num_layers = metadata.take(f'{arch}.block_count', int)
+  num_layers = metadata.size(f'{arch}.block_count', most=MOST_LAYERS)
 
   def take(name, default=None):
     key = f'{arch}.{name}'
     if arch != PER_LAYER or not isinstance(metadata.get(key, default), list):
-      sizes = [metadata.take(key, int, default)] * num_layers
-    else:
-      sizes = metadata.take(key, list, default)
-    if len(sizes) != num_layers or min(sizes) < 1:
+      return [metadata.size(key, default)] * num_layers
+    sizes = metadata.list_of(key, int, default)
+    metadata.pop(key, None)
+    if len(sizes) != num_layers or min(sizes) < 1 or max(sizes) > MOST:
       raise metadata.error(
-        f'{key} is {sizes}; {num_layers} positive numbers are supported'
+        f'{key} is {short(repr(sizes))}; {num_layers} positive numbers are '
+        'supported'
       )
     return sizes
 
@@ -184,28 +195,33 @@ def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
 
 
 def _with_scaling(
-  config: LlamaConfig, metadata: Metadata, table: gguf.ReaderTensor
+  config: LlamaConfig, metadata: Metadata, table: Tensor
 ) -> LlamaConfig:
   """The config with the RoPE scaling that a table of factors comes from.
 
   A table does not tell all four parameters. Ours are in the metadata; in other
   files Llama 3's are tried, of which only `factor` varies from model to model.
   """
-  factors = _dequantised(metadata, table)
+  shape = (config.head_dim // 2,)
+  factors = np.zeros(shape, np.float32)
+  if table.shape == shape and table.is_readable:
+    factors = table.read()
   if set(SCALING_KEYS.values()) <= set(metadata):
+    read = {int: metadata.size, float: metadata.number}
     scaling = RopeScaling(
       **{
-        field.name: metadata.take(SCALING_KEYS[field.name], field.type)
+        field.name: read[field.type](SCALING_KEYS[field.name])
         for field in dataclasses.fields(RopeScaling)
       }
     )
   else:
     scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
   config = dataclasses.replace(config, rope_scaling=scaling)
-  expected = rope_factors(config)
   # Other programs compute their tables in float32.
-  if factors.shape != expected.shape or not np.allclose(
-    factors, expected, rtol=1e-4
+  if not (
+    is_positive(scaling.factor)
+    and scaling.low_freq_factor < scaling.high_freq_factor
+    and np.allclose(factors, rope_factors(config), rtol=1e-4)
   ):
     raise metadata.error(
       f'tensor {ROPE_FACTORS} holds a RoPE scaling as a table, which is not '
@@ -214,14 +230,29 @@ def _with_scaling(
   return config
 
 
-def _check_names(metadata: Metadata, found: set[str], known: set[str]) -> None:
-  if found - known:
+def _check_tensors(
+  metadata: Metadata, tensors: dict[str, Tensor], config: LlamaConfig
+) -> None:
+  """Compares the tensors of a file with what its metadata say."""
+  expected = shapes(config)
+  if unknown := tensors.keys() - expected.keys():
     raise metadata.error(
-      f'tensor {min(found - known)} is not part of the LLaMA models supported'
+      f'tensor {short(min(unknown))} is not part of the LLaMA models supported'
     )
-  needed = {name for name in known - found if not is_bias(name)}
-  if needed:
+  absent = expected.keys() - tensors.keys()
+  if needed := {name for name in absent if not is_bias(name)}:
     raise metadata.error(
       f'tensor {min(needed)} is absent; join the files of a split '
       'model first (llama-gguf-split --merge)'
     )
+  for name, tensor in tensors.items():
+    if tensor.shape != expected[name]:
+      raise metadata.error(
+        f'tensor {name} has the shape {tensor.shape}, but the metadata say '
+        f'{expected[name]}'
+      )
+    if not tensor.is_readable:
+      raise metadata.error(
+        f'tensor {name} has type {tensor.kind.name}, which gguf-py cannot '
+        'dequantise'
+      )

@@ -9,6 +9,7 @@ import gguf
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from lorapr_jax.errors import short
 from lorapr_jax.gguf.format import Metadata
 from lorapr_jax.runtime.files import write_json
 
@@ -44,9 +45,14 @@ ROLES = {
   'unk_token': 'tokenizer.ggml.unknown_token_id',
   'pad_token': 'tokenizer.ggml.padding_token_id',
 }
+TOKENS = 'tokenizer.ggml.tokens'
+_KINDS = 'tokenizer.ggml.token_type'
+_MERGES = 'tokenizer.ggml.merges'
+_TEMPLATE = 'tokenizer.chat_template'
 _SUPPORTED = {
   'tokenizer.ggml.model': ('gpt2',),
   'tokenizer.ggml.pre': tuple(PRE_TOKENIZERS),
+  'tokenizer.ggml.add_bos_token': (None, False, True),
   'tokenizer.ggml.add_eos_token': (None, False),
   'tokenizer.ggml.add_space_prefix': (None, False),
 }
@@ -59,11 +65,11 @@ def write_tokenizer_files(
 
   Raises:
     UserError: naming the metadata key, where it is not a byte-level BPE whose
-      way of splitting text is known.
+      way of splitting text is known, or contradicts another.
   """
   text = _read_tokenizer(metadata).to_str(pretty=True)
   (folder / 'tokenizer.json').write_text(text, encoding='utf-8')
-  tokens = metadata['tokenizer.ggml.tokens']
+  tokens = metadata[TOKENS]
   write_json(
     folder / 'tokenizer_config.json',
     {
@@ -78,13 +84,16 @@ def write_tokenizer_files(
       'model_max_length': max_positions,
     },
   )
-  if template := metadata.get('tokenizer.chat_template'):
+  template = metadata.get(_TEMPLATE)
+  if not isinstance(template, str | None):
+    raise metadata.error(f'{_TEMPLATE} is {short(repr(template))}, not a text')
+  if template:
     (folder / 'chat_template.jinja').write_text(template, encoding='utf-8')
 
 
 def _adds_bos(metadata: Metadata) -> bool:
   default = metadata['tokenizer.ggml.pre'] == LLAMA3
-  return metadata.get('tokenizer.ggml.add_bos_token', default)
+  return bool(metadata.get('tokenizer.ggml.add_bos_token', default))
 
 
 def _read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
@@ -92,24 +101,18 @@ def _read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
     value = metadata.get(key)
     if value not in supported:
       raise metadata.error(
-        f'{key} is {value!r}, not one of {supported}; take the tokenizer '
-        'files from the original Hugging Face folder'
+        f'{key} is {short(repr(value))}, not one of {supported}; take the '
+        'tokenizer files from the original Hugging Face folder'
       )
-  tokens = metadata['tokenizer.ggml.tokens']
-  kinds = metadata['tokenizer.ggml.token_type']
-  pre = metadata['tokenizer.ggml.pre']
+  tokens, kinds, vocab = _read_tokens(metadata)
   tokenizer = tokenizers.Tokenizer(
     models.BPE(
-      vocab={
-        token: i
-        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind != gguf.TokenType.UNUSED
-      },
-      merges=[tuple(m.split(' ')) for m in metadata['tokenizer.ggml.merges']],
-      ignore_merges=pre == LLAMA3,
+      vocab=vocab,
+      merges=_read_merges(metadata, vocab),
+      ignore_merges=metadata['tokenizer.ggml.pre'] == LLAMA3,
     )
   )
-  tokenizer.pre_tokenizer = PRE_TOKENIZERS[pre]
+  tokenizer.pre_tokenizer = PRE_TOKENIZERS[metadata['tokenizer.ggml.pre']]
   tokenizer.decoder = decoders.ByteLevel()
   # Control and user-defined tokens are found in the text before it is split.
   control, user = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED
@@ -123,9 +126,42 @@ def _read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
   if _adds_bos(metadata):
     bos_id = metadata['tokenizer.ggml.bos_token_id']
     bos = tokens[bos_id]
+    if bos.startswith('$') or ':' in bos:  # Signs of a template's own.
+      raise metadata.error(f'BOS is {short(repr(bos))}, which is not supported')
     tokenizer.post_processor = processors.TemplateProcessing(
-      single=f'{bos} $A',
-      pair=f'{bos} $A {bos} $B',
+      single=[bos, '$A'],
+      pair=[bos, '$A', bos, '$B'],
       special_tokens=[(bos, bos_id)],
     )
   return tokenizer
+
+
+def _read_tokens(
+  metadata: Metadata,
+) -> tuple[list[str], list[int], dict[str, int]]:
+  """The tokens in the order of their ids, their kinds, and the ids in use."""
+  tokens, kinds = metadata.list_of(TOKENS, str), metadata.list_of(_KINDS, int)
+  if len(tokens) != len(kinds):
+    raise metadata.error(
+      f'{TOKENS} has {len(tokens)} entries, {_KINDS} {len(kinds)}'
+    )
+  used = [kind != gguf.TokenType.UNUSED for kind in kinds]
+  vocab = {token: i for i, token in enumerate(tokens) if used[i]}
+  if len(vocab) != sum(used):
+    raise metadata.error(f'{TOKENS} has a token twice')
+  for key in ROLES.values():
+    i = metadata.get(key)
+    if i is not None and (i >= len(tokens) or not used[i]):
+      raise metadata.error(f'{key} is {i}, which {TOKENS} has no token for')
+  return tokens, kinds, vocab
+
+
+def _read_merges(
+  metadata: Metadata, vocab: dict[str, int]
+) -> list[tuple[str, str]]:
+  merges = [tuple(m.split(' ')) for m in metadata.list_of(_MERGES, str)]
+  for merge in merges:
+    if len(merge) != 2 or not {*merge, ''.join(merge)} <= vocab.keys():
+      found = short(repr(' '.join(merge)))
+      raise metadata.error(f'{_MERGES} has {found}, no two tokens of {TOKENS}')
+  return merges

@@ -1,10 +1,15 @@
 """convert: what is there already, damaged GGUF files, a full disk."""
 
+import struct
+
 import gguf
 
+from tests.errors.bend_gguf import METADATA, TENSORS, make_gguf
 from tests.errors.case import Case, Place, with_argv
 from tests.errors.commands import CHOICES
 from tests.errors.runs import FULL
+
+KINDS = 'tokenizer.ggml.token_type'
 
 
 def _gguf(arch: str, **integers: int):
@@ -27,6 +32,10 @@ def _bytes(content: bytes):
     return ['convert', 'MODEL.gguf', 'OUT']
 
   return argv
+
+
+def _lying(**parts):
+  return _bytes(b''.join(make_gguf(**parts)))
 
 
 def _to_existing(place: Place) -> list[str]:
@@ -83,4 +92,24 @@ CASES = [
   ),
   Case('MODEL.gguf is a qwen2', _gguf('qwen2')),
   Case('MODEL.gguf lacks its sizes', _gguf('llama')),
+  Case(
+    'MODEL.gguf has a list in its metadata that ends behind its end',
+    _lying(metadata=METADATA | {KINDS: struct.pack('<IIQ', 9, 0, 2**60)}),
+  ),
+  Case(
+    'MODEL.gguf has 2,000,000,000 layers',
+    _lying(metadata=METADATA | {'llama.block_count': 2 * 10**9}),
+  ),
+  Case(
+    'A tensor of MODEL.gguf has other sizes than its metadata say',
+    _lying(tensors=TENSORS | {'blk.0.ffn_down.weight': (4, 6)}),
+  ),
+  Case(
+    'The tokens of MODEL.gguf are fewer than their types',
+    _lying(metadata=METADATA | {KINDS: [3] * 6}),
+  ),
+  Case(
+    'A token of MODEL.gguf is behind the end of its vocabulary',
+    _lying(metadata=METADATA | {'tokenizer.ggml.bos_token_id': 5}),
+  ),
 ]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lorapr_jax.cli.main import main
 from tests.errors.bend import bent_json
+from tests.errors.bend_gguf import bent_gguf, make_gguf
 from tests.errors.conftest import SIZES
 from tests.errors.survive import Kind
 
@@ -42,26 +43,47 @@ def _config(folder: Path) -> Path:
   return path
 
 
+def _gguf(folder: Path) -> Path:
+  path = folder / 'MODEL.gguf'
+  path.write_bytes(b''.join(make_gguf()))
+  return path
+
+
 KINDS = {
   'config.json': Kind(
     make=_config,
     bend=lambda good: bent_json(json.loads(good), 120),
     read=lambda folder: main(['inspect', '--model', 'MODEL']),
-    accepts=frozenset(
-      {
-        'attention_bias is true',
-        'bos_token_id is null',
-        'eos_token_id is -1',
-        'eos_token_id.1 is -1',
-        'pad_token_id is gone',
-        'per_layer_config is {}',
-        'per_layer_config.1 is gone',
-        'per_layer_config.1 is {}',
-        'rope_scaling is an object of lists',
-        'rope_scaling is null',
-        'rope_scaling.high_freq_factor is 2.5',
-        'rope_theta is 2**31',
-      }
+    accepts=(
+      'attention_bias is true',
+      'bos_token_id is null',
+      'eos_token_id is -1',
+      'eos_token_id.1 is -1',
+      'pad_token_id is gone',
+      'per_layer_config is {}',
+      'per_layer_config.1 is gone',
+      'per_layer_config.1 is {}',
+      'rope_scaling is an object of lists',
+      'rope_scaling is null',
+      'rope_scaling.high_freq_factor is 2.5',
+      'rope_theta is 2**31',
+    ),
+  ),
+  'GGUF': Kind(
+    make=_gguf,
+    bend=lambda good: bent_gguf(),
+    read=lambda folder: main(['convert', 'MODEL.gguf', 'OUT']),
+    accepts=(
+      'bit * turned',
+      'general.architecture is gone',
+      'llama.attention.*_length is gone',
+      'llama.context_length is 3',
+      'llama.rope.* is gone',
+      'llama.vocab_size is gone',
+      'lorapr_jax.* is gone',
+      'tokenizer.chat_template is gone',
+      'tokenizer.ggml.add_bos_token is gone',
+      'tokenizer.ggml.eos_token_id is gone',
     ),
   ),
 }

@@ -41,13 +41,14 @@ class Kind:
     bend: what is in the good file -> what is in the bent ones.
     read: reads the files of that folder: returns the exit status, or raises a
       UserError.
-    accepts: what may be done to a file and leaves it good.
+    accepts: what may be done to a file and leaves it good, in the patterns of
+      a shell.
   """
 
   make: Callable[[Path], Path]
   bend: Callable[[bytes], Iterable[Bent]]
   read: Callable[[Path], int | None]
-  accepts: frozenset[str] = frozenset()
+  accepts: tuple[str, ...] = ()
 
 
 def survive(kind: Kind, folder: Path) -> Iterator[tuple[str, str, str]]:

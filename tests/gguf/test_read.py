@@ -19,6 +19,7 @@ from tokenizers import (
 )
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.gguf.header import read_header
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
@@ -168,12 +169,16 @@ def test_optional_keys_have_defaults(tmp_path):
     'llama.rope.freq_base': None,
     'llama.vocab_size': None,
     'tokenizer.ggml.padding_token_id': None,
-    'tokenizer.ggml.tokens': ['a', 'b', 'c'],
+    'tokenizer.ggml.tokens': [f'token {i}' for i in range(300)],
   }
-  config = open_gguf(write_gguf(tmp_path / 'a.gguf', metadata=optional)).config
-  assert config == dataclasses.replace(
+  square = np.ones((32, 32), np.float32)
+  weights = random_weights()
+  for name in weights:
+    if name.endswith(('q_proj.weight', 'o_proj.weight')):
+      weights[name] = (weights[name][0], square, F32)
+  path = write_gguf(tmp_path / 'a.gguf', metadata=optional, weights=weights)
+  assert open_gguf(path).config == dataclasses.replace(
     CONFIG,
-    vocab_size=3,
     layers=(LayerShape(num_kv_heads=2, queries_per_kv=1, mlp_dim=64),) * 2,
     rope_theta=10000.0,
     pad_token_id=None,
@@ -295,9 +300,29 @@ def test_a_type_that_cannot_be_dequantised_is_named(tmp_path):
     np.ones(32, np.int8),
     None,
   )
-  model = open_gguf(write_gguf(tmp_path / 'a.gguf', weights=weights))
+  path = write_gguf(tmp_path / 'a.gguf', weights=weights)
   with pytest.raises(UserError, match='output_norm.weight has type I8'):
-    list(model.tensors())
+    open_gguf(path)
+
+
+def test_a_header_is_what_gguf_py_reads(tmp_path):
+  _, metadata = byte_level_bpe('smollm')
+  metadata |= {'x.numbers': [1.5, -2.0], 'x.flags': [True, False], 'x.none': ''}
+  path = write_gguf(tmp_path / 'a.gguf', metadata=metadata)
+  values, tensors = read_header(path)
+  theirs = gguf.GGUFReader(path)
+  assert values == {
+    key: field.contents()
+    for key, field in theirs.fields.items()
+    if not key.startswith('GGUF.')
+  }
+  assert list(tensors) == [tensor.name for tensor in theirs.tensors]
+  for tensor in theirs.tensors:
+    ours = tensors[tensor.name]
+    assert ours.kind == tensor.tensor_type
+    assert ours.shape == tuple(reversed(tensor.shape.tolist()))
+    values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+    np.testing.assert_array_equal(ours.read(), values)
 
 
 @pytest.mark.parametrize('damage', ['absent', 'empty', 'foreign', 'truncated'])
