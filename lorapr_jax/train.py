@@ -21,7 +21,7 @@ from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
-from lorapr_jax.report.page import REPORT_FILE, render_report
+from lorapr_jax.report.page import render_report
 from lorapr_jax.report.run import IMPORTANCE_FILE
 from lorapr_jax.report.scores import write_scores
 from lorapr_jax.report.side_by_side import generations, latencies
@@ -31,6 +31,7 @@ from lorapr_jax.runtime.lock import holding
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.terminal import PlainConsole
 from lorapr_jax.runtime.workdir import (
+  REPORT_FILE,
   RUN_FILE,
   SUMMARY_FILE,
   check_workdir,

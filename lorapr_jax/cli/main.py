@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 
-from lorapr_jax.errors import Stopped, UserError
+from lorapr_jax.errors import Stopped, UserError, first_line
 from lorapr_jax.runtime import ending
 from lorapr_jax.runtime.compilation_cache import keep_compiled
 from lorapr_jax.runtime.terminal import say, show_warnings
@@ -65,7 +65,11 @@ def main(argv: list[str] | None = None) -> int:
       sys.stdout.flush()
     # Not sys.exit, in which JAX waits for all that it was given to compute.
     os._exit(getattr(end, 'code', 128 + signal.SIGINT))
+  except MemoryError as error:
+    return _no_memory(error)
   except Exception as error:
+    if 'RESOURCE_EXHAUSTED' in str(error):  # JAX's, which may not be loaded.
+      return _no_memory(error)
     if type(error).__module__.partition('.')[0] not in _STORES:
       raise
     return _failed(f'{type(error).__name__}: {error}')
@@ -80,6 +84,13 @@ def _failed(message: str) -> int:
     sys.stdout.flush()
     os._exit(1)  # An ordinary end would wait for the others.
   return 1
+
+
+def _no_memory(error: Exception) -> int:
+  return _failed(
+    f'there is not enough memory ({first_line(error)}): "Out of memory" in '
+    'docs/troubleshooting.md says what to try'
+  )
 
 
 def _stopped(text: str) -> None:

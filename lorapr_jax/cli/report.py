@@ -12,12 +12,13 @@ from lorapr_jax.cli.arguments import (
 )
 from lorapr_jax.errors import UserError
 from lorapr_jax.report import comparison, units
-from lorapr_jax.report.page import REPORT_FILE, render_comparison, render_report
+from lorapr_jax.report.page import render_comparison, render_report
 from lorapr_jax.report.run import read_run
 from lorapr_jax.report.summary import print_summary
 from lorapr_jax.runtime.files import write_text
 from lorapr_jax.runtime.paths import is_local, path_of
 from lorapr_jax.runtime.terminal import say
+from lorapr_jax.runtime.workdir import REPORT_FILE
 
 
 def main(argv: list[str]) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import functools
 from pathlib import Path
-import time
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.runtime import processes
-from lorapr_jax.runtime.paths import move, new_folder
+from lorapr_jax.runtime.paths import new_folder, remove
 from lorapr_jax.settings.sections import ExportSettings
 
 # The number of tokens whose logits are compared.
@@ -49,9 +48,8 @@ def export_run(
   for kind in export.routes:
     route = Route.of_run(kind, workdir, export, model)
     # This run left it when it was killed before it wrote its summary.
-    folder = route.path.parent if kind == 'gguf' else route.path
-    if processes.is_first() and folder.exists():
-      move(folder, folder.with_name(f'{folder.name}-{time.time_ns()}'))
+    if processes.is_first():
+      remove(route.path.parent if kind == 'gguf' else route.path)
     processes.wait_for_others(f'make {kind}')
     exports[kind] = write(route, model, weights)
   return exports

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import processes
-from lorapr_jax.runtime.files import read_json, write_json, write_text
+from lorapr_jax.runtime.files import naming, read_json, write_json, write_text
 from lorapr_jax.runtime.paths import is_local
 from lorapr_jax.runtime.workdir import METRICS_FILE, RUN_FILE
 from lorapr_jax.settings.sections import LogSettings
@@ -106,7 +106,10 @@ class _JsonLines:
   def write(self, record: dict[str, float]) -> None:
     line = json.dumps(record) + '\n'
     if is_local(self._path):
-      with open(self._path, 'a', encoding='utf-8') as file:
+      with (
+        naming(self._path),
+        open(self._path, 'a', encoding='utf-8') as file,
+      ):
         file.write(line)
     else:  # Such stores cannot append.
       exists = self._path.exists()

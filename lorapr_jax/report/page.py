@@ -11,7 +11,6 @@ from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.report import comparison, kept_map, plots, units
 from lorapr_jax.report.run import Run, read_run
 
-REPORT_FILE = 'report.html'
 _TEMPLATES = Path(__file__).parent / 'templates'
 _NAMES = {KV_HEADS: 'KV heads', QUERIES: 'query heads', CHANNELS: 'channels'}
 _TITLES = {

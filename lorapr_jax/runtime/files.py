@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 from pathlib import Path
-import shutil
-import tempfile
 from typing import Any
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.leftovers import delete, half, half_folder
 from lorapr_jax.runtime.paths import is_local
 
 # The most bytes of a file of settings, from which Python makes up to a
@@ -42,9 +41,9 @@ def new_in_cache(path: Path, what: str) -> Iterator[Path]:
   made = [folder for folder in above if not folder.exists()]
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-      partial = Path(temporary) / path.name
-      _remove(path)
+    with half_folder(path) as temporary:
+      partial = temporary / path.name
+      delete(path)
       yield partial
       for written in (partial, *partial.rglob('*')):
         _to_disk(written)
@@ -64,13 +63,6 @@ def new_in_cache(path: Path, what: str) -> Iterator[Path]:
     with contextlib.suppress(OSError):
       for folder in made:
         folder.rmdir()
-
-
-def _remove(path: Path) -> None:
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
 
 
 def _to_disk(path: Path) -> None:
@@ -179,6 +171,16 @@ def _seal(value: dict[str, Any]) -> str:
   return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """An error of the operating system in the `with` block names the path."""
+  try:
+    yield
+  except OSError as error:
+    error.filename, error.filename2 = str(path), None
+    raise
+
+
 def write_text(path: Path, text: str) -> None:
   """Writes a text file. An old one stays until the new one is complete."""
   # A file's name may hold bytes that are not UTF-8: half a character in Python.
@@ -190,6 +192,11 @@ def write_bytes(path: Path, content: bytes) -> None:
   if not is_local(path):  # A store shows a file once it is complete.
     path.write_bytes(content)
     return
-  partial = path.with_name(path.name + '.partial')
-  partial.write_bytes(content)
-  os.replace(partial, path)
+  partial = half(path)
+  try:
+    with naming(path):
+      partial.write_bytes(content)
+      os.replace(partial, path)
+  except BaseException:
+    delete(partial)
+    raise

@@ -20,6 +20,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import write_bytes
+from lorapr_jax.runtime.leftovers import is_alive, reach, sweep
 from lorapr_jax.runtime.paths import is_local, version_of
 
 LOCK_FILE = 'run.lock'
@@ -39,7 +40,8 @@ def holding(
 ) -> Iterator[Callable[[], None]]:
   """Holds the lock of a workdir in the `with` block.
 
-  The workdir is made if need be. If it is empty in the end, it goes again.
+  The workdir is made if need be, and what dead processes left half written in
+  it goes. If it is empty in the end, it goes again.
 
   Args:
     workdir: on a disk or in gs://.
@@ -62,6 +64,8 @@ def holding(
     lock = _Lock(workdir)
     while not lock.taken(say):
       pass
+    if is_local(workdir):
+      sweep(workdir)
     with lock.touched():
       yield lock.check
   finally:
@@ -79,7 +83,7 @@ class _Lock:
         'since': now.isoformat(' ', 'seconds'),
         'process': os.getpid(),
         'host': socket.gethostname(),
-        'reach': _reach(),
+        'reach': reach(),
         'id': secrets.token_hex(8),
       }
     ).encode()
@@ -107,9 +111,11 @@ class _Lock:
   def _is_of_the_dead(self, held: bytes, say: Callable[[str], None]) -> bool:
     """Whether a lock is free as it is; False if it has changed meanwhile."""
     holder = _holder(held)
-    if holder.get('reach') == _reach() and not _is_alive(holder.get('process')):
+    process = holder.get('process')
+    here = holder.get('reach') == reach() and isinstance(process, int)
+    if here and process > 0 and not is_alive(process):
       return True
-    who = f'process {holder.get("process")} on {holder.get("host")}'
+    who = f'process {process} on {holder.get("host")}'
     version, begin, said = version_of(self._path), time.monotonic(), False
     while (waited := time.monotonic() - begin) < SILENCE:
       time.sleep(BEAT / 10)
@@ -187,31 +193,3 @@ def _holder(held: bytes) -> dict[str, Any]:
   except ValueError:
     return {}
   return holder if isinstance(holder, dict) else {}
-
-
-def _reach() -> str:
-  """A name for where process ids mean the same processes as here.
-
-  Another host, the same one after a restart, and a container have others.
-  """
-  parts = [socket.gethostname()]
-  boot = Path('/proc/sys/kernel/random/boot_id')
-  namespace = Path('/proc/self/ns/pid')
-  if boot.exists() and namespace.exists():
-    parts += [boot.read_text().strip(), str(namespace.stat().st_ino)]
-  return ' '.join(parts)
-
-
-def _is_alive(process: Any) -> bool:
-  """Whether a process runs here; True for what is no number of one."""
-  if not isinstance(process, int) or not 0 < process < 2**31:
-    return True
-  try:
-    os.kill(process, 0)
-    # One that has ended, and whose parent has not asked how, is a zombie.
-    stat = Path(f'/proc/{process}/stat').read_text()
-  except ProcessLookupError:
-    return False
-  except OSError:  # It is another user's, or this system has no /proc.
-    return True
-  return stat.rpartition(')')[2].split()[0] != 'Z'

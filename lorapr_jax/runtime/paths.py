@@ -17,6 +17,7 @@ import tempfile
 from typing import Any
 
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.runtime.leftovers import delete, half, half_folder
 
 # The files of a Hugging Face folder that a tokenizer may need.
 _TOKENIZERS = ('*.json', '*.jinja', '*.txt', 'tokenizer.model*', 'tekken*')
@@ -154,7 +155,7 @@ def move(source: Path, target: Path) -> None:
     return
   for name in source.fs.find(source.path):
     source.fs.cp_file(name, target.path + name.removeprefix(source.path))
-  _remove(source)
+  remove(source)
 
 
 @contextlib.contextmanager
@@ -177,15 +178,13 @@ def new_path(path: Path) -> Iterator[Path]:
   try:
     if is_local(path):
       path.parent.mkdir(parents=True, exist_ok=True)
-      with tempfile.TemporaryDirectory(
-        dir=path.parent, prefix=f'.{path.name}-'
-      ) as temporary:
-        partial = Path(temporary) / path.name
+      with half_folder(path) as temporary:
+        partial = temporary / path.name
         yield partial
         os.replace(partial, path)
     else:
       with contextlib.ExitStack() as unless_complete:
-        unless_complete.callback(_remove, path)
+        unless_complete.callback(remove, path)
         yield path
         unless_complete.pop_all()
   except OSError as error:
@@ -195,8 +194,14 @@ def new_path(path: Path) -> Iterator[Path]:
     ) from error
 
 
-def _remove(path: Path) -> None:
-  if path.exists():
+def remove(path: Path) -> None:
+  """Removes what is there. What is local loses its name at once."""
+  if not path.exists():
+    return
+  if is_local(path):
+    path.rename(unnamed := half(path))
+    delete(unnamed)
+  else:
     path.fs.rm(path.path, recursive=True)
 
 

@@ -8,12 +8,14 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import read_json, write_json, write_text
+from lorapr_jax.runtime.leftovers import is_half
 from lorapr_jax.runtime.lock import LOCK_FILE
 from lorapr_jax.runtime.paths import is_local, make_folder
 
 RUN_FILE = 'run.json'
 SUMMARY_FILE = 'summary.json'
 METRICS_FILE = 'metrics.jsonl'
+REPORT_FILE = 'report.html'
 
 # Settings that may change when a run is resumed: they say how its work is laid
 # out over devices and memory.
@@ -50,7 +52,13 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
     )
   _check_writable(workdir)
   if (workdir / SUMMARY_FILE).exists():
-    raise UserError(f'{workdir} holds a finished run: choose another --workdir')
+    page = workdir / REPORT_FILE
+    report = (
+      '' if page.exists() else f', or make its page: lorapr report {workdir}'
+    )
+    raise UserError(
+      f'{workdir} holds a finished run: choose another --workdir{report}'
+    )
   path = workdir / RUN_FILE
   if path.exists():
     stored = read_json(path)
@@ -68,9 +76,9 @@ def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
 
 
 def _is_empty(workdir: Path) -> bool:
-  """Whether it is a folder that holds no more than a lock."""
+  """Whether it is a folder that holds no more than a dead process may leave."""
   return workdir.is_dir() and all(
-    path.name == LOCK_FILE for path in workdir.iterdir()
+    path.name == LOCK_FILE or is_half(path) for path in workdir.iterdir()
   )
 
 

@@ -126,6 +126,10 @@ def _packing(place: Place) -> list[str]:
 
 CASES = [
   _run('`--workdir=RUN` of a run that is finished', lambda run: None),
+  _run(
+    '`--workdir=RUN` of a run whose report could not be written',
+    lambda run: (run / 'report.html').unlink(),
+  ),
   _run('`--workdir=RUN` of another run', _unfinished, 'prune.target=0.25'),
   _run('`--workdir=RUN`, a folder with other files', _foreign),
   _run('`--workdir=RUN`, a file', _file),

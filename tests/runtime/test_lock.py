@@ -12,6 +12,7 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import lock
+from lorapr_jax.runtime.leftovers import is_alive, reach
 
 ROOT = Path(__file__).parents[2]
 # Imports no JAX, and holds a lock until it is killed.
@@ -89,7 +90,7 @@ def test_of_a_living_process_it_is_refused_and_of_a_dead_one_it_is_free(
   # It is free before its parent has asked how it ended, and after.
   begin = time.monotonic()
   while time.monotonic() - begin < 30:
-    if not lock._is_alive(process.pid):
+    if not is_alive(process.pid):
       break
   assert process.returncode is None
   begin = time.monotonic()
@@ -97,7 +98,7 @@ def test_of_a_living_process_it_is_refused_and_of_a_dead_one_it_is_free(
     check()
   assert time.monotonic() - begin < lock.SILENCE
   process.communicate()
-  assert not lock._is_alive(process.pid)
+  assert not is_alive(process.pid)
 
 
 def test_of_another_host_it_is_free_after_a_silence(workdir):
@@ -155,7 +156,7 @@ def test_one_that_says_nothing_is_free_after_a_silence(
   workdir.mkdir(parents=True)
   record = content
   if content.startswith(b'{"process'):
-    record = json.dumps(json.loads(content) | {'reach': lock._reach()}).encode()
+    record = json.dumps(json.loads(content) | {'reach': reach()}).encode()
   (workdir / 'run.lock').write_bytes(record)
   with lock.holding(workdir, print) as check:
     check()
