@@ -1,21 +1,21 @@
-"""Reads records from files of text, JSON lines, CSV and Parquet.
+"""Reads records from files of text, JSON, CSV and Parquet.
 
 A file's name says its kind and whether it is compressed: notes.txt,
-corpus.jsonl.zst, rows.csv.gz. JSON lines and CSV are read a line at a time,
-Parquet a row group at a time.
+corpus.jsonl.zst, ROWS.CSV.gz. JSON and CSV are read a record at a time, Parquet
+a row group at a time.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import contextlib
 import csv
 import glob
 import hashlib
 import io
 import itertools
-import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lorapr_jax.data import json_files
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime.content import sha256_of
 from lorapr_jax.runtime.paths import is_local, path_of
@@ -28,7 +28,10 @@ OPTIONS = {
   '.jsonl': ('field',),
   '.csv': ('column',),
   '.parquet': ('column',),
+  '.json': ('field',),
 }
+# The other names of kinds.
+_NAMES = {'.ndjson': '.jsonl'}
 # The compressions, with pyarrow's name of each.
 _COMPRESSED = {'.gz': 'gzip', '.zst': 'zstd'}
 # The most bytes of a line, a record of CSV, or a Parquet file that is unpacked:
@@ -69,7 +72,13 @@ def find_files(path: str) -> list[Path]:
 
 def kind(file: Path) -> str:
   """The suffix of a file's name before that of a compression."""
-  return Path(file.stem).suffix if file.suffix in _COMPRESSED else file.suffix
+  name = file.stem if _compression(file) else file.name
+  suffix = Path(name).suffix.lower()
+  return _NAMES.get(suffix, suffix)
+
+
+def _compression(file: Path) -> str | None:
+  return _COMPRESSED.get(file.suffix.lower())
 
 
 def kind_of(path: str) -> str:
@@ -100,7 +109,12 @@ def read_files(
     with _open(file) as stream:
       match kind(file):
         case '.jsonl':
-          yield from _json_lines(file, stream, fields)
+          found = json_files.read_lines(file, _lines(file, stream))
+          yield from _picked(found, fields)
+        case '.json':
+          lines = _lines(file, stream)
+          found = json_files.read_list_or_lines(file, lines, MOST_BYTES)
+          yield from _picked(found, fields)
         case '.csv':
           yield from _csv(file, stream, fields)
         case '.parquet':
@@ -151,19 +165,26 @@ def pick(
   return {field: record[field] for field in fields}
 
 
+def _picked(
+  records: Iterable[tuple[str, Record]], fields: Sequence[str] | None
+) -> Iterator[Record]:
+  for where, record in records:
+    yield pick(record, fields, where, 'field')
+
+
 @contextlib.contextmanager
 def _open(file: Path) -> Iterator[BinaryIO]:
   """Opens a file to read its bytes, decompressed on the way."""
   try:
     with file.open('rb') as stream:
-      if file.suffix not in _COMPRESSED:
+      if not _compression(file):
         yield stream
         return
       # Imported here: it takes a while, and plain files do not need it. Unlike
       # zstandard it refuses a stream that was cut short.
       import pyarrow
 
-      name = _COMPRESSED[file.suffix]
+      name = _compression(file)
       with pyarrow.CompressedInputStream(stream, name) as unpacked:
         yield io.BufferedReader(unpacked)
   except OSError as error:
@@ -197,29 +218,6 @@ def _text(file: Path, lines: bool) -> Iterator[str]:
     stripped = (line.strip() for line in _lines(file, stream))
     for i, line in enumerate(filter(None, stripped)):
       yield f'\n\n{line}' if i else line
-
-
-def _json_lines(
-  file: Path, stream: BinaryIO, fields: Sequence[str] | None
-) -> Iterator[Record]:
-  for number, line in enumerate(_lines(file, stream), 1):
-    if not line.strip():
-      continue
-    try:
-      record = json.loads(line)
-      # An escape may stand for half a character, which no text can hold.
-      if '\\u' in line:
-        json.dumps(record, ensure_ascii=False).encode()
-    except json.JSONDecodeError as error:
-      raise UserError(
-        f'{file}:{number} is not JSON: column {error.colno}: {error.msg}'
-      ) from None
-    # It is nested too deep, has a number of too many digits, or that half.
-    except (RecursionError, ValueError) as error:
-      raise UserError(f'{file}:{number}: {first_line(error)}') from None
-    if not isinstance(record, dict):
-      raise UserError(f'{file}:{number} is no JSON object')
-    yield pick(record, fields, f'{file}:{number}', 'field')
 
 
 def _csv(
@@ -280,7 +278,7 @@ def _parquet(
   import pyarrow
   import pyarrow.parquet
 
-  if file.suffix in _COMPRESSED:
+  if _compression(file):
     # Its index is at its end, so that it needs all of a compressed file.
     content = stream.read(MOST_BYTES + 1)
     if len(content) > MOST_BYTES:

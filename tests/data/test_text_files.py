@@ -154,6 +154,85 @@ def test_a_broken_file_is_one_line(tmp_path, name, content, message):
   assert '\n' not in str(error.value)
 
 
+ALPACA = [
+  {'text': 'a ]"}[{ \\ \n,', 'n': '1', 'more': [[], {}, [{'x': '"'}]]},
+  {'text': '\u2028 ß \U0001f30a', 'n': '2', 'more': {}},
+  {'text': '', 'n': '3', 'more': None},
+]
+
+
+@pytest.mark.parametrize('indent', [None, 0, 2, '\t'])
+@pytest.mark.parametrize('ascii', [False, True])
+@pytest.mark.parametrize('count', [0, 1, 3])
+def test_a_list_of_json_is_read_as_pythons_own_reader_does(
+  tmp_path, indent, ascii, count
+):
+  text = json.dumps(ALPACA[:count], indent=indent, ensure_ascii=ascii)
+  for around in ('', '\n', ' \n\n\t'):
+    write(tmp_path / 'a.json', (around + text + around).encode())
+    assert records(f'file:{tmp_path}/a.json') == json.loads(text)
+  # Objects on lines are often called the same.
+  lines = ''.join(json.dumps(row) + '\n' for row in ALPACA)
+  for name in ('b.json', 'b.ndjson'):
+    write(tmp_path / name, lines.encode())
+    assert records(f'file:{tmp_path}/{name}') == ALPACA
+  assert read(f'file:{tmp_path}/b.json?field=n') == ['1', '2', '3']
+
+
+def test_a_list_of_json_is_read_record_by_record(tmp_path):
+  row = json.dumps({'text': 'x' * 1000}, indent=1) + ',\n'
+  path = write(tmp_path / 'a.json.gz', b'[' + row.encode() * 5_000 + b'no JSON')
+  stream = read_records(parse_spec(f'file:{path}'))
+  next(stream)
+  tracemalloc.start()
+  for _ in range(4_999):
+    next(stream)
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert peak < 1e6
+  with pytest.raises(UserError, match="a.json.gz:15001 .* ',noJSON' in place"):
+    next(stream)
+
+
+def test_a_bent_list_of_json_is_refused_in_one_line(tmp_path):
+  """Whatever is taken out or put in, Python's reader refuses it too, or not."""
+  rng = random.Random(0)
+  good = json.dumps(ALPACA, indent=1)
+  refused = 0
+  for _ in range(300):
+    at = rng.randrange(len(good))
+    bent = good[:at] + rng.choice(['', *'[]{}",:\\1 \n']) + good[at + 1 :]
+    write(tmp_path / 'a.json', bent.encode())
+    try:
+      expected = json.loads(bent)
+      assert all(isinstance(row, dict) for row in expected)
+      json.dumps(expected, ensure_ascii=False).encode()
+    except (ValueError, AssertionError):
+      refused += 1
+      with pytest.raises(UserError) as error:
+        records(f'file:{tmp_path}/a.json')
+      assert '\n' not in str(error.value)
+    else:
+      assert records(f'file:{tmp_path}/a.json') == expected
+  assert refused > 100
+
+
+@pytest.mark.parametrize('compression', COMPRESSIONS)
+@pytest.mark.parametrize('kind', [*CONTENT, 'txt', 'json'])
+def test_suffixes_may_be_in_capitals(tmp_path, kind, compression):
+  content = CONTENT.get(kind, b'[{"text": "one\\ntwo"}, {"text": "3"}]')
+  path = tmp_path / f'a.{kind}{compression}'
+  write(path, content)
+  expected = read(f'file:{path}')
+  for suffix in (f'{kind.upper()}{compression.upper()}', kind.title()):
+    capital = tmp_path / f'B.{suffix}'
+    if suffix == kind.title():
+      write(capital, content)
+    else:
+      capital.write_bytes(path.read_bytes())
+    assert read(f'file:{capital}') == expected
+
+
 def test_csv_is_read_as_pythons_own_reader_does(tmp_path):
   rng = random.Random(0)
   rows = [

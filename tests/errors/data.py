@@ -73,6 +73,9 @@ CASES = [
     'file:a.jsonl',
     a_jsonl='{"text": "word"}\n{"text": "wo',
   ),
+  _file(
+    'a list that is cut short', 'file:a.json', a_json='[{"text": "word"},\n'
+  ),
   _file('without the field', 'file:b.jsonl', b_jsonl='{"body": "word"}'),
   _file('where the field is a number', 'file:c.jsonl', c_jsonl='{"text": 3}'),
   _file('a list', 'file:d.jsonl', d_jsonl='["word"]'),
