@@ -105,7 +105,14 @@ def test_a_template_that_is_too_much_is_one_line(source, spec, tokenizer):
 def test_so_is_a_chat_template(source, spec, tokenizer, monkeypatch):
   monkeypatch.setattr(tokenizer.wrapped, 'chat_template', source)
   text = message(lambda: Template('chat'), spec, tokenizer)
-  assert text.startswith(f'{spec.text}, record 1: the chat template of ')
+  # Where it takes no conversation at all, the first is named.
+  assert text.startswith(
+    (
+      f'{spec.text}, record 1: the chat template of ',
+      f'{spec.text}: none of its 1 records gives any text by data.template; '
+      'record 1: the chat template of ',
+    )
+  )
 
 
 def test_what_was_too_much_is_said(spec, tokenizer):
