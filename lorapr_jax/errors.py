@@ -25,14 +25,10 @@ class Stopped(Exception):
     self.status = 128 + signum
 
 
-# Of what another library says, in characters.
-_LONGEST = 400
-
-
 def first_line(error: Exception) -> str:
   """What another library's exception says, for a message of one line."""
   line = str(error).strip().partition('\n')[0] or repr(error)
-  return line if len(line) <= _LONGEST else f'{line[:_LONGEST]}...'
+  return short(line, 400)
 
 
 def short(text: str, most: int = 100) -> str:
@@ -84,5 +80,7 @@ def choose(
   if removed and value in removed:
     raise UserError(f'{key}={value} was removed: use {removed[value]}')
   if value not in choices:
-    raise UserError(f'{key} is {value!r}: choose from {", ".join(choices)}')
+    raise UserError(
+      f'{key} is {short(repr(value))}: choose from {", ".join(choices)}'
+    )
   return value

@@ -6,9 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import config_dict
-import numpy as np
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, short
 from lorapr_jax.exporting.model import (
   Description,
   Weights,
@@ -18,7 +17,7 @@ from lorapr_jax.exporting.model import (
 )
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
-from lorapr_jax.hf.config import config_to_hf, layers_from_hf
+from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.load import (
   Model,
@@ -33,10 +32,11 @@ from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
+from lorapr_jax.report.pruning_file import PruningFile, read_pruning, shape_of
 from lorapr_jax.runtime import processes
-from lorapr_jax.runtime.files import LARGE, read_json
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import RUN_FILE
+from lorapr_jax.settings.files import read_run_json
 from lorapr_jax.settings.model import plan_model
 from lorapr_jax.settings.phases import CHECKPOINTS, CHECKPOINTS_AFTER_CUT
 from lorapr_jax.training.base import Base, Places, kept_of
@@ -85,13 +85,14 @@ def export(
 def _of_run(
   workdir: Path, route: Route, base: Path | None
 ) -> tuple[Description, Weights]:
-  run = _read(workdir / RUN_FILE, ('config', 'resolved', 'inputs'))
+  run = read_run_json(workdir / RUN_FILE)
   config = config_dict.ConfigDict(run['config'])
   config.model.path = _base_path(workdir, config.model.path, base)
   # On another mesh, other counts might have been the nearest.
   keep = run['resolved']['keep']
   planned = plan_model(config, tensor_parallel=1, keep=keep)
   sizes, lora_config, plan = planned.config, planned.lora, planned.plan
+  _check_keep(keep, sizes, workdir / RUN_FILE)
   if config_to_hf(sizes) != run['resolved']['model']:
     raise UserError(
       f'{config.model.path} is not the base of {workdir}: its config.json has '
@@ -112,7 +113,7 @@ def _of_run(
     settings=run['config']['prune'],
   )
   if processes.is_first():
-    _check_same_base(workdir, run['inputs'], model)
+    _check_same_base(workdir, run.get('inputs'), model)
   route.check(model)
   places = Places.of(mesh_of_all(sizes), sizes, dtype)
   params = load_or_draw(path, sizes, places.base, dtype, config.train.seed)
@@ -126,12 +127,17 @@ def _of_run(
   return model, merge(left.params, lora, lora_config, unmerged=unmerged)
 
 
-def _read(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-  value = read_json(path, LARGE)
-  missing = [key for key in keys if key not in value]
-  if missing:
-    raise UserError(f'{path} is none of ours: it has no {", ".join(missing)}')
-  return value
+def _check_keep(
+  keep: dict[str, list[int]], sizes: LlamaConfig, path: Path
+) -> None:
+  for group, counts in keep.items():
+    most = [shape_of(group, layer)[-1:] for layer in sizes.layers]
+    if len(counts) != len(most) or any(
+      (count,) > size for count, size in zip(counts, most, strict=True)
+    ):
+      raise UserError(
+        f'{path}: resolved.keep.{short(group)} is not of the model of this run'
+      )
 
 
 def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
@@ -185,9 +191,9 @@ def _describe_folder(folder: Path, route: Route) -> Description:
   check_tensors(shards, config)
   name, before, kept, pruning = model_name(folder), None, None, None
   if (folder / 'pruning.json').exists():
-    pruning = _read(folder / 'pruning.json', ('base', 'sparsity', 'kept'))
-    before, kept = _cut_of(folder / 'pruning.json', pruning, config)
-    name = pruning['base']['name']
+    cut = read_pruning(folder / 'pruning.json')
+    pruning, name = cut.contents, cut.contents['base']['name']
+    before, kept = _cut_of(folder / 'pruning.json', cut, config)
   return Description(
     name=name,
     config=config,
@@ -200,22 +206,16 @@ def _describe_folder(folder: Path, route: Route) -> Description:
 
 
 def _cut_of(
-  path: Path, pruning: dict[str, Any], config: LlamaConfig
+  path: Path, cut: PruningFile, config: LlamaConfig
 ) -> tuple[LlamaConfig | None, Kept | None]:
   """The sizes before the cut and what it kept, from pruning.json."""
-  sizes = pruning['base'].get('config')
-  if sizes is None:  # An older version wrote it, without the sizes.
+  if not cut.layers:
     return None, None
-  layers = layers_from_hf(sizes)
-  before = dataclasses.replace(config, layers=layers)
-  kept = tuple(
-    {group: np.asarray(indices) for group, indices in layer.items()}
-    for layer in pruning['kept']
-  )
+  before = dataclasses.replace(config, layers=cut.layers)
   # A padded export has the sizes before the cut.
-  if config not in (before, shrunk_config(before, kept)):
+  if config not in (before, shrunk_config(before, cut.kept)):
     raise UserError(
       f'{path} is of another model: it says that other sizes were left than '
       'config.json has'
     )
-  return before, kept
+  return before, cut.kept

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import math
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.pruning.counts import Choice, round_share, solve_parameters
 from lorapr_jax.pruning.groups import (
@@ -44,11 +44,7 @@ class Targets:
 
   def __post_init__(self):
     for key, choices in CHOICES.items():
-      if getattr(self, key) not in choices:
-        raise UserError(
-          f'prune.{key} is {getattr(self, key)!r}: choose from '
-          + ', '.join(choices)
-        )
+      choose(f'prune.{key}', getattr(self, key), choices)
     for key in ('target', 'heads_target', 'channels_target'):
       value = getattr(self, key)
       if value is not None and not 0.0 <= value < 1.0:

@@ -24,7 +24,7 @@ def _shade_ramp(axes: Any, records: Records) -> None:
   """Marks the steps between the first masking of groups and the last."""
   steps, kept = _series(records, 'params_kept')
   if kept.size and kept[0] != kept[-1]:
-    first = max(0, np.flatnonzero(kept < kept[0])[0] - 1)
+    first = max(0, np.flatnonzero(kept != kept[0])[0] - 1)
     last = np.flatnonzero(kept == kept[-1])[0]
     axes.axvspan(steps[first], steps[last], color=RULE, alpha=0.45, lw=0)
 

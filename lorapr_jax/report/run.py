@@ -1,28 +1,103 @@
 """Reads what a finished run left in its workdir, without the model."""
 
 import json
+import math
 from pathlib import Path
+import re
+import shlex
 from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, first_line, short
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.runtime.files import LARGE, read_json
+from lorapr_jax.report.pruning_file import SPARSITY, read_pruning, shape_of
+from lorapr_jax.runtime.files import LARGE, read_bytes, read_json
+from lorapr_jax.runtime.forms import (
+  COUNT,
+  INDEX,
+  MEASURED,
+  NUMBER,
+  POSITIVE,
+  SHARE,
+  TEXT,
+  Each,
+  Leaf,
+  Maybe,
+  check_form,
+)
 from lorapr_jax.runtime.paths import is_folder, path_of
 from lorapr_jax.runtime.workdir import METRICS_FILE, RUN_FILE, SUMMARY_FILE
+from lorapr_jax.settings.files import read_run_json
 
 IMPORTANCE_FILE = 'importance.safetensors'
 PRUNING_FILE = 'export/pruning.json'
-# What the report reads of a summary.
-_REQUIRED = (
-  *('model', 'base', 'params_dense', 'params_pruned', 'bytes'),
-  *('flops_per_token', 'kv_cache_bytes_per_token', 'sparsity', 'perplexity'),
-  *('latency', 'generations', 'seconds', 'tokens_per_second'),
-  *('peak_memory_bytes', 'warnings', 'exports', 'versions', 'command'),
+
+
+def _is_command(value: Any) -> bool:
+  try:
+    return isinstance(value, str) and bool(shlex.split(value))
+  except ValueError:  # A quote that is not closed.
+    return False
+
+
+_COMMAND = Leaf('a command line', _is_command)
+_PERPLEXITY = Leaf(
+  'a number above 0', lambda x: MEASURED.holds(x) and not x <= 0
 )
+_PAIR = {'dense': POSITIVE, 'pruned': POSITIVE}
+_MEASURED = {
+  'value': _PERPLEXITY,
+  'data': TEXT,
+  'seq_len': COUNT,
+  'windows': COUNT,
+}
+_EXPORT = {
+  'path': TEXT,
+  'dtype': TEXT,
+  'layout': Maybe(TEXT),
+  'max_logit_difference': NUMBER,
+}
+# Of one group in all layers.
+_MOST_MEMBERS = 2**28
+# What is read of a summary.json, of a run.json's config and of a line of
+# metrics.jsonl.
+_SUMMARY = {
+  'model': TEXT,
+  'base': {'name': TEXT, 'sha256': Maybe(TEXT)},
+  'params_dense': COUNT,
+  'params_pruned': COUNT,
+  'bytes': _PAIR,
+  'flops_per_token': {**_PAIR, 'seq_len': COUNT},
+  'kv_cache_bytes_per_token': _PAIR,
+  'sparsity': SPARSITY,
+  'perplexity': Each(_MEASURED),
+  'latency': {**_PAIR, 'batch_size': COUNT, 'seq_len': COUNT},
+  'generations': [{'prompt': TEXT, 'dense': TEXT, 'pruned': TEXT}],
+  'seconds': Each(NUMBER),
+  'tokens_per_second': NUMBER,
+  'peak_memory_bytes': INDEX,
+  'warnings': [TEXT],
+  'exports': {'hf?': _EXPORT, 'gguf?': _EXPORT, 'peft?': _EXPORT},
+  'versions': Each(TEXT),
+  'command': _COMMAND,
+  'repair?': {},
+}
+_STEPS = {
+  'train': {'steps': INDEX},
+  'prune': {'order': TEXT, 'calibration_steps': INDEX},
+  'recover': {'steps': INDEX},
+}
+_RECORD = {
+  'step': INDEX,
+  'loss': MEASURED,
+  'heads_sparsity': SHARE,
+  'channels_sparsity': SHARE,
+  'params_kept': SHARE,
+  'perplexity?': _PERPLEXITY,
+}
 
 
 class Scores(NamedTuple):
@@ -72,7 +147,7 @@ def read_run(workdir: str | Path) -> Run:
   summary = _read_summary(workdir)
   return Run(
     workdir=workdir,
-    config=read_json(workdir / RUN_FILE)['config'],
+    config=read_run_json(workdir / RUN_FILE)['config'],
     summary=summary,
     metrics=_read_metrics(workdir / METRICS_FILE),
     kept=_read_kept(workdir / PRUNING_FILE),
@@ -85,7 +160,9 @@ def _read_summary(workdir: Path) -> dict[str, Any]:
   if not path.exists():
     if not (workdir / RUN_FILE).exists():
       raise UserError(f'{workdir} holds no run: it has no {RUN_FILE}')
-    steps = _planned_steps(read_json(workdir / RUN_FILE)['config'])
+    config = read_run_json(workdir / RUN_FILE)['config']
+    check_form(config, _STEPS, workdir / RUN_FILE, 'config')
+    steps = _planned_steps(config)
     metrics = _read_metrics(workdir / METRICS_FILE)
     done = metrics[-1]['step'] + 1 if metrics else 0
     raise UserError(
@@ -93,9 +170,12 @@ def _read_summary(workdir: Path) -> dict[str, Any]:
       'logged; run its command again to go on'
     )
   summary = read_json(path)
-  missing = [key for key in _REQUIRED if key not in summary]
-  if missing:
-    raise UserError(f'{path} is no summary of ours: it has no {missing[0]!r}')
+  check_form(summary, _SUMMARY, path)
+  if measured := summary['perplexity']:
+    check_form(measured, {'dense': {}, 'pruned': {}}, path, 'perplexity')
+  # A run that is older does not say how its repairs went.
+  if repair := summary.setdefault('repair', {}):
+    check_form(repair, {'error_left': Each(Maybe(NUMBER))}, path, 'repair')
   return summary
 
 
@@ -111,51 +191,67 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
   if not path.exists():
     return []
   # After the last line end there may be a line that a killed run cut short.
-  *lines, _ = path.read_text(encoding='utf-8').split('\n')
+  *lines, _ = read_bytes(path, LARGE).split(b'\n')
   try:
-    return [json.loads(line) for line in lines]
-  except json.JSONDecodeError as error:
-    raise UserError(f'{path} has a line that is not JSON: {error}') from None
+    records = [json.loads(line) for line in lines]
+  except (ValueError, RecursionError) as error:
+    raise UserError(
+      f'{path} has a line that is not JSON: {first_line(error)}'
+    ) from None
+  for number, record in enumerate(records, 1):
+    check_form(record, _RECORD, path, f'line {number}')
+  return records
 
 
 def _read_kept(path: Path) -> dict[str, np.ndarray]:
-  pruning = read_json(path, LARGE) if path.exists() else {}
-  layers = pruning.get('kept')
-  if not layers:
+  if not path.exists():
     return {}
-  sizes = pruning['base']['config']
-  kv_heads = sizes['num_key_value_heads']
-  totals = {
-    KV_HEADS: (1, kv_heads),
-    QUERIES: (kv_heads, sizes['num_attention_heads'] // kv_heads),
-    CHANNELS: (1, sizes['intermediate_size']),
-  }
+  _, layers, kept = read_pruning(path)
   result = {}
-  for group in layers[0]:
-    kept = np.zeros((len(layers), *totals[group]), bool)
-    for mask, layer in zip(kept, layers, strict=True):
-      rows = layer[group] if group == QUERIES else [layer[group]]
-      for row, indices in zip(mask, rows, strict=True):
+  for group in kept[0] if kept else ():
+    shape = np.max([shape_of(group, layer) for layer in layers], axis=0)
+    if len(layers) * math.prod(shape.tolist()) > _MOST_MEMBERS:
+      raise UserError(f'{path}: base.config has more of {group} than any model')
+    masks = np.zeros((len(layers), *shape), bool)
+    for mask, layer in zip(masks, kept, strict=True):
+      rows = zip(np.atleast_2d(mask), np.atleast_2d(layer[group]), strict=False)
+      for row, indices in rows:
         row[indices] = True
-    result[group] = kept.reshape(len(layers), -1)
+    result[group] = masks.reshape(len(layers), -1)
   return result
 
 
 def _read_scores(path: Path) -> dict[str, dict[int, Scores]]:
   if not path.exists():
     return {}
+  content = read_bytes(path, LARGE)
   try:
-    tensors = load(path.read_bytes())
+    tensors = load(content)
   except SafetensorError as error:
-    raise UserError(f'{path} cannot be read: {error}') from None
+    raise UserError(f'{path} cannot be read: {first_line(error)}') from None
   scores: dict[str, dict[int, Scores]] = {}
-  suffix = '.importance'
-  for name in sorted(n for n in tensors if n.endswith(suffix)):
-    _, layer, group = name.removesuffix(suffix).split('.')
-    values = tensors[name].astype(np.float64)
-    mask = tensors[name.removesuffix(suffix) + '.mask'] > 0.5
+  for name in sorted(tensors):
+    found = re.fullmatch(
+      r'(layers\.([0-9]{1,4})\.(.*))\.(mask|importance)', name
+    )
+    of = found[1] if found else ''
+    values, mask = (tensors.get(f'{of}.{x}') for x in ('importance', 'mask'))
+    if not (
+      found
+      and found[3] in (KV_HEADS, QUERIES, CHANNELS)
+      and values is not None
+      and mask is not None
+      and values.dtype == mask.dtype == np.float32
+      and values.shape == mask.shape
+      and values.ndim
+      and values.size
+    ):
+      raise UserError(
+        f'{path} is none of ours: {short(name)} is not the float32 scores of a '
+        'group with a mask of their shape'
+      )
     rows = (-1, values.shape[-1])
-    scores.setdefault(group, {})[int(layer)] = Scores(
-      values.reshape(rows), mask.reshape(rows)
+    scores.setdefault(found[3], {})[int(found[2])] = Scores(
+      values.astype(np.float64).reshape(rows), mask.reshape(rows) > 0.5
     )
   return {group: dict(sorted(by.items())) for group, by in scores.items()}

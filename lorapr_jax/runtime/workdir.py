@@ -7,7 +7,14 @@ import tempfile
 from typing import Any
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.runtime.files import read_json, write_json, write_text
+from lorapr_jax.runtime.files import (
+  LARGE,
+  read_bytes,
+  read_json,
+  write_bytes,
+  write_json,
+)
+from lorapr_jax.runtime.forms import INDEX, NUMBER, check_form
 from lorapr_jax.runtime.leftovers import is_half
 from lorapr_jax.runtime.lock import LOCK_FILE
 from lorapr_jax.runtime.paths import is_local, make_folder
@@ -31,6 +38,10 @@ _FREE = {
   'config.train.loss_chunk',
   'config.train.micro_batch_size',
 }
+
+
+# What the rest of a run needs of a line of metrics.jsonl.
+_RECORD = {'step': INDEX, 'tokens_per_second': NUMBER}
 
 
 def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
@@ -152,13 +163,14 @@ def trim_metrics(workdir: Path, step: int) -> None:
   path = workdir / METRICS_FILE
   if not path.exists():
     return
-  kept = []
-  for line in path.read_text(encoding='utf-8').splitlines():
+  kept = b''
+  for number, line in enumerate(read_bytes(path, LARGE).splitlines(), 1):
     try:
       record = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
       break  # The process was killed while it wrote this line.
+    check_form(record, _RECORD, path, f'line {number}')
     if record['step'] >= step:
       break
-    kept.append(line + '\n')
-  write_text(path, ''.join(kept))
+    kept += line + b'\n'
+  write_bytes(path, kept)

@@ -9,6 +9,18 @@ from typing import Any
 from ml_collections import config_dict
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.files import LARGE, read_json
+from lorapr_jax.runtime.forms import (
+  COUNT,
+  FLAG,
+  INTEGER,
+  NUMBER,
+  TEXT,
+  Each,
+  Leaf,
+  Maybe,
+  check_form,
+)
 
 _PACKAGE = Path(__file__).parents[1]
 # Beside the package in a checkout; in it where a wheel was installed.
@@ -24,6 +36,14 @@ REMOVED = {
   'prune.blocks': 'leave it out; it belonged to prune.scope, which was '
   'removed too',
   'prune.compensate_damping': 'leave it out; each repair chooses its own',
+}
+
+
+_DTYPES = 'float32', 'bfloat16', 'float16'
+_RESOLVED = {
+  'base_dtype': Leaf('a dtype', lambda x: x in _DTYPES),
+  'model': {},
+  'keep': Each([COUNT]),
 }
 
 
@@ -94,6 +114,36 @@ def _removed(flag: str) -> str | None:
   """The advice about [--]config.SECTION.KEY, if that is a removed setting."""
   advice = REMOVED.get(flag.partition('.')[-1])
   return advice and f'{flag} was removed: {advice}'
+
+
+# What a setting is in JSON, by the type of its default; of another type it may
+# be anything.
+_LEAVES = {
+  str: TEXT,
+  int: INTEGER,
+  float: NUMBER,
+  bool: FLAG,
+  type(None): Maybe(NUMBER),
+}
+
+
+def read_run_json(path: Path) -> dict[str, Any]:
+  """A workdir's run.json. A run that is older than a key does not have it.
+
+  Raises:
+    UserError: if it is not as a run writes it.
+  """
+  config = {
+    f'{section}?': {
+      f'{key}?': leaf
+      for key, value in keys.items()
+      if (leaf := _LEAVES.get(type(value)))
+    }
+    for section, keys in read_config('default').items()
+  }
+  run = read_json(path, LARGE)
+  check_form(run, {'config': config, 'resolved': _RESOLVED}, path)
+  return run
 
 
 def check_config(config: Any, name: str) -> None:

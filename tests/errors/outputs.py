@@ -7,7 +7,7 @@ import shutil
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tests.errors.case import Case, Place, with_argv
+from tests.errors.case import Case, Place, change_json, with_argv
 from tests.errors.commands import CHOICES
 from tests.errors.runs import FULL, damage_checkpoint
 
@@ -174,6 +174,22 @@ CASES = [
     _run(
       *('report', 'RUN', '--out', 'PAGE.html'),
       change=lambda run: (run / 'metrics.jsonl').write_text('loss 3\n'),
+    ),
+  ),
+  Case(
+    '`report RUN`, whose summary.json was edited',
+    _run(
+      *('report', 'RUN'),
+      change=lambda run: change_json(run / 'summary.json', params_dense='many'),
+    ),
+  ),
+  Case(
+    '`report RUN`, whose export/pruning.json is of other sizes',
+    _run(
+      *('report', 'RUN'),
+      change=lambda run: change_json(
+        run / 'export' / 'pruning.json', kept=[{}]
+      ),
     ),
   ),
   Case('`report RUN --out PAGE.html`, which exists', _existing_page),

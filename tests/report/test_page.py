@@ -173,8 +173,8 @@ def test_a_page_says_what_is_not_there(workdir):
 
 def test_a_run_without_steps_that_prune_has_no_map(workdir):
   (workdir / 'importance.safetensors').unlink()
-  pruning = {'base': {'name': 'x', 'sha256': None}, 'kept': []}
-  (workdir / 'export' / 'pruning.json').write_text(json.dumps(pruning))
+  path = workdir / 'export' / 'pruning.json'
+  path.write_text(json.dumps(json.loads(path.read_text()) | {'kept': []}))
 
   def change(summary):
     summary['params_pruned'] = summary['params_dense']
@@ -200,16 +200,16 @@ def test_warnings_are_listed_and_what_is_not_finite_is_one(workdir):
 def test_query_heads_are_counted_over_all_kv_heads(workdir, kept):
   (workdir / 'importance.safetensors').unlink()
   group = 'kv_heads,queries_per_kv'
-  base = {
-    'config': {
-      'num_key_value_heads': 2,
-      'num_attention_heads': 4,
-      'intermediate_size': 8,
-    }
-  }
-  layers = [{group: kept}, {group: [[0, 1], [0, 1]]}]
   path = workdir / 'export' / 'pruning.json'
-  path.write_text(json.dumps({'base': base, 'kept': layers}))
+  pruning = json.loads(path.read_text())
+  pruning['base']['config'] = {
+    'num_hidden_layers': 2,
+    'num_key_value_heads': 2,
+    'num_attention_heads': 4,
+    'intermediate_size': 8,
+  }
+  pruning['kept'] = [{group: kept}, {group: [[0, 1], [0, 1]]}]
+  path.write_text(json.dumps(pruning))
   text = Page(render_report(workdir)).text
   assert '0: query heads 2 4 50.00%' in text
   assert '1: query heads 4 4 100.00%' in text
@@ -239,7 +239,7 @@ def test_runs_that_compare_are_said_to(finished_run, workdir):
     (
       'summary.json',
       '{"model": "x"}',
-      "no summary of ours: it has no 'base'",
+      'is none of ours: it has no base',
     ),
     ('summary.json', '{"mod', 'is not JSON'),
     ('metrics.jsonl', '{"step": 1, "lo\n', 'a line that is not JSON'),
