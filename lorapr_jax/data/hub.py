@@ -17,6 +17,7 @@ from typing import Any
 from lorapr_jax.data.text_files import Record, pick
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime.content import sha256_of
+from lorapr_jax.runtime.paths import expanded
 
 # Files that `save_to_disk` writes, for one split and for several.
 _SAVED = ('state.json', 'dataset_dict.json')
@@ -53,9 +54,9 @@ def parse_hub(path: str) -> HubSpec:
       f"hf:{path} needs the package datasets: pip install 'lorapr-jax[hf]'"
     ) from None
   name, _, split = path.partition(':')
-  if name and Path(name).is_dir():
+  if name and (folder := expanded(name)).is_dir():
     # An absolute path: `datasets` takes a bare `json` for a kind of file.
-    return HubSpec(str(Path(name).absolute()), None, None, split or None)
+    return HubSpec(str(folder.absolute()), None, None, split or None)
   name, _, revision = name.partition('@')
   parts = name.split('/')
   if len(parts) > 3 or not all(part.strip('.~') for part in parts):

@@ -14,6 +14,7 @@ from lorapr_jax.data.hub import import_datasets, readable
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.hf.load import Model, folder_and_config, in_memory
+from lorapr_jax.runtime.paths import expanded
 
 # The seven of the papers (docs/method.md, evaluation).
 PAPER_TASKS = (
@@ -104,8 +105,10 @@ def evaluate_tasks(
   check_least(
     limit=(limit, 1), num_fewshot=(num_fewshot, 0), batch_size=(batch_size, 1)
   )
-  if include_path is not None and not Path(include_path).is_dir():
-    raise UserError(f'include_path {include_path} is not a folder')
+  if include_path is not None:
+    include_path = expanded(str(include_path))
+    if not include_path.is_dir():
+      raise UserError(f'include_path {include_path} is not a folder')
   folder, _ = folder_and_config(model)
   if chat and not Tokenizer(folder).has_chat_template:
     raise UserError(f'the tokenizer of {folder} has no chat template')

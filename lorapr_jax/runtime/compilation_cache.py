@@ -8,6 +8,7 @@ from pathlib import Path
 import platform
 from typing import Any
 
+from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import cache_dir
 
 _LARGEST = 4 * 2**30
@@ -27,8 +28,8 @@ def keep_compiled() -> None:
     return
   try:
     folder = cache_dir() / 'compiled' / _cpu()
-  except RuntimeError:
-    return  # There is no home folder.
+  except UserError:
+    return  # There is no home folder. What needs one says so.
   try:
     there = next(path for path in folder.parents if path.exists())
   except PermissionError:

@@ -10,7 +10,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.leftovers import delete, half, half_folder
-from lorapr_jax.runtime.paths import is_local
+from lorapr_jax.runtime.paths import expanded, is_local
 
 # The most bytes of a file of settings, from which Python makes up to a
 # gigabyte; and of one with what pruning kept of every layer.
@@ -21,9 +21,18 @@ _DEEPEST = 100
 
 
 def cache_dir() -> Path:
-  """The folder for what is fetched or made only once. It may not exist yet."""
+  """The folder for what is fetched or made only once. It may not exist yet.
+
+  Raises:
+    UserError: if there is no home folder for it.
+  """
   cache = os.environ.get('LORAPR_CACHE') or '~/.cache/lorapr_jax'
-  return Path(cache).expanduser()
+  try:
+    return expanded(cache)
+  except UserError:
+    raise UserError(
+      'there is no home folder for the cache: set LORAPR_CACHE to a folder'
+    ) from None
 
 
 @contextlib.contextmanager

@@ -26,9 +26,11 @@ _TOKENIZERS = ('*.json', '*.jinja', '*.txt', 'tokenizer.model*', 'tekken*')
 def path_of(name: str | os.PathLike[str]) -> Path:
   """The path for a name that a user gave. Looks nothing up.
 
+  ~ is the home folder, also where a shell leaves it, as behind an equals sign.
   file:// is local, and gcs:// means gs://. The fsspec package of a file system
-  finds by itself what it needs, such as credentials. A UPath stays as it is,
-  with its own options; but orbax, which writes checkpoints, only has its name.
+  finds by itself what it needs, such as credentials. A Path or UPath stays as
+  it is, with its own options; but orbax, which writes checkpoints, only has its
+  name.
 
   Raises:
     UserError: if there is no such file system, if its package is missing, or
@@ -36,13 +38,15 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   """
   if getattr(name, 'protocol', 'file') not in ('file', 'local', 'gcs', ''):
     return name
+  if isinstance(name, Path):
+    return name
   name = str(name)
   try:
     name.encode()
   except UnicodeEncodeError:
     raise UserError(f'{name} is no name in UTF-8: rename it') from None
   if '://' not in name:
-    return Path(name)
+    return expanded(name)
   # Imported here because most paths are local.
   import fsspec
   import upath
@@ -63,6 +67,21 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   options.setdefault('use_listings_cache', False)
   path = upath.UPath(name)
   return Path(path.path) if scheme in ('file', 'local') else path
+
+
+def expanded(name: str) -> Path:
+  """The local path of a name, in which ~ stands for the home folder.
+
+  Raises:
+    UserError: if there is no home folder.
+  """
+  path = os.path.expanduser(name)
+  if path.partition('/')[0] == '~':
+    raise UserError(
+      f'{name}: there is no home folder that ~ could stand for: write the path '
+      'in full'
+    )
+  return Path(path)
 
 
 def is_path(value: Any) -> bool:

@@ -21,6 +21,7 @@ from lorapr_jax.runtime.forms import (
   Maybe,
   check_form,
 )
+from lorapr_jax.runtime.paths import expanded
 
 _PACKAGE = Path(__file__).parents[1]
 # Beside the package in a checkout; in it where a wheel was installed.
@@ -57,7 +58,7 @@ def find_config(name: str) -> Path:
   Raises:
     UserError: if there is neither, with the names of the shipped ones.
   """
-  path = Path(name)
+  path = expanded(name)
   if path.is_file():
     return path
   shipped = {file.stem: file for file in sorted(_SHIPPED.glob('*.py'))}
