@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorapr_jax.runtime.rust import rust_errors
+
 _log = logging.getLogger(__name__)
 
 # The least characters of a piece, how many pieces go to the library at a time,
@@ -34,6 +36,17 @@ _TRIES = 50
 # characters on that is worth a warning.
 _BYTES, _MANY = 130, 2**24
 _PLACES = re.compile(r'(?<=\S)[ \n](?=\S)')
+
+
+def ids_of(fast: Any, texts: list[str]) -> list[list[int]]:
+  """The ids of each text, without special tokens, by the tokenizers library.
+
+  Raises:
+    RustError: if the library gives up, as on a pattern that takes too long.
+  """
+  with rust_errors():
+    found = fast.encode_batch_fast(texts, add_special_tokens=False)
+    return [encoding.ids for encoding in found]
 
 
 class _Piece(NamedTuple):
@@ -66,8 +79,7 @@ class Pieces:
       )
 
   def _ids(self, texts: list[str]) -> list[list[int]]:
-    found = self._fast.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in found]
+    return ids_of(self._fast, texts)
 
   def _cut(self, parts: Iterable[str]) -> Iterator[_Piece]:
     before, text, start = '', '', _SIZE

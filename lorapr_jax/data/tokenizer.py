@@ -12,10 +12,11 @@ import numpy as np
 
 from lorapr_jax.data import tokenizer_files
 from lorapr_jax.data.conversations import OddConversation
-from lorapr_jax.data.pieces import Pieces
+from lorapr_jax.data.pieces import Pieces, ids_of
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime.limits import bounded_text
 from lorapr_jax.runtime.paths import path_of, tokenizer_folder
+from lorapr_jax.runtime.rust import RustError, rust_errors
 
 # A text of more characters is tokenised in pieces.
 LONG = 2**20
@@ -59,7 +60,7 @@ class Tokenizer:
         "tokenizer.model) is missing; copy the original model's"
       )
     try:
-      with _quiet(transformers.logging):
+      with _quiet(transformers.logging), rust_errors():
         self._loaded = tokenizer_files.load_tokenizer(self._local)
     except UserError:
       raise
@@ -93,8 +94,8 @@ class Tokenizer:
       batch = wrapped(texts, add_special_tokens=False, verbose=False)
       found = batch['input_ids']
     else:
-      batch = fast.encode_batch_fast(texts, add_special_tokens=False)
-      found = (encoding.ids for encoding in batch)
+      with self._named_errors():
+        found = ids_of(fast, texts)
     front = front if special else []
     return [np.asarray([*front, *ids], np.int32) for ids in found]
 
@@ -117,13 +118,15 @@ class Tokenizer:
       ids = wrapped.encode(text, add_special_tokens=False, verbose=False)
       yield np.asarray(ids, np.int32)
     else:
-      yield from self._pieces.encode(parts)
+      with self._named_errors():
+        yield from self._pieces.encode(parts)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of ids, without special tokens. Half a character is U+FFFD."""
     ids = [int(i) for i in ids]
     if self._loaded.fast is not None:
-      return self._loaded.fast.decode(ids)
+      with self._named_errors(), rust_errors():
+        return self._loaded.fast.decode(ids)
     return self.wrapped.decode(
       ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
@@ -177,13 +180,23 @@ class Tokenizer:
       tokenize=False,
     )
     try:
-      return bounded_text(render)
+      text = bounded_text(render)
+      text.encode()  # Half a character cannot be tokenised.
+      return text
     except (TimeoutError, MemoryError) as error:
       raise UserError(self._reason('the chat template', error)) from error
     # A template can raise anything, depending on what its author wrote.
     except Exception as error:
       reason = self._reason('the chat template', error)
       raise OddConversation(reason) from error
+
+  @contextlib.contextmanager
+  def _named_errors(self) -> Iterator[None]:
+    """What the library gives up with in the block names this tokenizer."""
+    try:
+      yield
+    except RustError as error:
+      raise UserError(self._reason('the tokenizer', error)) from None
 
   def _reason(self, what: str, error: Exception) -> str:
     return f'{what} of {self.folder} cannot be used: {first_line(error)}'
@@ -196,6 +209,8 @@ class Tokenizer:
 
     versions = tokenizers.__version__, transformers.__version__
     digest = hashlib.sha256(repr(versions).encode())
-    for file in tokenizer_files.tokenizer_files(self._local):
-      digest.update(file.name.encode() + b'\0' + file.read_bytes())
+    for path in tokenizer_files.tokenizer_files(self._local):
+      with path.open('rb') as file:
+        content = hashlib.file_digest(file, 'sha256').digest()
+      digest.update(path.name.encode() + b'\0' + content)
     return digest.digest()

@@ -12,12 +12,17 @@ from typing import Any
 import gguf
 import tokenizers
 
-from lorapr_jax.data.tokenizer_files import chat_template_of, settings_of
+from lorapr_jax.data.tokenizer_files import (
+  chat_template_of,
+  read_fast,
+  settings_of,
+)
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.sentencepiece import merge_scores, read_pieces
 from lorapr_jax.gguf.tokenizer import LLAMA3, PRE_TOKENIZERS, ROLES
 from lorapr_jax.models.config import LlamaConfig
 from lorapr_jax.runtime.paths import tokenizer_folder
+from lorapr_jax.runtime.rust import rust_errors
 
 _Kind = gguf.TokenType
 _SPACE = '▁'
@@ -62,7 +67,10 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   base = tokenizer_folder(base)
   file = base / 'tokenizer.json'
   try:
-    tokenizer = tokenizers.Tokenizer.from_file(str(file))
+    with rust_errors():
+      tokenizer = read_fast(file)
+  except UserError:
+    raise
   # tokenizers raises no narrower type.
   except Exception as error:
     raise UserError(f'{file} cannot be read: {error}') from None

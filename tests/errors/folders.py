@@ -109,10 +109,25 @@ def _strangers_tokenizer(model: Path) -> None:
   )
 
 
-def _large_vocabulary(model: Path) -> None:
-  tokenizer = json.loads((model / 'tokenizer.json').read_text())
-  tokenizer['model']['vocab']['word'] = 64
-  (model / 'tokenizer.json').write_text(json.dumps(tokenizer))
+def _id_of_word(i: int) -> Callable[[Path], None]:
+  def change(model):
+    tokenizer = json.loads((model / 'tokenizer.json').read_text())
+    tokenizer['model']['vocab']['word'] = i
+    (model / 'tokenizer.json').write_text(json.dumps(tokenizer))
+
+  return change
+
+
+def _pattern(model: Path) -> None:
+  split = {'pattern': {'Regex': '(.*)*\\d'}, 'invert': False}
+  split |= {'type': 'Split', 'behavior': 'Isolated'}
+  change_json(model / 'tokenizer.json', pre_tokenizer=split)
+
+
+def _setting(key: str, value: Any) -> Callable[[Path], None]:
+  return lambda model: change_json(
+    model / 'tokenizer_config.json', **{key: value}
+  )
 
 
 QUERIES = 'model.layers.1.self_attn.q_proj.weight'
@@ -243,5 +258,20 @@ CASES = [
     'MODEL/tokenizer_config.json is cut short',
     _write('tokenizer_config.json', '{"a'),
   ),
-  _changed('the tokenizer has more tokens than MODEL', _large_vocabulary),
+  _changed('the tokenizer has more tokens than MODEL', _id_of_word(64)),
+  _changed(
+    'MODEL/tokenizer.json gives a token the id 2,147,483,648',
+    _id_of_word(2**31),
+  ),
+  _changed(
+    'MODEL/tokenizer.json has a pattern that takes too long',
+    _pattern,
+    late=True,
+    leaves=('CACHE', 'CACHE/windows'),
+    varies=r'(?<=used: ).*',
+  ),
+  _changed(
+    'the chat_template of MODEL is a number', _setting('chat_template', 5)
+  ),
+  _changed('the bos_token of MODEL is a list', _setting('bos_token', ['<s>'])),
 ]

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lorapr_jax.cli.main import main
-from tests.errors import workdirs
+from tests.errors import bent_tokenizers, workdirs
 from tests.errors.bend import bent_json
 from tests.errors.bend_gguf import bent_gguf, make_gguf
 from tests.errors.conftest import SIZES
@@ -51,6 +51,7 @@ def _gguf(folder: Path) -> Path:
 
 
 KINDS = {
+  **bent_tokenizers.KINDS,
   **workdirs.KINDS,
   'config.json': Kind(
     make=_config,

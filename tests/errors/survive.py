@@ -8,7 +8,7 @@ wrong with the answer, and the answer. Nothing is wrong where the exit status is
 process.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 import contextlib
 import dataclasses
 import json
@@ -48,7 +48,7 @@ class Kind:
   make: Callable[[Path], Path]
   bend: Callable[[bytes], Iterable[Bent]]
   read: Callable[[Path], int | None]
-  accepts: tuple[str, ...] = ()
+  accepts: Collection[str] = ()
 
 
 def survive(kind: Kind, folder: Path) -> Iterator[tuple[str, str, str]]:
