@@ -1,6 +1,7 @@
 """The whole way on configs/tiny.py: undisturbed, killed, and stopped."""
 
 import json
+import math
 import signal
 import time
 
@@ -46,8 +47,11 @@ def test_a_run_prunes_exactly_what_was_asked_and_exports_it(undisturbed):
   # Training on the made-up language helps more than the cut harms.
   perplexity = summary['perplexity']
   assert perplexity['pruned']['value'] < 0.9 * perplexity['dense']['value']
-  assert perplexity['dense'] | {'value': 0} == {
+  dense = perplexity['dense']
+  assert dense['value'] == pytest.approx(math.exp(dense['nll']))
+  assert dense | {'value': 0, 'nll': 0} == {
     'value': 0,
+    'nll': 0,
     'data': 'synthetic:1?windows=32',
     'seq_len': 32,
     'windows': 32,

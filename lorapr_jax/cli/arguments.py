@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 import json
+import math
 from typing import Any
 
 from rich import box
@@ -41,8 +42,21 @@ class Parser(argparse.ArgumentParser):
 
 
 def print_json(value: Any) -> None:
-  """Prints one JSON object on standard output."""
-  say(json.dumps(value))
+  """Prints one JSON object on standard output.
+
+  What is infinite or no number is null: JSON has no other name for it.
+  """
+  say(json.dumps(_finite(value), allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _finite(inner) for key, inner in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(inner) for inner in value]
+  if isinstance(value, float) and not math.isfinite(value):
+    return None
+  return value
 
 
 def make_table(left: Sequence[str], right: Sequence[str]) -> Table:

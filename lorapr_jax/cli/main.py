@@ -10,7 +10,7 @@ import sys
 from lorapr_jax.errors import Stopped, UserError, first_line
 from lorapr_jax.runtime import ending
 from lorapr_jax.runtime.compilation_cache import keep_compiled
-from lorapr_jax.runtime.terminal import say, show_warnings
+from lorapr_jax.runtime.terminal import say, show_all, show_warnings
 
 COMMANDS = {
   'train': 'prune a model by a config',
@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
   unless the command handles them.
   """
   argv = sys.argv[1:] if argv is None else argv
+  show_all()
   if argv[:1] in ([], ['-h'], ['--help']):
     texts = (f'  {name:10}{text}' for name, text in COMMANDS.items())
     say('usage: python -m lorapr_jax COMMAND ...', *texts)

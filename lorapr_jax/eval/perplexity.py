@@ -21,7 +21,7 @@ class Perplexity:
   """A perplexity, and what it was measured on.
 
   Attributes:
-    perplexity: exp(nll).
+    perplexity: exp(nll); infinite where no float holds it, from 709.8 nats on.
     nll: the mean negative log-likelihood of a predicted token, in nats.
     tokens: the number of predicted tokens: seq_len - 1 for each window.
     windows: the number of windows.
@@ -39,6 +39,13 @@ class Perplexity:
   seq_len: int
   data: str
   tokens_per_second: float
+
+
+def _exp(nll: float) -> float:
+  try:
+    return math.exp(nll)
+  except OverflowError:
+    return math.inf
 
 
 @functools.cache
@@ -127,7 +134,7 @@ class HeldOut:
     nll = float(np.concatenate(results).sum(dtype=np.float64))
     tokens = count * (seq_len - 1)
     return Perplexity(
-      perplexity=math.exp(nll / tokens),
+      perplexity=_exp(nll / tokens),
       nll=nll / tokens,
       tokens=tokens,
       windows=count,

@@ -142,6 +142,7 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
   return {
     name: {
       'value': result.perplexity,
+      'nll': result.nll,
       'data': result.data,
       'seq_len': result.seq_len,
       'windows': result.windows,

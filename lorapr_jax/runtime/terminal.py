@@ -6,6 +6,7 @@ character is shown as Python writes it, such as \\x1b.
 """
 
 from collections.abc import Callable
+import io
 import logging
 import os
 import re
@@ -19,6 +20,16 @@ from rich.console import Console
 _CONTROLS = re.compile(
   '[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]'
 )
+
+
+def show_all() -> None:
+  """Lets standard output and error show any text.
+
+  What the encoding of a stream does not have is written out, as Python would.
+  """
+  for stream in sys.stdout, sys.stderr:
+    if isinstance(stream, io.TextIOWrapper):
+      stream.reconfigure(errors='backslashreplace')
 
 
 def visible(text: str) -> str:

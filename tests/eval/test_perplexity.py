@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 import torch
@@ -136,6 +137,24 @@ def test_the_command_prints_one_json_object(capsys, folder, spec, windows):
   assert result['windows'] == len(windows)
   assert (result['seq_len'], result['data']) == (SEQ_LEN, spec)
   assert result['model'] == str(folder)
+
+
+def test_a_loss_beyond_floats_is_infinite_and_null_in_json(
+  capsys, folder, spec, windows, tmp_path
+):
+  """The logits of the model a million times as large."""
+  large = shutil.copytree(folder, tmp_path / 'large')
+  tensors = load_file(large / 'model.safetensors')
+  tensors['lm_head.weight'] = tensors['lm_head.weight'] * 1e6
+  save_file(tensors, large / 'model.safetensors', {'format': 'pt'})
+  args = ('--model', large, '--data', spec, '--seq_len', SEQ_LEN)
+  result = evaluate(capsys, *args)
+  nll = torch_nll(large, windows)
+  assert nll > 1e5
+  assert result['nll'] == pytest.approx(nll, rel=1e-4)
+  assert result['perplexity'] is None
+  assert main(['evaluate', *map(str, args)]) == 0
+  assert capsys.readouterr().out.startswith('perplexity inf on ')
 
 
 def test_the_first_windows_alone(capsys, folder, spec, windows):

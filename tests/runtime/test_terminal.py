@@ -3,6 +3,7 @@
 import ast
 import io
 import logging
+import os
 from pathlib import Path
 import shlex
 import subprocess
@@ -75,6 +76,41 @@ def test_nothing_is_printed_elsewhere(name):
   }
   written = {'sys.stdout.write', 'sys.stderr.write'}
   assert calls.isdisjoint({'print', 'Console'} | written)
+
+
+SHOWS = """
+from rich.table import Table
+from lorapr_jax.runtime.terminal import PlainConsole, say, show_all
+show_all()
+table = Table(title='größe 字')
+table.add_column('字')
+table.add_row('字')
+for error in False, True:
+  say('größe 字', error=error)
+  PlainConsole(stderr=error).print(table)
+"""
+
+
+@pytest.mark.parametrize(
+  'encoding, shown',
+  [
+    ('utf-8', 'größe 字'),
+    ('latin-1', 'größe \\u5b57'),
+    ('ascii', 'gr\\xf6\\xdfe \\u5b57'),
+    ('ascii:strict', 'gr\\xf6\\xdfe \\u5b57'),
+  ],
+)
+def test_a_stream_of_another_encoding_shows_all(encoding, shown):
+  ended = subprocess.run(
+    [sys.executable, '-c', SHOWS],
+    env=os.environ | {'PYTHONIOENCODING': encoding, 'PYTHONUTF8': '0'},
+    capture_output=True,
+  )
+  assert ended.returncode == 0, ended.stderr
+  for stream in ended.stdout, ended.stderr:
+    text = stream.decode(encoding.partition(':')[0])
+    assert text.splitlines()[0] == shown
+    assert text.count(shown.split()[1]) == 4  # The table's title is cut in two.
 
 
 SAYS = """
