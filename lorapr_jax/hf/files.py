@@ -4,13 +4,15 @@ from pathlib import Path
 import re
 from typing import Any
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, short
 from lorapr_jax.runtime.content import combined, hashing
 from lorapr_jax.runtime.files import check_file, read_json
 from lorapr_jax.runtime.paths import is_local
 
 WEIGHTS_FILE = 'model.safetensors'
 INDEX_FILE = 'model.safetensors.index.json'
+# Of any file system.
+_LONGEST_NAME = 255
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -73,8 +75,8 @@ def _names(index: Path) -> list[str]:
   for tensor, name in weight_map.items():
     if not _is_inside(name):
       raise UserError(
-        f'{index} says that {tensor} is in {name!r}, which is no name of a '
-        'file in its folder'
+        f'{index} says that {short(tensor)} is in {short(repr(name))}, which '
+        'is no name of a file in its folder'
       )
   return sorted(set(weight_map.values()))
 
@@ -84,4 +86,6 @@ def _is_inside(name: Any) -> bool:
   if not isinstance(name, str):
     return False
   parts = re.split(r'[/\\]', name)
+  if max(map(len, parts)) > _LONGEST_NAME:
+    return False
   return parts[0] != '' and ':' not in parts[0] and '..' not in parts

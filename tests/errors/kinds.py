@@ -6,7 +6,13 @@ A new kind needs no more than its entry here: see `Kind`.
 import json
 from pathlib import Path
 
+import numpy as np
+from safetensors.numpy import save_file
+
 from lorapr_jax.cli.main import main
+from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.hf.names import hf_shapes
+from lorapr_jax.models.trees import param_shapes
 from tests.errors import bent_tokenizers, workdirs
 from tests.errors.bend import bent_json
 from tests.errors.bend_gguf import bent_gguf, make_gguf
@@ -50,6 +56,20 @@ def _gguf(folder: Path) -> Path:
   return path
 
 
+def _index(folder: Path) -> Path:
+  _config(folder).write_text(json.dumps(SIZES))
+  config = config_from_hf(SIZES)
+  shapes = hf_shapes(param_shapes(config, np.float32), config)
+  weight_map = {}
+  for i, some in enumerate((list(shapes)[:3], list(shapes)[3:])):
+    tensors = {name: np.zeros(shapes[name], np.float32) for name in some}
+    save_file(tensors, folder / 'MODEL' / f'{i}.safetensors')
+    weight_map |= {some[0]: f'{i}.safetensors'}
+  path = folder / 'MODEL' / 'model.safetensors.index.json'
+  path.write_text(json.dumps({'metadata': {}, 'weight_map': weight_map}))
+  return path
+
+
 KINDS = {
   **bent_tokenizers.KINDS,
   **workdirs.KINDS,
@@ -88,5 +108,11 @@ KINDS = {
       'tokenizer.ggml.add_bos_token is gone',
       'tokenizer.ggml.eos_token_id is gone',
     ),
+  ),
+  'model.safetensors.index.json': Kind(
+    make=_index,
+    bend=lambda good: bent_json(json.loads(good), 60),
+    read=lambda folder: main(['convert', 'MODEL', 'OUT']),
+    accepts=('metadata is *',),
   ),
 }
