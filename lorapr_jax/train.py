@@ -12,13 +12,14 @@ from typing import Any
 from ml_collections import config_dict
 
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.eval.generation import check_prompt
+from lorapr_jax.eval.generation import check_prompt, stop_ids
 from lorapr_jax.eval.remembered import remembered_perplexity
 from lorapr_jax.exporting.model import describe_run, merge, model_name
 from lorapr_jax.exporting.write import export_run
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
+from lorapr_jax.hf.write import check_companions
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.report.page import render_report
@@ -88,6 +89,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     check_workdir(workdir, identity)
   if folder:
     check_tensors(Shards(folder), dense.dequantized)
+    check_companions(folder)
+    stop_ids(folder)
   metrics.check_writers(settings.log, workdir)
   if 'gguf' in settings.export.routes:
     vocabulary(folder, dense)

@@ -22,8 +22,15 @@ from lorapr_jax.hf.names import (
 )
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
 from lorapr_jax.models.config import LlamaConfig
-from lorapr_jax.runtime.files import write_json
-from lorapr_jax.runtime.paths import copy_file, files_in, new_folder, path_of
+from lorapr_jax.runtime.files import LARGE, read_bytes, read_json, write_json
+from lorapr_jax.runtime.paths import (
+  copy_file,
+  files_in,
+  is_folder,
+  names_in,
+  new_folder,
+  path_of,
+)
 from lorapr_jax.runtime.processes import to_host
 
 DTYPES = ('float32', 'bfloat16', 'float16')
@@ -184,6 +191,23 @@ def write_folder(
         copy_file(file, partial / file.name)
     # It comes last: a folder without it is no model.
     write_json(partial / 'config.json', hf)
+
+
+def check_companions(base: Path) -> None:
+  """Reads, before any work, all that `copy_companions` will copy.
+
+  Raises:
+    UserError: naming a file that cannot be read, or is not the JSON that its
+      name says.
+  """
+  for path in names_in(base, *COPIED):
+    if is_folder(path):
+      continue
+    # Tokenizers read theirs, which is large, in less time.
+    if path.suffix == '.json' and path.name != 'tokenizer.json':
+      read_json(path, LARGE)
+    else:
+      read_bytes(path, LARGE)
 
 
 def copy_companions(base: Path, folder: Path) -> None:

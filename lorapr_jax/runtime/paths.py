@@ -112,16 +112,20 @@ def version_of(path: Path) -> str:
   return f'{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}'
 
 
-def files_in(folder: Path, *patterns: str) -> list[Path]:
-  """The files of a folder whose names match one of the patterns, sorted."""
+def names_in(folder: Path, *patterns: str) -> list[Path]:
+  """What in a folder has a name that matches one of the patterns, sorted."""
   if not is_folder(folder):
     return []
   return sorted(
     path
     for path in folder.iterdir()
     if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in patterns)
-    and path.is_file()
   )
+
+
+def files_in(folder: Path, *patterns: str) -> list[Path]:
+  """As `names_in`, but files alone."""
+  return [path for path in names_in(folder, *patterns) if path.is_file()]
 
 
 def tokenizer_folder(folder: Path) -> Path:

@@ -10,7 +10,14 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from tests.errors import strangers
-from tests.errors.case import Case, Place, change_json, evaluate, with_argv
+from tests.errors.case import (
+  Case,
+  Place,
+  change_json,
+  evaluate,
+  train_model,
+  with_argv,
+)
 
 
 def _changed(did: str, change: Callable[[Path], None], **more) -> Case:
@@ -131,6 +138,16 @@ def _setting(key: str, value: Any) -> Callable[[Path], None]:
 
 
 QUERIES = 'model.layers.1.self_attn.q_proj.weight'
+
+
+def _bad_companion(place: Place) -> list[str]:
+  """It shows before any text is packed."""
+  model = place.copy('MODEL')
+  (model / 'generation_config.json').write_text('{"eos_token_id": 0,')
+  place.text()
+  return train_model()
+
+
 CASES = [
   Case(
     '`--model MODEL`, which does not exist',
@@ -240,6 +257,7 @@ CASES = [
   ),
   _changed('MODEL has pytorch_model.bin alone', _only_pickle),
   _changed('MODEL names code of its own in auto_map', _strangers_model),
+  Case('MODEL/generation_config.json is cut short', _bad_companion),
   # Tokenizers.
   _changed(
     'the tokenizer names code of its own in auto_map', _strangers_tokenizer

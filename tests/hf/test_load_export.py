@@ -19,7 +19,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config, load_params, weight_places
-from lorapr_jax.hf.write import export_model
+from lorapr_jax.hf.write import check_companions, export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
 from lorapr_jax.runtime import sharding
@@ -393,6 +393,24 @@ def test_companions_are_copied_byte_for_byte(random_params, tmp_path):
     'model.safetensors',
     'pruning.json',
   }
+
+
+@pytest.mark.parametrize('name', COMPANIONS)
+def test_companions_are_read_before_any_work(tmp_path, name):
+  path = tmp_path / name
+  (tmp_path / 'LICENSES').mkdir()
+  path.write_text('{"a": 1}')
+  check_companions(tmp_path)
+  # The tokenizer's own reader reads it before any work, too.
+  if path.suffix == '.json' and name != 'tokenizer.json':
+    for text in '', '{"a": 1', '[1]', '{"a": ' + '[' * 9999:
+      path.write_text(text)
+      with pytest.raises(UserError, match=name):
+        check_companions(tmp_path)
+  path.unlink()
+  path.symlink_to(tmp_path / 'absent')
+  with pytest.raises(UserError, match=f'{name} is a link to .*absent'):
+    check_companions(tmp_path)
 
 
 def test_the_remote_code_goes_only_where_it_is_needed(random_params, tmp_path):
