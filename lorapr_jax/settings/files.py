@@ -143,7 +143,8 @@ def read_run_json(path: Path) -> dict[str, Any]:
     for section, keys in read_config('default').items()
   }
   run = read_json(path, LARGE)
-  check_form(run, {'config': config, 'resolved': _RESOLVED}, path)
+  form = {'config': config, 'resolved': _RESOLVED, 'inputs?': {}}
+  check_form(run, form, path)
   return run
 
 

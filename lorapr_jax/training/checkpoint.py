@@ -7,6 +7,8 @@ writes with has a check of their values.
 import asyncio
 from collections.abc import Callable, Iterator
 import contextlib
+import hashlib
+import json
 import logging
 from pathlib import Path
 import re
@@ -22,7 +24,9 @@ import orbax.checkpoint as ocp
 
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.runtime import processes
+from lorapr_jax.runtime.files import LARGE, read_json
 from lorapr_jax.runtime.paths import is_folder, make_folder, move
+from lorapr_jax.runtime.workdir import RUN_FILE
 from lorapr_jax.training.state import TrainState
 
 # What storage says when the fault is not in the files.
@@ -126,16 +130,39 @@ def _read(folder: Path, expected: Callable[[Any], Any]) -> Any:
 
   Raises:
     Damaged: if they cannot be read, or are not as they were saved.
+    UserError: if they are of another run.
   """
   path = _for_orbax(folder / 'default')
   with _reading(folder), ocp.StandardCheckpointer() as checkpointer:
     held = ocp.StandardCheckpointHandler().metadata(path)
+    # An earlier version wrote no such things.
+    noted = held.custom_metadata or {}
+    run = _run_of(folder.parent.parent)
+    if noted.get('run') not in (None, run):
+      raise UserError(
+        f'{folder} is of a run with another model, base or LoRA than '
+        f'{folder.parent.parent / RUN_FILE} says: put back the files that '
+        'belong together'
+      )
     state = checkpointer.restore(path, expected(held.tree))
   found = _sum(state)
-  # Where it is not there, an earlier version wrote the checkpoint.
-  if (held.custom_metadata or {}).get('sum', found) != found:
+  if noted.get('sum', found) != found:
     raise _damaged(folder)
   return state
+
+
+def _run_of(workdir: Path) -> str | None:
+  """A hash of what gives the arrays of a run's states their sizes and meaning.
+
+  None where there is no run.json.
+  """
+  path = workdir / RUN_FILE
+  if not path.exists():
+    return None
+  run = read_json(path, LARGE)
+  base = run.get('inputs', {}).get('sha256')
+  parts = run['resolved']['model'], run['config'].get('lora'), base
+  return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _with_tuples(tree: Any) -> Any:
@@ -194,7 +221,7 @@ def _reading(folder: Path) -> Iterator[None]:
   try:
     with _patient_loops():
       yield
-  except (MemoryError, jax.errors.JaxRuntimeError):
+  except (MemoryError, UserError, jax.errors.JaxRuntimeError):
     raise
   except Exception as error:  # What damage raises is up to orbax.
     beyond = isinstance(error, PermissionError | ConnectionError | TimeoutError)
@@ -252,7 +279,7 @@ class Checkpoints:
 
   def __init__(self, folder: Path, keep: int):
     """Opens a folder; the newest `keep` are kept."""
-    self._folder = folder
+    self._folder, self._run = folder, _run_of(folder.parent)
     self._manager = _Manager(
       _for_orbax(folder),
       options=ocp.CheckpointManagerOptions(max_to_keep=keep),
@@ -269,7 +296,8 @@ class Checkpoints:
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = _copied(state)
-    args = ocp.args.StandardSave(state, custom_metadata={'sum': _sum(state)})
+    noted = {'sum': _sum(state), 'run': self._run}
+    args = ocp.args.StandardSave(state, custom_metadata=noted)
     with _writing(self._folder):
       self._manager.save(step, args=args)
 

@@ -1,6 +1,7 @@
 """export, generate and report."""
 
 from collections.abc import Callable
+import json
 from pathlib import Path
 import shutil
 
@@ -32,6 +33,12 @@ def _run(
     return list(argv)
 
   return make
+
+
+def _another_lora(run: Path) -> None:
+  config = json.loads((run / 'run.json').read_text())['config']
+  config['lora']['rank'] = 2
+  change_json(run / 'run.json', config=config)
 
 
 def _generate(did: str, *argv: str, **more) -> Case:
@@ -134,6 +141,10 @@ CASES = [
   Case(
     '`export RUN OUT` with a damaged checkpoint',
     _run('export', 'RUN', 'OUT', change=damage_checkpoint),
+  ),
+  Case(
+    '`export RUN OUT` with the checkpoints of a run with another LoRA',
+    _run('export', 'RUN', 'OUT', change=_another_lora),
   ),
   Case(
     '`export MODEL OUT.gguf --format gguf` on a full disk',

@@ -13,6 +13,8 @@ from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.runtime import sharding
+from lorapr_jax.runtime.files import write_json
+from lorapr_jax.runtime.workdir import RUN_FILE
 from lorapr_jax.settings.phases import Phase
 from lorapr_jax.training import checkpoint
 from lorapr_jax.training.base import Base, Places
@@ -90,6 +92,33 @@ def test_an_incomplete_newest_one_leaves_the_good_ones_alone(folder, base):
   with Checkpoints(folder, keep=2) as checkpoints:
     checkpoints.save(45, state_at(45))
   assert begun(folder, base) == (45, [])
+
+
+@pytest.mark.parametrize('key', ['model', 'lora', 'sha256'])
+def test_those_of_another_run_are_refused_and_stay(tmp_path, base, key):
+  run = {
+    'config': {'lora': {'rank': 32}},
+    'resolved': {'model': {'hidden_size': 16}},
+    'inputs': {'sha256': 'abc'},
+  }
+  changed = {
+    'model': run | {'resolved': {'model': {'hidden_size': 8}}},
+    'lora': run | {'config': {'lora': {'rank': 8}}},
+    'sha256': run | {'inputs': {'sha256': 'def'}},
+  }
+  write_json(tmp_path / RUN_FILE, run)
+  folder = tmp_path / 'checkpoints'
+  with Checkpoints(folder, keep=2) as checkpoints:
+    checkpoints.save(15, state_at(15))
+  assert begun(folder, base) == (15, [])
+  write_json(tmp_path / RUN_FILE, changed[key])
+  message = 'checkpoints/15 is of a run with another model, base or LoRA than'
+  with pytest.raises(UserError, match=message):
+    begun(folder, base)
+  with pytest.raises(UserError, match=message):
+    checkpoint.read_state(tmp_path, 'checkpoints')
+  write_json(tmp_path / RUN_FILE, run)
+  assert begun(folder, base) == (15, [])
 
 
 def test_two_that_are_cut_short_are_set_aside_and_again(folder, base):
