@@ -105,13 +105,14 @@ def _windows(
   content = identity(spec)
   digest.update(content + tokenizer.fingerprint)
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
-  found = _read(folder, seq_len)
+  exists = folder.exists()
+  found = _read(folder, seq_len) if exists else None
   if found is None:
     counts = Counts()
     documents = _documents(spec, tokenizer, template)
     stream = _counted(documents, counts, tokenizer, vocab_size, max_tokens)
     picks = template is not None and template.loss != 'all'
-    with new_in_cache(folder, 'the packed text') as partial:
+    with new_in_cache(folder, 'the packed text', again=exists) as partial:
       partial.mkdir()
       written = _write(partial, stream, counts, seq_len, pack, picks)
       if identity(spec) != content:
@@ -126,9 +127,7 @@ def _windows(
 
 
 def _read(folder: Path, seq_len: int) -> tuple[Counts, Windows] | None:
-  """What a folder of the cache holds; None if it must be made."""
-  if not folder.exists():
-    return None
+  """What a folder of the cache holds; None if it must be made again."""
   try:
     return window_files.read(folder, seq_len)
   except UserError as error:

@@ -36,12 +36,18 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def new_in_cache(path: Path, what: str) -> Iterator[Path]:
+def new_in_cache(
+  path: Path, what: str, *, again: bool = False
+) -> Iterator[Path]:
   """Gives a path at which to make `path`, a file or a folder in the cache.
 
   It appears in the cache complete or not at all, after a loss of power too.
-  What is there already is removed; where another process has made it meanwhile,
-  that one stays.
+  Where another process has made it meanwhile, that one stays.
+
+  Args:
+    path: in the cache.
+    what: it is, for the error.
+    again: whether what is there is damaged, and goes.
 
   Raises:
     UserError: if the cache cannot hold `what`.
@@ -52,7 +58,8 @@ def new_in_cache(path: Path, what: str) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with half_folder(path) as temporary:
       partial = temporary / path.name
-      delete(path)
+      if again:
+        delete(path)
       yield partial
       for written in (partial, *partial.rglob('*')):
         _to_disk(written)

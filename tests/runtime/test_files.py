@@ -84,18 +84,18 @@ def test_a_sealed_object_is_read_as_long_as_nothing_changes(tmp_path):
         read_sealed(path)
 
 
-def test_what_is_new_in_the_cache_is_on_the_disk_and_replaces_the_old(
-  tmp_path, monkeypatch
-):
+def test_what_is_new_in_the_cache_is_on_the_disk(tmp_path, monkeypatch):
   waited = set()
   monkeypatch.setattr(os, 'fsync', lambda n: waited.add(os.fstat(n).st_ino))
-  for content in ('old', 'new'):
-    with new_in_cache(tmp_path / 'cache' / 'a', 'a') as partial:
-      assert not (tmp_path / 'cache' / 'a').exists()
+  for content, again in (('old', False), ('new', True), ('late', False)):
+    with new_in_cache(tmp_path / 'cache' / 'a', 'a', again=again) as partial:
+      # What is damaged goes; what another process has made stays.
+      assert (tmp_path / 'cache' / 'a').exists() == (content == 'late')
       partial.mkdir()
       (partial / 'b').write_text(content)
     for path in ('cache', 'cache/a', 'cache/a/b'):
-      assert (tmp_path / path).stat().st_ino in waited
+      written = (tmp_path / path).stat().st_ino in waited
+      assert written == (content != 'late' or path == 'cache')
     waited.clear()
   assert (tmp_path / 'cache' / 'a' / 'b').read_text() == 'new'
   assert os.listdir(tmp_path / 'cache') == ['a']
