@@ -27,6 +27,8 @@ def main(argv: list[str]) -> None:
   sampling = generation.Sampling(
     args.max_new_tokens, args.temperature, args.top_p, args.seed
   )
+  if args.prompt is None and sys.stdin is None:
+    raise UserError('standard input is closed: give a prompt with --prompt')
   interactive = args.prompt is None and sys.stdin.isatty()
   if interactive and args.json:
     raise UserError('--json needs --prompt, or prompts on standard input')

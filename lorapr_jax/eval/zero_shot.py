@@ -12,7 +12,7 @@ from typing import Any
 
 from lorapr_jax.data.hub import import_datasets, readable
 from lorapr_jax.data.tokenizer import Tokenizer
-from lorapr_jax.errors import UserError, check_least
+from lorapr_jax.errors import UserError, check_least, first_line
 from lorapr_jax.hf.load import Model, folder_and_config, in_memory
 from lorapr_jax.runtime.paths import expanded
 
@@ -171,12 +171,21 @@ def load_tasks(manager: Any, names: Sequence[str]) -> list[Any]:
   """The tasks and groups with their data, which are fetched if need be.
 
   Raises:
-    UserError: for a task whose data cannot be read.
+    UserError: for a task whose data cannot be read, or that cannot be made.
   """
   loaded = []
   for name in names:
-    with readable(f'the data of task {name} cannot be read'):
-      found = manager.load([name])
+    try:
+      with readable(f'the data of task {name} cannot be read'):
+        found = manager.load([name])
+    except UserError:
+      raise
+    # Its file has templates and may name functions, which raise anything.
+    except Exception as error:
+      raise UserError(
+        f'task {name} cannot be made of its file: {type(error).__name__}: '
+        f'{first_line(error)}'
+      ) from error
     loaded += found['groups'].values() or found['tasks'].values()
   return loaded
 

@@ -204,6 +204,7 @@ def test_mistakes_are_one_line(run, args, message):
   ('stdin', 'args', 'message'),
   [
     (io.StringIO('\n \n'), [], 'standard input holds no prompt'),
+    (None, [], 'standard input is closed: give a prompt with --prompt'),
     (Terminal('the dog\n'), ['--json'], '--json needs --prompt'),
     (
       io.TextIOWrapper(io.BytesIO(b'\xff\n'), 'utf-8'),

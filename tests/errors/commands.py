@@ -36,7 +36,7 @@ def _own_task(place):
   place.write(
     'TASKS/mine.yaml',
     'task: mine\ntest_split: test\ndataset_path: json\n'
-    'dataset_kwargs:\n  data_files: NONE.jsonl\n'
+    'dataset_kwargs:\n  data_files: {test: NONE.jsonl}\n'
     'output_type: multiple_choice\ndoc_to_text: "{{q}}"\n'
     'doc_to_choice: "{{ways}}"\ndoc_to_target: answer\n',
   )
@@ -60,6 +60,15 @@ def _inspect(*more):
     place.copy('MODEL')
     return ['inspect', '--model', 'MODEL', *more]
 
+  return argv
+
+
+def _own_failing_task(place):
+  argv = _own_task(place)
+  place.write('NONE.jsonl', '{"q": "word", "ways": ["word"], "answer": 0}\n')
+  file = place.folder / 'TASKS' / 'mine.yaml'
+  file.write_text(file.read_text().replace('"{{q}}"', '!function mine.text'))
+  place.write('TASKS/mine.py', 'def text(doc):\n  return doc["title"]\n')
   return argv
 
 
@@ -169,6 +178,12 @@ CASES = [
     '`evaluate --tasks mine`, whose data is not there',
     _own_task,
     varies=r'(?<=read: ).*',
+  ),
+  Case(
+    '`evaluate --tasks mine`, whose function fails',
+    _own_failing_task,
+    late=True,
+    leaves=('TASKS/__pycache__/',),
   ),
   Case('`inspect` without `--model`', with_argv('inspect')),
   Case('`inspect --target 1.5`', _inspect('--target', '1.5')),
