@@ -134,7 +134,7 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
     settings |= TOGETHER[row.added]
   else:
     config = 'configs/paper.py:smollm2_135m'
-    settings |= ADDITIONS.get(row.added, {})
+    settings |= {'train.learning_rate': 1e-3, **ADDITIONS.get(row.added, {})}
   return [
     f'--config={config}',
     *(f'--config.{key}={value}' for key, value in settings.items()),

@@ -30,7 +30,7 @@ def get_config() -> config_dict.ConfigDict:
   config.train.batch_size = 8
   config.train.micro_batch_size = 8
   config.train.seq_len = 128
-  config.train.learning_rate = 1e-3
+  config.train.learning_rate = 2e-3
   config.train.distill = 0.5
   config.train.log_every = 2
   config.train.checkpoint_every = 30
