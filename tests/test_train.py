@@ -107,31 +107,10 @@ def test_pruning_json_speaks_of_the_base_model(undisturbed):
   assert pruning['settings']['criterion'] == 'lora'
 
 
-def test_killed_and_resumed_equals_undisturbed_bit_for_bit(
+def test_stopped_twice_and_killed_equals_undisturbed_bit_for_bit(
   undisturbed, tmp_path
 ):
-  workdir = tmp_path / 'killed'
-  process = start(workdir)
-  wait_for_steps(process, workdir, 36)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert not (workdir / 'checkpoints' / '60').exists()
-  assert (workdir / 'run.lock').exists()  # Of a dead process of this host.
-  with open(workdir / 'metrics.jsonl', 'a') as file:
-    file.write('{"step": 36, "lo')  # A line cut short by the kill.
-
-  resumed = start(workdir)
-  _, err = resumed.communicate()
-  assert resumed.returncode == 0, err
-  assert 'resuming at step 30 of 60' in err
-  assert_same_run(workdir, undisturbed[0])
-  assert not (workdir / 'run.lock').exists()
-
-
-def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(
-  undisturbed, tmp_path
-):
-  workdir, command = tmp_path / 'stopped', ' '.join([*COMMAND, *SETTINGS])
+  workdir, command = tmp_path / 'run', ' '.join([*COMMAND, *SETTINGS])
   folder = workdir / 'checkpoints'
 
   def stop(signum, steps):
@@ -159,9 +138,17 @@ def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(
   # The connection is lost, and with it the reader of standard error.
   process.stderr.close()
   process.stderr = None
-  stop(signal.SIGHUP, 40)
+  stop(signal.SIGHUP, 15)
+  process = start(workdir)
+  wait_for_steps(process, workdir, 36)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert (workdir / 'run.lock').exists()  # Of a dead process of this host.
+  with open(workdir / 'metrics.jsonl', 'a') as file:
+    file.write('{"step": 36, "lo')  # A line cut short by the kill.
   # What cannot be read is set aside, and the one before it is used.
   before, newest = sorted(int(path.name) for path in folder.iterdir())[-2:]
+  assert newest == 30
   for path in (folder / str(newest)).rglob('*'):
     if path.is_file() and path.parent.name == 'd':
       path.write_bytes(path.read_bytes()[:10])
@@ -173,6 +160,7 @@ def test_stopped_twice_and_resumed_equals_undisturbed_bit_for_bit(
   assert f'resuming at step {before} of 60' in err
   assert damaged.is_dir()
   assert_same_run(workdir, undisturbed[0])
+  assert not (workdir / 'run.lock').exists()
 
 
 def test_ctrl_c_outside_the_loop_says_how_to_go_on(tmp_path):

@@ -68,8 +68,8 @@ def write(route: Route, model: Description, weights: Weights) -> dict[str, Any]:
     'max_logit_difference'}.
 
   Raises:
-    UserError: as `Route.check`.
-    RuntimeError: if what was read back is another model.
+    UserError: as `Route.check`, or if a weight is NaN or infinite.
+    RuntimeError: if what was read back is another model. It is removed.
   """
   route.check(model)
   layout = route.stored_layout(model)
@@ -82,7 +82,12 @@ def write(route: Route, model: Description, weights: Weights) -> dict[str, Any]:
   processes.wait_for_others(f'read {route.kind}')
   processes.check_shared(route.path)
   places = jax.tree.map(lambda x: x.sharding, stored.merged)
-  difference = _check(route, model, weights, places)
+  try:
+    difference = _check(route, model, weights, places)
+  except BaseException:  # What is not known to be the model is not left.
+    if processes.is_first():
+      remove(route.path)
+    raise
   return {
     'path': str(route.path),
     'layout': None if route.kind == 'gguf' and layout != 'padded' else layout,
@@ -188,7 +193,7 @@ def _check(
   tolerance = _tolerance(model.dtype, route.numpy_dtype(model))
   if not same or not typical <= tolerance * largest:
     raise RuntimeError(
-      f'{route.path} was written, but read back its logits differ by '
+      f'{route.path} is removed, since read back its logits differ by '
       f'{typical} on average, at most by {difference}'
     )
   return difference

@@ -352,15 +352,26 @@ def test_adapters_that_were_not_merged_are_found(pruned, tmp_path):
     write(Route('peft', tmp_path / 'a'), model, weights._replace(lora=other))
 
 
-def test_what_computes_nan_is_never_the_same(pruned, tmp_path):
+@pytest.mark.parametrize(
+  'value, error, message',
+  [
+    # Finite, but what is computed with it is not.
+    (3e38, RuntimeError, 'read back its logits differ by nan'),
+    (np.nan, UserError, 'model.norm.weight holds NaN or infinity'),
+  ],
+)
+def test_what_computes_nan_is_never_the_same(
+  pruned, tmp_path, value, error, message
+):
   model, weights = pruned()
-  norm = {'weight': weights.merged['norm']['weight'].at[3].set(np.nan)}
-  with pytest.raises(RuntimeError, match='read back its logits differ by nan'):
+  norm = {'weight': weights.merged['norm']['weight'].at[3].set(value)}
+  with pytest.raises(error, match=message):
     write(
       Route('hf', tmp_path / 'a'),
       model,
       Weights({**weights.merged, 'norm': norm}),
     )
+  assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
