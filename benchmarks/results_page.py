@@ -258,9 +258,10 @@ brackets is that of the seeds. A row without one is a single run.
 {lead(dense, results, list(texts))}
 
 `{OURS}` is the demo's config, `configs/smollm2_135m.py`, with 24 steps that
-only measure. Untrained, 32 steps measure and none trains. The rows that say
-"apart" are of the tools' own code and of the same LoRA in PyTorch, measured
-apart, one run each:
+only measure, and with its learning rate of 2e-3. All other rows have 1e-3.
+Untrained, 32 steps measure and none trains. The rows that say "apart" are of
+the tools' own code and of the same LoRA in PyTorch, measured apart, one run
+each:
 
 {apart()}
 
