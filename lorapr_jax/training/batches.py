@@ -109,6 +109,8 @@ class Batches:
       if not own:
         return tuple(newest)
       steps = pruning.own_batches(step)
+      if not steps:
+        return ()
       args = self.streams[own], place, self.rows, steps
       with device_batches(*args) as stream:
         return tuple(stream)

@@ -69,7 +69,7 @@ class PruningEvent(NamedTuple):
       state: with the importance of this step.
       base: whose repaired weights are donated.
       step: of the phase.
-      batches: the newest, whose tokens are measured and repaired on.
+      batches: whose tokens are measured and repaired on.
     """
     keep = self.pruning.plan.keep_at(self.pruning.schedule.progress(step))
     counts = by_stack(keep, base.compute.config)

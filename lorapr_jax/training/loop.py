@@ -95,7 +95,7 @@ def train_phase(
     watch.over(phase, state, compiling) as watching,
     batches.of(phase, base.places.batch, first) as stream,
   ):
-    for step, (batch, newest) in watching.steps(first, stream):
+    for step, (batch, to_measure) in watching.steps(first, stream):
       if pruning and step in pruning.cuts:
         state, base = cut_on_the_way(state, base, pruning, step)
         functions = Functions.of(phase, base, adamw)
@@ -111,7 +111,7 @@ def train_phase(
       del more  # A gradient of the base would stay through the next step.
       state = state.replace(importance=importance)
       if pruning and pruning.schedule.is_pruning_step(step):
-        state, base = functions.prune(state, base, step, newest)
+        state, base = functions.prune(state, base, step, to_measure)
       state = functions.apply_update(state, grads, ok)
       watching.after(step, state, base, results)
   return state, base
