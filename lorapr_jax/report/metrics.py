@@ -243,8 +243,8 @@ def check_finite(
   if not skipped_in_a_row:
     return
   print_line(
-    f'step {step}: gradients or scores are not finite; {skipped} steps '
-    'skipped so far'
+    f'step {step}: gradients or scores are not finite, or none of its tokens '
+    f'counts in the loss; {skipped} steps skipped so far'
   )
   if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
     raise UserError(
