@@ -85,8 +85,9 @@ def test_hashing_ends_with_its_block(tmp_path):
         pipe.write(bytes(2**20))
         written.set()
 
-  writer = threading.Thread(target=write)
+  writer = threading.Thread(target=write, daemon=True)
   with hashing([endless]):
     writer.start()
     written.wait()
-  writer.join()
+  writer.join(60)
+  assert not writer.is_alive()  # Nobody reads any more.

@@ -160,6 +160,8 @@ def test_one_that_says_nothing_is_free_after_a_silence(
   (workdir / 'run.lock').write_bytes(record)
   with lock.holding(workdir, print) as check:
     check()
+    assert (workdir / 'run.lock').read_bytes() != record
+  assert not (workdir / 'run.lock').exists()
 
 
 def test_one_of_many_gets_what_a_dead_process_left(workdir):
