@@ -159,7 +159,13 @@ def _base_path(workdir: Path, recorded: str, given: Path | None) -> str:
 def _check_same_base(workdir: Path, inputs: Any, model: Description) -> None:
   """Compares the base with the one that run.json has the hash of."""
   found = model.pruning['base']['sha256']
-  if not isinstance(inputs, dict) or inputs.get('sha256') != found:
+  begun_with = inputs.get('sha256') if isinstance(inputs, dict) else None
+  if found and not begun_with:
+    raise UserError(
+      f'{workdir / RUN_FILE} has no hash of the base of its run, as of an '
+      'earlier version: prune again in another workdir'
+    )
+  if begun_with != found:
     raise UserError(
       f'{model.base} is not the base of {workdir}: its weights are others '
       f'than {RUN_FILE} says'

@@ -131,7 +131,13 @@ def claim_workdir(
   if not path.exists():
     write_json(path, _plain(run | {'inputs': inputs}))
     return
-  for at, *_ in _differences(read_json(path).get('inputs'), inputs):
+  begun_with = read_json(path).get('inputs')
+  if not begun_with:
+    raise UserError(
+      f'{path} has no hashes of what its run reads, as of an earlier version: '
+      'choose another --workdir'
+    )
+  for at, *_ in _differences(begun_with, inputs):
     raise UserError(
       f'{workdir} was begun with other contents of {at[-1]}: put these back, '
       'or choose another --workdir'
