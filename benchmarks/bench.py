@@ -39,7 +39,7 @@ from benchmarks.input import batches_of
 from benchmarks.step import matmul_peak
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.load import load_config
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.runtime.files import read_json, write_text
 from lorapr_jax.settings.run import split_config
@@ -53,7 +53,7 @@ TORCH = {'reference': 'reference_torch', 'peft': 'peft_lora'}
 WARM = 2
 
 
-def training_flops(config: LlamaConfig) -> float:
+def training_flops(config: ModelConfig) -> float:
   """Of a LoRA step at full size: forward, and as much back to the inputs."""
   return 2 * TOKENS * forward_flops_per_token(config, SEQ_LEN)
 

@@ -57,10 +57,10 @@ def measure(stage: str, folder: Path) -> None:
 
   from lorapr_jax.hf.load import load_params, weight_places
   from lorapr_jax.hf.write import export_model
-  from lorapr_jax.models.config import LayerShape, LlamaConfig
+  from lorapr_jax.models.config import LayerShape, ModelConfig
   from lorapr_jax.models.trees import param_shapes
 
-  config = LlamaConfig(
+  config = ModelConfig(
     vocab_size=32000,
     embed_dim=2048,
     head_dim=64,

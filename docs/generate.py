@@ -15,7 +15,7 @@ import pdoc
 from configs import default, llama
 import lorapr_jax
 from lorapr_jax.hf.config import config_from_hf
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.schedule import cubic_sparsity
 from lorapr_jax.pruning.targets import Targets, plan_pruning
@@ -118,11 +118,11 @@ def target_table() -> str:
   return '\n'.join(lines)
 
 
-def _config(size: str) -> LlamaConfig:
+def _config(size: str) -> ModelConfig:
   return config_from_hf(llama.get_config(size).model.sizes.to_dict())
 
 
-def _billions(config: LlamaConfig) -> str:
+def _billions(config: ModelConfig) -> str:
   return f'{config.num_parameters / 1e9:.2f} B'
 
 

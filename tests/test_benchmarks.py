@@ -13,7 +13,7 @@ from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import init_params, param_shapes
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.settings.model import ORDERS
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_the_mha_copy_is_the_same_function(tmp_path):
-  config = LlamaConfig(
+  config = ModelConfig(
     vocab_size=32,
     embed_dim=24,
     head_dim=4,

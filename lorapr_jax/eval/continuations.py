@@ -20,7 +20,7 @@ import numpy as np
 from lorapr_jax.errors import UserError
 from lorapr_jax.models import branches, decoder
 from lorapr_jax.models.compute import compiler_options
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime import sharding
 
 _SHORTEST = 16
@@ -86,7 +86,7 @@ class _Row:
 
 def score_continuations(
   params: Any,
-  config: LlamaConfig,
+  config: ModelConfig,
   pairs: Sequence[tuple[Sequence[int], Sequence[int]]],
   *,
   dtype: Any,
@@ -196,7 +196,7 @@ def _split(row: _Row, log_p: np.ndarray, hits: np.ndarray):
 
 @functools.cache
 def _make_score(
-  config: LlamaConfig, dtype: Any, place: Sharding
+  config: ModelConfig, dtype: Any, place: Sharding
 ) -> Callable[..., tuple[Array, Array]]:
   """The function that scores a batch of rows, compiled for each (B, T).
 

@@ -24,7 +24,7 @@ from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError, check_least, short
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import compiler_options
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
 from lorapr_jax.runtime.paths import path_of
@@ -66,7 +66,7 @@ class Sampling:
 
 def encode_prompt(
   tokenizer: Tokenizer,
-  config: LlamaConfig,
+  config: ModelConfig,
   messages: Sequence[dict[str, str]],
   *,
   raw: bool = False,
@@ -108,7 +108,7 @@ def stop_ids(folder: str | Path) -> frozenset[int]:
   return frozenset()
 
 
-def check_prompt(prompt_ids: Sequence[int], config: LlamaConfig) -> None:
+def check_prompt(prompt_ids: Sequence[int], config: ModelConfig) -> None:
   """Raises a UserError for a prompt that the model cannot continue."""
   if not len(prompt_ids):
     raise UserError('the prompt is empty')
@@ -126,7 +126,7 @@ def check_prompt(prompt_ids: Sequence[int], config: LlamaConfig) -> None:
 
 def stream_text(
   params: Any,
-  config: LlamaConfig,
+  config: ModelConfig,
   tokenizer: Tokenizer,
   prompt_ids: Sequence[int],
   sampling: Sampling,
@@ -173,7 +173,7 @@ def detokenize(
 
 def stream_tokens(
   params: Any,
-  config: LlamaConfig,
+  config: ModelConfig,
   prompt_ids: Sequence[int],
   sampling: Sampling,
   *,
@@ -232,7 +232,7 @@ def _bucket(count: int) -> int:
 
 @functools.cache
 def make_advance(
-  config: LlamaConfig, dtype: Any, place: Sharding
+  config: ModelConfig, dtype: Any, place: Sharding
 ) -> Callable[..., tuple[cached.Cache, Array]]:
   """The function of one step, compiled for each length of tokens and cache.
 

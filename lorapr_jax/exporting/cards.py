@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report.summary import sparsity_report
@@ -32,7 +32,7 @@ def pruning_report(
 
 
 def model_card(
-  pruning: Mapping[str, Any], sizes: LlamaConfig, layout: str, *, padded: bool
+  pruning: Mapping[str, Any], sizes: ModelConfig, layout: str, *, padded: bool
 ) -> str:
   """A README.md for a folder with a pruned model of these sizes.
 

@@ -14,7 +14,7 @@ from lorapr_jax.hf.load import check_tensors, load_config
 from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.hf.write import copy_companions, write_folder
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.runtime.paths import path_of
 
@@ -23,7 +23,7 @@ DEMO = 'demo:smollm2-135m-instruct'
 
 def convert(
   source: str, destination: str | Path, dtype: str | None = None
-) -> LlamaConfig:
+) -> ModelConfig:
   """Writes `source` as a Hugging Face folder that stock tools load.
 
   One tensor is held at a time: a model need not fit in memory.

@@ -8,7 +8,7 @@ import jax
 
 from lorapr_jax.exporting.cards import pruning_report
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
@@ -31,10 +31,10 @@ class Description:
   """
 
   name: str
-  config: LlamaConfig
+  config: ModelConfig
   dtype: str
   base: Path | None
-  before: LlamaConfig | None = None
+  before: ModelConfig | None = None
   kept: Kept | None = None
   pruning: dict[str, Any] | None = None
 
@@ -57,7 +57,7 @@ class Weights(NamedTuple):
 
 def describe_run(
   base: Path | None,
-  config: LlamaConfig,
+  config: ModelConfig,
   kept: Kept,
   *,
   sha256: str | None,

@@ -9,7 +9,7 @@ from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.settings.sections import ExportSettings
 
 # A GGUF's names of the dtypes that NumPy has too.
@@ -103,7 +103,7 @@ class Route:
     if self.kind == 'gguf':
       vocabulary(model.base, model.config)
 
-  def stored_config(self, model: Description) -> LlamaConfig:
+  def stored_config(self, model: Description) -> ModelConfig:
     """The sizes of what is written."""
     return model.before if self.layout == 'padded' else model.config
 

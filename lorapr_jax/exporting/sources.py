@@ -30,7 +30,7 @@ from lorapr_jax.hf.load import (
 )
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.shrink import Kept, shrunk_config
 from lorapr_jax.report.pruning_file import PruningFile, read_pruning, shape_of
 from lorapr_jax.runtime import processes
@@ -128,7 +128,7 @@ def _of_run(
 
 
 def _check_keep(
-  keep: dict[str, list[int]], sizes: LlamaConfig, path: Path
+  keep: dict[str, list[int]], sizes: ModelConfig, path: Path
 ) -> None:
   for group, counts in keep.items():
     most = [shape_of(group, layer)[-1:] for layer in sizes.layers]
@@ -212,8 +212,8 @@ def _describe_folder(folder: Path, route: Route) -> Description:
 
 
 def _cut_of(
-  path: Path, cut: PruningFile, config: LlamaConfig
-) -> tuple[LlamaConfig | None, Kept | None]:
+  path: Path, cut: PruningFile, config: ModelConfig
+) -> tuple[ModelConfig | None, Kept | None]:
   """The sizes before the cut and what it kept, from pruning.json."""
   if not cut.layers:
     return None, None

@@ -20,7 +20,7 @@ from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.write import export_model, hf_tensors
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import compiler_options
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.runtime import processes
@@ -201,7 +201,7 @@ def _check(
 
 def _read_back(
   route: Route, places: Any, dtype: Any
-) -> tuple[Any, LlamaConfig]:
+) -> tuple[Any, ModelConfig]:
   """What was written, with LoRA merged, as (params, sizes)."""
   if route.kind == 'gguf':
     file = open_gguf(route.path)
@@ -218,7 +218,7 @@ def _read_back(
 
 
 @functools.lru_cache(2)
-def _logits_of(config: LlamaConfig) -> Callable[[Any], jax.Array]:
+def _logits_of(config: ModelConfig) -> Callable[[Any], jax.Array]:
   """params -> the logits of the same random tokens for every model."""
   tokens = jax.random.randint(
     jax.random.key(0), (1, _CHECK_LENGTH), 0, config.vocab_size

@@ -17,7 +17,7 @@ from lorapr_jax.hf.rope import is_positive
 from lorapr_jax.models.config import (
   BIAS_KEYS,
   MOST,
-  LlamaConfig,
+  ModelConfig,
   RopeScaling,
 )
 from lorapr_jax.models.families import FAMILIES
@@ -102,14 +102,14 @@ class Metadata(dict[str, Any]):
     return found
 
 
-def architecture(config: LlamaConfig) -> str:
+def architecture(config: ModelConfig) -> str:
   """The architecture that a model is written as."""
   if not config.is_uniform:
     return PER_LAYER
   return next(x.gguf for x in FAMILIES.values() if x.holds(config))
 
 
-def hf_names(config: LlamaConfig) -> dict[str, str]:
+def hf_names(config: ModelConfig) -> dict[str, str]:
   """GGUF's name of every weight -> Hugging Face's, in the model's order.
 
   Biases are among them; in a file those that are zero may be absent.
@@ -126,12 +126,12 @@ def hf_names(config: LlamaConfig) -> dict[str, str]:
   return names
 
 
-def shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor by GGUF's name, in Hugging Face's layout."""
   return {name: _shape(hf, config) for name, hf in hf_names(config).items()}
 
 
-def _shape(hf_name: str, config: LlamaConfig) -> tuple[int, ...]:
+def _shape(hf_name: str, config: ModelConfig) -> tuple[int, ...]:
   names = hf_name.split('.')
   if len(names) < 6:
     width = (config.embed_dim,)
@@ -184,7 +184,7 @@ def halves_to_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
   return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
-def rope_factors(config: LlamaConfig) -> np.ndarray:
+def rope_factors(config: ModelConfig) -> np.ndarray:
   """The factors by which llama.cpp divides the frequencies, (H/2,) float32.
 
   1 / (k + (1 - k) / factor), where k is the share of a frequency that Llama

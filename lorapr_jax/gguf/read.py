@@ -30,7 +30,7 @@ from lorapr_jax.models.config import (
   MOST,
   MOST_LAYERS,
   LayerShape,
-  LlamaConfig,
+  ModelConfig,
   RopeScaling,
 )
 from lorapr_jax.runtime.files import write_json
@@ -41,7 +41,7 @@ from lorapr_jax.runtime.paths import local_file, path_of
 class GgufModel:
   """A LLaMA in a GGUF file, mapped into memory; made by `open_gguf`."""
 
-  config: LlamaConfig
+  config: ModelConfig
   _metadata: Metadata
   _tensors: dict[str, Tensor]
 
@@ -106,7 +106,7 @@ def open_gguf(path: str | Path) -> GgufModel:
   return GgufModel(config, metadata, tensors)
 
 
-def _read_config(metadata: Metadata, tied: bool) -> LlamaConfig:
+def _read_config(metadata: Metadata, tied: bool) -> ModelConfig:
   # Every key that is understood is taken out, for what is left may change what
   # the model computes: experts, a sliding window, a scaled RoPE, ...
   arch = metadata.take_only('general.architecture', *UNIFORM, PER_LAYER)
@@ -139,7 +139,7 @@ def _read_config(metadata: Metadata, tied: bool) -> LlamaConfig:
   if EOS_IDS in metadata:
     found = metadata.list_of(EOS_IDS, int)
     eos = tuple(metadata.check_id(EOS_IDS, i, vocab_size) for i in found) or eos
-  config = LlamaConfig(
+  config = ModelConfig(
     vocab_size=vocab_size,
     embed_dim=embed_dim,
     head_dim=head_dim,
@@ -195,8 +195,8 @@ def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
 
 
 def _with_scaling(
-  config: LlamaConfig, metadata: Metadata, table: Tensor
-) -> LlamaConfig:
+  config: ModelConfig, metadata: Metadata, table: Tensor
+) -> ModelConfig:
   """The config with the RoPE scaling that a table of factors comes from.
 
   A table does not tell all four parameters. Ours are in the metadata; in other
@@ -231,7 +231,7 @@ def _with_scaling(
 
 
 def _check_tensors(
-  metadata: Metadata, tensors: dict[str, Tensor], config: LlamaConfig
+  metadata: Metadata, tensors: dict[str, Tensor], config: ModelConfig
 ) -> None:
   """Compares the tensors of a file with what its metadata say."""
   expected = shapes(config)

@@ -20,7 +20,7 @@ from lorapr_jax.data.tokenizer_files import (
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.sentencepiece import merge_scores, read_pieces
 from lorapr_jax.gguf.tokenizer import LLAMA3, PRE_TOKENIZERS, ROLES
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.paths import tokenizer_folder
 from lorapr_jax.runtime.rust import rust_errors
 
@@ -31,7 +31,7 @@ _BYTE = re.compile('<0x[0-9A-F]{2}>')
 _NO_SCORE = -1000.0
 
 
-def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
+def vocabulary(base: Path | None, config: ModelConfig) -> dict[str, Any]:
   """The keys tokenizer.* of the metadata.
 
   Byte-level BPE whose way of splitting text is in PRE_TOKENIZERS (Llama 3,
@@ -92,7 +92,7 @@ def vocabulary(base: Path | None, config: LlamaConfig) -> dict[str, Any]:
   return keys
 
 
-def _id_keys(ids: dict[str, int | None], config: LlamaConfig) -> dict[str, int]:
+def _id_keys(ids: dict[str, int | None], config: ModelConfig) -> dict[str, int]:
   # Old config.json files have -1 for no token.
   known = range(config.vocab_size)
   return {ROLES[role]: i for role, i in ids.items() if i in known}

@@ -23,7 +23,7 @@ from lorapr_jax.gguf.format import (
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.paths import new_path, path_of, written_locally
 
 _Type = gguf.GGMLQuantizationType
@@ -32,7 +32,7 @@ _Type = gguf.GGMLQuantizationType
 def write_gguf(
   path: str | Path,
   params: Any,
-  config: LlamaConfig,
+  config: ModelConfig,
   *,
   base: str | Path | None,
   dtype: str,
@@ -78,7 +78,7 @@ def write_gguf(
       _write_tensors(writer, params, config, matrix_type)
 
 
-def _sizes(config: LlamaConfig) -> dict[str, Any]:
+def _sizes(config: ModelConfig) -> dict[str, Any]:
   """The metadata that take the place of config.json."""
   arch = architecture(config)
   layers = {
@@ -120,7 +120,7 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _write_tensors(
-  writer: gguf.GGUFWriter, params: Any, config: LlamaConfig, matrix_type: _Type
+  writer: gguf.GGUFWriter, params: Any, config: ModelConfig, matrix_type: _Type
 ) -> None:
   """Writes the header with every tensor's shape, then tensor by tensor."""
   names = {theirs: name for name, theirs in hf_names(config).items()}

@@ -11,7 +11,7 @@ from lorapr_jax.axes import ProjectionLetters
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.names import hf_name, hf_shape, letters_of, to_hf_layout
 from lorapr_jax.hf.shards import open_file, write_file
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.trees import init_lora
 from lorapr_jax.runtime.files import read_json, write_json
 
@@ -21,7 +21,7 @@ _CONFIG, _WEIGHTS = 'adapter_config.json', 'adapter_model.safetensors'
 
 
 def write_adapter(
-  folder: Path, lora: Any, config: LlamaConfig, lora_config: LoraConfig
+  folder: Path, lora: Any, config: ModelConfig, lora_config: LoraConfig
 ) -> None:
   """Writes the two files into an existing folder, factors in float32.
 
@@ -52,7 +52,7 @@ def write_adapter(
   )
 
 
-def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Any, LoraConfig]:
+def read_adapter(folder: Path, config: ModelConfig) -> tuple[Any, LoraConfig]:
   """The adapters and their config, from what `write_adapter` wrote.
 
   `config` has the sizes of the model that they adapt.
@@ -90,7 +90,7 @@ def read_adapter(folder: Path, config: LlamaConfig) -> tuple[Any, LoraConfig]:
 
 
 def _factors(
-  lora: Any, config: LlamaConfig
+  lora: Any, config: ModelConfig
 ) -> Iterator[tuple[str, np.ndarray, ProjectionLetters]]:
   """Yields (PEFT's name, one layer's A or B, the factor's own letters)."""
   for stack, tree in zip(config.stacks, lora, strict=True):

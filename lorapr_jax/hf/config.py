@@ -12,7 +12,7 @@ from lorapr_jax.models.config import (
   MOST,
   MOST_LAYERS,
   LayerShape,
-  LlamaConfig,
+  ModelConfig,
 )
 from lorapr_jax.models.families import FAMILIES, REMOTE_CODE, Family
 
@@ -61,7 +61,7 @@ _KINDS = {
 }
 
 
-def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
+def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   """The sizes that a config.json says.
 
   Args:
@@ -89,7 +89,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
     )
   theta, scaling = rope_from_hf(hf)
   eos = hf.get('eos_token_id')
-  return LlamaConfig(
+  return ModelConfig(
     vocab_size=_required(hf, 'vocab_size'),
     embed_dim=embed_dim,
     head_dim=head_dim,
@@ -106,7 +106,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> LlamaConfig:
   )
 
 
-def config_to_hf(config: LlamaConfig) -> dict[str, Any]:
+def config_to_hf(config: ModelConfig) -> dict[str, Any]:
   """The keys of a config.json that a model's sizes decide.
 
   The sizes at the top are those of the largest layer; layers that differ are

@@ -4,7 +4,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.families import FAMILIES, REMOTE_CODE
 
 AUTO = 'auto'
@@ -12,7 +12,7 @@ LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')
 MODEL_TYPES = (AUTO, *FAMILIES)
 
 
-def resolve_layout(config: LlamaConfig, layout: str) -> str:
+def resolve_layout(config: ModelConfig, layout: str) -> str:
   """'uniform', 'two_shape' or 'padded'.
 
   Args:
@@ -36,7 +36,7 @@ def resolve_layout(config: LlamaConfig, layout: str) -> str:
 
 
 def resolve_model_type(
-  config: LlamaConfig, layout: str, model_type: str
+  config: ModelConfig, layout: str, model_type: str
 ) -> str:
   """One of FAMILIES or, under layout two_shape, of REMOTE_CODE.
 
@@ -71,7 +71,7 @@ def resolve_model_type(
   raise UserError(f'{why} has no biases, which the model has: use {instead}')
 
 
-def _loaded(config: LlamaConfig) -> list[str]:
+def _loaded(config: ModelConfig) -> list[str]:
   """The model_types as which every transformers loads these equal layers."""
   divides = config.embed_dim % config.layers[0].num_heads == 0
   return [
@@ -82,7 +82,7 @@ def _loaded(config: LlamaConfig) -> list[str]:
 
 
 def hf_config(
-  config: LlamaConfig, dtype: str, layout: str, model_type: str
+  config: ModelConfig, dtype: str, layout: str, model_type: str
 ) -> dict[str, Any]:
   """The config.json of an export, by one of LAYOUTS and of MODEL_TYPES.
 

@@ -19,7 +19,7 @@ from lorapr_jax.hf.names import IGNORED, hf_shapes
 from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.shards import DTYPES, Shards
 from lorapr_jax.models.compute import resolve_dtype
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
@@ -42,7 +42,7 @@ class Model:
   """
 
   params: Any = dataclasses.field(repr=False)
-  config: LlamaConfig
+  config: ModelConfig
   folder: Path
   dtype: Any
 
@@ -67,7 +67,7 @@ def load(folder: str | Path, dtype: str = 'auto') -> Model:
   return Model(params, config, path_of(folder), resolved)
 
 
-def folder_and_config(model: Model | str | Path) -> tuple[Path, LlamaConfig]:
+def folder_and_config(model: Model | str | Path) -> tuple[Path, ModelConfig]:
   """Where a model lies, and its sizes; no weights are read.
 
   Raises:
@@ -85,7 +85,7 @@ def in_memory(model: Model | str | Path, dtype: str) -> Model:
   return model if isinstance(model, Model) else load(model, dtype)
 
 
-def load_config(folder: str | Path) -> LlamaConfig:
+def load_config(folder: str | Path) -> ModelConfig:
   """The sizes in a folder's config.json.
 
   A model whose embeddings are tied by config.json, and whose files hold another
@@ -142,7 +142,7 @@ def _are_equal(one: Any, other: Any) -> bool:
   return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
-def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
+def check_tensors(shards: Shards, config: ModelConfig) -> list[str]:
   """Compares the names and shapes of the files with what config.json says.
 
   Returns:
@@ -183,7 +183,7 @@ def check_tensors(shards: Shards, config: LlamaConfig) -> list[str]:
   return list(expected)
 
 
-def mesh_of_all(config: LlamaConfig) -> Mesh:
+def mesh_of_all(config: ModelConfig) -> Mesh:
   """All devices, for a model of these sizes.
 
   As many as divide the width of the embeddings share every matrix (`fsdp`),
@@ -194,7 +194,7 @@ def mesh_of_all(config: LlamaConfig) -> Mesh:
 
 
 def weight_places(
-  config: LlamaConfig, dtype: Any, mesh: Mesh | None = None
+  config: ModelConfig, dtype: Any, mesh: Mesh | None = None
 ) -> Any:
   """A `NamedSharding` for each tensor of a model; by default of `mesh_of_all`.
 
@@ -210,7 +210,7 @@ def weight_places(
 
 def load_or_draw(
   folder: Path | None,
-  config: LlamaConfig,
+  config: ModelConfig,
   shardings: Any,
   dtype: Any,
   seed: int,
@@ -230,7 +230,7 @@ def load_or_draw(
 # A run draws its model twice: at its start, and once more for comparison.
 @functools.lru_cache(4)
 def _make_draw(
-  config: LlamaConfig,
+  config: ModelConfig,
   dtype: Any,
   shardings: tuple[jax.sharding.Sharding, ...],
   structure: Any,
@@ -243,7 +243,7 @@ def _make_draw(
 
 
 def load_params(
-  folder: str | Path, config: LlamaConfig, shardings: Any, dtype: Any
+  folder: str | Path, config: ModelConfig, shardings: Any, dtype: Any
 ) -> Any:
   """The weights of a folder, as sharded arrays.
 

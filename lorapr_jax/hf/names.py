@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from lorapr_jax.axes import PROJECTIONS, ProjectionLetters
-from lorapr_jax.models.config import LlamaConfig, Stack
+from lorapr_jax.models.config import ModelConfig, Stack
 
 # Tensors of old checkpoints that are computed, not learned.
 IGNORED = re.compile(r'.*\.rotary_emb\.inv_freq')
@@ -81,7 +81,7 @@ def hf_shape(
   return (rows, math.prod(shape[:split])) if split else (rows,)
 
 
-def hf_shapes(params: Any, config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+def hf_shapes(params: Any, config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """The shape of every tensor of a tree by its name, in the tree's order."""
   shapes, stacks = {}, config.stacks
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):

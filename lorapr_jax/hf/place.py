@@ -12,14 +12,14 @@ import numpy as np
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.names import hf_name, letters_of, locate, read_slices
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.quantization import is_quantized, quantized
 from lorapr_jax.models.trees import param_shapes
 
 
 def place_params(
   tensor_of: Callable[[str], Any],
-  config: LlamaConfig,
+  config: ModelConfig,
   shardings: Any,
   dtype: Any,
 ) -> Any:

@@ -21,7 +21,7 @@ from lorapr_jax.hf.names import (
   to_hf_layout,
 )
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.files import LARGE, read_bytes, read_json, write_json
 from lorapr_jax.runtime.paths import (
   copy_file,
@@ -81,7 +81,7 @@ def parse_size(key: str, text: str) -> int:
 
 
 def hf_tensors(
-  params: Any, config: LlamaConfig, dtype: Any
+  params: Any, config: ModelConfig, dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Every tensor under Hugging Face's name and layout, one at a time.
 
@@ -113,7 +113,7 @@ def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
 def export_model(
   folder: str | Path,
   params: Any,
-  config: LlamaConfig,
+  config: ModelConfig,
   *,
   layout: str = 'auto',
   model_type: str = 'auto',

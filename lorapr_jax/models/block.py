@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.layers import (
   BLOCK,
   LoRAEinsum,
@@ -29,7 +29,7 @@ def _activation(x: Array) -> Array:
 class _Part(nn.Module):
   """What attention and the MLP share; attributes as of `Block`."""
 
-  config: LlamaConfig
+  config: ModelConfig
   shape: LayerShape
   lora: LoraConfig | None
   matmul_dtype: Any
@@ -112,7 +112,7 @@ class Block(nn.Module):
     attend: as `causal_attention`, or one that fills a cache.
   """
 
-  config: LlamaConfig
+  config: ModelConfig
   shape: LayerShape
   lora: LoraConfig | None = None
   matmul_dtype: Any = None

@@ -12,7 +12,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 
 TRUNK = 0
 
@@ -22,7 +22,7 @@ def hidden_states(
   tokens: Array,
   positions: Array,
   branches: Array,
-  config: LlamaConfig,
+  config: ModelConfig,
   *,
   dtype: Any = jnp.float32,
 ) -> Array:

@@ -14,7 +14,7 @@ from jax.sharding import Sharding
 
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.config import LayerShape, LlamaConfig, Stack
+from lorapr_jax.models.config import LayerShape, ModelConfig, Stack
 from lorapr_jax.models.layers import RMSNorm, Rotation, rope_rotation
 from lorapr_jax.models.quantization import dequantized
 
@@ -22,7 +22,7 @@ Cache = tuple[tuple[Array, Array], ...]
 
 
 def empty_cache(
-  config: LlamaConfig, B: int, S: int, dtype: Any, place: Sharding | None = None
+  config: ModelConfig, B: int, S: int, dtype: Any, place: Sharding | None = None
 ) -> Cache:
   """Room for S positions of B sequences, at `place`."""
 
@@ -38,7 +38,7 @@ def hidden_states(
   tokens: Array,
   cache: Cache,
   start: Array,
-  config: LlamaConfig,
+  config: ModelConfig,
   *,
   dtype: Any = jnp.float32,
 ) -> tuple[Array, Cache]:
@@ -74,7 +74,7 @@ def hidden_states(
 
 
 def _layer(
-  config: LlamaConfig, shape: LayerShape, rotation: Rotation, start: Array
+  config: ModelConfig, shape: LayerShape, rotation: Rotation, start: Array
 ) -> Callable[..., Any]:
   def layer(carry, inputs):
     x, kv = carry

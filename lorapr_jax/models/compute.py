@@ -13,7 +13,7 @@ from jax.sharding import Mesh, Sharding
 from lorapr_jax.errors import choose
 from lorapr_jax.models import decoder
 from lorapr_jax.models.attention import segment_positions
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.kernels import AUTO, choose_attention
 from lorapr_jax.models.loss import chunked_cross_entropy, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import parts, platform
@@ -55,7 +55,7 @@ class Compute:
     compiler_options: more of XLA's, of the step that trains.
   """
 
-  config: LlamaConfig
+  config: ModelConfig
   lora: LoraConfig | None = None
   dtype: Any = jnp.float32
   matmul_dtype: Any = None

@@ -80,7 +80,7 @@ class LoraConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaConfig:
+class ModelConfig:
   """A LLaMA-family model. Layers may differ in size once they are pruned."""
 
   vocab_size: int
@@ -102,7 +102,7 @@ class LlamaConfig:
   quantized: tuple[str, ...] = ()
 
   @property
-  def dequantized(self) -> 'LlamaConfig':
+  def dequantized(self) -> 'ModelConfig':
     """The same model with no projection quantised."""
     return dataclasses.replace(self, quantized=())
 
@@ -126,7 +126,7 @@ class LlamaConfig:
     """The parts of a block all of whose projections have biases."""
     return tuple(part for part, key in BIAS_KEYS.items() if getattr(self, key))
 
-  def with_biases(self, parts: Iterable[str]) -> 'LlamaConfig':
+  def with_biases(self, parts: Iterable[str]) -> 'ModelConfig':
     """The sizes where these parts have biases too."""
     return dataclasses.replace(self, **{BIAS_KEYS[p]: True for p in parts})
 

@@ -1,10 +1,10 @@
 """What a model costs to run, from its sizes alone."""
 
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 
 
 def forward_flops_per_token(
-  config: LlamaConfig, seq_len: int, *, with_logits: float = 1.0
+  config: ModelConfig, seq_len: int, *, with_logits: float = 1.0
 ) -> float:
   """Floating-point operations of a forward pass, for each of `seq_len` tokens.
 
@@ -29,13 +29,13 @@ def forward_flops_per_token(
   return 2.0 * weights + attention_flops_per_token(config, seq_len)
 
 
-def attention_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+def attention_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   """The part of `forward_flops_per_token` that is causal attention."""
   heads = sum(layer.num_heads for layer in config.layers)
   return 2.0 * config.head_dim * heads * (seq_len + 1)
 
 
-def pass_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
+def pass_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   """The operations of a pruning event for each token: layers, and X^T X."""
   layers = forward_flops_per_token(config, seq_len, with_logits=0.0)
   inputs = (
@@ -45,7 +45,7 @@ def pass_flops_per_token(config: LlamaConfig, seq_len: int) -> float:
   return layers + 2.0 * sum(a * a + b * b for a, b in inputs)
 
 
-def kv_cache_bytes_per_token(config: LlamaConfig, bytes_each: int) -> int:
+def kv_cache_bytes_per_token(config: ModelConfig, bytes_each: int) -> int:
   """What generation keeps of every token: a key and a value a KV head.
 
   A number in the cache takes `bytes_each`.

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from lorapr_jax.axes import apply_masks
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.config import LlamaConfig, LoraConfig, Stack
+from lorapr_jax.models.config import LoraConfig, ModelConfig, Stack
 from lorapr_jax.models.layers import (
   BLOCK,
   DROPOUT,
@@ -44,7 +44,7 @@ REMAT_POLICIES = {
 def hidden_states(
   params: Any,
   tokens: Array,
-  config: LlamaConfig,
+  config: ModelConfig,
   *,
   positions: Array | None = None,
   attend: Callable[..., Array] = causal_attention,

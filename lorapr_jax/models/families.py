@@ -1,7 +1,7 @@
 """What a config.json's `model_type` changes: a row for each family of models.
 
-hf/ and gguf/ read the rows where a file becomes a LlamaConfig, and where one
-becomes a file. A LlamaConfig has numbers and flags alone: nothing else knows
+hf/ and gguf/ read the rows where a file becomes a ModelConfig, and where one
+becomes a file. A ModelConfig has numbers and flags alone: nothing else knows
 which family a model is of.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Family:
   names_version: bool = False
   remote_code: str | None = None
 
-  def holds(self, config: LlamaConfig) -> bool:
+  def holds(self, config: ModelConfig) -> bool:
     """Whether a model of this family computes what `config` says."""
     return self.has_biases or not config.biased
 

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lorapr_jax.axes import ProjectionLetters
-from lorapr_jax.models.config import LlamaConfig, LoraConfig, RopeScaling
+from lorapr_jax.models.config import LoraConfig, ModelConfig, RopeScaling
 
 # Names for rematerialisation policies, beside attention.ACTIVATION: a block's
 # input, the projections' outputs, dropout's masks.
@@ -66,7 +66,7 @@ class Rotation(NamedTuple):
   sin: Array
 
 
-def rope_rotation(config: LlamaConfig, positions: Array) -> Rotation:
+def rope_rotation(config: ModelConfig, positions: Array) -> Rotation:
   """The (..., T, H/2) rotation of positions (..., T), which are float32."""
   frequencies = rope_frequencies(
     config.head_dim, config.rope_theta, config.rope_scaling

@@ -17,13 +17,13 @@ import jax.numpy as jnp
 
 from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.layers import rope_rotation
 from lorapr_jax.models.quantization import quantized_axes, quantized_like
 
 
 def block_axes(
-  config: LlamaConfig, lora_config: LoraConfig | None = None
+  config: ModelConfig, lora_config: LoraConfig | None = None
 ) -> dict[str, Any]:
   """The axis names of one block: {'params': ..., 'lora': ...}.
 
@@ -60,7 +60,7 @@ def block_axes(
 
 
 def logical_axes(
-  config: LlamaConfig, lora_config: LoraConfig | None = None
+  config: ModelConfig, lora_config: LoraConfig | None = None
 ) -> dict[str, Any]:
   """The axis names of every tensor: {'params': Axes, 'lora': Axes}.
 
@@ -81,7 +81,7 @@ def logical_axes(
   return {'params': params, 'lora': tuple(block['lora'] for _ in stacks)}
 
 
-def param_shapes(config: LlamaConfig, dtype: Any) -> Any:
+def param_shapes(config: ModelConfig, dtype: Any) -> Any:
   """A `jax.ShapeDtypeStruct` for every tensor of `params`.
 
   Args:
@@ -104,7 +104,7 @@ def param_shapes(config: LlamaConfig, dtype: Any) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
-def init_params(key: Array, config: LlamaConfig, dtype: Any) -> Any:
+def init_params(key: Array, config: ModelConfig, dtype: Any) -> Any:
   """Random weights: normal with deviation 0.02, norms one, biases zero."""
   embed, head, blocks = jax.random.split(key, 3)
   shape = (config.vocab_size, config.embed_dim)
@@ -119,13 +119,13 @@ def init_params(key: Array, config: LlamaConfig, dtype: Any) -> Any:
   return _as_stored(params, config)
 
 
-def _as_stored(params: Any, config: LlamaConfig) -> Any:
+def _as_stored(params: Any, config: ModelConfig) -> Any:
   """Dense weights, quantised where the config says so."""
   return quantized_like(params, logical_axes(config)['params'])
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'lora_config'))
-def init_lora(key: Array, config: LlamaConfig, lora_config: LoraConfig) -> Any:
+def init_lora(key: Array, config: ModelConfig, lora_config: LoraConfig) -> Any:
   """Fresh adapters: A Kaiming-uniform, B zero, in float32.
 
   Linen's init makes the base's weights as well; they are unused here, so the

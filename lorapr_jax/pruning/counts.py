@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import kind, member_parameters
 
 
@@ -77,7 +77,7 @@ def round_share(choice: Choice, target: float) -> int:
 
 
 def solve_parameters(
-  config: LlamaConfig, layers: int, choices: Sequence[Choice], target: float
+  config: ModelConfig, layers: int, choices: Sequence[Choice], target: float
 ) -> dict[str, int]:
   """The counts with which a share of all parameters goes: unit=params.
 

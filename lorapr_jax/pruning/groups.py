@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from lorapr_jax.axes import carries, group_axes
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 
 KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'
 HEAD_GROUPS = {'kv_groups': KV_HEADS, 'queries': QUERIES, 'none': None}
@@ -33,7 +33,7 @@ def kind(group: str) -> str:
   return 'channels' if group == CHANNELS else 'heads'
 
 
-def group_size(config: LlamaConfig, shape: LayerShape, group: str) -> int:
+def group_size(config: ModelConfig, shape: LayerShape, group: str) -> int:
   """How many members are ranked against each other."""
   return config.sizes(shape)[group_axes(group)[-1]]
 
@@ -46,8 +46,8 @@ def protected_layers(num_layers: int, protect: str) -> frozenset[int]:
 
 
 def with_kept(
-  config: LlamaConfig, keep: Mapping[str, tuple[int, ...]]
-) -> LlamaConfig:
+  config: ModelConfig, keep: Mapping[str, tuple[int, ...]]
+) -> ModelConfig:
   """The sizes once every layer has only `keep` of each group."""
   fields = {
     KV_HEADS: 'num_kv_heads',
@@ -64,7 +64,7 @@ def with_kept(
 
 
 def member_parameters(
-  config: LlamaConfig, shape: LayerShape, group: str
+  config: ModelConfig, shape: LayerShape, group: str
 ) -> int:
   """The parameters of a layer that go with one member less."""
   size = group_size(config, shape, group)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorapr_jax.axes import along_first, group_axes
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 
 
 def initial_masks(
@@ -90,7 +90,7 @@ def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
 
 
 def by_stack(
-  keep: Mapping[str, tuple[int, ...]], config: LlamaConfig
+  keep: Mapping[str, tuple[int, ...]], config: ModelConfig
 ) -> tuple[dict[str, np.ndarray], ...]:
   """Counts by layer, cut into the model's stacks."""
   return tuple(

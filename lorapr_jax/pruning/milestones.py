@@ -8,7 +8,7 @@ import dataclasses
 import functools
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.groups import group_size, with_kept
 from lorapr_jax.pruning.schedule import PruneSchedule
@@ -102,11 +102,11 @@ class Milestones:
         before = alive
     return tuple(found)
 
-  def size(self, step: int) -> LlamaConfig:
+  def size(self, step: int) -> ModelConfig:
     """The sizes of arrays that are cut just before `step`."""
     return with_kept(self.plan.config, self.present(step))
 
-  def size_at(self, step: int, cuts: tuple[int, ...]) -> LlamaConfig:
+  def size_at(self, step: int, cuts: tuple[int, ...]) -> ModelConfig:
     """The sizes in which a state of `step` steps is stored.
 
     A state that is about to be cut is stored as it was before.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lorapr_jax.axes import put_kept, take_kept
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import with_kept
 
 Kept = tuple[dict[str, np.ndarray], ...]
@@ -47,7 +47,7 @@ def _indices(mask: np.ndarray) -> np.ndarray:
   return np.stack(indices).reshape(*mask.shape[:-1], -1)
 
 
-def shrunk_config(config: LlamaConfig, kept: Kept) -> LlamaConfig:
+def shrunk_config(config: ModelConfig, kept: Kept) -> ModelConfig:
   """The sizes after the cut; the same where `kept` is empty."""
   groups = kept[0].keys() if kept else ()
   return with_kept(
@@ -59,7 +59,7 @@ def shrink(
   stacks: tuple[Any, ...],
   axes: Any,
   kept: Kept,
-  config: LlamaConfig,
+  config: ModelConfig,
 ) -> tuple[Any, ...]:
   """Cuts the masked groups out of every stack.
 
@@ -89,7 +89,7 @@ def pad(
   stacks: tuple[Any, ...],
   axes: Any,
   kept: Kept,
-  config: LlamaConfig,
+  config: ModelConfig,
 ) -> tuple[Any, ...]:
   """The inverse of `shrink`: trees of `config`'s stacks, zeros where cut."""
 
@@ -107,7 +107,7 @@ def _stacked(kept: Kept, layers: range) -> dict[str, Array]:
   return {g: jnp.asarray([kept[i][g] for i in layers]) for g in groups}
 
 
-def _restack(stacks, old: LlamaConfig, new: LlamaConfig, change) -> tuple:
+def _restack(stacks, old: ModelConfig, new: ModelConfig, change) -> tuple:
   """Applies change(slice of an old stack, its layers), in new stacks."""
   result = []
   for target in new.stacks:

@@ -6,7 +6,7 @@ import itertools
 import math
 
 from lorapr_jax.errors import UserError, choose
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.counts import Choice, round_share, solve_parameters
 from lorapr_jax.pruning.groups import (
   CHANNELS,
@@ -97,12 +97,12 @@ class PruningPlan:
       those under one KV head. Groups that lose nothing are absent.
   """
 
-  config: LlamaConfig
+  config: ModelConfig
   targets: Targets
   keep: dict[str, tuple[int, ...]]
 
   @property
-  def pruned_config(self) -> LlamaConfig:
+  def pruned_config(self) -> ModelConfig:
     """The sizes at the end."""
     return with_kept(self.config, self.keep)
 
@@ -169,7 +169,7 @@ class PruningPlan:
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
 
-def multiple_of(config: LlamaConfig, targets: Targets, group: str) -> int:
+def multiple_of(config: ModelConfig, targets: Targets, group: str) -> int:
   """What the count of a group that stays must divide by."""
   if group == CHANNELS:
     return math.lcm(targets.channels_multiple_of, targets.tensor_parallel)
@@ -183,7 +183,7 @@ def multiple_of(config: LlamaConfig, targets: Targets, group: str) -> int:
   )
 
 
-def _choice(config: LlamaConfig, targets: Targets, group: str) -> Choice:
+def _choice(config: ModelConfig, targets: Targets, group: str) -> Choice:
   """The counts of a group, and what they follow from."""
   shape = config.layers[0]
   key = f'{kind(group)}_multiple_of'
@@ -206,7 +206,7 @@ def _choice(config: LlamaConfig, targets: Targets, group: str) -> Choice:
   )
 
 
-def plan_pruning(config: LlamaConfig, targets: Targets) -> PruningPlan:
+def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
   """Turns targets into counts (design of the rule: docs/method.md).
 
   unit=groups: of each kind, the share `target` is removed from every layer

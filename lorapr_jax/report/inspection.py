@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import (
   CHANNELS,
@@ -18,7 +18,7 @@ from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 
 def describe(
-  config: LlamaConfig, protect: str, bytes_each: int
+  config: ModelConfig, protect: str, bytes_each: int
 ) -> dict[str, Any]:
   """Every group: its tensors with the axis that shrinks, counts and bytes."""
   tree = block_axes(config)['params']
@@ -43,7 +43,7 @@ def describe(
 
 
 def describe_plan(
-  config: LlamaConfig, targets: Targets, bytes_each: int
+  config: ModelConfig, targets: Targets, bytes_each: int
 ) -> dict[str, Any]:
   """What a target would leave, asked and reached."""
   plan = plan_pruning(config, targets)

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.files import write_bytes
 
 
 def write_scores(
   path: Path,
   groups: Mapping[str, Any],
-  config: LlamaConfig,
+  config: ModelConfig,
   layers: Iterable[int],
 ) -> None:
   """Writes the importance and the mask of every group, in float32.

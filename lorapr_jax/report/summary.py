@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from lorapr_jax.eval.perplexity import Perplexity
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import (
   forward_flops_per_token,
   kv_cache_bytes_per_token,
@@ -56,7 +56,7 @@ def peak_memory_bytes() -> int:
 
 
 def cost_report(
-  *, dense: LlamaConfig, pruned: LlamaConfig, dtype: str, seq_len: int
+  *, dense: ModelConfig, pruned: ModelConfig, dtype: str, seq_len: int
 ) -> dict[str, Any]:
   """Parameters, bytes, operations and KV cache, before and after the cut.
 
@@ -153,7 +153,7 @@ def perplexity_report(**measured: Perplexity | None) -> dict[str, Any]:
 
 
 def print_plan(
-  config: LlamaConfig, pruning: Pruning | None, show: Callable[[str], None]
+  config: ModelConfig, pruning: Pruning | None, show: Callable[[str], None]
 ) -> None:
   """Shows, line by line, what a run will do to a base of these sizes."""
   show(f'{len(config.layers)} layers, {config.num_parameters:,} parameters')

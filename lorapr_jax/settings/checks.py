@@ -8,7 +8,7 @@ from lorapr_jax.data.sources import parse_mixture
 from lorapr_jax.errors import MeshError, UserError
 from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.kernels import unfit
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.model import PlannedModel
@@ -101,7 +101,7 @@ def check_teacher(train: TrainSettings, planned: PlannedModel) -> None:
 
 def check_export(export: ExportSettings, planned: PlannedModel) -> None:
   """The layout and type must hold what will be left."""
-  final: LlamaConfig = planned.config
+  final: ModelConfig = planned.config
   if planned.plan and export.layout != 'padded':
     final = planned.plan.pruned_config
   resolve_layout(final, export.layout)

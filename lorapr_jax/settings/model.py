@@ -14,7 +14,7 @@ from lorapr_jax.errors import MeshError, UserError, choose
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.compute import DTYPES, resolve_dtype
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.decoder import REMAT_POLICIES
 from lorapr_jax.models.kernels import ATTENTION
 from lorapr_jax.models.lora import INPUTS, terms_of
@@ -61,7 +61,7 @@ class ModelSettings:
     """Of the base; None for random weights."""
     return path_of(self.path) if self.path else None
 
-  def read_sizes(self) -> LlamaConfig:
+  def read_sizes(self) -> ModelConfig:
     """From the folder's config.json, or from `sizes`.
 
     Raises:
@@ -190,7 +190,7 @@ class PlannedModel(NamedTuple):
 
   settings: ModelSettings
   prune: PruneSettings
-  config: LlamaConfig
+  config: ModelConfig
   lora: LoraConfig
   plan: PruningPlan | None
   repairs: bool

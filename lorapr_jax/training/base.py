@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from lorapr_jax.errors import MeshError
 from lorapr_jax.hf.load import weight_places
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LlamaConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import block_axes, param_shapes
 from lorapr_jax.pruning.shrink import Kept, kept_groups, shrink, shrunk_config
 from lorapr_jax.runtime import sharding
@@ -33,7 +33,7 @@ class Places(NamedTuple):
   def of(
     cls,
     mesh: Mesh,
-    config: LlamaConfig,
+    config: ModelConfig,
     base_dtype: Any,
     micro_batch: tuple[int, int] | None = None,
   ) -> 'Places':
@@ -70,7 +70,7 @@ class Places(NamedTuple):
     return self.state.mesh
 
 
-def weight_shapes(mesh: Mesh, config: LlamaConfig, dtype: Any) -> Any:
+def weight_shapes(mesh: Mesh, config: ModelConfig, dtype: Any) -> Any:
   """A `jax.ShapeDtypeStruct` with its sharding for every weight."""
   return jax.tree.map(
     lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
@@ -118,7 +118,7 @@ def kept_of(masks: Any) -> Kept:
 def cut_params(
   params: Any,
   kept: Kept,
-  config: LlamaConfig,
+  config: ModelConfig,
   shardings: Any = None,
   *,
   delete: bool = False,

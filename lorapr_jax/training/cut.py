@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lorapr_jax.axes import Axes, group_axes
-from lorapr_jax.models.config import LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import repaired_of, with_repaired
 from lorapr_jax.pruning.masks import by_stack, select_stack_masks
@@ -47,7 +47,7 @@ def as_saved(base: Base, state: TrainState) -> Base:
   return base._replace(params=with_repaired(base.params, repaired))
 
 
-def check_counts(plan: PruningPlan | None, config: LlamaConfig) -> None:
+def check_counts(plan: PruningPlan | None, config: ModelConfig) -> None:
   """Checks that a finished run left what was planned.
 
   Raises:
@@ -58,14 +58,14 @@ def check_counts(plan: PruningPlan | None, config: LlamaConfig) -> None:
 
 
 def cut_adapters(
-  lora: Any, kept: Kept, config: LlamaConfig, lora_config: LoraConfig
+  lora: Any, kept: Kept, config: ModelConfig, lora_config: LoraConfig
 ) -> Any:
   """Smaller adapters, or their moments; see `cut_params`."""
   return cut_stacks(lora, block_axes(config, lora_config)['lora'], kept, config)
 
 
 def cut_stacks(
-  stacks: tuple[Any, ...], axes: Any, kept: Kept, config: LlamaConfig
+  stacks: tuple[Any, ...], axes: Any, kept: Kept, config: ModelConfig
 ) -> tuple[Any, ...]:
   """`shrink`, compiled; nothing where nothing is cut."""
   if not kept:
@@ -73,7 +73,7 @@ def cut_stacks(
   return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(stacks)
 
 
-def widened(state: TrainState, config: LlamaConfig) -> dict[str, Any]:
+def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
   """{'masks', 'importance'} of all groups, those cut on the way included.
 
   Args:

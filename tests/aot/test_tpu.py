@@ -23,7 +23,7 @@ from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.cost import (
   attention_flops_per_token,
   forward_flops_per_token,
@@ -68,7 +68,7 @@ def _whole(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P())
 
 
-def _config(shape: LayerShape, **more) -> LlamaConfig:
+def _config(shape: LayerShape, **more) -> ModelConfig:
   sizes = dict(
     vocab_size=1024,
     embed_dim=256,
@@ -76,10 +76,10 @@ def _config(shape: LayerShape, **more) -> LlamaConfig:
     layers=(shape,) * 2,
     max_positions=TOKENS,
   )
-  return LlamaConfig(**(sizes | more))
+  return ModelConfig(**(sizes | more))
 
 
-def _abstract(config: LlamaConfig, mesh: Mesh):
+def _abstract(config: ModelConfig, mesh: Mesh):
   """params, lora, masks, as shapes that know where they lie."""
   whole = _whole(mesh)
 
@@ -107,7 +107,7 @@ def _abstract(config: LlamaConfig, mesh: Mesh):
 
 
 def _compiled_step(
-  config: LlamaConfig,
+  config: ModelConfig,
   mesh: Mesh,
   batch: int,
   packed: bool = False,

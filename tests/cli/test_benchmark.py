@@ -13,10 +13,10 @@ from lorapr_jax.eval.benchmark import compare
 from lorapr_jax.eval.generation import Sampling, make_advance, stream_tokens
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import cached
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import init_params
 
-FULL = LlamaConfig(
+FULL = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,

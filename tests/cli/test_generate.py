@@ -12,10 +12,10 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval import generation
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.runtime.terminal import visible
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=300,
   embed_dim=32,
   head_dim=8,

@@ -7,10 +7,10 @@ import pytest
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,

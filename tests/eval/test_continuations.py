@@ -8,12 +8,12 @@ import pytest
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import continuations
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import logical_axes
 from lorapr_jax.runtime import sharding
 
 # Two stacks, of layers that differ.
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=61,
   embed_dim=16,
   head_dim=4,

@@ -20,12 +20,12 @@ from lorapr_jax.eval.generation import (
   nucleus,
   stream_tokens,
 )
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import logical_axes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import cache_dir
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=300,
   embed_dim=32,
   head_dim=8,

@@ -8,10 +8,10 @@ import pytest
 from lorapr_jax.eval.perplexity import HeldOut, Perplexity
 from lorapr_jax.eval.remembered import remembered_perplexity
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 
 COMPUTE = Compute(
-  LlamaConfig(8, 8, 8, (LayerShape(1, 1, 8),)),
+  ModelConfig(8, 8, 8, (LayerShape(1, 1, 8),)),
   LoraConfig(1, 1.0, 0.0),
   dtype=np.dtype('float32'),
 )

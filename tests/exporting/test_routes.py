@@ -28,7 +28,7 @@ from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.write import hf_tensors, parse_size
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
@@ -37,7 +37,7 @@ from lorapr_jax.settings.sections import ExportSettings
 from lorapr_jax.training.base import cut_params
 from lorapr_jax.training.cut import cut_adapters
 
-BEFORE = LlamaConfig(
+BEFORE = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,

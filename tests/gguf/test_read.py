@@ -22,9 +22,9 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.header import read_header
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=300,
   embed_dim=32,
   head_dim=16,  # not embed_dim / heads, which is 8

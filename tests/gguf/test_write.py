@@ -28,10 +28,10 @@ from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import write_gguf
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
 from lorapr_jax.models.layers import rope_frequencies
 
-UNEQUAL = LlamaConfig(
+UNEQUAL = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,
@@ -284,7 +284,7 @@ def save_tokenizer(folder, tokenizer, **settings):
 
 def config_of(vocab_size):
   shape = LayerShape(num_kv_heads=1, queries_per_kv=1, mlp_dim=16)
-  return LlamaConfig(
+  return ModelConfig(
     vocab_size=vocab_size, embed_dim=8, head_dim=8, layers=(shape,)
   )
 

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.adapter import read_adapter, write_adapter
 from lorapr_jax.hf.write import hf_tensors
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=16,
   embed_dim=12,
   head_dim=4,

@@ -13,7 +13,7 @@ from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.models.config import (
   BIAS_KEYS,
   LayerShape,
-  LlamaConfig,
+  ModelConfig,
   RopeScaling,
 )
 from lorapr_jax.models.families import FAMILIES
@@ -37,7 +37,7 @@ HF = {
   'eos_token_id': [2, 3],
   'pad_token_id': 0,
 }
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=16,
@@ -179,7 +179,7 @@ def test_keys_that_old_files_leave_out_have_hugging_faces_defaults():
     'intermediate_size',
   )
   old = {key: HF[key] for key in sizes} | {'num_attention_heads': 4}
-  assert config_from_hf(old) == LlamaConfig(
+  assert config_from_hf(old) == ModelConfig(
     vocab_size=96,
     embed_dim=32,
     head_dim=8,

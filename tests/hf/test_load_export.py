@@ -21,16 +21,16 @@ from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config, load_params, weight_places
 from lorapr_jax.hf.write import check_companions, export_model
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
 from lorapr_jax.runtime import sharding
 
 SIZES = dict(vocab_size=96, embed_dim=32, head_dim=8, rope_theta=500.0)
-LLAMA = LlamaConfig(
+LLAMA = ModelConfig(
   **SIZES, layers=(LayerShape(2, 2, 40),) * 2, tie_embeddings=True
 )
 # Three heads do not divide the 32 of the residual stream.
-MISTRAL = LlamaConfig(**SIZES, layers=(LayerShape(1, 3, 40),) * 2)
-UNEQUAL = LlamaConfig(
+MISTRAL = ModelConfig(**SIZES, layers=(LayerShape(1, 3, 40),) * 2)
+UNEQUAL = ModelConfig(
   **SIZES,
   layers=(LayerShape(2, 3, 40), LayerShape(1, 3, 24), LayerShape(2, 3, 40)),
   rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32),
@@ -146,7 +146,7 @@ def test_each_device_gets_its_slices(kind, sizes, save_hf, load):
 @pytest.mark.mesh
 @pytest.mark.parametrize('width, fsdp', [(32, 8), (36, 4), (35, 1)])
 def test_all_devices_share_a_model_as_far_as_its_width_divides(width, fsdp):
-  config = LlamaConfig(
+  config = ModelConfig(
     vocab_size=8, embed_dim=width, head_dim=4, layers=(LayerShape(1, 1, 8),)
   )
   place = weight_places(config, jnp.float32)['norm']['weight']
@@ -433,7 +433,7 @@ def test_a_large_vocabulary_needs_a_version_as_mistral(
   vocab_size, layers, version
 ):
   sizes = SIZES | {'vocab_size': vocab_size}
-  config = LlamaConfig(**sizes, layers=layers)
+  config = ModelConfig(**sizes, layers=layers)
   hf = hf_config(config, 'float32', 'auto', 'auto')
   assert hf.get('transformers_version') == version
   if hf['model_type'] == 'mistral':

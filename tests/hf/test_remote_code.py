@@ -18,7 +18,7 @@ import transformers
 
 import lorapr_jax
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
-from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
 
 CODE = Path(lorapr_jax.__path__[0]) / 'hf/remote_code'
 CODE_FILES = ('configuration_pruned_llama.py', 'modeling_pruned_llama.py')
@@ -39,9 +39,9 @@ LLAMA3 = RopeScaling(
 )
 
 
-def _config(*layers, **options) -> LlamaConfig:
+def _config(*layers, **options) -> ModelConfig:
   layers = tuple(LayerShape(*layer) for layer in layers)
-  return LlamaConfig(layers=layers, **SIZES, **options)
+  return ModelConfig(layers=layers, **SIZES, **options)
 
 
 # Each layer is (KV heads, queries per KV head, mlp channels).
@@ -62,7 +62,7 @@ CONFIGS = {
 DEEP = _config(*[(2, 2, 12)] * 3, *[(1, 2, 8)] * 8)
 
 
-def _weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
+def _weights(config: ModelConfig) -> dict[str, torch.Tensor]:
   """Random weights under the names and in the shapes of LlamaForCausalLM."""
   generator = torch.Generator().manual_seed(0)
 
@@ -94,7 +94,7 @@ def _weights(config: LlamaConfig) -> dict[str, torch.Tensor]:
   return weights
 
 
-def _write(folder: Path, config: LlamaConfig) -> Path:
+def _write(folder: Path, config: ModelConfig) -> Path:
   folder.mkdir()
   extra = {
     'architectures': ['PrunedLlamaForCausalLM'],
@@ -132,7 +132,7 @@ def _pad(weight: torch.Tensor, *sizes: int) -> torch.Tensor:
   return padded
 
 
-def _padded_stock(config: LlamaConfig) -> transformers.LlamaForCausalLM:
+def _padded_stock(config: ModelConfig) -> transformers.LlamaForCausalLM:
   """LlamaForCausalLM with every layer zero-padded to the largest sizes."""
   d, h = config.embed_dim, config.head_dim
   k_full = max(shape.num_kv_heads for shape in config.layers)
@@ -165,13 +165,13 @@ def _padded_stock(config: LlamaConfig) -> transformers.LlamaForCausalLM:
   return stock.eval()
 
 
-def _tokens(config: LlamaConfig, length: int = 24) -> torch.Tensor:
+def _tokens(config: ModelConfig, length: int = 24) -> torch.Tensor:
   generator = torch.Generator().manual_seed(1)
   return torch.randint(1, config.vocab_size, (2, length), generator=generator)
 
 
 @torch.no_grad()
-def _logits(model, config: LlamaConfig) -> torch.Tensor:
+def _logits(model, config: ModelConfig) -> torch.Tensor:
   return model(_tokens(config)).logits
 
 

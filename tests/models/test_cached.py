@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from lorapr_jax.models import cached, decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 
-UNEQUAL = LlamaConfig(
+UNEQUAL = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,

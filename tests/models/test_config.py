@@ -5,9 +5,9 @@ import dataclasses
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig, Stack
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig, Stack
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=16,

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.cost import (
   forward_flops_per_token,
   kv_cache_bytes_per_token,
@@ -15,7 +15,7 @@ SHAPES = (LayerShape(2, 3, 40), LayerShape(1, 2, 8))
 
 
 def model(tied):
-  return LlamaConfig(
+  return ModelConfig(
     vocab_size=50,
     embed_dim=16,
     head_dim=4,
@@ -42,7 +42,7 @@ def test_two_operations_for_each_weight_and_the_attention(tied):
 
 
 def test_the_compiler_counts_as_many():
-  config = LlamaConfig(
+  config = ModelConfig(
     vocab_size=512,
     embed_dim=256,
     head_dim=32,

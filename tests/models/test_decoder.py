@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
@@ -19,7 +19,7 @@ from lorapr_jax.pruning.shrink import kept_groups, shrunk_config
 from lorapr_jax.training.base import cut_params
 from lorapr_jax.training.cut import cut_adapters
 
-SMALL = LlamaConfig(
+SMALL = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.lora import (
   lora_guided_gradient,
   lora_product,
@@ -16,7 +16,7 @@ from lorapr_jax.models.lora import (
   terms_of,
 )
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=40,
   embed_dim=16,
   head_dim=8,

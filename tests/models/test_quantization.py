@@ -13,7 +13,7 @@ from lorapr_jax.exporting.model import merge
 from lorapr_jax.hf.load import load_or_draw, load_params, weight_places
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import (
   dequantized,
@@ -30,7 +30,7 @@ from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 from lorapr_jax.training import steps
 from lorapr_jax.training.base import cut_params
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=48,
   embed_dim=16,
   head_dim=4,

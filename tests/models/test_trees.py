@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import (
   init_lora,
   init_params,
@@ -16,7 +16,7 @@ from lorapr_jax.models.trees import (
   param_shapes,
 )
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=96,
   embed_dim=32,
   head_dim=8,
@@ -145,7 +145,7 @@ def test_init_params_draws_small_weights_and_norms_of_one():
 
 
 def test_init_lora_never_materialises_the_base():
-  big = LlamaConfig(
+  big = ModelConfig(
     vocab_size=32000,
     embed_dim=4096,
     head_dim=128,

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import (
   block_axes,
   init_lora,
@@ -31,7 +31,7 @@ LORA = LoraConfig(
 
 
 def _config(embed_dim, head_dim, shape):
-  return LlamaConfig(
+  return ModelConfig(
     vocab_size=8, embed_dim=embed_dim, head_dim=head_dim, layers=(shape,) * 2
   )
 

@@ -11,7 +11,7 @@ import re
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import (
   CHANNELS,
@@ -25,7 +25,7 @@ from lorapr_jax.pruning.targets import Targets, plan_pruning
 
 
 def model(layers, kv_heads, queries, mlp, vocab=50, embed=24, head=4, tie=True):
-  return LlamaConfig(
+  return ModelConfig(
     vocab_size=vocab,
     embed_dim=embed,
     head_dim=head,

@@ -11,7 +11,7 @@ import pytest
 from lorapr_jax.axes import group_axes
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import block_axes, init_lora, param_shapes
 from lorapr_jax.pruning import block_sums
 from lorapr_jax.pruning.importance import (
@@ -37,7 +37,7 @@ PARTS |= {'o_proj': -1, 'down_proj': -1}
 
 
 def model(*layers):
-  return LlamaConfig(vocab_size=11, embed_dim=6, head_dim=4, layers=layers)
+  return ModelConfig(vocab_size=11, embed_dim=6, head_dim=4, layers=layers)
 
 
 def randomise(tree, seed, scale=0.3):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.milestones import (
@@ -18,7 +18,7 @@ from lorapr_jax.pruning.milestones import (
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=11,
   embed_dim=8,
   head_dim=4,

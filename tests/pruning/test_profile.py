@@ -5,18 +5,18 @@ import itertools
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.profile import block_lengths, parse_profile, spread
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=64,
   embed_dim=32,
   head_dim=4,
   layers=(LayerShape(9, 4, 1536),) * 30,
 )
-SMALL = LlamaConfig(
+SMALL = ModelConfig(
   vocab_size=64, embed_dim=32, head_dim=4, layers=(LayerShape(8, 1, 64),) * 4
 )
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lorapr_jax.axes import Axes, apply_masks, group_axes, take_kept
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.models.lora import merge_lora
 from lorapr_jax.models.trees import block_axes
@@ -30,7 +30,7 @@ TOKENS = np.random.default_rng(0).integers(0, 11, (2, 5))
 
 
 def model(layers, *shape):
-  return LlamaConfig(
+  return ModelConfig(
     vocab_size=11,
     embed_dim=8,
     head_dim=4,

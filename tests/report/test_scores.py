@@ -4,11 +4,11 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file
 
-from lorapr_jax.models.config import LayerShape, LlamaConfig
+from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.report.scores import write_scores
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=8,
   embed_dim=8,
   head_dim=2,

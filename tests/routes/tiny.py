@@ -18,7 +18,7 @@ from tokenizers import (
 
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.config import LayerShape, LlamaConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
 from lorapr_jax.models.trees import init_params
 from lorapr_jax.runtime.files import write_json
 
@@ -29,7 +29,7 @@ _VERBS = ('sold', 'found', 'painted', 'lost', 'never wanted', 'carried')
 _OBJECTS = ('loaves of bread', 'small boats', 'letters', 'green doors', 'eggs')
 _PLACES = ('by the river', "in Anna's garden", 'at night', 'near Málaga')
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=VOCAB_SIZE,
   embed_dim=128,
   head_dim=32,
@@ -70,7 +70,7 @@ def write_sentences(path: Path, seed: int, count: int) -> None:
   path.write_text(''.join(sentences), encoding='utf-8')
 
 
-def make_base(folder: Path, config: LlamaConfig, text: Path) -> None:
+def make_base(folder: Path, config: ModelConfig, text: Path) -> None:
   """Writes a Hugging Face folder with random weights.
 
   Args:
@@ -96,7 +96,7 @@ def make_base(folder: Path, config: LlamaConfig, text: Path) -> None:
   export_model(folder, params, config, base=companions)
 
 
-def _write_tokenizer(folder: Path, config: LlamaConfig, text: Path) -> None:
+def _write_tokenizer(folder: Path, config: ModelConfig, text: Path) -> None:
   tokenizer = Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
     [

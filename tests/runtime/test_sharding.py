@@ -16,7 +16,7 @@ import pytest
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.quantization import quantized_like
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.pruning.importance import Criterion
@@ -30,13 +30,13 @@ from tests import devices
 pytestmark = pytest.mark.mesh
 
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
-MHA = LlamaConfig(
+MHA = ModelConfig(
   vocab_size=48,
   embed_dim=16,
   head_dim=4,
   layers=(LayerShape(4, 1, 24),) * 2,
 )
-GQA = LlamaConfig(
+GQA = ModelConfig(
   vocab_size=48,
   embed_dim=16,
   head_dim=4,

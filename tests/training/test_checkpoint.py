@@ -10,7 +10,7 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import write_json
@@ -22,7 +22,7 @@ from lorapr_jax.training.checkpoint import Checkpoints, Damaged
 from lorapr_jax.training.resume import begin
 from lorapr_jax.training.state import init_state
 
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=48, embed_dim=16, head_dim=4, layers=(LayerShape(4, 2, 24),)
 )
 # Adapters of more than 1 KiB: smaller arrays share a file that has a check.

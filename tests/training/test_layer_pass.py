@@ -14,7 +14,7 @@ from lorapr_jax.axes import LORA_TARGETS, apply_masks, group_axes
 from lorapr_jax.models import decoder
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.layers import INPUTS, rope_rotation
 from lorapr_jax.models.quantization import (
   dequantized,
@@ -44,7 +44,7 @@ from lorapr_jax.training.event import make_prune_layers, repair_of
 
 LORA_CRITERION = Criterion()
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=48,
   embed_dim=16,
   head_dim=4,

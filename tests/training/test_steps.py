@@ -13,7 +13,7 @@ import pytest
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute, token_losses
-from lorapr_jax.models.config import LayerShape, LlamaConfig, LoraConfig
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import (
@@ -28,7 +28,7 @@ from lorapr_jax.training.steps import make_optimizer
 
 SELECT = jax.jit(select_stack_masks)
 GROUPS = ('kv_heads', 'mlp')
-CONFIG = LlamaConfig(
+CONFIG = ModelConfig(
   vocab_size=40,
   embed_dim=16,
   head_dim=8,
@@ -43,7 +43,7 @@ SETTINGS = Compute(
 DROPOUT = dataclasses.replace(
   SETTINGS, lora=dataclasses.replace(SETTINGS.lora, dropout=0.3)
 )
-SMOLLM2 = LlamaConfig(
+SMOLLM2 = ModelConfig(
   vocab_size=49152,
   embed_dim=576,
   head_dim=64,
