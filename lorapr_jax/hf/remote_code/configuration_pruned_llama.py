@@ -13,18 +13,18 @@ This file travels beside the weights and is loaded with
 
 import copy
 
-from transformers import ModelConfig, PretrainedConfig
+from transformers import LlamaConfig, PretrainedConfig
 
 
-# Not a ModelConfig: transformers 5 checks there that the heads divide the
+# Not a LlamaConfig: transformers 5 checks there that the heads divide the
 # hidden size, which pruned layers need not obey.
 class PrunedLlamaConfig(PretrainedConfig):
-  """The keys of ModelConfig, and `per_layer_config`."""
+  """The keys of LlamaConfig, and `per_layer_config`."""
 
   model_type = 'pruned_llama'
   keys_to_ignore_at_inference = ['past_key_values']
-  base_model_tp_plan = ModelConfig.base_model_tp_plan
-  base_model_pp_plan = ModelConfig.base_model_pp_plan
+  base_model_tp_plan = LlamaConfig.base_model_tp_plan
+  base_model_pp_plan = LlamaConfig.base_model_pp_plan
   # transformers 5 fills this in, but only where the attribute exists.
   rope_parameters = None
 
