@@ -2,7 +2,7 @@
 
   PYTHONPATH=. python benchmarks/compare.py [--full] [--jobs 2]
     [--text 'PTB validation=file:ptb.valid.txt?lines' ...]
-    [--known docs/results.json]
+    [--tasks piqa,arc_easy [--include_path DIR]] [--known docs/results.json]
 
 Prunes SmolLM2-135M-Instruct with its KV heads repeated (benchmarks/make_mha.py;
 as many KV heads as heads, so that 20% and 50% of them can go) by every
@@ -10,7 +10,9 @@ criterion, order and addition of the list below, 100 steps of 8 x 128 tokens of
 news in file order: the setting in which the reference implementation was run
 (docs/method.md). After each run docs/results.md, its figure and results.json
 have what is known so far. What --out holds already is not run again, nor what
---known does, and a run that was cut short goes on.
+--known does, and a run that was cut short goes on. With --tasks the dense model
+and the first seeds of the paper's method and of the best are scored in tasks of
+lm_eval too.
 """
 
 import argparse
@@ -166,27 +168,55 @@ def score(
   }
 
 
+def answers(
+  folder: Path,
+  tasks: Sequence[str],
+  include_path: Path | None,
+  known: Mapping[str, str],
+) -> dict[str, str]:
+  """{task: a 1 for each question that a folder answers right, else a 0}."""
+  missing = [task for task in tasks if task not in known]
+  if not missing:
+    return dict(known)
+  scores = lp.evaluate_tasks(folder, missing, include_path=include_path)
+  for score in scores:
+    if 'acc' not in score.by_question:
+      raise UserError(f'--tasks: {score.task} has no accuracy')
+  found = {score.task: score.by_question['acc'] for score in scores}
+  return {
+    **known,
+    **{
+      task: ''.join(str(int(x)) for x in values)
+      for task, values in found.items()
+    },
+  }
+
+
 def measure(
   workdir: Path,
   flags: Sequence[str],
   texts: Mapping[str, str],
   known: Mapping[str, Any],
   environment: Mapping[str, str],
+  tasks: Sequence[str] = (),
+  include_path: Path | None = None,
 ) -> dict[str, Any]:
   """What one run came to; it is made if that is not known."""
-  perplexity = known.get('perplexity', {})
-  if texts.keys() <= perplexity.keys():
+  perplexity, answered = known.get('perplexity', {}), known.get('tasks', {})
+  if texts.keys() <= perplexity.keys() and set(tasks) <= answered.keys():
     return dict(known)
   if not (workdir / 'summary.json').exists():
     prune(workdir, flags, environment)
   summary = read_json(workdir / 'summary.json')
+  export = workdir / 'export'
   return {
     'date': str(date.today()),
     'kept': summary['params_pruned'] / summary['params_dense'],
     'memory': summary['peak_memory_bytes'],
     'speed': summary['tokens_per_second'],
     'versions': summary['versions'],
-    'perplexity': score(workdir / 'export', texts, perplexity),
+    'perplexity': score(export, texts, perplexity),
+    'tasks': answers(export, tasks, include_path, answered),
   }
 
 
@@ -221,7 +251,8 @@ def publish(
   """Writes the record, and the page and the figures of its runs."""
   write_json(RECORD, record)
   dense, results, missing = collect(record, rows)
-  write_text(PAGE, page(dense, results, record['texts'], missing, command))
+  about = record['texts'], missing, command, record.get('dense_tasks', {})
+  write_text(PAGE, page(dense, results, *about))
   for name, make in (('compare', draw), ('best', draw_best)):
     make(dense, results).savefig(
       FIGURES / f'{name}.svg',
@@ -237,6 +268,7 @@ def command(args: argparse.Namespace, texts: Mapping[str, Any]) -> str:
   for name, text in texts.items():
     if name != NEWS:
       parts += ['--text', f'{name}={text["spec"]}']
+  parts += ['--tasks', ','.join(args.tasks)] if args.tasks else []
   return shlex.join(parts)
 
 
@@ -256,6 +288,15 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
   parser.add_argument(
     '--text', action='append', default=[], help='NAME=SPEC, to measure on too'
+  )
+  parser.add_argument(
+    '--tasks',
+    type=lambda text: text.split(','),
+    default=[],
+    help='names of lm_eval tasks that have an accuracy',
+  )
+  parser.add_argument(
+    '--include_path', type=Path, help='a folder of more tasks'
   )
   parser.add_argument(
     '--known', type=Path, help='a results.json, whose runs are not run again'
@@ -279,6 +320,8 @@ def compare(args: argparse.Namespace) -> None:
     if known:
       record = merged(read_json(known), record)
   record['dense'] = score(model, texts, record.get('dense', {}))
+  tasks = args.tasks, args.include_path
+  record['dense_tasks'] = answers(model, *tasks, record.get('dense_tasks', {}))
   # As many threads for each as it would get of the cores.
   threads = max(1, (os.cpu_count() or 1) // args.jobs)
   environment = {**os.environ, 'NPROC': str(threads)}
@@ -291,6 +334,7 @@ def compare(args: argparse.Namespace) -> None:
         texts,
         record.get(row.name(seed), {}),
         environment,
+        *(tasks if row.leads and seed == row.seeds[0] else ()),
       ): row.name(seed)
       for row in rows
       for seed in row.seeds

@@ -67,6 +67,11 @@ class Row:
     """Whether it is the demo's config as it is."""
     return self.added == EVERYTHING
 
+  @property
+  def leads(self) -> bool:
+    """Whether it is compared in tasks too."""
+    return self.is_plain or self.is_best
+
   def name(self, seed: int) -> str:
     """Of a run's workdir."""
     method = self.method.replace(' + ', '+').replace(', ', '-')
@@ -138,6 +143,86 @@ def lead(
     add(untrained, lambda row: here(row) and row.added.endswith('untrained'))
     add(OURS, lambda row: here(row) and row.is_best)
   return _markdown(lines)
+
+
+Answers = Mapping[str, str]
+
+
+def accuracy(answers: Answers) -> float:
+  """The mean over tasks of the share of 1s."""
+  return statistics.mean(x.count('1') / len(x) for x in answers.values())
+
+
+def paired(ours: Answers, other: Answers) -> tuple[float, float]:
+  """By how much our accuracy is above another's, question by question.
+
+  Returns:
+    The mean over tasks of the mean difference d, and half of its 95% interval,
+    1.96 sqrt(sum_t var(d_t) / n_t) / tasks.
+  """
+  differences = [
+    [int(a) - int(b) for a, b in zip(ours[task], other[task], strict=True)]
+    for task in ours
+  ]
+  errors = [statistics.variance(d) / len(d) for d in differences]
+  mean = statistics.mean(map(statistics.mean, differences))
+  return mean, 1.96 * sum(errors) ** 0.5 / len(errors)
+
+
+def zero_shot(dense: Answers, results: Results) -> str:
+  """Accuracies in tasks, of the rows that have them."""
+  tasks = tuple(dense)
+  lines = [
+    (
+      '',
+      'parameters',
+      *tasks,
+      'mean',
+      'of dense',
+      'minus dense',
+      'minus paper',
+    ),
+    ('---',) * (6 + len(tasks)),
+  ]
+
+  def add(name: str, kept: float, answers: Answers, paper: Answers) -> None:
+    mean = accuracy(answers)
+    others = (
+      '{:+.1%} ± {:.1%}'.format(*paired(answers, x)) if x else ''
+      for x in (dense if answers is not dense else {}, paper)
+    )
+    each = (f'{x.count("1") / len(x):.1%}' for x in answers.values())
+    share = f'{mean / accuracy(dense):.1%}'
+    lines.append((name, f'{kept:.1%}', *each, f'{mean:.1%}', share, *others))
+
+  add('dense', 1.0, dense, {})
+  papers = {
+    row.percent: runs[0]['tasks']
+    for row, runs in results.items()
+    if row.is_plain and runs[0].get('tasks')
+  }
+  for row, runs in results.items():
+    if row.leads and (answers := runs[0].get('tasks')):
+      name = PAPER if row.is_plain else OURS
+      paper = {} if row.is_plain else papers.get(row.percent, {})
+      add(name, runs[0]['kept'], answers, paper)
+  return _markdown(lines)
+
+
+def _zero_shot_section(dense: Answers, results: Results) -> str:
+  if not dense:
+    return ''
+  count = len(next(iter(dense.values())))
+  return f"""
+## Zero-shot tasks
+
+Accuracy (lm_eval's `acc`) in {len(dense)} tasks of up to {count} questions, of
+the first seed. `of dense` is the mean accuracy as a share of the dense model's.
+The last two columns are mean differences, question by question, with their 95%
+intervals.
+
+{zero_shot(dense, results)}
+"""
 
 
 def _markdown(lines: Iterable[Sequence[str]]) -> str:
@@ -235,8 +320,9 @@ def page(
   texts: Mapping[str, Mapping[str, str]],
   missing: Sequence[str],
   command: str,
+  answers: Answers,
 ) -> str:
-  """docs/results.md."""
+  """docs/results.md; `answers` are the dense model's in tasks."""
   runs = [run for row in results.values() for run in row]
   versions = {
     f'{name} {version}'
@@ -275,7 +361,7 @@ The texts:
 ```sh
 PYTHONPATH=. {command}
 ```
-
+{_zero_shot_section(answers, results)}
 ## All runs
 
 The model has its three KV heads repeated to nine. LoRA has rank 8; its learning

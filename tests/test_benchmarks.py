@@ -122,7 +122,7 @@ RECORD = {
 
 def test_the_comparison_says_where_lora_wins_and_where_not(compare):
   dense, results, missing = compare.collect(RECORD, compare.ROWS)
-  page = compare.page(dense, results, TEXTS, missing, 'python compare.py')
+  page = compare.page(dense, results, TEXTS, missing, 'python compare.py', {})
   assert '- 50%, joint, gradient: 20% lower on held-out news\n' in page
   assert '- 50%, joint, random: 200% higher on held-out news\n' in page
   assert '- 50%, joint, lora + compensation: 30% lower' in page
@@ -164,12 +164,32 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
-  page = compare.page(dense, results, TEXTS, missing, 'python compare.py')
+  page = compare.page(dense, results, TEXTS, missing, 'python compare.py', {})
   assert f'not made yet: {", ".join(missing)}.' in page
   # A run that is not measured on every text is missing too.
   record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
   more = compare.collect(record, compare.ROWS)
   assert not more[1] and len(more[2]) == 42
+
+
+def test_models_are_compared_question_by_question(compare):
+  record = {
+    **RECORD,
+    'joint-lora-50-seed0': a_run(90.0) | {'tasks': {'a': '1000', 'b': '10'}},
+    'prune_then_tune-obs+everything-50-seed0': a_run(60.0)
+    | {'tasks': {'a': '1100', 'b': '01'}},
+  }
+  dense, results, missing = compare.collect(record, compare.ROWS)
+  answers = {'a': '1101', 'b': '11'}
+  about = TEXTS, missing, 'python compare.py', answers
+  page = compare.page(dense, results, *about)
+  assert '| dense | 100.0% | 75.0% | 100.0% | 87.5% | 100.0% |  |  |' in page
+  # The paper's: task a differs by 0, 1, 0, 1 and task b by 0, 1: variances of
+  # 1/3 and 1/2, and 1.96 sqrt(1/12 + 1/4) / 2 is 0.566.
+  row = "| the paper's method | 60.0% | 25.0% | 50.0% | 37.5% | 42.9% |"
+  assert f'{row} -50.0% ± 56.6% |  |' in page
+  # Variances of 1/4 and 1/2, and of 1/4 and 2.
+  assert '-37.5% ± 54.8% | +12.5% ± 101.0% |' in page
 
 
 def test_another_text_needs_another_name(compare, tmp_path):

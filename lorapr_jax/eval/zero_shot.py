@@ -28,6 +28,9 @@ PAPER_TASKS = (
 )
 # Resamplings for the standard error of what is not a mean, such as perplexity.
 _BOOTSTRAPS = 1000
+# What lm_eval calls them.
+_ACCURACIES = ('acc', 'acc_norm')
+_NO_FILTER = 'none'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,10 @@ class TaskScore:
     metrics: {name: value}. If a task has several filters, the name is
       METRIC,FILTER.
     errors: {name: standard error}, where there is one.
+    by_question: {name: the score of each question, in order} of acc and
+      acc_norm, so that two models can be compared question by question.
+    by_question: {name: the score of each question, in order} of accuracies, so
+      that two models can be compared question by question.
   """
 
   task: str
@@ -50,6 +57,7 @@ class TaskScore:
   documents: int
   metrics: dict[str, float]
   errors: dict[str, float]
+  by_question: dict[str, list[float]]
 
 
 def import_harness() -> ModuleType:
@@ -130,7 +138,6 @@ def evaluate_tasks(
       limit=limit,
       apply_chat_template=chat,
       bootstrap_iters=_BOOTSTRAPS,
-      log_samples=False,
     )
   return [_score(name, results) for name in results['results']]
 
@@ -199,8 +206,14 @@ def _score(name: str, results: dict[str, Any]) -> TaskScore:
     kept = metrics
     if metric.endswith('_stderr'):
       metric, kept = metric.removesuffix('_stderr'), errors
-    label = metric if filter_name == 'none' else f'{metric},{filter_name}'
+    label = metric if filter_name == _NO_FILTER else f'{metric},{filter_name}'
     kept[label] = float(value)
+  # A group of tasks has none.
+  samples = [
+    sample
+    for sample in results['samples'].get(name, ())
+    if sample['filter'] == _NO_FILTER
+  ]
   return TaskScore(
     task=name,
     version=str(results['versions'].get(name)),
@@ -208,6 +221,11 @@ def _score(name: str, results: dict[str, Any]) -> TaskScore:
     documents=results['n-samples'].get(name, {}).get('effective', 0),
     metrics=metrics,
     errors=errors,
+    by_question={
+      name: tuple(float(sample[name]) for sample in samples)
+      for name in _ACCURACIES
+      if samples and name in metrics
+    },
   )
 
 

@@ -143,11 +143,15 @@ def test_the_command_finds_the_same_scores(
     assert task['documents'] == count and task['shots'] == 0
     for metric, value in task['metrics'].items():
       assert value == pytest.approx(theirs[f'{metric},none'], rel=1e-5)
+    for metric, values in task['by_question'].items():
+      samples = expected['samples'][task['task']]
+      assert values == [sample[metric] for sample in samples]
   ends, whole, goes_on = (set(task['metrics']) for task in report['tasks'])
   assert ends == {'acc', 'acc_norm'}
   assert whole == {'word_perplexity', 'bits_per_byte'}
   assert goes_on == {'exact_match'}
   assert report['tasks'][0]['errors'].keys() == {'acc', 'acc_norm'}
+  assert report['tasks'][0]['by_question'].keys() == {'acc', 'acc_norm'}
 
 
 def test_log_likelihoods_are_theirs(expected, ours):
@@ -214,7 +218,7 @@ def test_the_table_has_acc_and_acc_norm(expected, text_model, folder, capsys):
 
 def test_means_take_acc_where_there_is_no_acc_norm():
   def score(**metrics):
-    return zero_shot.TaskScore('', '1', 0, 10, metrics, {})
+    return zero_shot.TaskScore('', '1', 0, 10, metrics, {}, {})
 
   scores = [score(acc=0.5), score(acc=0.2, acc_norm=0.4)]
   means = zero_shot.mean_accuracies(scores)
