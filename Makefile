@@ -15,7 +15,7 @@ INSTALL := -m pip install --quiet --quiet --disable-pip-version-check
 # What users load exports with; each has an environment of its own.
 TOOLS := transformers4 transformers5 llama_cpp lm_eval
 
-.PHONY: demo compare test test-slow test-report test-package test-lowest \
+.PHONY: demo compare test test-slow test-families test-report test-package test-lowest \
   test-export test-aot test-gpu soak bench bench-scaling docs lint clean
 
 demo: .venv/run $(MODEL)/config.json
@@ -29,7 +29,7 @@ compare: .venv/run $(MODEL)/config.json
 # What has a target of its own below is not among these. Two files at a time:
 # most of their time is compiling, on one core.
 PAIRS := -n 2 --dist loadfile --no-loadscope-reorder
-ELSEWHERE := aot or gpu or slow or soak or packaging or browser
+ELSEWHERE := aot or families or gpu or slow or soak or packaging or browser
 
 # Ours beside PyTorch's, and how a step grows with its sizes.
 bench: .venv/dev $(MODEL)/config.json
@@ -43,6 +43,10 @@ test: .venv/dev
 
 test-slow: .venv/dev
 	$(BIN)/python -m pytest -m slow
+
+# Every family and every feature in every way; `make test` has a few of each.
+test-families: .venv/dev
+	$(BIN)/python -m pytest $(PAIRS) -m families
 
 # The report in a real browser: no message, no request, no overflow. Skipped
 # where there is no Chromium, but with CI=1, as .ci/run has it, it fails.

@@ -9,6 +9,7 @@ import tempfile
 import filelock
 import pytest
 
+from tests.kinds import LLAMAS, save
 from tests.xla_flags import DEVICES, FLAGS
 
 _MODULES = tempfile.TemporaryDirectory(prefix='transformers-modules-')
@@ -29,49 +30,6 @@ if DEVICES not in _FLAGS:
   # A GPU runs what users run.
   _OURS = FLAGS if os.environ['JAX_PLATFORMS'] == 'cpu' else ''
   os.environ['XLA_FLAGS'] = f'{_FLAGS} {_OURS} {DEVICES}=8'.strip()
-
-_LLAMA = {
-  'model_type': 'llama',
-  'vocab_size': 96,
-  'hidden_size': 32,
-  'intermediate_size': 48,
-  'num_hidden_layers': 2,
-  'num_attention_heads': 4,
-  'num_key_value_heads': 2,
-  'max_position_embeddings': 128,
-  'rms_norm_eps': 1e-5,
-  'rope_theta': 500.0,
-  'tie_word_embeddings': False,
-  'bos_token_id': None,
-  'eos_token_id': None,
-}
-# One of the four frequencies is kept, one blended, two are divided.
-_LLAMA3 = {
-  'rope_type': 'llama3',
-  'factor': 4.0,
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0,
-  'original_max_position_embeddings': 32,
-}
-# The keys of config.json, for a model of every kind.
-HF_CONFIGS = {
-  'mha': _LLAMA | {'num_key_value_heads': 4},
-  'mha_tied': _LLAMA | {'num_key_value_heads': 4, 'tie_word_embeddings': True},
-  'gqa': _LLAMA,
-  'gqa_tied': _LLAMA | {'tie_word_embeddings': True},
-  'wide_heads': _LLAMA | {'head_dim': 16},
-  'biases': _LLAMA | {'attention_bias': True, 'mlp_bias': True},
-  'llama3': _LLAMA | {'rope_scaling': _LLAMA3, 'tie_word_embeddings': True},
-  'mistral': _LLAMA
-  | {
-    'model_type': 'mistral',
-    'num_attention_heads': 3,
-    'num_key_value_heads': 1,
-    'head_dim': 8,
-    'sliding_window': None,
-  },
-}
-
 
 # The markers of tests that see all devices.
 _SEVERAL = ('mesh', 'aot', 'gpu')
@@ -104,34 +62,23 @@ def pytest_unconfigure():
   _MODULES.cleanup()
 
 
-@pytest.fixture(params=HF_CONFIGS)
+@pytest.fixture(params=LLAMAS)
 def kind(request):
-  """A key of HF_CONFIGS."""
+  """A kind of LLaMA."""
   return request.param
 
 
 @pytest.fixture(scope='session')
 def save_hf(tmp_path_factory):
   """Saves transformers' model of a kind with random weights; the folder."""
-  import torch
-  import transformers
 
   @functools.cache
-  def save(kind, dtype='float32', max_shard_size='1GB'):
+  def save_hf(kind, dtype='float32', max_shard_size='1GB'):
     folder = tmp_path_factory.mktemp(kind) / 'model'
-    model = transformers.AutoModelForCausalLM.from_config(
-      transformers.AutoConfig.for_model(**HF_CONFIGS[kind])
-    )
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-      for name, weight in model.named_parameters():
-        mean = 1.0 if 'norm' in name else 0.0
-        weight.normal_(mean, 0.3, generator=generator)
-    model = model.to(getattr(torch, dtype))
-    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    save(kind, folder, dtype, max_shard_size)
     return folder
 
-  return save
+  return save_hf
 
 
 @pytest.fixture(scope='session')

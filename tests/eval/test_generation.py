@@ -59,6 +59,7 @@ def _transformers(folder, prompts, new_tokens):
   return texts
 
 
+@pytest.mark.parametrize('kind', ['gqa', 'mistral'])
 def test_greedy_is_transformers(kind, save_hf, load):
   # Prompts and texts for one size of the cache: each size is compiled.
   prompts = [_prompt(length) for length in (5, 12, 16)]

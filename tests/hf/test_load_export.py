@@ -61,24 +61,14 @@ def _differences(folder, other):
 # --- In and out again.
 
 
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-@pytest.mark.parametrize('shards', ['one', 'many'])
-@pytest.mark.parametrize(
-  'kind', ['mha', 'gqa_tied', 'wide_heads', 'mistral', 'biases']
-)
-def test_out_comes_what_came_in(kind, dtype, shards, save_hf, load, tmp_path):
-  many = shards == 'many'
-  source = save_hf(kind, dtype, **({'max_shard_size': '20KB'} if many else {}))
-  config, params = load(source, dtype)
-  export_model(
-    tmp_path / 'out',
-    params,
-    config,
-    **({'max_shard_bytes': SOME_SHARDS} if many else {}),
-  )
+@pytest.mark.parametrize('kind', ['mha', 'gqa_tied', 'mistral'])
+def test_many_shards_go_in_and_out(kind, save_hf, load, tmp_path):
+  source = save_hf(kind, max_shard_size='20KB')
+  config, params = load(source)
+  export_model(tmp_path / 'out', params, config, max_shard_bytes=SOME_SHARDS)
   for folder in (source, tmp_path / 'out'):
-    assert (folder / INDEX).exists() == many
-    assert (folder / 'model.safetensors').exists() != many
+    assert (folder / INDEX).exists()
+    assert not (folder / 'model.safetensors').exists()
   assert _differences(source, tmp_path / 'out') == []
   assert load_config(tmp_path / 'out') == config
 

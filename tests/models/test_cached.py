@@ -9,6 +9,7 @@ import pytest
 
 from lorapr_jax.models import cached, decoder
 from lorapr_jax.models.config import LayerShape, ModelConfig
+from tests.families.cover import TRAITS, each
 
 UNEQUAL = ModelConfig(
   vocab_size=96,
@@ -51,6 +52,7 @@ def _check(config, params, parts):
   )
 
 
+@pytest.mark.parametrize('kind', each(TRAITS))
 def test_logits_are_those_without_a_cache(kind, save_hf, load):
   _check(*load(save_hf(kind)), [12, 12])
 

@@ -13,7 +13,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
-from tests.conftest import HF_CONFIGS
+from tests.kinds import KINDS
 from tests.runs import assert_same_run, metrics, train
 
 # So that less is traced and compiled.
@@ -65,7 +65,7 @@ def test_a_bases_own_biases_are_cut_and_exported(
   tmp_path, capsys, random_params, add_tokenizer, parts, settings
 ):
   keys = {'attention_bias': 'self_attn' in parts, 'vocab_size': 300}
-  dense = config_from_hf(HF_CONFIGS['biases'] | keys)
+  dense = config_from_hf(KINDS['biases'].keys | keys)
   base, workdir = tmp_path / 'base', tmp_path / 'run'
   export_model(base, random_params(dense), dense)
   add_tokenizer(base)
