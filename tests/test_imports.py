@@ -155,7 +155,7 @@ def test_families_are_known_where_files_are_read_and_written():
 
 def test_sizes_and_axes_need_no_jax():
   assert 'jax' not in third_party('models.config')
-  assert reached('models.config') == {'errors', 'axes'}
+  assert reached('models.config') == {'errors', 'axes', 'models.rope'}
 
 
 def test_only_the_files_beside_an_export_import_torch():

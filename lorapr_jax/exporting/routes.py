@@ -5,6 +5,7 @@ from pathlib import Path
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.model import Description
+from lorapr_jax.gguf.format import check_held
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
@@ -101,6 +102,7 @@ class Route:
     if self.kind != 'gguf':
       resolve_model_type(config, self.layout, self.model_type)
     if self.kind == 'gguf':
+      check_held(model.config)
       vocabulary(model.base, model.config)
 
   def stored_config(self, model: Description) -> ModelConfig:

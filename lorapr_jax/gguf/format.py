@@ -18,9 +18,9 @@ from lorapr_jax.models.config import (
   BIAS_KEYS,
   MOST,
   ModelConfig,
-  RopeScaling,
 )
 from lorapr_jax.models.families import FAMILIES
+from lorapr_jax.models.rope import SCALINGS, Llama3
 
 # The architectures with layers of one size, and the one where they differ.
 UNIFORM = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
@@ -30,7 +30,7 @@ ROPE_FACTORS = 'rope_freqs.weight'
 # RoPE factors, and the end tokens where there are several.
 SCALING_KEYS = {
   field.name: f'lorapr_jax.rope_scaling.{field.name}'
-  for field in dataclasses.fields(RopeScaling)
+  for field in dataclasses.fields(Llama3)
 }
 EOS_IDS = 'lorapr_jax.eos_token_ids'
 
@@ -107,6 +107,21 @@ def architecture(config: ModelConfig) -> str:
   if not config.is_uniform:
     return PER_LAYER
   return next(x.gguf for x in FAMILIES.values() if x.holds(config))
+
+
+def check_held(config: ModelConfig) -> None:
+  """Refuses a model that llama.cpp would compute in another way.
+
+  Raises:
+    UserError: naming what no GGUF of ours says.
+  """
+  scaling = config.ropes[0].scaling
+  if scaling is not None and not isinstance(scaling, Llama3):
+    names = {kind: name for name, kind in SCALINGS.items()}
+    raise UserError(
+      f'a GGUF cannot hold a RoPE scaling of type {names[type(scaling)]}: '
+      'choose format hf'
+    )
 
 
 def hf_names(config: ModelConfig) -> dict[str, str]:
@@ -190,12 +205,12 @@ def rope_factors(config: ModelConfig) -> np.ndarray:
   1 / (k + (1 - k) / factor), where k is the share of a frequency that Llama
   3's scaling keeps: models/layers.rope_frequencies. Ones without scaling.
   """
-  scaling = config.rope_scaling
+  theta, scaling = config.ropes[0].theta, config.ropes[0].scaling
   if scaling is None:
     return np.ones(config.head_dim // 2, np.float32)
   exponents = np.arange(0, config.head_dim, 2) / config.head_dim
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
   turns = scaling.original_max_position_embeddings / (2 * math.pi)
-  turns = turns / config.rope_theta**exponents
+  turns = turns / theta**exponents
   keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
   return (1.0 / (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)

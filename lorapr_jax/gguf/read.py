@@ -31,8 +31,8 @@ from lorapr_jax.models.config import (
   MOST_LAYERS,
   LayerShape,
   ModelConfig,
-  RopeScaling,
 )
+from lorapr_jax.models.rope import Llama3, Rope
 from lorapr_jax.runtime.files import write_json
 from lorapr_jax.runtime.paths import local_file, path_of
 
@@ -145,7 +145,7 @@ def _read_config(metadata: Metadata, tied: bool) -> ModelConfig:
     head_dim=head_dim,
     layers=layers,
     norm_eps=metadata.number(f'{arch}.attention.layer_norm_rms_epsilon'),
-    rope_theta=metadata.number(f'{arch}.rope.freq_base', 10000.0),
+    ropes=(Rope(metadata.number(f'{arch}.rope.freq_base', 10000.0)),),
     tie_embeddings=tied,
     max_positions=metadata.size(f'{arch}.context_length'),
     bos_token_id=ids.get('bos_token'),
@@ -208,15 +208,17 @@ def _with_scaling(
     factors = table.read()
   if set(SCALING_KEYS.values()) <= set(metadata):
     read = {int: metadata.size, float: metadata.number}
-    scaling = RopeScaling(
+    scaling = Llama3(
       **{
         field.name: read[field.type](SCALING_KEYS[field.name])
-        for field in dataclasses.fields(RopeScaling)
+        for field in dataclasses.fields(Llama3)
       }
     )
   else:
-    scaling = RopeScaling(float(factors.max()), 1.0, 4.0, 8192)
-  config = dataclasses.replace(config, rope_scaling=scaling)
+    scaling = Llama3(float(factors.max()), 1.0, 4.0, 8192)
+  config = dataclasses.replace(
+    config, ropes=(Rope(config.ropes[0].theta, scaling),)
+  )
   # Other programs compute their tables in float32.
   if not (
     is_positive(scaling.factor)

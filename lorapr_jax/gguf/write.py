@@ -15,6 +15,7 @@ from lorapr_jax.gguf.format import (
   ROPE_FACTORS,
   SCALING_KEYS,
   architecture,
+  check_held,
   halves_to_interleaved,
   hf_names,
   is_rotated,
@@ -59,6 +60,7 @@ def write_gguf(
   """
   path = path_of(path)
   choose('export.gguf_dtype', dtype, GGUF_DTYPES)
+  check_held(config)
   matrix_type = _Type[dtype.upper()]
   share = 'ALL' if matrix_type == _Type.F32 else 'MOSTLY'
   file_type = gguf.LlamaFileType[f'{share}_{matrix_type.name}']
@@ -97,13 +99,13 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
     'attention.value_length': config.head_dim,
     'attention.layer_norm_rms_epsilon': float(config.norm_eps),
     'rope.dimension_count': config.head_dim,
-    'rope.freq_base': float(config.rope_theta),
+    'rope.freq_base': float(config.ropes[0].theta),
     'vocab_size': config.vocab_size,
   }
   metadata = {f'{arch}.{key}': value for key, value in sizes.items()}
-  if config.rope_scaling:
-    for field in dataclasses.fields(config.rope_scaling):
-      value = getattr(config.rope_scaling, field.name)
+  if config.ropes[0].scaling:
+    for field in dataclasses.fields(config.ropes[0].scaling):
+      value = getattr(config.ropes[0].scaling, field.name)
       metadata[SCALING_KEYS[field.name]] = field.type(value)
   if isinstance(config.eos_token_id, tuple):
     metadata[EOS_IDS] = list(config.eos_token_id)
@@ -125,7 +127,7 @@ def _write_tensors(
   """Writes the header with every tensor's shape, then tensor by tensor."""
   names = {theirs: name for name, theirs in hf_names(config).items()}
   types = {}
-  if config.rope_scaling:
+  if config.ropes[0].scaling:
     _declare(writer, ROPE_FACTORS, (config.head_dim // 2,), _Type.F32)
   for theirs, shape in hf_shapes(params, config).items():
     types[theirs] = _storage(shape, matrix_type)
@@ -133,7 +135,7 @@ def _write_tensors(
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  if config.rope_scaling:
+  if config.ropes[0].scaling:
     writer.write_tensor_data(rope_factors(config))
   for theirs, weight in hf_tensors(params, config, np.float32):
     if is_rotated(names[theirs]):

@@ -87,7 +87,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     raise UserError(
       f'config.json: heads of {head_dim} dimensions, which RoPE cannot pair'
     )
-  theta, scaling = rope_from_hf(hf)
+  positions = _required(hf, 'max_position_embeddings')
   eos = hf.get('eos_token_id')
   return ModelConfig(
     vocab_size=_required(hf, 'vocab_size'),
@@ -95,11 +95,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     head_dim=head_dim,
     layers=layers,
     norm_eps=hf['rms_norm_eps'],
-    rope_theta=theta,
-    rope_scaling=scaling,
+    ropes=(rope_from_hf(hf, head_dim // 2),),
     tie_embeddings=hf['tie_word_embeddings'],
     **{key: hf[key] for key in BIAS_KEYS.values()},
-    max_positions=_required(hf, 'max_position_embeddings'),
+    max_positions=positions,
     bos_token_id=hf.get('bos_token_id'),
     eos_token_id=(tuple(eos) or None) if isinstance(eos, list) else eos,
     pad_token_id=hf.get('pad_token_id'),
@@ -124,7 +123,7 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     'hidden_act': 'silu',
     'max_position_embeddings': config.max_positions,
     'rms_norm_eps': config.norm_eps,
-    **rope_to_hf(config.rope_theta, config.rope_scaling),
+    **rope_to_hf(config.ropes[0]),
     'tie_word_embeddings': config.tie_embeddings,
     'bos_token_id': config.bos_token_id,
     'eos_token_id': list(eos) if isinstance(eos, tuple) else eos,

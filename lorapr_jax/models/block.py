@@ -16,10 +16,9 @@ from lorapr_jax.models.layers import (
   BLOCK,
   LoRAEinsum,
   RMSNorm,
-  Rotation,
-  apply_rope,
   dropout,
 )
+from lorapr_jax.models.rotation import Rotation, apply_rope, turn_queries
 
 
 def _activation(x: Array) -> Array:
@@ -83,7 +82,8 @@ class Attention(_Part):
       sequences(project[name](x, lora_x))
       for name in ('q_proj', 'k_proj', 'v_proj')
     )
-    q, k = (_activation(apply_rope(x, rotation)) for x in (q, k))
+    q = _activation(turn_queries(q, rotation))
+    k = _activation(apply_rope(k, rotation))
     with jax.named_scope('attention'):
       out = _activation(self.attend(q, k, v))
     out = out.reshape(*x.shape[:-1], *out.shape[2:])

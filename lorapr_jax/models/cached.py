@@ -15,8 +15,9 @@ from jax.sharding import Sharding
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LayerShape, ModelConfig, Stack
-from lorapr_jax.models.layers import RMSNorm, Rotation, rope_rotation
+from lorapr_jax.models.layers import RMSNorm
 from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.models.rotation import Rotation, rope_rotation
 
 Cache = tuple[tuple[Array, Array], ...]
 
@@ -58,7 +59,9 @@ def hidden_states(
   """
   B, T = tokens.shape
   positions = start + jnp.arange(T, dtype=jnp.float32)
-  rotation = rope_rotation(config, positions)
+  # All keys of a cache turn alike: what a text's length decides is decided by
+  # how long it may become.
+  rotation = rope_rotation(config, positions, longest=cache[0][0].shape[2])
   x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
   filled = []
   for i, stack in enumerate(config.stacks):

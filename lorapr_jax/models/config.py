@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.errors import UserError
+from lorapr_jax.models.rope import Rope
 
 # By part of a block, the flag that says whether its projections have biases;
 # config.json has a key of the same name.
@@ -38,16 +39,6 @@ class Stack(NamedTuple):
   start: int
   size: int
   shape: LayerShape
-
-
-@dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """Llama 3's frequency scaling (rope_type `llama3`)."""
-
-  factor: float
-  low_freq_factor: float
-  high_freq_factor: float
-  original_max_position_embeddings: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +79,9 @@ class ModelConfig:
   head_dim: int
   layers: tuple[LayerShape, ...]
   norm_eps: float = 1e-6
-  rope_theta: float = 10000.0
-  rope_scaling: RopeScaling | None = None
+  ropes: tuple[Rope, ...] = (Rope(),)
+  # How many of a head's dimensions turn; None: all.
+  rotary_dim: int | None = None
   tie_embeddings: bool = False
   attention_bias: bool = False
   mlp_bias: bool = False
@@ -105,6 +97,11 @@ class ModelConfig:
   def dequantized(self) -> 'ModelConfig':
     """The same model with no projection quantised."""
     return dataclasses.replace(self, quantized=())
+
+  @property
+  def rotated(self) -> int:
+    """R, how many of a head's dimensions turn."""
+    return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
   @property
   def stacks(self) -> tuple[Stack, ...]:

@@ -19,10 +19,9 @@ from lorapr_jax.models.layers import (
   DROPOUT,
   PROJECTION,
   RMSNorm,
-  Rotation,
-  rope_rotation,
 )
 from lorapr_jax.models.quantization import dequantized, is_quantized
+from lorapr_jax.models.rotation import Rotation, rope_rotation
 from lorapr_jax.models.trees import block_axes
 
 # What the backward pass keeps of a block's forward pass. In a loop over layers

@@ -1,8 +1,8 @@
-"""The pieces of a block: RMSNorm, RoPE, LoRAEinsum. Letters: axes.py."""
+"""The pieces of a block: RMSNorm, dropout, LoRAEinsum. Letters: axes.py."""
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lorapr_jax.axes import ProjectionLetters
-from lorapr_jax.models.config import LoraConfig, ModelConfig, RopeScaling
+from lorapr_jax.models.config import LoraConfig
 
 # Names for rematerialisation policies, beside attention.ACTIVATION: a block's
 # input, the projections' outputs, dropout's masks.
@@ -34,61 +34,6 @@ class RMSNorm(nn.Module):
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
     return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
-
-
-def rope_frequencies(
-  head_dim: int, theta: float, scaling: RopeScaling | None
-) -> Array:
-  """Angles per position, (H/2,) in radians, with Llama 3's scaling if any.
-
-  theta^(-2i/H) for i < H/2 (RoFormer, arXiv 2104.09864, section 3.2). Llama 3
-  divides the frequencies whose wavelength exceeds the context it was first
-  trained on by `factor`, keeps the short ones, and blends those in between.
-  """
-  exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-  frequencies = 1.0 / theta**exponents
-  if scaling is None:
-    return frequencies
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-  keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
-  return frequencies * (keep + (1.0 - keep) / scaling.factor)
-
-
-class Rotation(NamedTuple):
-  """The cosine and sine of each position's angles: (T, H/2) or (B, T, H/2).
-
-  Made once, outside the scan over layers: inside, XLA would fuse them into
-  what uses them, and compute them anew for every head of every layer.
-  """
-
-  cos: Array
-  sin: Array
-
-
-def rope_rotation(config: ModelConfig, positions: Array) -> Rotation:
-  """The (..., T, H/2) rotation of positions (..., T), which are float32."""
-  frequencies = rope_frequencies(
-    config.head_dim, config.rope_theta, config.rope_scaling
-  )
-  angles = positions[..., None] * frequencies
-  return Rotation(jnp.cos(angles), jnp.sin(angles))
-
-
-@jax.named_scope('rope')
-def apply_rope(x: Array, rotation: Rotation) -> Array:
-  """Rotates pairs (i, i + H/2) of the head by each position's angles.
-
-  Args:
-    x: (B, T, ..., H), in Hugging Face's half-split layout.
-    rotation: of the T positions.
-  """
-  heads = (1,) * (x.ndim - 3)
-  shape = (-1, x.shape[1], *heads, x.shape[-1] // 2)
-  cos, sin = (part.reshape(shape) for part in rotation)
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  rotated = [first * cos - second * sin, second * cos + first * sin]
-  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
 @jax.named_scope('dropout')

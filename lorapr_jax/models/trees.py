@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LoraConfig, ModelConfig
-from lorapr_jax.models.layers import rope_rotation
 from lorapr_jax.models.quantization import quantized_axes, quantized_like
+from lorapr_jax.models.rotation import rope_rotation
 
 
 def block_axes(

@@ -24,8 +24,9 @@ from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
-from lorapr_jax.models.layers import INPUTS, LoRAEinsum, Rotation, rope_rotation
+from lorapr_jax.models.layers import INPUTS, LoRAEinsum
 from lorapr_jax.models.quantization import dequantized
+from lorapr_jax.models.rotation import Rotation, rope_rotation
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import REPAIRED, with_part
 from lorapr_jax.pruning.importance import SQUARES

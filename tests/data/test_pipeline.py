@@ -13,7 +13,8 @@ from lorapr_jax.data import pipeline
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.layout import hf_config
-from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.rope import Llama3, Rope
 from lorapr_jax.runtime.files import write_json
 
 EOS, BOS = '<|endoftext|>', '<|begin|>'
@@ -88,13 +89,13 @@ def concatenated(spec, tokenizer, seq_len, vocab_size):
 
 def test_the_tokenizer_of_an_export_needs_no_remote_code(tmp_path):
   folder = save_tokenizer(tmp_path / 'model')
-  scaling = RopeScaling(4.0, 1.0, 4.0, 32)
+  rope = Rope(10000.0, Llama3(4.0, 1.0, 4.0, 32))
   sizes = ModelConfig(
     VOCAB,
     32,
     8,
     (LayerShape(2, 1, 16), LayerShape(1, 1, 8)),
-    rope_scaling=scaling,
+    ropes=(rope,),
   )
   write_json(
     folder / 'config.json', hf_config(sizes, 'float32', 'auto', 'auto')

@@ -180,8 +180,8 @@ CASES = [
     layer_types=['full_attention', 'sliding_attention'],
   ),
   _config(
-    'rope_scaling of type yarn',
-    rope_scaling={'rope_type': 'yarn', 'factor': 4.0},
+    'rope_scaling of type axial',
+    rope_scaling={'rope_type': 'axial', 'factor': 4.0},
   ),
   _config(
     'rope_scaling of type llama3 without its factors',

@@ -29,6 +29,7 @@ from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.write import hf_tensors, parse_size
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
+from lorapr_jax.models.rope import Rope
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
@@ -42,7 +43,7 @@ BEFORE = ModelConfig(
   embed_dim=32,
   head_dim=8,
   layers=(LayerShape(2, 2, 48),) * 3,
-  rope_theta=500.0,
+  ropes=(Rope(500.0),),
   max_positions=64,
 )
 LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)

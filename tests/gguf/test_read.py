@@ -22,7 +22,8 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.header import read_header
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.rope import Llama3, Rope
 
 CONFIG = ModelConfig(
   vocab_size=300,
@@ -30,7 +31,7 @@ CONFIG = ModelConfig(
   head_dim=16,  # not embed_dim / heads, which is 8
   layers=(LayerShape(num_kv_heads=2, queries_per_kv=2, mlp_dim=64),) * 2,
   norm_eps=1e-5,
-  rope_theta=500000.0,
+  ropes=(Rope(500000.0),),
   max_positions=64,
   bos_token_id=1,
   eos_token_id=2,
@@ -180,7 +181,7 @@ def test_optional_keys_have_defaults(tmp_path):
   assert open_gguf(path).config == dataclasses.replace(
     CONFIG,
     layers=(LayerShape(num_kv_heads=2, queries_per_kv=1, mlp_dim=64),) * 2,
-    rope_theta=10000.0,
+    ropes=(Rope(10000.0),),
     pad_token_id=None,
   )
 
@@ -256,7 +257,7 @@ def test_llama3_scaling_is_known_by_its_table(tmp_path):
   table = {'extra': ('rope_freqs.weight', np.array(factors, np.float32), F32)}
   path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **table})
   config = dataclasses.replace(
-    CONFIG, rope_scaling=RopeScaling(32.0, 1.0, 4.0, 8192)
+    CONFIG, ropes=(Rope(500000.0, Llama3(32.0, 1.0, 4.0, 8192)),)
   )
   assert open_gguf(path).config == config
 

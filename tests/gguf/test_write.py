@@ -28,8 +28,9 @@ from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import write_gguf
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
-from lorapr_jax.models.layers import rope_frequencies
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.rope import Llama3, Rope
+from lorapr_jax.models.rotation import rope_frequencies
 
 UNEQUAL = ModelConfig(
   vocab_size=96,
@@ -42,8 +43,7 @@ UNEQUAL = ModelConfig(
     LayerShape(num_kv_heads=2, queries_per_kv=1, mlp_dim=32),
   ),
   norm_eps=1e-5,
-  rope_theta=500.0,
-  rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32),
+  ropes=(Rope(500.0, Llama3(4.0, 1.0, 4.0, 32)),),
   max_positions=128,
   bos_token_id=1,
   eos_token_id=(2, 5),
@@ -191,8 +191,8 @@ def test_transformers_reads_the_same_model(kind, save_hf, load, tmp_path):
 def test_rope_factors_are_what_frequencies_are_divided_by():
   config = UNEQUAL
   plain, scaled = (
-    rope_frequencies(config.head_dim, config.rope_theta, scaling)
-    for scaling in (None, config.rope_scaling)
+    rope_frequencies(config.head_dim, rope, 1, config.max_positions)
+    for rope in (Rope(config.ropes[0].theta), *config.ropes)
   )
   factors = rope_factors(config)
   np.testing.assert_allclose(plain / factors, scaled, rtol=1e-5)

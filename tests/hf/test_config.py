@@ -14,9 +14,16 @@ from lorapr_jax.models.config import (
   BIAS_KEYS,
   LayerShape,
   ModelConfig,
-  RopeScaling,
 )
 from lorapr_jax.models.families import FAMILIES
+from lorapr_jax.models.rope import (
+  Dynamic,
+  Linear,
+  Llama3,
+  LongRope,
+  Rope,
+  Yarn,
+)
 
 HF = {
   'model_type': 'llama',
@@ -43,8 +50,7 @@ CONFIG = ModelConfig(
   head_dim=16,
   layers=(LayerShape(num_kv_heads=2, queries_per_kv=3, mlp_dim=48),) * 2,
   norm_eps=1e-5,
-  rope_theta=500000.0,
-  rope_scaling=None,
+  ropes=(Rope(500000.0),),
   tie_embeddings=True,
   max_positions=128,
   bos_token_id=1,
@@ -58,7 +64,23 @@ LLAMA3 = {
   'high_freq_factor': 4.0,
   'original_max_position_embeddings': 8192,
 }
-SCALING = RopeScaling(8.0, 1.0, 4.0, 8192)
+POSITIONS = 'max_position_embeddings'
+ORIGINAL = 'original_max_position_embeddings'
+YARN = {
+  'rope_type': 'yarn',
+  'factor': 4.0,
+  'original_max_position_embeddings': 32,
+  'mscale': 0.7,
+  'mscale_all_dim': 1.0,
+  'truncate': False,
+}
+LONGROPE = {
+  'rope_type': 'longrope',
+  'short_factor': [1.0 + 0.1 * i for i in range(8)],
+  'long_factor': [1.0 + 0.9 * i for i in range(8)],
+  'original_max_position_embeddings': 32,
+}
+SCALED = (Rope(1e6, Llama3(8.0, 1.0, 4.0, 8192)),)
 UNEQUAL = dataclasses.replace(
   CONFIG,
   layers=(
@@ -112,7 +134,16 @@ def test_unequal_layers_are_written_as_differences_from_the_largest():
   [
     CONFIG,
     UNEQUAL,
-    dataclasses.replace(CONFIG, rope_scaling=SCALING),
+    dataclasses.replace(CONFIG, ropes=SCALED),
+    *(
+      dataclasses.replace(CONFIG, ropes=(Rope(500.0, scaling),))
+      for scaling in (
+        Linear(2.0),
+        Dynamic(2.0),
+        Yarn(64, 3.0, mscale=0.7, truncate=False),
+        LongRope((1.0,) * 8, (2.0,) * 8, 64, attention_factor=1.5),
+      )
+    ),
     dataclasses.replace(CONFIG, tie_embeddings=False, eos_token_id=7),
     dataclasses.replace(CONFIG, attention_bias=True),
     UNEQUAL.with_biases(('self_attn', 'mlp')),
@@ -144,7 +175,31 @@ def test_written_and_read_again_it_is_the_same(config):
 )
 def test_both_spellings_of_llama3_scaling_are_understood(rope):
   config = config_from_hf(_changed(rope))
-  assert (config.rope_theta, config.rope_scaling) == (1e6, SCALING)
+  assert config.ropes == SCALED
+
+
+def test_the_original_positions_are_found_where_phi_3_has_them():
+  inside = {key: x for key, x in LONGROPE.items() if key[:8] != 'original'}
+  for scaling, outside in (
+    (inside, 64),
+    (LONGROPE, 64),
+    ({**inside, 'rope_type': 'su'}, 64),
+    ({**inside, 'rope_type': ..., 'type': 'yarn'}, 64),
+  ):
+    changes = {'rope_scaling': _changed({}, scaling)}
+    changes[ORIGINAL] = outside
+    scaling = config_from_hf(_changed(changes)).ropes[0].scaling
+    assert isinstance(scaling, LongRope)
+    assert scaling.original_max_position_embeddings == 64
+  # transformers takes all of the model's where there are none.
+  scaling = config_from_hf(_changed({'rope_scaling': inside})).ropes[0].scaling
+  assert scaling.original_max_position_embeddings == HF[POSITIONS]
+
+
+def test_a_factor_that_is_null_is_the_ratio_of_the_positions():
+  for changes in ({}, {'factor': None}):
+    scaling = config_from_hf(_changed({'rope_scaling': YARN | changes}))
+    assert scaling == config_from_hf(_changed({'rope_scaling': YARN}))
 
 
 @pytest.mark.parametrize(
@@ -166,7 +221,7 @@ def test_both_spellings_of_llama3_scaling_are_understood(rope):
 )
 def test_both_spellings_of_the_default_rope_are_understood(rope):
   config = config_from_hf(_changed(rope))
-  assert (config.rope_theta, config.rope_scaling) == (1e6, None)
+  assert config.ropes == (Rope(1e6),)
 
 
 def test_keys_that_old_files_leave_out_have_hugging_faces_defaults():
@@ -185,8 +240,7 @@ def test_keys_that_old_files_leave_out_have_hugging_faces_defaults():
     head_dim=8,
     layers=(LayerShape(4, 1, 48),) * 2,
     norm_eps=1e-6,
-    rope_theta=10000.0,
-    rope_scaling=None,
+    ropes=(Rope(10000.0),),
     tie_embeddings=False,
     max_positions=2048,
   )
@@ -264,10 +318,17 @@ UNSUPPORTED = [
   ({'model_type': 'mistral'}, 'sliding_window'),
   ({'model_type': 'mistral', 'sliding_window': 4096}, 'sliding_window'),
   ({'sliding_window': 4096}, 'sliding_window'),
-  ({'rope_scaling': {'type': 'linear', 'factor': 2.0}}, 'rope_scaling'),
-  ({'rope_scaling': {'rope_type': 'yarn', 'factor': 2.0}}, 'rope_scaling'),
-  ({'rope_parameters': {'rope_type': 'linear'}}, 'rope_parameters'),
-  ({'rope_parameters': {'rope_type': 'yarn'}}, 'rope_parameters'),
+  ({'rope_scaling': {'type': 'proportional'}}, 'rope_scaling'),
+  ({'rope_scaling': {'rope_type': ['yarn']}}, 'rope_scaling'),
+  ({'rope_parameters': {'rope_type': 'axial'}}, 'rope_parameters'),
+  ({'rope_parameters': {'rope_type': 'linear'}}, 'factor'),
+  ({'rope_scaling': YARN | {'truncate': 1}}, 'truncate'),
+  ({'rope_scaling': YARN | {'beta_fast': '32'}}, 'beta_fast'),
+  ({'rope_scaling': LONGROPE | {'long_factor': [1.0] * 7}}, 'long_factor'),
+  ({'rope_scaling': LONGROPE | {'short_factor': 1.0}}, 'short_factor'),
+  ({'rope_scaling': LONGROPE | {'factor': 3.0}}, 'attention_factor'),
+  ({'rope_scaling': LONGROPE, ORIGINAL: 1}, ORIGINAL),
+  ({'rope_scaling': YARN, 'rope_theta': 1.0}, 'rope_theta'),
   ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2.0}}, 'low_freq_factor'),
   ({'hidden_act': 'gelu'}, 'hidden_act'),
   ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),

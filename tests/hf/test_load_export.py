@@ -21,19 +21,19 @@ from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config, load_params, weight_places
 from lorapr_jax.hf.write import check_companions, export_model
 from lorapr_jax.models import decoder
-from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.rope import Llama3, Rope
 from lorapr_jax.runtime import sharding
 
-SIZES = dict(vocab_size=96, embed_dim=32, head_dim=8, rope_theta=500.0)
+SIZES = dict(vocab_size=96, embed_dim=32, head_dim=8, ropes=(Rope(500.0),))
 LLAMA = ModelConfig(
   **SIZES, layers=(LayerShape(2, 2, 40),) * 2, tie_embeddings=True
 )
 # Three heads do not divide the 32 of the residual stream.
 MISTRAL = ModelConfig(**SIZES, layers=(LayerShape(1, 3, 40),) * 2)
 UNEQUAL = ModelConfig(
-  **SIZES,
+  **SIZES | {'ropes': (Rope(500.0, Llama3(4.0, 1.0, 4.0, 32)),)},
   layers=(LayerShape(2, 3, 40), LayerShape(1, 3, 24), LayerShape(2, 3, 40)),
-  rope_scaling=RopeScaling(4.0, 1.0, 4.0, 32),
 )
 BOTH = ('self_attn', 'mlp')
 INDEX = 'model.safetensors.index.json'

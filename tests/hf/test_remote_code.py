@@ -18,7 +18,8 @@ import transformers
 
 import lorapr_jax
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
-from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.rope import Llama3, Rope
 
 CODE = Path(lorapr_jax.__path__[0]) / 'hf/remote_code'
 CODE_FILES = ('configuration_pruned_llama.py', 'modeling_pruned_llama.py')
@@ -29,19 +30,22 @@ AUTO_MAP = {
 }
 PADDING = 0
 SIZES = dict(
-  vocab_size=61, embed_dim=24, head_dim=8, rope_theta=500.0, norm_eps=1e-5
+  vocab_size=61, embed_dim=24, head_dim=8, ropes=(Rope(500.0),), norm_eps=1e-5
 )
-LLAMA3 = RopeScaling(
-  factor=4.0,
-  low_freq_factor=1.0,
-  high_freq_factor=4.0,
-  original_max_position_embeddings=16,
+LLAMA3 = Rope(
+  500.0,
+  Llama3(
+    factor=4.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=16,
+  ),
 )
 
 
 def _config(*layers, **options) -> ModelConfig:
   layers = tuple(LayerShape(*layer) for layer in layers)
-  return ModelConfig(layers=layers, **SIZES, **options)
+  return ModelConfig(layers=layers, **(SIZES | options))
 
 
 # Each layer is (KV heads, queries per KV head, mlp channels).
@@ -52,9 +56,9 @@ CONFIGS = {
     (1, 3, 12),
     (2, 3, 16),
     tie_embeddings=True,
-    rope_scaling=LLAMA3,
+    ropes=(LLAMA3,),
   ),
-  'queries': _config((2, 1, 12), (2, 3, 20), (2, 2, 12), rope_scaling=LLAMA3),
+  'queries': _config((2, 1, 12), (2, 3, 20), (2, 2, 12), ropes=(LLAMA3,)),
   'first_is_smallest': _config((1, 1, 8), (4, 1, 20), tie_embeddings=True),
   'one_shape': _config((2, 2, 12), (2, 2, 12)),
 }
@@ -329,9 +333,9 @@ def test_a_saved_config_is_read_by_lorapr_jax(name, tmp_path):
   assert config_from_hf(hf) == config
 
 
-@pytest.mark.parametrize('rope_scaling', [None, LLAMA3])
-def test_reads_the_spelling_of_transformers_5(rope_scaling, tmp_path):
-  config = dataclasses.replace(DEEP, rope_scaling=rope_scaling)
+@pytest.mark.parametrize('rope', [Rope(500.0), LLAMA3])
+def test_reads_the_spelling_of_transformers_5(rope, tmp_path):
+  config = dataclasses.replace(DEEP, ropes=(rope,))
   folder = _write(tmp_path / 'export', config)
   before = _load(folder)
   hf = json.loads((folder / 'config.json').read_text())

@@ -6,6 +6,7 @@ import pytest
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig, Stack
+from lorapr_jax.models.rope import Rope
 
 CONFIG = ModelConfig(
   vocab_size=96,
@@ -13,8 +14,7 @@ CONFIG = ModelConfig(
   head_dim=16,
   layers=(LayerShape(num_kv_heads=2, queries_per_kv=3, mlp_dim=48),) * 2,
   norm_eps=1e-5,
-  rope_theta=500000.0,
-  rope_scaling=None,
+  ropes=(Rope(500000.0),),
   tie_embeddings=True,
   max_positions=128,
   bos_token_id=1,

@@ -18,7 +18,8 @@ from tokenizers import (
 
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.write import export_model
-from lorapr_jax.models.config import LayerShape, ModelConfig, RopeScaling
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.rope import Llama3, Rope
 from lorapr_jax.models.trees import init_params
 from lorapr_jax.runtime.files import write_json
 
@@ -46,12 +47,16 @@ SECOND_CONFIG = dataclasses.replace(
   vocab_size=VOCAB_SIZE + 32,
   tie_embeddings=False,
   bos_token_id=1,
-  rope_theta=500.0,
-  rope_scaling=RopeScaling(
-    factor=4.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
+  ropes=(
+    Rope(
+      500.0,
+      Llama3(
+        factor=4.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+      ),
+    ),
   ),
 )
 BIASED_CONFIG = dataclasses.replace(

@@ -15,12 +15,13 @@ from lorapr_jax.models import decoder
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
-from lorapr_jax.models.layers import INPUTS, rope_rotation
+from lorapr_jax.models.layers import INPUTS
 from lorapr_jax.models.quantization import (
   dequantized,
   is_quantized,
   quantized_like,
 )
+from lorapr_jax.models.rotation import rope_rotation
 from lorapr_jax.models.trees import (
   block_axes,
   init_lora,

@@ -14,6 +14,7 @@ from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute, token_losses
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
+from lorapr_jax.models.rope import Rope
 from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.masks import (
@@ -49,7 +50,7 @@ SMOLLM2 = ModelConfig(
   head_dim=64,
   layers=(LayerShape(3, 3, 1536),) * 30,
   norm_eps=1e-5,
-  rope_theta=100000.0,
+  ropes=(Rope(100000.0),),
   tie_embeddings=True,
 )
 RANK_8 = LoraConfig(rank=8, alpha=16.0, dropout=0.0)
