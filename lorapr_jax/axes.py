@@ -51,7 +51,8 @@ PROJECTIONS = {
 }
 
 
-LORA_TARGETS = tuple(n for part in PROJECTIONS.values() for n in part)
+SPECS = {n: spec for part in PROJECTIONS.values() for n, spec in part.items()}
+LORA_TARGETS = tuple(SPECS)
 
 
 class Axes(tuple):

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.axes import (
+  LORA_TARGETS,
+  PROJECTIONS,
+  Axes,
+  ProjectionLetters,
+)
 from lorapr_jax.errors import UserError, check_size, short
 from lorapr_jax.hf.rope import is_positive
 from lorapr_jax.models.config import (
-  BIAS_KEYS,
   MOST,
   ModelConfig,
 )
@@ -23,7 +27,7 @@ from lorapr_jax.models.families import FAMILIES
 from lorapr_jax.models.rope import SCALINGS, Llama3
 
 # The architectures with layers of one size, and the one where they differ.
-UNIFORM = tuple(dict.fromkeys(family.gguf for family in FAMILIES.values()))
+UNIFORM = tuple({x.gguf: x for x in FAMILIES.values() if x.gguf})
 PER_LAYER = 'deci'
 ROPE_FACTORS = 'rope_freqs.weight'
 # Keys of our own, which llama.cpp skips: the parameters behind the table of
@@ -103,10 +107,18 @@ class Metadata(dict[str, Any]):
 
 
 def architecture(config: ModelConfig) -> str:
-  """The architecture that a model is written as."""
-  if not config.is_uniform:
-    return PER_LAYER
-  return next(x.gguf for x in FAMILIES.values() if x.holds(config))
+  """The architecture that a model is written as.
+
+  Raises:
+    UserError: if no GGUF can hold the model.
+  """
+  found = [x.gguf for x in FAMILIES.values() if x.gguf and x.holds(config)]
+  if not found:
+    raise UserError(
+      'format gguf has no architecture with norms of queries and keys, which '
+      'the model has: choose format hf'
+    )
+  return found[0] if config.is_uniform else PER_LAYER
 
 
 def check_held(config: ModelConfig) -> None:
@@ -132,8 +144,8 @@ def hf_names(config: ModelConfig) -> dict[str, str]:
   names = {'token_embd.weight': 'model.embed_tokens.weight'}
   for i in range(len(config.layers)):
     for name, hf_name in _LAYER_TENSORS.items():
-      part = hf_name.split('.')[0]
-      for leaf in ('weight', 'bias') if part in config.biased else ('weight',):
+      biased = hf_name.split('.')[-1] in config.biases
+      for leaf in ('weight', 'bias') if biased else ('weight',):
         names[f'blk.{i}.{name}.{leaf}'] = f'model.layers.{i}.{hf_name}.{leaf}'
   names['output_norm.weight'] = 'model.norm.weight'
   if not config.tie_embeddings:
@@ -161,11 +173,22 @@ def _shape(hf_name: str, config: ModelConfig) -> tuple[int, ...]:
   return (rows, columns) if leaf == 'weight' else (rows,)
 
 
-def biased_parts(names: Collection[str]) -> list[str]:
-  """The parts of a block that have biases, by the tensors of a GGUF."""
+def biases(names: Collection[str]) -> tuple[str, ...]:
+  """The projections that have biases, by the tensors of a GGUF.
+
+  These are the fewest that a family has, with those that the file has among
+  them: a file may lack those that are zero.
+  """
   found = {name.split('.')[2] for name in names if is_bias(name)}
-  parts = {_LAYER_TENSORS[x].split('.')[0] for x in found & set(_LAYER_TENSORS)}
-  return sorted(parts & set(BIAS_KEYS))
+  hf_names = [_LAYER_TENSORS[x] for x in found & _LAYER_TENSORS.keys()]
+  biased = {name.split('.')[-1] for name in hf_names} & {*LORA_TARGETS}
+  possible = (
+    names
+    for family in FAMILIES.values()
+    if family.gguf
+    for names in family.possible_biases()
+  )
+  return min((x for x in possible if biased <= {*x}), key=len)
 
 
 def is_bias(name: str) -> bool:

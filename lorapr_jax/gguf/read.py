@@ -14,7 +14,7 @@ from lorapr_jax.gguf.format import (
   SCALING_KEYS,
   UNIFORM,
   Metadata,
-  biased_parts,
+  biases,
   hf_names,
   interleaved_to_halves,
   is_bias,
@@ -101,7 +101,7 @@ def open_gguf(path: str | Path) -> GgufModel:
   config = _read_config(metadata, tied='output.weight' not in tensors)
   if ROPE_FACTORS in tensors:
     config = _with_scaling(config, metadata, tensors.pop(ROPE_FACTORS))
-  config = config.with_biases(biased_parts(tensors))
+  config = config.with_biases(biases(tensors))
   _check_tensors(metadata, tensors, config)
   return GgufModel(config, metadata, tensors)
 

@@ -8,13 +8,18 @@ from typing import Any
 from lorapr_jax.errors import UserError, check_size, short
 from lorapr_jax.hf.rope import is_positive, rope_from_hf, rope_to_hf
 from lorapr_jax.models.config import (
-  BIAS_KEYS,
   MOST,
   MOST_LAYERS,
   LayerShape,
   ModelConfig,
 )
-from lorapr_jax.models.families import FAMILIES, REMOTE_CODE, Family
+from lorapr_jax.models.families import (
+  BIAS_KEYS,
+  FAMILIES,
+  REMOTE_CODE,
+  Family,
+  family_of,
+)
 
 # The value each of these keys must have, or be absent.
 _ONLY_SUPPORTED = {
@@ -41,7 +46,9 @@ def _is_object(value: Any) -> bool:
 
 # What each of these keys is, where it is neither absent nor null.
 _KINDS = {
-  'attention_bias': (_is_bool, 'true or false'),
+  **dict.fromkeys(
+    (*BIAS_KEYS, 'use_sliding_window'), (_is_bool, 'true or false')
+  ),
   'bos_token_id': (_is_id, 'the id of a token'),
   'eos_token_id': (
     lambda x: all(map(_is_id, x if isinstance(x, list) else [x])),
@@ -51,7 +58,6 @@ _KINDS = {
     lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
     'a list of names',
   ),
-  'mlp_bias': (_is_bool, 'true or false'),
   'pad_token_id': (_is_id, 'the id of a token'),
   'rms_norm_eps': (is_positive, 'a positive number'),
   'rope_parameters': (_is_object, 'an object'),
@@ -73,10 +79,10 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   """
   family = _family(hf)
   _check_supported(hf, family)
-  hf = {
-    **family.absent,
-    **{key: value for key, value in hf.items() if value is not None},
-  }
+  absent = dict(family.absent)
+  if 'num_key_value_heads' in hf:  # A null is as many as there are heads.
+    absent.pop('num_key_value_heads', None)
+  hf = absent | {key: value for key, value in hf.items() if value is not None}
   layers = layers_from_hf(hf)
   embed_dim = _required(hf, 'hidden_size')
   if 'head_dim' in hf:
@@ -97,7 +103,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     norm_eps=hf['rms_norm_eps'],
     ropes=(rope_from_hf(hf, head_dim // 2),),
     tie_embeddings=hf['tie_word_embeddings'],
-    **{key: hf[key] for key in BIAS_KEYS.values()},
+    biases=family.biases_by(key for key in family.bias_keys if hf.get(key)),
+    **family.fixed,
     max_positions=positions,
     bos_token_id=hf.get('bos_token_id'),
     eos_token_id=(tuple(eos) or None) if isinstance(eos, list) else eos,
@@ -105,12 +112,18 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   )
 
 
-def config_to_hf(config: ModelConfig) -> dict[str, Any]:
+def config_to_hf(
+  config: ModelConfig, family: Family | None = None
+) -> dict[str, Any]:
   """The keys of a config.json that a model's sizes decide.
 
   The sizes at the top are those of the largest layer; layers that differ are
   listed in `per_layer_config`. `architectures`, `model_type` and the like
   follow from the layout (hf/layout.py).
+
+  Args:
+    config: the sizes.
+    family: one that holds the model; None: the first that does.
   """
   top = max(config.layers, key=config.layer_parameters)
   eos = config.eos_token_id
@@ -130,8 +143,8 @@ def config_to_hf(config: ModelConfig) -> dict[str, Any]:
     'pad_token_id': config.pad_token_id,
     'use_cache': True,
   }
-  # Not every family has these keys: without biases they are left out.
-  hf |= {BIAS_KEYS[part]: True for part in config.biased}
+  flags = (family or family_of(config)).flags(config)
+  hf |= {key: True for key, value in flags.items() if value}
   if not config.is_uniform:
     hf['per_layer_config'] = {
       str(i): _layer_to_hf(shape)
@@ -222,7 +235,9 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
   model_type = hf['model_type']
   for key, value in _ONLY_SUPPORTED.items():
     found = hf.get(key, family.absent.get(key, value))
-    if found == value:
+    if found == value or (
+      key == 'sliding_window' and not _has_window(hf, family)
+    ):
       continue
     if key not in hf:
       raise UserError(
@@ -234,12 +249,12 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
       'supported'
     )
   _check_kinds(hf)
-  for key in BIAS_KEYS.values():
-    if hf.get(key) and not family.has_biases:
-      with_biases = [name for name, x in FAMILIES.items() if x.has_biases]
+  for key in BIAS_KEYS:
+    if hf.get(key) and key not in family.bias_keys:
+      having = [name for name, x in FAMILIES.items() if key in x.bias_keys]
       raise UserError(
-        f'config.json: {key} is true, and a {model_type} has no biases; only a '
-        f'{" or ".join(with_biases)} with them is supported'
+        f'config.json: {key} is true, which means nothing for {model_type}; '
+        f'only a {" or ".join(having)} has it'
       )
   if others := set(hf.get('layer_types') or ()) - {'full_attention'}:
     raise UserError(
@@ -251,6 +266,11 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
       'config.json: per_layer_config is only understood for model_type '
       + ' and '.join(REMOTE_CODE)
     )
+
+
+def _has_window(hf: Mapping[str, Any], family: Family) -> bool:
+  """Whether a config.json's `sliding_window` counts."""
+  return family.window_flag is None or bool(hf.get(family.window_flag))
 
 
 def _check_kinds(hf: Mapping[str, Any]) -> None:

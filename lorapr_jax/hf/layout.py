@@ -51,24 +51,37 @@ def resolve_model_type(
   """
   choose('export.model_type', model_type, MODEL_TYPES)
   if resolve_layout(config, layout) == 'two_shape':
-    return next(name for name, x in REMOTE_CODE.items() if x.holds(config))
+    return _remote_type(config)
   held = [name for name, x in FAMILIES.items() if x.holds(config)]
   loaded = _loaded(config)
   if model_type == AUTO and loaded:
     return loaded[0]
   if model_type in held:
     return model_type
-  why, instead = f'export.model_type={model_type}', 'export.layout=two_shape'
   if loaded:
-    instead = f'export.model_type={loaded[0]}'
-  else:
-    others = [name for name in FAMILIES if name not in held]
-    why = (
-      f'transformers refuses a {" or ".join(held)} of '
-      f'{config.layers[0].num_heads} heads with a hidden size of '
-      f'{config.embed_dim}, and a {" or ".join(others)}'
+    raise UserError(
+      f'export.model_type={model_type} cannot hold the biases or norms that '
+      f'the model has: use export.model_type={loaded[0]}'
     )
-  raise UserError(f'{why} has no biases, which the model has: use {instead}')
+  raise UserError(
+    f'transformers refuses a {" or ".join(held)} of '
+    f'{config.layers[0].num_heads} heads with a hidden size of '
+    f'{config.embed_dim}, and no other type has the biases of this model: use '
+    'export.layout=two_shape'
+  )
+
+
+def _remote_type(config: ModelConfig) -> str:
+  """The model_type of the remote code that holds a model."""
+  for name, family in REMOTE_CODE.items():
+    if family.holds(config):
+      return name
+  held = [name for name, x in FAMILIES.items() if x.holds(config)]
+  raise UserError(
+    f'there is no remote code for a {" or ".join(held)}: only layers of one '
+    'size can be exported. Prune with prune.protect=none and '
+    'prune.layer_profile=1'
+  )
 
 
 def _loaded(config: ModelConfig) -> list[str]:
@@ -89,16 +102,17 @@ def hf_config(
   `dtype` is that of the weights, as torch names it.
   """
   model_type = resolve_model_type(config, layout, model_type)
-  hf = config_to_hf(config)
+  family = {**FAMILIES, **REMOTE_CODE}[model_type]
+  hf = config_to_hf(config, family)
   if model_type in REMOTE_CODE:
     head = _remote_code(model_type)
     hf.setdefault('per_layer_config', {})
   else:
-    family = FAMILIES[model_type]
     head = {
       'architectures': [family.architecture],
       'model_type': model_type,
       **family.written,
+      **family.flags(config),
     }
     if family.names_version and config.vocab_size > 100_000:
       head['transformers_version'] = '5.0.0'

@@ -54,7 +54,7 @@ def load(folder: str | Path, dtype: str = 'auto') -> Model:
   embeddings can be divided so, and works on a part of every batch.
 
   Args:
-    folder: a llama or mistral in safetensors, or an export.
+    folder: a model of one of FAMILIES in safetensors, or an export.
     dtype: float32, bfloat16, or auto: float32 on CPU, bfloat16 elsewhere.
 
   Raises:

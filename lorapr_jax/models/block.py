@@ -46,7 +46,7 @@ class _Part(nn.Module):
         shape=tuple(sizes[a] for a in axes[name]),
         lora=lora if lora and name in lora.targets else None,
         dtype=self.matmul_dtype,
-        use_bias=part in self.config.biased,
+        use_bias=name in self.config.biases,
         name=name,
       )
       for name, spec in PROJECTIONS[part].items()
@@ -82,6 +82,9 @@ class Attention(_Part):
       sequences(project[name](x, lora_x))
       for name in ('q_proj', 'k_proj', 'v_proj')
     )
+    if self.config.qk_norm:
+      norm = functools.partial(RMSNorm, self.config.norm_eps)
+      q, k = norm(name='q_norm')(q), norm(name='k_norm')(k)
     q = _activation(turn_queries(q, rotation))
     k = _activation(apply_rope(k, rotation))
     with jax.named_scope('attention'):

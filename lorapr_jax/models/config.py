@@ -6,13 +6,14 @@ import itertools
 import math
 from typing import NamedTuple
 
-from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.axes import (
+  LORA_TARGETS,
+  SPECS,
+  Axes,
+  ProjectionLetters,
+)
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.rope import Rope
-
-# By part of a block, the flag that says whether its projections have biases;
-# config.json has a key of the same name.
-BIAS_KEYS = {'self_attn': 'attention_bias', 'mlp': 'mlp_bias'}
 
 # Files that say more are refused: a size is an int32 everywhere, and a list of
 # layers takes memory before a weight is read.
@@ -83,8 +84,11 @@ class ModelConfig:
   # How many of a head's dimensions turn; None: all.
   rotary_dim: int | None = None
   tie_embeddings: bool = False
-  attention_bias: bool = False
-  mlp_bias: bool = False
+  # The projections that have one, in the order of LORA_TARGETS.
+  biases: tuple[str, ...] = ()
+  # 'head': queries and keys are RMS-normed over each head's numbers before
+  # RoPE; None: they are not.
+  qk_norm: str | None = None
   max_positions: int = 2048
   bos_token_id: int | None = None
   eos_token_id: int | tuple[int, ...] | None = None
@@ -118,14 +122,21 @@ class ModelConfig:
     """Whether every layer has the same size."""
     return len(set(self.layers)) == 1
 
-  @property
-  def biased(self) -> tuple[str, ...]:
-    """The parts of a block all of whose projections have biases."""
-    return tuple(part for part, key in BIAS_KEYS.items() if getattr(self, key))
+  def with_biases(self, names: Iterable[str]) -> 'ModelConfig':
+    """The sizes where these projections have biases too."""
+    biased = {*self.biases, *names}
+    biases = tuple(name for name in LORA_TARGETS if name in biased)
+    return dataclasses.replace(self, biases=biases)
 
-  def with_biases(self, parts: Iterable[str]) -> 'ModelConfig':
-    """The sizes where these parts have biases too."""
-    return dataclasses.replace(self, **{BIAS_KEYS[p]: True for p in parts})
+  @property
+  def block_norms(self) -> tuple[str, ...]:
+    """The norms of a block's residual stream, by name."""
+    return 'input_layernorm', 'post_attention_layernorm'
+
+  @property
+  def qk_norms(self) -> dict[str, str]:
+    """The norms of queries and keys: their weights' letters, by name."""
+    return {'q_norm': 'H', 'k_norm': 'H'} if self.qk_norm else {}
 
   def sizes(self, shape: LayerShape) -> dict[str, int]:
     """Axis name -> size, for the tensors of a layer of this shape."""
@@ -140,22 +151,19 @@ class ModelConfig:
 
   def layer_parameters(self, shape: LayerShape) -> int:
     """The number of weights in a block of this shape, biases and norms too."""
-    sizes = self.sizes(shape)
-    projections = [
-      math.prod(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).weight))
-      for part in PROJECTIONS.values()
-      for spec in part.values()
-    ]
-    return sum(projections) + self.layer_biases(shape) + 2 * self.embed_dim
+    matrices = (ProjectionLetters.of(spec).weight for spec in SPECS.values())
+    return self._count(shape, matrices) + self.layer_vectors(shape)
 
-  def layer_biases(self, shape: LayerShape) -> int:
-    """The number of biases among `layer_parameters`."""
+  def layer_vectors(self, shape: LayerShape) -> int:
+    """The number of biases and norms' weights among `layer_parameters`."""
+    biases = (ProjectionLetters.of(SPECS[n]).outputs for n in self.biases)
+    norms = ('D' for _ in self.block_norms)
+    return self._count(shape, (*biases, *norms, *self.qk_norms.values()))
+
+  def _count(self, shape: LayerShape, tensors: Iterable[str]) -> int:
+    """The numbers in tensors of these letters."""
     sizes = self.sizes(shape)
-    return sum(
-      math.prod(sizes[a] for a in Axes.of(ProjectionLetters.of(spec).outputs))
-      for part in self.biased
-      for spec in PROJECTIONS[part].values()
-    )
+    return sum(math.prod(sizes[a] for a in Axes.of(x)) for x in tensors)
 
   @property
   def num_parameters(self) -> int:

@@ -20,9 +20,8 @@ def forward_flops_per_token(
       prefill needs the last one's logits alone.
   """
   tables = config.vocab_size * config.embed_dim
-  norms = (2 * len(config.layers) + 1) * config.embed_dim
-  biases = sum(config.layer_biases(shape) for shape in config.layers)
-  weights = config.num_parameters - norms - biases
+  vectors = sum(config.layer_vectors(shape) for shape in config.layers)
+  weights = config.num_parameters - vectors - config.embed_dim
   if not config.tie_embeddings:
     weights -= tables  # The input embeddings are looked up.
   weights -= (1.0 - with_logits) * tables

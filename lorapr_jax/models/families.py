@@ -5,10 +5,12 @@ becomes a file. A ModelConfig has numbers and flags alone: nothing else knows
 which family a model is of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
+import itertools
 from typing import Any
 
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.models.config import ModelConfig
 
 
@@ -18,11 +20,16 @@ class Family:
 
   Attributes:
     architecture: the class of transformers that has logits.
-    gguf: what llama.cpp calls it.
+    gguf: what llama.cpp calls it; None: there is no GGUF of it.
     absent: what keys of a config.json mean that the file lacks. A null means
-      the same, but of `sliding_window`, where it means that there is none.
+      the same, but of `sliding_window`, where it means that there is none, and
+      of `num_key_value_heads`, where it means as many as there are heads.
     written: keys of a config.json that no size decides.
-    has_biases: whether projections may have biases.
+    biases: the projections that always have one.
+    bias_keys: flags of a config.json, and the projections that have one then.
+    fixed: FEATURES of every model of the family; the others are LLaMA's.
+    window_flag: the flag of a config.json without which its `sliding_window`
+      means nothing; None: it needs none.
     heads_divide_embed: whether the hidden size must be a multiple of the number
       of heads. transformers 5.4 to 5.23 demand that of some families, even with
       an explicit head_dim (issue 46082).
@@ -34,25 +41,57 @@ class Family:
   """
 
   architecture: str
-  gguf: str
+  gguf: str | None
   absent: Mapping[str, Any]
-  written: Mapping[str, Any]
-  has_biases: bool = True
+  written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  biases: tuple[str, ...] = ()
+  bias_keys: Mapping[str, Iterable[str]] = dataclasses.field(
+    default_factory=dict
+  )
+  fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  window_flag: str | None = None
   heads_divide_embed: bool = False
   names_version: bool = False
   remote_code: str | None = None
 
   def holds(self, config: ModelConfig) -> bool:
     """Whether a model of this family computes what `config` says."""
-    return self.has_biases or not config.biased
+    return config.biases in self.possible_biases() and all(
+      getattr(config, name) == self.fixed.get(name, default)
+      for name, default in FEATURES.items()
+    )
+
+  def possible_biases(self) -> Iterator[tuple[str, ...]]:
+    """What ModelConfig's `biases` may be, the fewest first."""
+    for count in range(len(self.bias_keys) + 1):
+      for keys in itertools.combinations(self.bias_keys, count):
+        yield self.biases_by(keys)
+
+  def biases_by(self, keys: Iterable[str]) -> tuple[str, ...]:
+    """ModelConfig's `biases` where these of `bias_keys` are true."""
+    biased = {*self.biases, *(n for key in keys for n in self.bias_keys[key])}
+    return tuple(name for name in LORA_TARGETS if name in biased)
+
+  def flags(self, config: ModelConfig) -> dict[str, bool]:
+    """The values of `bias_keys` for a model of this family."""
+    return {
+      key: {*names} <= {*config.biases} for key, names in self.bias_keys.items()
+    }
 
 
+# Fields of ModelConfig that a family decides, and what they are for LLaMA.
+FEATURES = {name: getattr(ModelConfig, name) for name in ('qk_norm',)}
+
+_QKV = ('q_proj', 'k_proj', 'v_proj')
 _ABSENT = {
-  'attention_bias': False,
   'max_position_embeddings': 2048,
-  'mlp_bias': False,
   'rms_norm_eps': 1e-6,
   'tie_word_embeddings': False,
+}
+_QWEN = _ABSENT | {
+  'max_position_embeddings': 32768,
+  'num_key_value_heads': 32,
+  'sliding_window': 4096,
 }
 
 # An export is of the first that holds the model, if no other is asked for.
@@ -61,7 +100,10 @@ FAMILIES = {
     architecture='LlamaForCausalLM',
     gguf='llama',
     absent=_ABSENT,
-    written={'attention_bias': False, 'mlp_bias': False},
+    bias_keys={
+      'attention_bias': PROJECTIONS['self_attn'],
+      'mlp_bias': PROJECTIONS['mlp'],
+    },
     heads_divide_embed=True,
     remote_code='pruned_llama',
   ),
@@ -75,9 +117,31 @@ FAMILIES = {
       'sliding_window': 4096,
     },
     written={'sliding_window': None},
-    has_biases=False,
     names_version=True,
+  ),
+  'qwen2': Family(
+    architecture='Qwen2ForCausalLM',
+    gguf='llama',
+    absent=_QWEN,
+    biases=_QKV,
+    window_flag='use_sliding_window',
+    written={'use_sliding_window': False, 'sliding_window': None},
+  ),
+  'qwen3': Family(
+    architecture='Qwen3ForCausalLM',
+    gguf=None,
+    absent=_QWEN | {'head_dim': 128},
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed={'qk_norm': 'head'},
+    window_flag='use_sliding_window',
+    written={'use_sliding_window': False, 'sliding_window': None},
   ),
 }
 # By the model_type of the remote code.
 REMOTE_CODE = {x.remote_code: x for x in FAMILIES.values() if x.remote_code}
+BIAS_KEYS = sorted({key for x in FAMILIES.values() for key in x.bias_keys})
+
+
+def family_of(config: ModelConfig) -> Family:
+  """The first that holds the model."""
+  return next(x for x in FAMILIES.values() if x.holds(config))

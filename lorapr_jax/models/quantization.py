@@ -15,9 +15,7 @@ from jax import Array
 import jax.numpy as jnp
 from qwix import QArray, dequantize, quantize
 
-from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
-
-_SPECS = {n: spec for part in PROJECTIONS.values() for n, spec in part.items()}
+from lorapr_jax.axes import SPECS, Axes, ProjectionLetters
 
 
 def is_quantized(node: Any) -> bool:
@@ -27,7 +25,7 @@ def is_quantized(node: Any) -> bool:
 
 def quantized_axes(name: str) -> QArray:
   """The axis names of a projection's values and scales."""
-  letters = ProjectionLetters.of(_SPECS[name])
+  letters = ProjectionLetters.of(SPECS[name])
   shared = '1' * len(letters.inputs)
   values, scales = Axes.of(letters.weight), Axes.of(shared + letters.outputs)
   return QArray(values, scales, qtype=jnp.int8)
@@ -35,7 +33,7 @@ def quantized_axes(name: str) -> QArray:
 
 def quantized(weight: Array, name: str) -> QArray:
   """Quantises a projection's weight, of one layer or with layers in front."""
-  letters = ProjectionLetters.of(_SPECS[name])
+  letters = ProjectionLetters.of(SPECS[name])
   first = weight.ndim - len(letters.weight)
   inputs = range(first, first + len(letters.inputs))
   return quantize(

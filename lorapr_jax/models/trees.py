@@ -28,12 +28,11 @@ def block_axes(
   """The axis names of one block: {'params': ..., 'lora': ...}.
 
   Args:
-    config: says which projections have biases and which are quantised.
+    config: says what there is, and which projections are quantised.
     lora_config: of the adapters; None: there are none.
   """
   params: dict[str, Any] = {
-    'input_layernorm': {'weight': Axes.of('D')},
-    'post_attention_layernorm': {'weight': Axes.of('D')},
+    name: {'weight': Axes.of('D')} for name in config.block_norms
   }
   lora: dict[str, Any] = {}
   for part, specs in PROJECTIONS.items():
@@ -46,9 +45,12 @@ def block_axes(
       }
       for n, p in letters.items()
     }
-    if part in config.biased:
-      for n, p in letters.items():
+    for n, p in letters.items():
+      if n in config.biases:
         params[part][n]['bias'] = Axes.of(p.outputs)
+    if part == 'self_attn':
+      for n, norm in config.qk_norms.items():
+        params[part][n] = {'weight': Axes.of(norm)}
     adapters = {
       n: {'a': Axes.of(p.inputs + 'r'), 'b': Axes.of('r' + p.outputs)}
       for n, p in letters.items()

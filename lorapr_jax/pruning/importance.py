@@ -12,7 +12,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.axes import along_first, carries, group_axes
+from lorapr_jax.axes import PROJECTIONS, along_first, carries, group_axes
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.lora import (
   FULL,
@@ -217,9 +217,7 @@ def element_scores(
   criterion = options.criterion
   scores: dict[str, dict[str, dict[str, Array]]] = {}
   for part, projections in signals.params.items():
-    for name in projections:
-      if name == 'weight':  # A norm.
-        continue
+    for name in projections.keys() & PROJECTIONS.get(part, {}).keys():
       term = TERMS[criterion.name](signals, part, name, options)
       if term is not None:
         shape = jnp.square if criterion.squared else jnp.abs

@@ -169,6 +169,6 @@ class LayerPass:
       variables['params']['weight'].shape,
       settings.lora if variables['lora'] else None,
       settings.matmul_dtype,
-      part in settings.config.biased,
+      REPAIRED[part] in settings.config.biases,
     )
     return jax.lax.map(lambda x: projection.apply(variables, x, x), seen)

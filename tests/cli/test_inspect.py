@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, ModelConfig
@@ -90,7 +91,7 @@ def test_bytes_follow_the_dtype(capsys, folder):
 
 
 def test_biases_go_with_the_groups_that_they_belong_to(capsys, tmp_path):
-  config = CONFIG.with_biases(('self_attn', 'mlp'))
+  config = CONFIG.with_biases(LORA_TARGETS)
   report = inspect(capsys, write(tmp_path / 'biased', config))
   assert report['parameters'] == config.num_parameters
   tensors = {g: x['tensors'] for g, x in report['groups'].items()}

@@ -166,7 +166,7 @@ CASES = [
     'MODEL/config.json has lists in lists, 100,000 deep',
     _write('config.json', '[' * 100_000 + ']' * 100_000),
   ),
-  _config('model_type qwen2', model_type='qwen2'),
+  _config('model_type gpt2', model_type='gpt2'),
   _config('model_type mistral without sliding_window', model_type='mistral'),
   _config('sliding_window 4096', sliding_window=4096),
   _config('attention_bias true, the weights without', attention_bias=True),

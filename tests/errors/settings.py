@@ -44,7 +44,7 @@ CASES = [
   tiny_override('model.matmul_dtype=int8'),
   tiny_override('model.attention=flash'),
   tiny_override('model.attention=splash', 'on a CPU'),
-  tiny_override('model.sizes.model_type=qwen2'),
+  tiny_override('model.sizes.model_type=gpt2'),
   tiny_override('model.sizes.hidden_size=0'),
   tiny_override('model.sizes.num_key_value_heads=3', 'with 8 query heads'),
   # Training.

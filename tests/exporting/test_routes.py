@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 import torch
 import transformers
 
+from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting import sources as exports
 from lorapr_jax.exporting.cards import pruning_report
@@ -191,14 +192,14 @@ def test_padded_from_an_export_is_padded_from_the_run(case, pruned, tmp_path):
 @pytest.mark.parametrize('layout', ['auto', 'padded'])
 @pytest.mark.parametrize('kind', ['hf', 'gguf', 'peft'])
 def test_every_route_holds_biases(kind, layout, pruned, load, tmp_path):
-  model, weights = pruned(biased=('self_attn', 'mlp'))
+  model, weights = pruned(biased=LORA_TARGETS)
   path = tmp_path / ('a.gguf' if kind == 'gguf' else 'a')
   result = write(Route(kind, path, layout=layout), model, weights)
   assert result['max_logit_difference'] < 1e-4
   if (kind, layout) != ('hf', 'padded'):
     return
   config, read = load(path)
-  assert config == model.before and config.biased
+  assert config == model.before and config.biases
   expected = logits(weights.merged, model.config)
   found = torch_logits(path, transformers.LlamaForCausalLM)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)

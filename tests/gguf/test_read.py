@@ -18,6 +18,7 @@ from tokenizers import (
   trainers,
 )
 
+from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.header import read_header
 from lorapr_jax.gguf.read import open_gguf
@@ -233,7 +234,7 @@ def test_biases_that_a_file_leaves_out_are_zero(tmp_path):
   extra = {'extra': ('blk.1.ffn_down.bias', bias, F32)}
   path = write_gguf(tmp_path / 'a.gguf', weights={**random_weights(), **extra})
   model = open_gguf(path)
-  assert model.config == CONFIG.with_biases(('mlp',))
+  assert model.config == CONFIG.with_biases(PROJECTIONS['mlp'])
   found = {n: x for n, x in model.tensors() if n.endswith('.bias')}
   assert len(found) == 3 * len(CONFIG.layers)
   for name, x in found.items():

@@ -21,6 +21,7 @@ from tokenizers import (
   trainers,
 )
 
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
 from lorapr_jax.gguf.format import rope_factors
@@ -141,13 +142,13 @@ def test_unequal_layers(tied, random_params, load, tmp_path):
 
 def test_biases_lie_as_their_weights_do(random_params, tmp_path):
   """Each is stored as a column of its weight would be."""
-  config = UNEQUAL.with_biases(('self_attn', 'mlp'))
+  config = UNEQUAL.with_biases(LORA_TARGETS)
   params = random_params(config)
   for stack in params['stacks']:
-    for part in config.biased:
-      for name, leaves in stack[part].items():
-        if name not in ('o_proj', 'down_proj'):
-          leaves['weight'] = leaves['weight'].at[:, 0].set(leaves['bias'])
+    for part, names in PROJECTIONS.items():
+      for name in names.keys() - {'o_proj', 'down_proj'}:
+        leaves = stack[part][name]
+        leaves['weight'] = leaves['weight'].at[:, 0].set(leaves['bias'])
   path = write(tmp_path / 'a.gguf', params, config, dtype='bf16')
   tensors = {t.name: t for t in gguf.GGUFReader(path).tensors}
   for i in range(4):

@@ -7,15 +7,12 @@ import math
 import pytest
 import transformers
 
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.hf.layout import hf_config
-from lorapr_jax.models.config import (
-  BIAS_KEYS,
-  LayerShape,
-  ModelConfig,
-)
-from lorapr_jax.models.families import FAMILIES
+from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.families import BIAS_KEYS, FAMILIES
 from lorapr_jax.models.rope import (
   Dynamic,
   Linear,
@@ -145,8 +142,8 @@ def test_unequal_layers_are_written_as_differences_from_the_largest():
       )
     ),
     dataclasses.replace(CONFIG, tie_embeddings=False, eos_token_id=7),
-    dataclasses.replace(CONFIG, attention_bias=True),
-    UNEQUAL.with_biases(('self_attn', 'mlp')),
+    CONFIG.with_biases(PROJECTIONS['self_attn']),
+    UNEQUAL.with_biases(LORA_TARGETS),
     dataclasses.replace(
       UNEQUAL, bos_token_id=None, eos_token_id=None, pad_token_id=None
     ),
@@ -249,28 +246,37 @@ def test_keys_that_old_files_leave_out_have_hugging_faces_defaults():
 
 
 def test_biases_are_read_and_written():
-  for key, value in (('attention_bias', True), ('mlp_bias', None)):
+  for key, value, names in (
+    ('attention_bias', True, PROJECTIONS['self_attn']),
+    ('mlp_bias', None, ()),
+  ):
     assert key not in config_to_hf(CONFIG)
     config = config_from_hf({**HF, key: value})
-    assert config == dataclasses.replace(CONFIG, **{key: bool(value)})
-  hf = config_to_hf(CONFIG.with_biases(('self_attn', 'mlp')))
+    assert config == CONFIG.with_biases(names)
+  hf = config_to_hf(CONFIG.with_biases(LORA_TARGETS))
   assert hf['attention_bias'] is hf['mlp_bias'] is True
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_every_family_is_read_as_it_is_written(name):
-  hf = json.loads(json.dumps(hf_config(CONFIG, 'float32', 'uniform', name)))
-  assert hf['model_type'] == name
-  assert config_from_hf(hf) == CONFIG
+@pytest.mark.parametrize('name, family', FAMILIES.items())
+def test_every_family_is_read_as_it_is_written(name, family):
+  config = dataclasses.replace(CONFIG, **family.fixed)
+  for biases in family.possible_biases():
+    config = dataclasses.replace(config, biases=biases)
+    hf = json.loads(json.dumps(hf_config(config, 'float32', 'uniform', name)))
+    assert hf['model_type'] == name
+    assert config_from_hf(hf) == config
 
 
 @pytest.mark.parametrize('name, family', FAMILIES.items())
 def test_what_is_absent_means_what_it_means_to_transformers(name, family):
-  defaults = getattr(transformers, family.architecture).config_class()
+  # Without the flag a class says that there is no window.
+  flag = {family.window_flag: True} if family.window_flag else {}
+  defaults = getattr(transformers, family.architecture).config_class(**flag)
   assert defaults.model_type == name
+  for key in BIAS_KEYS:
+    assert hasattr(defaults, key) == (key in family.bias_keys)
+    assert getattr(defaults, key, False) == family.absent.get(key, False)
   for key, value in family.absent.items():
-    if key in BIAS_KEYS.values():
-      assert hasattr(defaults, key) == family.has_biases
     assert getattr(defaults, key, value) == value
 
 
@@ -308,7 +314,8 @@ def test_layers_are_found_by_number_however_it_is_padded(key):
 MISTRAL = {'model_type': 'mistral', 'sliding_window': None}
 # The change to a good file, and what the message must name.
 UNSUPPORTED = [
-  ({'model_type': 'qwen2'}, 'model_type'),
+  ({'model_type': 'gpt2'}, 'model_type'),
+  ({'model_type': 'qwen2', 'use_sliding_window': True}, 'sliding_window'),
   ({'model_type': ...}, 'model_type'),
   ({**MISTRAL, 'attention_bias': True}, 'attention_bias'),
   ({'attention_bias': 1}, 'attention_bias'),

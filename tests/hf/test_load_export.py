@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 import torch
 import transformers
 
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.layout import hf_config
@@ -35,7 +36,7 @@ UNEQUAL = ModelConfig(
   **SIZES | {'ropes': (Rope(500.0, Llama3(4.0, 1.0, 4.0, 32)),)},
   layers=(LayerShape(2, 3, 40), LayerShape(1, 3, 24), LayerShape(2, 3, 40)),
 )
-BOTH = ('self_attn', 'mlp')
+BOTH = LORA_TARGETS
 INDEX = 'model.safetensors.index.json'
 SOME_SHARDS = 20_000
 
@@ -283,10 +284,10 @@ def _logits(params, tokens, config):
     (UNEQUAL, {}, 'pruned_llama'),
     (LLAMA, {'layout': 'two_shape'}, 'pruned_llama'),
     (LLAMA.with_biases(BOTH), {}, 'llama'),
-    (LLAMA.with_biases(('mlp',)), {'layout': 'uniform'}, 'llama'),
+    (LLAMA.with_biases(PROJECTIONS['mlp']), {'layout': 'uniform'}, 'llama'),
     (UNEQUAL.with_biases(BOTH), {}, 'pruned_llama'),
     # There is no mistral with biases.
-    (MISTRAL.with_biases(('self_attn',)), {}, 'pruned_llama'),
+    (MISTRAL.with_biases(PROJECTIONS['self_attn']), {}, 'pruned_llama'),
   ],
 )
 def test_transformers_runs_what_was_exported(
@@ -440,13 +441,12 @@ def test_a_large_vocabulary_needs_a_version_as_mistral(
     (
       LLAMA.with_biases(BOTH),
       {'model_type': 'mistral'},
-      'export.model_type=mistral has no biases',
+      'export.model_type=mistral cannot hold the biases or norms',
     ),
     (
       MISTRAL.with_biases(BOTH),
       {'layout': 'uniform'},
-      'a mistral has no biases, which the model has: use '
-      'export.layout=two_shape',
+      'no other type has the biases of this model: use export.layout=two_shape',
     ),
   ],
 )

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig, Stack
 from lorapr_jax.models.rope import Rope
@@ -33,16 +34,17 @@ UNEQUAL = dataclasses.replace(
 
 
 def test_biases_are_counted():
-  both = CONFIG.with_biases(('self_attn', 'mlp'))
-  assert both.biased == ('self_attn', 'mlp') and CONFIG.biased == ()
+  both = CONFIG.with_biases(reversed(LORA_TARGETS))
+  assert both.biases == LORA_TARGETS and CONFIG.biases == ()
   # Of a layer: q, k, v and o; gate, up and down.
   attention, mlp = 96 + 32 + 32 + 32, 48 + 48 + 32
-  for parts, more in (
-    (('self_attn',), attention),
-    (('mlp',), mlp),
-    (both.biased, attention + mlp),
+  for names, more in (
+    (PROJECTIONS['self_attn'], attention),
+    (PROJECTIONS['mlp'], mlp),
+    (('k_proj',), 32),
+    (both.biases, attention + mlp),
   ):
-    found = CONFIG.with_biases(parts).num_parameters
+    found = CONFIG.with_biases(names).num_parameters
     assert found == CONFIG.num_parameters + 2 * more
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.rope import Rope
@@ -139,7 +140,7 @@ def test_an_adapter_of_the_wrong_shape_is_refused(random_params, random_lora):
   ],
 )
 def test_masked_is_cut_where_there_are_biases(keep, random_params, random_lora):
-  config = SMALL.with_biases(('self_attn', 'mlp'))
+  config = SMALL.with_biases(LORA_TARGETS)
   params, lora = random_params(config), random_lora(config, LORA)
   masks = initial_masks(tuple(keep), ((2, config.sizes(config.layers[0])),))
   rng = np.random.default_rng(0)
@@ -147,7 +148,7 @@ def test_masked_is_cut_where_there_are_biases(keep, random_params, random_lora):
   masks = select_stack_masks(scores, masks, by_stack(keep, config))
   kept = kept_groups(masks)
   small = shrunk_config(config, kept)
-  assert small.biased == config.biased
+  assert small.biases == config.biases
   cut = cut_params(params, kept, config)
   run = functools.partial(decoder.hidden_states, lora_config=LORA)
   np.testing.assert_allclose(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.lora import (
@@ -122,7 +123,7 @@ def test_merged_logits_are_the_unmerged(
 
 def test_merging_leaves_what_has_no_adapter(random_params, random_lora):
   lora_config = LoraConfig(rank=2, alpha=16.0, dropout=0.0, targets=('q_proj',))
-  config = CONFIG.with_biases(('self_attn',))
+  config = CONFIG.with_biases(PROJECTIONS['self_attn'])
   params = random_params(config)
   merged = _merged(params, random_lora(config, lora_config), lora_config)
   changed = jax.tree.map(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.trees import (
   init_lora,
@@ -23,7 +24,9 @@ CONFIG = ModelConfig(
   layers=(LayerShape(2, 3, 48), LayerShape(2, 3, 48), LayerShape(1, 2, 40)),
 )
 SMALL = dataclasses.replace(CONFIG, layers=(LayerShape(2, 3, 48),) * 2)
-BIASED = dataclasses.replace(CONFIG, mlp_bias=True)
+BIASED = dataclasses.replace(
+  CONFIG.with_biases(('q_proj', *PROJECTIONS['mlp'])), qk_norm='head'
+)
 TIED = dataclasses.replace(CONFIG, tie_embeddings=True)
 LORA = LoraConfig(rank=4, alpha=8.0, dropout=0.0)
 
@@ -108,9 +111,11 @@ def test_axes_times_sizes_are_the_shapes(config):
     'lora': _lora_shapes(config, LORA),
   }
   assert ('lm_head' in trees['params']) == (config is not TIED)
-  for part, tree in trees['params']['stacks'][0].items():
-    for leaves in tree.values() if part in ('self_attn', 'mlp') else ():
-      assert ('bias' in leaves) == (part in config.biased)
+  block = trees['params']['stacks'][0]
+  for part, names in PROJECTIONS.items():
+    for name in names:
+      assert ('bias' in block[part][name]) == (name in config.biases)
+  assert ('q_norm' in block['self_attn']) == bool(config.qk_norm)
   assert param_shapes(config, jnp.bfloat16) == trees['params']
 
   def check(axes, tree, sizes):

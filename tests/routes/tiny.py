@@ -16,6 +16,7 @@ from tokenizers import (
   trainers,
 )
 
+from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.config import LayerShape, ModelConfig
@@ -59,9 +60,7 @@ SECOND_CONFIG = dataclasses.replace(
     ),
   ),
 )
-BIASED_CONFIG = dataclasses.replace(
-  SECOND_CONFIG, attention_bias=True, mlp_bias=True
-)
+BIASED_CONFIG = SECOND_CONFIG.with_biases(LORA_TARGETS)
 
 
 def write_sentences(path: Path, seed: int, count: int) -> None:

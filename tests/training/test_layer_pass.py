@@ -51,7 +51,7 @@ CONFIG = ModelConfig(
   head_dim=4,
   layers=(LayerShape(4, 2, 24),) * 2,
 )
-BIASED = CONFIG.with_biases(('self_attn', 'mlp'))
+BIASED = CONFIG.with_biases(LORA_TARGETS)
 # Of a base without biases and of one that has its own.
 BASES = pytest.mark.parametrize(
   'config', [CONFIG, BIASED], ids=['plain', 'biases']

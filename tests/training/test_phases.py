@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from lorapr_jax.axes import PROJECTIONS
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
@@ -82,7 +83,8 @@ def test_a_bases_own_biases_are_cut_and_exported(
   ]
   assert main(['train', *arguments]) == 0, capsys.readouterr().err
   config = load_config(workdir / 'export')
-  assert config.biased == parts and config.layers != dense.layers
+  biased = (name for part in parts for name in PROJECTIONS[part])
+  assert config.biases == tuple(biased) and config.layers != dense.layers
   stored, whole = (
     load_file(folder / 'model.safetensors')
     for folder in (workdir / 'export', base)
