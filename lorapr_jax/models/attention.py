@@ -1,5 +1,6 @@
 """Scaled dot-product attention. Letters: axes.py."""
 
+import functools
 import math
 
 import jax
@@ -19,6 +20,7 @@ def causal_attention(
   segments: Array | None = None,
   *,
   start: Array | None = None,
+  cap: float | None = None,
 ) -> Array:
   """Each position attends to itself and to those before it.
 
@@ -28,23 +30,42 @@ def causal_attention(
     v: (B, S, K, H).
     segments: (B, S): positions attend within their own segment alone.
     start: the key position of the first query; None where S = T.
+    cap: as of `attend_where`.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
   """
-  B, T, K, G, H = q.shape
+  T = q.shape[1]
   queries = jnp.arange(T) + (0 if start is None else start)
   mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None]
   if segments is not None:
     mask &= same_segment(segments, start, T)
+  return attend_where(mask, q, k, v, cap)
+
+
+def attend_where(
+  mask: Array, q: Array, k: Array, v: Array, cap: float | None = None
+) -> Array:
+  """As `causal_attention`, where a mask says who sees whom.
+
+  Args:
+    mask: (B, T, S), or (1, T, S) for all alike.
+    q: (B, T, K, G, H).
+    k: (B, S, K, H).
+    v: (B, S, K, H).
+    cap: scores s become cap tanh(s / cap); None: they stay.
+  """
+  B, T, K, G, H = q.shape
   # The queries of a KV head are one matrix: no head is repeated.
   rows = q.transpose(0, 2, 3, 1, 4).reshape(B, K, G * T, H)
-  out = _attention(rows, k.swapaxes(1, 2), v.swapaxes(1, 2), mask)
+  out = _attention(rows, k.swapaxes(1, 2), v.swapaxes(1, 2), mask, cap)
   return out.reshape(B, K, G, T, H).transpose(0, 3, 1, 2, 4)
 
 
-@jax.custom_vjp
-def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(
+  q: Array, k: Array, v: Array, mask: Array, cap: float | None
+) -> Array:
   """softmax(q k / sqrt(H)) v of a batch of matrices, where `mask` allows.
 
   What autodiff would make passes over the scores once more: the softmax's
@@ -55,8 +76,9 @@ def _attention(q: Array, k: Array, v: Array, mask: Array) -> Array:
     k: (B, K, S, H).
     v: (B, K, S, H).
     mask: (B, T, S), or (1, T, S) for all alike.
+    cap: as of `attend_where`.
   """
-  return _attention_forward(q, k, v, mask)[0]
+  return _attention_forward(q, k, v, mask, cap)[0]
 
 
 def _product(left: Array, right: Array, contracted: tuple[int, int]) -> Array:
@@ -70,8 +92,22 @@ def _product(left: Array, right: Array, contracted: tuple[int, int]) -> Array:
   )
 
 
-def _attention_forward(q, k, v, mask):
+def soft_cap(x: Array, cap: float) -> Array:
+  """cap tanh(x / cap): x where it is small, never beyond +-cap."""
+  return cap * jnp.tanh(x / cap)
+
+
+def soft_cap_slope(capped: Array, cap: float) -> Array:
+  """The derivative of `soft_cap`, from its value y: 1 - (y / cap)^2."""
+  return 1.0 - jnp.square(capped / cap)
+
+
+def _attention_forward(q, k, v, mask, cap):
   scores = _product(q, k, (3, 3)) / math.sqrt(q.shape[-1])
+  slope = None
+  if cap is not None:
+    scores = soft_cap(scores, cap)
+    slope = soft_cap_slope(scores, cap)
   heads = scores.reshape(*scores.shape[:2], -1, *mask.shape[1:])
   lowest = jnp.finfo(jnp.float32).min
   scores = jnp.where(mask[:, None, None], heads, lowest).reshape(scores.shape)
@@ -79,16 +115,18 @@ def _attention_forward(q, k, v, mask):
   scale = 1 / jnp.sum(weights, axis=-1, keepdims=True)
   scale = checkpoint_name(scale, ACTIVATION)
   out = checkpoint_name(_product(weights, v, (3, 2)) * scale, ACTIVATION)
-  return out.astype(q.dtype), (q, k, v, weights, scale, out)
+  return out.astype(q.dtype), (q, k, v, weights, slope, scale, out)
 
 
-def _attention_backward(residuals, grad):
-  q, k, v, weights, scale, out = residuals
+def _attention_backward(cap, residuals, grad):
+  q, k, v, weights, slope, scale, out = residuals
   grad = grad.astype(jnp.float32)
   # The gradient of the softmax: p (dp - sum(p dp)), and that sum is do . o.
   total = jnp.sum(grad * out, axis=-1, keepdims=True)
   errors = _product(grad, v, (3, 3)) - total
   errors = weights * errors * (scale / math.sqrt(q.shape[-1]))
+  if cap is not None:
+    errors *= slope
   return (
     _product(errors, k, (3, 2)).astype(q.dtype),
     _product(errors, q, (2, 2)).astype(k.dtype),

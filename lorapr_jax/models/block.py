@@ -88,7 +88,7 @@ class Attention(_Part):
     q = _activation(turn_queries(q, rotation))
     k = _activation(apply_rope(k, rotation))
     with jax.named_scope('attention'):
-      out = _activation(self.attend(q, k, v))
+      out = _activation(self.attend(q, k, v, cap=self.config.attention_cap))
     out = out.reshape(*x.shape[:-1], *out.shape[2:])
     return project['o_proj'](out, self.lora_input(out))
 

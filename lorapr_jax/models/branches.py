@@ -5,13 +5,14 @@ trunk and its own branch, and stands where it would without the others, so the
 trunk is computed once for all of them.
 """
 
+import functools
 from typing import Any
 
-import jax
 from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.models import decoder
+from lorapr_jax.models.attention import attend_where
 from lorapr_jax.models.config import ModelConfig
 
 TRUNK = 0
@@ -38,13 +39,9 @@ def hidden_states(
     dtype: of the computation.
   """
   of_key, of_query = branches[:, None, :], branches[:, :, None]
-  mask = ((of_key == TRUNK) | (of_key == of_query))[:, None]
-
-  def attend(q: Array, k: Array, v: Array) -> Array:
-    heads = q.reshape(*q.shape[:2], -1, q.shape[-1])
-    out = jax.nn.dot_product_attention(heads, k, v, mask=mask, is_causal=True)
-    return out.reshape(q.shape)
-
+  mask = (of_key == TRUNK) | (of_key == of_query)
+  mask &= jnp.tri(tokens.shape[1], dtype=bool)
+  attend = functools.partial(attend_where, mask)
   return decoder.hidden_states(
     params, tokens, config, positions=positions, attend=attend, dtype=dtype
   )

@@ -83,14 +83,14 @@ def _layer(
     x, kv = carry
     weights, i = inputs
 
-    def attend(q, *new):
+    def attend(q, *new, **more):
       nonlocal kv
       kv = tuple(
         jax.lax.dynamic_update_slice(old, x[None], (i, 0, start, 0, 0))
         for old, x in zip(kv, new, strict=True)
       )
       k, v = (x[i] for x in kv)
-      return causal_attention(q, k, v, start=start)
+      return causal_attention(q, k, v, start=start, **more)
 
     block = Block(config, shape, attend=attend)
     x = block.apply({'params': dequantized(weights, x.dtype)}, x, rotation)

@@ -107,6 +107,7 @@ def run_model(
     settings.attention,
     seq_len=tokens.shape[1],
     head_dim=settings.config.head_dim,
+    cap=settings.config.attention_cap,
     dtype=settings.dtype,
     mesh=mesh,
   )

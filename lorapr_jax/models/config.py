@@ -89,6 +89,8 @@ class ModelConfig:
   # 'head': queries and keys are RMS-normed over each head's numbers before
   # RoPE; None: they are not.
   qk_norm: str | None = None
+  # Attention's scores s become cap tanh(s / cap); None: they stay.
+  attention_cap: float | None = None
   max_positions: int = 2048
   bos_token_id: int | None = None
   eos_token_id: int | tuple[int, ...] | None = None

@@ -38,6 +38,7 @@ def unfit(
   dtype: Any,
   device: Any,
   shares: int = 1,
+  cap: float | None = None,
 ) -> str | None:
   """Why a kernel cannot run; None where it can.
 
@@ -48,6 +49,7 @@ def unfit(
     dtype: of the activations.
     device: a `jax.Device`.
     shares: into how many the mesh cuts a sequence.
+    cap: of the scores.
   """
   backend = device.platform
   if name == CUDNN:
@@ -65,6 +67,8 @@ def unfit(
       return f'a head has {head_dim} dimensions: it takes 8, 16, ..., 128'
     if shares > 1:
       return f'it takes whole sequences, which mesh.sequence={shares} cuts'
+    if cap is not None:
+      return 'it cannot cap the scores, which the model does'
     if seq_len % 2:
       return f'{seq_len} tokens are odd: it takes an even number'
   if name == SPLASH:
@@ -76,9 +80,17 @@ def unfit(
 
 
 def choose_attention(
-  name: str, *, seq_len: int, head_dim: int, dtype: Any, mesh: Mesh | None
+  name: str,
+  *,
+  seq_len: int,
+  head_dim: int,
+  dtype: Any,
+  mesh: Mesh | None,
+  cap: float | None = None,
 ) -> Callable[..., Array]:
-  """Chooses a function of (q, k, v, segments=None) like `causal_attention`.
+  """Chooses a function of (q, k, v, segments=None, cap=None).
+
+  It computes what `causal_attention` does.
 
   Args:
     name: of ATTENTION; AUTO: the backend's kernel where it fits, else XLA.
@@ -86,12 +98,13 @@ def choose_attention(
     head_dim: H.
     dtype: of the activations.
     mesh: that the arrays lie on; None: the default device.
+    cap: of the scores.
   """
   shares = parts(mesh, 'length')
   if name == AUTO:
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     own = {'gpu': CUDNN, 'tpu': SPLASH}.get(device.platform, XLA)
-    fits = unfit(own, seq_len, head_dim, dtype, device, shares) is None
+    fits = unfit(own, seq_len, head_dim, dtype, device, shares, cap) is None
     name = own if fits else XLA
   if name == XLA and shares == 1:
     return causal_attention
@@ -111,8 +124,11 @@ def on_each_device(
   segments: Array | None = None,
   *,
   mesh: Mesh | None,
+  cap: float | None = None,
 ) -> Array:
   """Runs `kernel(q, k, v, segments)` on each device's queries and heads."""
+  if cap is not None:
+    kernel = functools.partial(kernel, cap=cap)
   arrays = (q, k, v) if segments is None else (q, k, v, segments)
   if mesh is None:
     return kernel(*arrays)
@@ -161,6 +177,7 @@ def splash_attention(
   segments: Array | None = None,
   *,
   start: Array | None = None,
+  cap: float | None = None,
   interpret: bool = False,
 ) -> Array:
   """`causal_attention` by JAX's TPU kernel, on one device.
@@ -172,6 +189,7 @@ def splash_attention(
     segments: (B, S): positions attend within their own segment alone.
     start: the key position of the first query, a multiple of T; None where
       S = T.
+    cap: as of `attention.attend_where`.
     interpret: whether the kernel is interpreted, which any backend can.
   """
   # Imported where it is used: it needs Pallas's TPU part.
@@ -185,6 +203,7 @@ def splash_attention(
     block_sizes=splash.BlockSizes(**dict.fromkeys(_TILES, tile)),
     head_shards=1,
     q_seq_shards=S // T,
+    attn_logits_soft_cap=cap,
     residual_checkpoint_name=ACTIVATION,
     interpret=interpret,
   )

@@ -72,6 +72,7 @@ def check_lengths(
       compute.dtype,
       devices[0],
       parts,
+      config.attention_cap,
     )
     if reason:
       raise UserError(

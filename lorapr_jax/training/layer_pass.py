@@ -135,6 +135,7 @@ class LayerPass:
         settings.attention,
         seq_len=rotation.cos.shape[-2],
         head_dim=settings.config.head_dim,
+        cap=settings.config.attention_cap,
         dtype=settings.dtype,
         mesh=mesh_of(pruning.place),
       )

@@ -61,12 +61,14 @@ _interpreted = functools.partial(splash_attention, interpret=True)
 
 # Numbers of heads as pruning leaves them: odd ones too.
 @pytest.mark.parametrize('heads', [(3, 1), (1, 3), (2, 2), (5, 1)])
-@pytest.mark.parametrize('packed', [False, True])
-def test_splash_is_causal_attention(heads, packed):
+@pytest.mark.parametrize(
+  ('packed', 'cap'), [(False, None), (True, None), (True, 2.0)]
+)
+def test_splash_is_causal_attention(heads, packed, cap):
   arrays = _inputs(*heads, jnp.float32)
   segments = _segments() if packed else None
   results = (
-    _gradient(functools.partial(attend, segments=segments))(
+    _gradient(functools.partial(attend, segments=segments, cap=cap))(
       arrays, _cotangent(arrays[0].shape)
     )
     for attend in (causal_attention, _interpreted)
@@ -177,6 +179,8 @@ def test_what_a_kernel_cannot_do_with_a_part_of_a_sequence_is_said():
   assert unfit(SPLASH, *sizes, TPU, 2) is None
   assert 'no multiple of 512' in unfit(SPLASH, *sizes, TPU, 4)
   assert 'which mesh.sequence=2 cuts' in unfit(CUDNN, *sizes, GPU, 2)
+  assert 'cap the scores' in unfit(CUDNN, *sizes, GPU, cap=50.0)
+  assert unfit(SPLASH, *sizes, TPU, cap=50.0) is None
 
 
 @pytest.mark.parametrize(
@@ -231,3 +235,23 @@ def test_causal_attention_is_jaxs_and_so_is_its_gradient(
     np.testing.assert_allclose(
       np.asarray(mine, np.float32), jaxs_own, rtol=0, atol=atol * largest
     )
+
+
+def test_capped_scores_and_their_gradient():
+  q, k, v = arrays = _inputs(2, 3, jnp.float32)
+
+  def plain(q, k, v):
+    scores = jnp.einsum('BTKGH,BSKH->BKGTS', q, k) / math.sqrt(H)
+    scores = 2.0 * jnp.tanh(scores / 2.0)
+    scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)
+    return jnp.einsum('BKGTS,BSKH->BTKGH', jax.nn.softmax(scores), v)
+
+  cotangent = _cotangent(q.shape)
+  capped = functools.partial(causal_attention, cap=2.0)
+  found, expected = (
+    jax.tree.leaves(_gradient(attend)(arrays, cotangent))
+    for attend in (capped, plain)
+  )
+  for mine, autodiffs in zip(found, expected, strict=True):
+    largest = np.abs(autodiffs).max()
+    np.testing.assert_allclose(mine, autodiffs, rtol=0, atol=1e-5 * largest)
