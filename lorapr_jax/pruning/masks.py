@@ -8,6 +8,7 @@ arguments; they hold the axis names of each tensor, without `layers`.
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from jax import Array
 import jax.numpy as jnp
 import numpy as np
@@ -34,27 +35,20 @@ def initial_masks(
   )
 
 
-def select_masks(
-  importance: Mapping[str, Array],
-  masks: Mapping[str, Array],
-  keep: Mapping[str, Array],
-) -> dict[str, Array]:
-  """Masks the least important groups of every layer of a stack (eq. 12).
+def select_masks(importance: Any, masks: Any, keep: Any) -> Any:
+  """Masks the least important groups of every layer (eq. 12).
 
   A group once masked stays masked, and exactly `keep` stay alive: among the
   first `keep` survivors in order of importance, ties to the lower index.
 
   Args:
-    importance: {group: (L, ...)}, ranked along the last axis.
-    masks: {group: (L, ...)}, the masks so far.
-    keep: {group: (L,)}, how many stay alive along the last axis. It must not
-      exceed what is alive.
+    importance: {group: (L, ...)}, ranked along the last axis; of one stack, or
+      by stack.
+    masks: {group: (L, ...)} likewise, the masks so far.
+    keep: {group: (L,)} likewise, such as from `by_stack`: how many stay alive
+      along the last axis. It must not exceed what is alive.
   """
-
-  return {
-    group: select_mask(importance[group], mask, keep[group])
-    for group, mask in masks.items()
-  }
+  return jax.tree.map(select_mask, importance, masks, keep)
 
 
 def select_mask(importance: Array, mask: Array, keep: Array) -> Array:
@@ -79,14 +73,6 @@ def alive_counts(
       alive = tuple(int(count) for count in rows[:, 0])
       counts[group] = counts.get(group, ()) + alive
   return counts
-
-
-def select_stack_masks(importance: Any, masks: Any, keep: Any) -> Any:
-  """`select_masks` for every stack; `keep` is from `by_stack`."""
-  return tuple(
-    select_masks(i, m, k)
-    for i, m, k in zip(importance, masks, keep, strict=True)
-  )
 
 
 def by_stack(

@@ -9,7 +9,7 @@ from lorapr_jax.axes import Axes, group_axes
 from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import repaired_of, with_repaired
-from lorapr_jax.pruning.masks import by_stack, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, select_masks
 from lorapr_jax.pruning.shrink import Kept, pad, shrink
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.phases import Pruning
@@ -154,7 +154,7 @@ def _present(importance: Any, masks: Any, counts: Any) -> Any:
   order = jax.tree.map(
     lambda scores, mask: jnp.where(mask > 0, jnp.inf, scores), importance, masks
   )
-  return select_stack_masks(order, jax.tree.map(jnp.ones_like, masks), counts)
+  return select_masks(order, jax.tree.map(jnp.ones_like, masks), counts)
 
 
 def _axes_of_groups(state: TrainState) -> dict[str, Axes]:

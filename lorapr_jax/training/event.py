@@ -14,7 +14,7 @@ from lorapr_jax.pruning.compensation import (
   without_repaired,
 )
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.masks import by_stack, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, select_masks
 from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.training.base import Base, Places
 from lorapr_jax.training.layer_pass import Carry, LayerPass, embedded
@@ -56,7 +56,7 @@ class PruningEvent(NamedTuple):
   @classmethod
   def of(cls, pruning: Pruning, base: Base) -> 'PruningEvent':
     """For the size of `base`."""
-    select = jax.jit(select_stack_masks, out_shardings=base.places.state)
+    select = jax.jit(select_masks, out_shardings=base.places.state)
     how = base.compute, pruning.criterion, pruning.repairs, base.places
     return cls(pruning, select, make_prune_layers(*how, len(pruning.texts)))
 

@@ -20,7 +20,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.trees import block_axes
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 
@@ -179,7 +179,7 @@ def test_an_exported_pruned_model_has_the_masked_models_perplexity(
   masks = initial_masks(tuple(plan.keep), stacks)
   rng = np.random.default_rng(0)
   importance = jax.tree.map(lambda m: jnp.asarray(rng.random(m.shape)), masks)
-  masks = select_stack_masks(importance, masks, by_stack(plan.keep, config))
+  masks = select_masks(importance, masks, by_stack(plan.keep, config))
   masked = HeldOut(windows, '', BATCH).perplexity(
     params, Compute(config), masks=masks
   )

@@ -33,7 +33,7 @@ from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.rope import Rope
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from lorapr_jax.settings.sections import ExportSettings
 from lorapr_jax.training.base import cut_params
@@ -69,7 +69,7 @@ def pruned(random_params, random_lora):
     )
     rng = np.random.default_rng(1)
     importance = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
-    select = jax.jit(select_stack_masks)
+    select = jax.jit(select_masks)
     masks = select(importance, masks, by_stack(keep, BEFORE))
     kept = kept_groups(masks)
     params = cut_params(random_params(before, dtype), kept, before)

@@ -16,7 +16,7 @@ from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.rope import Rope
 from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrunk_config
 from lorapr_jax.training.base import cut_params
 from lorapr_jax.training.cut import cut_adapters
@@ -145,7 +145,7 @@ def test_masked_is_cut_where_there_are_biases(keep, random_params, random_lora):
   masks = initial_masks(tuple(keep), ((2, config.sizes(config.layers[0])),))
   rng = np.random.default_rng(0)
   scores = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
-  masks = select_stack_masks(scores, masks, by_stack(keep, config))
+  masks = select_masks(scores, masks, by_stack(keep, config))
   kept = kept_groups(masks)
   small = shrunk_config(config, kept)
   assert small.biases == config.biases

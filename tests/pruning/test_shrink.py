@@ -20,7 +20,7 @@ from lorapr_jax.pruning.importance import (
   element_scores,
   update_importance,
 )
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, pad, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.training.steps import make_optimizer
@@ -64,7 +64,7 @@ def random_masks(config, keep, seed=0):
   stacks = tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
   masks = initial_masks(tuple(keep), stacks)
   importance = randomise(masks, seed)
-  return select_stack_masks(importance, masks, by_stack(keep, config))
+  return select_masks(importance, masks, by_stack(keep, config))
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.quantization import quantized_like
 from lorapr_jax.models.trees import logical_axes, param_shapes
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.masks import alive_counts, by_stack, select_stack_masks
+from lorapr_jax.pruning.masks import alive_counts, by_stack, select_masks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
@@ -185,7 +185,7 @@ def _prune(config, mesh, params, names, packed):
     settings, Criterion(), everywhere
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
-  select_masks = jax.jit(select_stack_masks, out_shardings=everywhere)
+  select = jax.jit(select_masks, out_shardings=everywhere)
   axes = logical_axes(config)['params']
   params = quantized_like(params, axes)
   params = jax.device_put(params, sharding.shardings(mesh, axes, params))
@@ -225,7 +225,7 @@ def _prune(config, mesh, params, names, packed):
       config,
     )
     gaps.append(_smallest_gap(importance, state.masks, keep))
-    masks = select_masks(importance, state.masks, keep)
+    masks = select(importance, state.masks, keep)
     state = state.replace(importance=importance, masks=masks)
     state = apply_update(state, grads, ok)
     losses.append(float(metrics['loss']))

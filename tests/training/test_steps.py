@@ -21,13 +21,13 @@ from lorapr_jax.pruning.masks import (
   alive_counts,
   by_stack,
   initial_masks,
-  select_stack_masks,
+  select_masks,
 )
 from lorapr_jax.training import steps
 from lorapr_jax.training.state import init_state
 from lorapr_jax.training.steps import make_optimizer
 
-SELECT = jax.jit(select_stack_masks)
+SELECT = jax.jit(select_masks)
 GROUPS = ('kv_heads', 'mlp')
 CONFIG = ModelConfig(
   vocab_size=40,
