@@ -17,7 +17,7 @@ import lorapr_jax
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
-from lorapr_jax.pruning.schedule import cubic_sparsity
+from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.runtime.files import write_text
 
@@ -152,12 +152,8 @@ def ramp_figure() -> Figure:
   steps, every = 100, 10
   figure = Figure(figsize=(6, 3))
   axes = figure.add_subplot()
-  share = [
-    cubic_sparsity(
-      step, total_steps=steps, warmup=0.1, cooldown=0.1, initial=0.0, final=0.5
-    )
-    for step in range(steps)
-  ]
+  schedule = PruneSchedule(steps, every, warmup=0.1, cooldown=0.1)
+  share = [0.5 * schedule.progress(step) for step in range(steps)]
   axes.plot(range(steps), share, color='#888', label='cubic ramp')
   events = [step for step in range(0, steps, every) if share[step] > 0]
   held = [0.0]

@@ -6,36 +6,6 @@ import math
 from lorapr_jax.errors import UserError
 
 
-def cubic_sparsity(
-  step: float,
-  *,
-  total_steps: int,
-  warmup: float,
-  cooldown: float,
-  initial: float = 0.0,
-  final: float = 1.0,
-) -> float:
-  """The sparsity that is due at a step.
-
-  s(t) = s_f + (s_0 - s_f) (1 - (t - t_w) / (T - t_w - t_c))^3 between the end
-  t_w of the warm-up and the start T - t_c of the cool-down; s_0 before and s_f
-  after (Zhu and Gupta, arXiv 1710.01878, with the shares of arXiv 2305.18403).
-
-  Args:
-    step: t, counted from 0.
-    total_steps: T.
-    warmup: t_w / T.
-    cooldown: t_c / T.
-    initial: s_0.
-    final: s_f.
-  """
-  start, end = warmup * total_steps, (1 - cooldown) * total_steps
-  if step >= end:
-    return final
-  left = 1 - max(0.0, step - start) / (end - start)
-  return final + (initial - final) * left**3
-
-
 @dataclasses.dataclass(frozen=True)
 class PruneSchedule:
   """The pruning steps of a run.
@@ -80,12 +50,15 @@ class PruneSchedule:
     return started and step < self.ramp_end and step % self.every == 0
 
   def progress(self, step: int) -> float:
-    """The share of the target that is due, from 0 to exactly 1."""
+    """The share of the target that is due, from 0 to exactly 1.
+
+    1 - (1 - (t - t_w) / (T - t_w - t_c))^3 between the end t_w of the warm-up
+    and the start T - t_c of the cool-down (Zhu and Gupta, arXiv 1710.01878,
+    with the shares of arXiv 2305.18403).
+    """
     if step >= self.ramp_end:
       return 1.0
-    return cubic_sparsity(
-      step,
-      total_steps=self.total_steps,
-      warmup=self.warmup,
-      cooldown=self.cooldown,
-    )
+    start = self.warmup * self.total_steps
+    end = (1 - self.cooldown) * self.total_steps
+    left = 1 - max(0.0, step - start) / (end - start)
+    return 1.0 - left**3

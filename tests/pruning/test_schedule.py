@@ -6,9 +6,7 @@ import math
 import pytest
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.pruning.schedule import PruneSchedule, cubic_sparsity
-
-RAMP = dict(total_steps=100, warmup=0.1, cooldown=0.1)
+from lorapr_jax.pruning.schedule import PruneSchedule
 
 
 @pytest.mark.parametrize(
@@ -24,17 +22,16 @@ RAMP = dict(total_steps=100, warmup=0.1, cooldown=0.1)
   ],
 )
 def test_the_ramp_is_cubic(step, expected):
-  assert cubic_sparsity(step, **RAMP) == pytest.approx(expected, abs=1e-12)
-  half = cubic_sparsity(step, **RAMP, final=0.5)
-  assert half == pytest.approx(0.5 * expected, abs=1e-12)
-  between = cubic_sparsity(step, **RAMP, initial=0.2, final=0.6)
-  assert between == pytest.approx(0.2 + 0.4 * expected, abs=1e-12)
+  schedule = PruneSchedule(100, every=10, warmup=0.1, cooldown=0.1)
+  assert schedule.progress(step) == pytest.approx(expected, abs=1e-12)
 
 
 def test_the_ramp_without_warmup_and_cooldown():
-  ramp = dict(total_steps=4, warmup=0.0, cooldown=0.0)
-  values = [cubic_sparsity(t, **ramp) for t in range(5)]
-  assert values == [0.0, 0.578125, 0.875, 0.984375, 1.0]
+  # The run ends before the ramp does: its last step takes the rest.
+  schedule = PruneSchedule(5, every=1, warmup=0.0, cooldown=0.0)
+  values = [schedule.progress(t) for t in range(6)]
+  assert values[:4] == [1 - (1 - t / 5) ** 3 for t in range(4)]
+  assert values[4:] == [1.0, 1.0]
 
 
 @pytest.mark.parametrize('every', [1, 3, 7, 10, 1000])
