@@ -60,17 +60,11 @@ def check_counts(plan: PruningPlan | None, config: ModelConfig) -> None:
 def cut_adapters(
   lora: Any, kept: Kept, config: ModelConfig, lora_config: LoraConfig
 ) -> Any:
-  """Smaller adapters, or their moments; see `cut_params`."""
-  return cut_stacks(lora, block_axes(config, lora_config)['lora'], kept, config)
-
-
-def cut_stacks(
-  stacks: tuple[Any, ...], axes: Any, kept: Kept, config: ModelConfig
-) -> tuple[Any, ...]:
-  """`shrink`, compiled; nothing where nothing is cut."""
+  """Smaller adapters; the same where nothing is cut."""
   if not kept:
-    return stacks
-  return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(stacks)
+    return lora
+  axes = block_axes(config, lora_config)['lora']
+  return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(lora)
 
 
 def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
