@@ -158,9 +158,9 @@ def _gradient(signals, part, name, options):
 def _activation(signals, part, name, options):
   # Wanda's score (arXiv 2306.11695, eq. 1), which Wanda-sp (arXiv 2312.11983)
   # sums over groups: |W_ij| times the L2 norm of input feature i over tokens.
-  norms = jnp.sqrt(signals.statistics[part][name])
+  roots = jnp.sqrt(signals.statistics[part][name])
   weight = _effective_weight(signals, part, name, options)
-  return along_first(norms, weight) * weight
+  return along_first(roots, weight) * weight
 
 
 def _fluctuation(signals, part, name, options):
@@ -169,9 +169,7 @@ def _fluctuation(signals, part, name, options):
   # the error of the output once its mean is made up for.
   if name not in REPAIRED.values():
     return None
-  deviations = jnp.sqrt(signals.statistics[part][name])
-  weight = _effective_weight(signals, part, name, options)
-  return along_first(deviations, weight) * weight
+  return _activation(signals, part, name, options)
 
 
 def _magnitude(signals, part, name, options):

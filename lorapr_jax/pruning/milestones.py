@@ -8,11 +8,11 @@ import dataclasses
 import functools
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.config import LayerShape, ModelConfig
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
-from lorapr_jax.pruning.groups import group_size, with_kept
+from lorapr_jax.pruning.groups import with_kept
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import PruningPlan, multiple_of
+from lorapr_jax.pruning.targets import PruningPlan
 
 END, AUTO = 'end', 'auto'
 # What a cut on the way costs, in steps at full size: it is compiled anew. The
@@ -61,30 +61,23 @@ class Milestones:
     """
     schedule = self.schedule
     past = (s for s in reversed(range(step)) if schedule.is_pruning_step(s))
-    masked = next(past, None)
+    masked, multiples = next(past, None), self.plan.multiples
     progress = 0.0 if masked is None else schedule.progress(masked)
     alive = self.plan.keep_at(progress)
     return {
       group: tuple(
-        self._rounded_up(group, count, shape)
-        for count, shape in zip(counts, self.plan.config.layers, strict=True)
+        min(size, -(-count // multiples[group]) * multiples[group])
+        for count, size in zip(counts, self.plan.sizes(group), strict=True)
       )
       for group, counts in alive.items()
     }
-
-  def _rounded_up(self, group: str, count: int, shape: LayerShape) -> int:
-    multiple = multiple_of(self.plan.config, self.plan.targets, group)
-    size = group_size(self.plan.config, shape, group)
-    return min(size, -(-count // multiple) * multiple)
 
   def cuts(
     self, shrink: str | tuple[float, ...], seq_len: int
   ) -> tuple[int, ...]:
     """The steps before which masked groups are cut out on the way.
 
-    Args:
-      shrink: from `parse_shrink`.
-      seq_len: tokens of a sequence.
+    `shrink` is from `parse_shrink`.
     """
     if shrink == END:
       return ()
@@ -153,9 +146,7 @@ class Milestones:
     and a cut's as the same wherever it is. The best way on from a cut does not
     depend on the way to it, so that they are found from the last one back.
 
-    Args:
-      seq_len: tokens of a sequence.
-      cut_steps: the price of a cut, in steps at full size.
+    `cut_steps` is the price of a cut, in steps at full size.
     """
     sizes = {0: self.plan.config}
     sizes |= {step: self.size(step) for step in self.candidates()}

@@ -60,10 +60,8 @@ class Targets:
         'prune.heads is none and prune.channels is false: there is nothing '
         'to prune; for tuning alone use prune.target=0'
       )
-    if self.unit == 'params' and (self.heads_target, self.channels_target) != (
-      None,
-      None,
-    ):
+    own = {self.heads_target, self.channels_target}
+    if self.unit == 'params' and own != {None}:
       raise UserError(
         'prune.unit=params takes prune.target alone: leave out '
         'prune.heads_target and prune.channels_target'
@@ -127,6 +125,10 @@ class PruningPlan:
       found[group] = [(count, len(list(run))) for count, run in counts]
     return found
 
+  def sizes(self, group: str) -> list[int]:
+    """The count of a group in each layer before pruning."""
+    return [group_size(self.config, s, group) for s in self.config.layers]
+
   def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
     """Counts when a share `progress` of the ramp is done; exact at 1.
 
@@ -134,14 +136,13 @@ class PruningPlan:
     does, from the largest target that ends in n. Half of 9 heads ends in 4,
     and the k-th goes where 9 s(t) reaches k.
     """
-    counts = {}
-    for group, kept in self.keep.items():
-      sizes = [group_size(self.config, s, group) for s in self.config.layers]
-      counts[group] = tuple(
+    return {
+      group: tuple(
         size - min(size - k, math.floor(progress * (size - k + 0.5)))
-        for size, k in zip(sizes, kept, strict=True)
+        for size, k in zip(self.sizes(group), kept, strict=True)
       )
-    return counts
+      for group, kept in self.keep.items()
+    }
 
   def sparsity(self, keep: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
     """The share of groups of each kind, and of all parameters, that is gone.
@@ -151,11 +152,8 @@ class PruningPlan:
     """
     result = {'heads': 0.0, 'channels': 0.0}
     for group, kept in keep.items():
-      total = sum(
-        group_size(self.config, self.config.layers[i], group)
-        for i in self.prunable_layers
-      )
-      left = sum(kept[i] for i in self.prunable_layers)
+      sizes, layers = self.sizes(group), self.prunable_layers
+      total, left = (sum(x[i] for i in layers) for x in (sizes, kept))
       result[kind(group)] = 1 - left / total
     parameters = with_kept(self.config, keep).num_parameters
     result['params'] = 1 - parameters / self.config.num_parameters

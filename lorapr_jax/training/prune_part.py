@@ -134,7 +134,7 @@ class PartPruning:
         return Chosen(mask, importance, weight, no_errors)
       size = len(matrix) // mask.size
       rows = (jnp.repeat(x.ravel(), size) for x in (before - mask, mask))
-      error = self.squared_error_for(held_out)
+      error = functools.partial(self.squared_error, held_out)
       update, errors = best_update(matrix, gram, *rows, error, self.solver)
       new = weight.astype(jnp.float32) + update.reshape(weight.shape)
       return Chosen(mask, importance, new.astype(weight.dtype), errors)
@@ -163,10 +163,11 @@ class PartPruning:
       layer.number,
       statistics={part: {n: self.statistic(y) for n, y in inputs.items()}},
     )
-    scores, masks = element_scores(signals, options), layer.masks
-    norm = self.criterion.norm
     return group_scores(
-      scores, {group: masks[group]}, axes['params'], norm=norm
+      element_scores(signals, options),
+      {group: layer.masks[group]},
+      axes['params'],
+      norm=self.criterion.norm,
     )[group]
 
   def statistic(self, inputs: Array) -> Array:
@@ -194,7 +195,7 @@ class PartPruning:
     """What a projection reads as rows, (M, N, I): for H, and kept out of it."""
     x = seen.reshape(*scale.shape, -1) * scale[..., None]
     x = x.astype(self.settings.matmul_dtype or x.dtype)
-    kept_out = held_out_of(len(x))
+    kept_out = max(1, len(x) // 8)
     return x[:-kept_out], x[-kept_out:]
 
   def gram(self, x: Array) -> Array:
@@ -208,25 +209,22 @@ class PartPruning:
       preferred_element_type=jnp.float32,
     )
 
-  def squared_error_for(self, x: Array) -> Callable[[Array], Array]:
-    """What goes missing in a weight -> the error of its output, by text, (S,).
+  def squared_error(self, x: Array, missing: Array) -> Array:
+    """The error of a projection's output by text, (S,).
 
     Args:
       x: what the projection reads of the last micro-batches, (K, N, I).
+      missing: what goes missing in its weight, (I, O).
     """
-
-    def errors(missing: Array) -> Array:
-      left = jnp.matmul(
-        x, missing.astype(x.dtype), preferred_element_type=jnp.float32
-      )
-      of_tokens = jnp.sum(left * left, axis=-1)
-      if self.sources is None:
-        return jnp.sum(of_tokens)[None]
-      sources = self.sources[-len(x) :].reshape(of_tokens.shape)
-      texts = range(self.texts)
-      return jnp.stack([jnp.sum(of_tokens, where=sources == i) for i in texts])
-
-    return errors
+    left = jnp.matmul(
+      x, missing.astype(x.dtype), preferred_element_type=jnp.float32
+    )
+    of_tokens = jnp.sum(left * left, axis=-1)
+    if self.sources is None:
+      return jnp.sum(of_tokens)[None]
+    sources = self.sources[-len(x) :].reshape(of_tokens.shape)
+    texts = range(self.texts)
+    return jnp.stack([jnp.sum(of_tokens, where=sources == i) for i in texts])
 
   @property
   def token_axes(self) -> tuple[int, ...]:
@@ -252,11 +250,6 @@ def token_scale(x: Array, eps: float) -> Array:
   """
   squares = jnp.mean(jnp.square(x.astype(jnp.float32)), axis=-1)
   return jax.lax.rsqrt(squares + eps)
-
-
-def held_out_of(micro_batches: int) -> int:
-  """How many of the micro-batches of an event, the last ones, H leaves out."""
-  return max(1, micro_batches // 8)
 
 
 def projection_of(trees: Any, part: str, name: str) -> dict[str, Any]:
