@@ -1,15 +1,24 @@
 """inspect: what is pruned together, and what a target would leave."""
 
-import dataclasses
 from typing import Any
 
 from rich.table import Table
 
 from lorapr_jax.cli.arguments import Parser, print_json, print_tables
 from lorapr_jax.hf.load import load_config
-from lorapr_jax.pruning.groups import QUERIES
-from lorapr_jax.pruning.targets import Targets
-from lorapr_jax.report.inspection import describe, describe_plan
+from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.groups import (
+  CHANNELS,
+  KV_HEADS,
+  QUERIES,
+  couplings,
+  group_size,
+  kind,
+  member_parameters,
+  protected_layers,
+)
+from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.runtime.terminal import say
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
@@ -22,32 +31,22 @@ def main(argv: list[str]) -> None:
     '--model', required=True, help='a folder; only its config.json is read'
   )
   parser.add_argument('--dtype', choices=tuple(_BYTES), default='bfloat16')
-  for field in dataclasses.fields(Targets):
-    if field.name in ('channels', 'tensor_parallel'):
-      continue
-    is_float = field.name.endswith('target')
+  defaults = vars(Targets()) | {'target': None, 'channels': 'true'}
+  del defaults['tensor_parallel']
+  for name, default in defaults.items():
     parser.add_argument(
-      f'--{field.name}',
-      type=float if is_float else type(field.default),
-      default=None if field.name == 'target' else field.default,
-      help=f'prune.{field.name}',
+      f'--{name}',
+      type=float if name.endswith('target') else type(default),
+      default=default,
+      choices=('true', 'false') if name == 'channels' else None,
+      help=f'prune.{name}',
     )
-  parser.add_argument(
-    '--channels',
-    choices=('true', 'false'),
-    default='true',
-    help='prune.channels',
-  )
   parser.add_json()
   args = parser.parse_args(argv)
-  fields = {
-    field.name: getattr(args, field.name)
-    for field in dataclasses.fields(Targets)
-    if field.name != 'tensor_parallel'
-  }
+  given = {name: getattr(args, name) for name in defaults}
   asked = (args.target, args.heads_target, args.channels_target)
-  fields |= {'channels': args.channels == 'true', 'target': args.target or 0.0}
-  targets = Targets(**fields)
+  given |= {'channels': args.channels == 'true', 'target': args.target or 0.0}
+  targets = Targets(**given)
   config = load_config(args.model)
   report = describe(config, args.protect, _BYTES[args.dtype])
   if any(value is not None for value in asked):
@@ -56,6 +55,46 @@ def main(argv: list[str]) -> None:
     print_json(report)
   else:
     show(report)
+
+
+def describe(
+  config: ModelConfig, protect: str, bytes_each: int
+) -> dict[str, Any]:
+  """Every group: its tensors with the axis that shrinks, counts and bytes."""
+  tree = block_axes(config)['params']
+  shapes = dict.fromkeys(config.layers)
+  return {
+    'parameters': config.num_parameters,
+    'bytes': bytes_each * config.num_parameters,
+    'layers': len(config.layers),
+    'protected_layers': sorted(protected_layers(len(config.layers), protect)),
+    'groups': {
+      group: {
+        'kind': kind(group),
+        'tensors': {name: list(axes) for name, axes in couplings(tree, group)},
+        'per_layer': [group_size(config, s, group) for s in config.layers],
+        'bytes_each': [
+          bytes_each * member_parameters(config, s, group) for s in shapes
+        ],
+      }
+      for group in (KV_HEADS, QUERIES, CHANNELS)
+    },
+  }
+
+
+def describe_plan(
+  config: ModelConfig, targets: Targets, bytes_each: int
+) -> dict[str, Any]:
+  """What a target would leave, asked and reached."""
+  plan = plan_pruning(config, targets)
+  return {
+    'kept_per_layer': plan.keep,
+    'kept_by_depth': plan.kept_by_depth,
+    'parameters': plan.pruned_config.num_parameters,
+    'bytes': bytes_each * plan.pruned_config.num_parameters,
+    'target': plan.targets_by_kind(),
+    'achieved': plan.sparsity(plan.keep),
+  }
 
 
 def show(report: dict[str, Any]) -> None:
