@@ -8,7 +8,7 @@ from pathlib import Path
 import secrets
 import statistics
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime import processes
@@ -45,20 +45,18 @@ class Log:
     """Goes on with the log of the steps before `first_step` in the workdir."""
     self._tokens = step_tokens
     self._last, self._next_step = time.perf_counter(), first_step
-    self._writers: list[_Writer] = []
-    if processes.is_first():
-      self._writers.append(_JsonLines(workdir / METRICS_FILE))
-      if log.tensorboard:
-        self._writers.append(_TensorBoard(workdir, first_step))
-      if log.wandb:
-        self._writers.append(_Wandb(workdir, log.wandb))
+    self._path, self._charts = workdir / METRICS_FILE, []
+    if processes.is_first() and log.tensorboard:
+      self._charts.append(_TensorBoard(workdir, first_step))
+    if processes.is_first() and log.wandb:
+      self._charts.append(_Wandb(workdir, log.wandb))
 
   def __enter__(self) -> 'Log':
     return self
 
   def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
-    for writer in self._writers:
-      writer.close(failed=error is not None)
+    for chart in self._charts:
+      chart.close(failed=error is not None)
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
@@ -86,38 +84,21 @@ class Log:
       'seconds': seconds,
       'tokens_per_second': self._tokens / seconds,
     }
-    for writer in self._writers:
-      writer.write(record)
+    if processes.is_first():
+      _append(self._path, json.dumps(record) + '\n')
+    for chart in self._charts:
+      chart.write(record)
     return record
 
 
-class _Writer(Protocol):
-  def write(self, record: dict[str, float]) -> None: ...
-
-  def close(self, failed: bool) -> None: ...
-
-
-class _JsonLines:
-  """Writes a line for each record, whole and at once."""
-
-  def __init__(self, path: Path):
-    self._path = path
-
-  def write(self, record: dict[str, float]) -> None:
-    line = json.dumps(record) + '\n'
-    if is_local(self._path):
-      with (
-        naming(self._path),
-        open(self._path, 'a', encoding='utf-8') as file,
-      ):
-        file.write(line)
-    else:  # Such stores cannot append.
-      exists = self._path.exists()
-      before = self._path.read_text(encoding='utf-8') if exists else ''
-      write_text(self._path, before + line)
-
-  def close(self, failed: bool) -> None:
-    pass
+def _append(path: Path, line: str) -> None:
+  """Writes a line whole and at once."""
+  if is_local(path):
+    with naming(path), path.open('a', encoding='utf-8') as file:
+      file.write(line)
+  else:  # Such stores cannot append.
+    before = path.read_text(encoding='utf-8') if path.exists() else ''
+    write_text(path, before + line)
 
 
 class _TensorBoard:

@@ -14,16 +14,9 @@ from typing import Any
 # In pixels; the page scales a figure to the room that it has.
 WIDTH, HEIGHT = 360, 230
 # matplotlib knows no CSS variables: each of these colours stands for one.
-INK, MUTED, RULE = '#0000a1', '#0000a2', '#0000a3'
-KEPT, CUT, DENSE = '#0000a4', '#0000a5', '#0000a6'
-_ROLES = {
-  INK: 'ink',
-  MUTED: 'muted',
-  RULE: 'rule',
-  KEPT: 'kept',
-  CUT: 'cut',
-  DENSE: 'dense',
-}
+_NAMES = 'ink', 'muted', 'rule', 'kept', 'cut', 'dense'
+_ROLES = {f'#0000a{i}': name for i, name in enumerate(_NAMES, 1)}
+INK, MUTED, RULE, KEPT, CUT, DENSE = _ROLES
 _STYLE = {
   'axes.axisbelow': True,
   'axes.edgecolor': MUTED,
