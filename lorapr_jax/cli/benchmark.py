@@ -2,10 +2,12 @@
 
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
-from lorapr_jax.cli.arguments import Parser, print_json, print_tables
+from lorapr_jax.cli.arguments import (
+  Parser,
+  make_table,
+  print_json,
+  print_tables,
+)
 from lorapr_jax.errors import UserError, check_least
 from lorapr_jax.eval.benchmark import benchmark
 from lorapr_jax.hf.load import load_config
@@ -76,14 +78,10 @@ def check(args: Any, folders: dict[str, str]) -> list[int]:
 def show(report: dict[str, Any]) -> None:
   """Prints the report as a table."""
   names = [name for name in ('model', 'against') if name in report]
-  table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-  table.add_column('batch', justify='right')
-  table.add_column('phase')
   columns = [f'{name}, {unit}' for name in names for unit in ('ms', 'tokens/s')]
   if 'against' in report:
     columns += ['faster by', 'fewer FLOPs']
-  for column in columns:
-    table.add_column(column, justify='right')
+  table = make_table(('batch', 'phase'), columns)
   for row in report['results']:
     cells = []
     for name in names:
