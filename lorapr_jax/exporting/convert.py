@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lorapr_jax.data.demo import demo_gguf
+from lorapr_jax.data.demo import MODEL, fetch
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.gguf.format import hf_names
 from lorapr_jax.gguf.read import open_gguf
@@ -41,7 +41,7 @@ def convert(
   """
   Route('hf', path_of(destination)).check_path()
   if source == DEMO or source.endswith('.gguf'):
-    model = open_gguf(demo_gguf() if source == DEMO else source)
+    model = open_gguf(fetch(MODEL) if source == DEMO else source)
     config, stored, tensors = model.config, 'float32', model.tensors()
     beside = model.write_tokenizer
   else:
