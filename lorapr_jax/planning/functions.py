@@ -137,7 +137,7 @@ def _importance(
   )
   if base_grads:
     like = {'base_grads': steps.projections(base.params['stacks'])}
-    more = jax.tree.map(_placed_like, more, like)
+    more = jax.tree.map(lambda x, other: _shape(x, other.sharding), more, like)
   else:
     more = _replicated(more, base.places)
   norm = _replicated(jax.ShapeDtypeStruct((), jnp.float32), base.places)
@@ -164,7 +164,11 @@ def _event(
     functions.prune.prune_layers.lower(
       *(repaired_of(params), without_repaired(params), state.lora),
       *(state.masks, state.importance),
-      jax.tree.map(_count_of, state.masks),
+      # How many stay in each layer of a stack.
+      jax.tree.map(
+        lambda mask: jax.ShapeDtypeStruct(mask.shape[:1], jnp.int32),
+        state.masks,
+      ),
       (texts,) * pruning.pass_batches,
     ),
     shapes.beside(state.lora, state.masks, state.importance, texts),
@@ -209,19 +213,11 @@ def _batch(train: TrainSettings, packing: str, places: Places) -> Any:
 
 def _replicated(tree: Any, places: Places) -> Any:
   """The shapes of arrays that lie whole on each device."""
-  return jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=places.state),
-    tree,
-  )
+  return jax.tree.map(lambda x: _shape(x, places.state), tree)
 
 
-def _count_of(mask: Any) -> jax.ShapeDtypeStruct:
-  """The shape of how many stay in each layer of a stack."""
-  return jax.ShapeDtypeStruct(mask.shape[:1], jnp.int32)
-
-
-def _placed_like(x: Any, other: Any) -> jax.ShapeDtypeStruct:
-  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=other.sharding)
+def _shape(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
 
 
 def bytes_of(tree: Any) -> int:

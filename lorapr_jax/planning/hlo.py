@@ -87,11 +87,8 @@ class Program:
     Raises:
       ValueError: if the text does not say how often a loop turns.
     """
-    yield from self._executed(self.entry, 1)
-
-  def _executed(self, name, times):
-    for instruction in self.computations[name].values():
-      yield from self.runs(name, instruction, times)
+    for instruction in self.computations[self.entry].values():
+      yield from self.runs(self.entry, instruction, 1)
 
   def runs(
     self, name: str, instruction: Instruction, times: int
@@ -110,7 +107,8 @@ class Program:
     if instruction.opcode in ('reduce', 'sort', 'scatter', 'all-reduce'):
       return
     for called in self.called(instruction):
-      yield from self._executed(called, times)
+      for inner in self.computations[called].values():
+        yield from self.runs(called, inner, times)
 
   def called(self, instruction: Instruction) -> list[str]:
     """The computations that an instruction calls."""

@@ -80,16 +80,14 @@ def _initialize(*given: Any, **how: Any) -> None:
   )
   compilation_cache.disable_on_cpu_meshes(jax.devices())
   if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, _terminate)
+    # JAX tells the other processes of SIGTERM, and of no other signal.
+    signal.signal(
+      signal.SIGHUP, lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+    )
   wait_for_others('connect')
   if not is_first():
     place = f'process {jax.process_index()} of {count()}: process 0 has the log'
     say(f'{place}; {hint()}', error=True)
-
-
-def _terminate(*_: Any) -> None:
-  """JAX tells the other processes of SIGTERM, and of no other signal."""
-  os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _has_others() -> bool:
