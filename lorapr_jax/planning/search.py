@@ -20,7 +20,6 @@ class Tried(NamedTuple):
   Attributes:
     topology: the slice.
     mesh: {axis: size}.
-    base: bytes of the base on each chip; 0 if the mesh does not divide it.
     needs: those of the functions that were compiled, up to the first that does
       not fit; empty if none was compiled.
     reason: why none was compiled.
@@ -28,7 +27,6 @@ class Tried(NamedTuple):
 
   topology: Topology
   mesh: dict[str, int]
-  base: int = 0
   needs: tuple[Needs, ...] = ()
   reason: str = ''
 
@@ -59,22 +57,15 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
       if count % tensor:
         break
       mesh = sharding.mesh_sizes(1, -1, tensor, devices=count)
-      tried = try_mesh(config, topology, mesh)
+      tried = _try(config, topology, mesh)
       yield tried
       if tried.fits:
         return
 
 
-def try_mesh(
+def _try(
   config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
 ) -> Tried:
-  """Tries one slice and mesh, which overwrites the section of the config.
-
-  Nothing is compiled if the base alone does not fit.
-
-  Raises:
-    UserError: for a mistake in the config that no mesh repairs.
-  """
   config.mesh.update(mesh)
   try:
     settings = split_config(config, topology.devices)
@@ -86,10 +77,10 @@ def try_mesh(
     return Tried(topology, mesh, reason=str(error))
   if base > topology.chip.hbm:
     reason = f'the base alone takes {base / 1e9:.1f} GB'
-    return Tried(topology, mesh, base, reason=reason)
+    return Tried(topology, mesh, reason=reason)
   found: tuple[Needs, ...] = ()
   for needs in plan_run(config, topology):
     found += (needs,)
     if not needs.fits:
       break
-  return Tried(topology, mesh, base, found)
+  return Tried(topology, mesh, found)
