@@ -19,7 +19,7 @@ import functools
 import itertools
 import logging
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -49,11 +49,6 @@ def ids_of(fast: Any, texts: list[str]) -> list[list[int]]:
     return [encoding.ids for encoding in found]
 
 
-class _Piece(NamedTuple):
-  before: str
-  text: str
-
-
 class Pieces:
   """Cuts texts for one tokenizer."""
 
@@ -81,7 +76,8 @@ class Pieces:
   def _ids(self, texts: list[str]) -> list[list[int]]:
     return ids_of(self._fast, texts)
 
-  def _cut(self, parts: Iterable[str]) -> Iterator[_Piece]:
+  def _cut(self, parts: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yields (the character before a piece, the piece)."""
     before, text, start = '', '', _SIZE
     for part in parts:
       for i in range(0, len(part), _SIZE):
@@ -98,9 +94,9 @@ class Pieces:
                 *(len(text), len(text) * _BYTES / 1e9),
               )
             break
-          yield _Piece(before, text[:place])
+          yield before, text[:place]
           before, text, start = text[place - 1], text[place:], _SIZE
-    yield _Piece(before, text)
+    yield before, text
 
   def _place(self, text: str, start: int) -> int | None:
     """Where a text can be cut, behind `start`."""

@@ -105,8 +105,12 @@ def _windows(
   content = identity(spec)
   digest.update(content + tokenizer.fingerprint)
   folder = cache_dir() / 'windows' / digest.hexdigest()[:32]
-  exists = folder.exists()
-  found = _read(folder, seq_len) if exists else None
+  exists, found = folder.exists(), None
+  if exists:
+    try:
+      found = window_files.read(folder, seq_len)
+    except UserError as error:
+      _log.warning('%s: the text is packed again', error)
   if found is None:
     counts = Counts()
     documents = _documents(spec, tokenizer, template)
@@ -124,15 +128,6 @@ def _windows(
   check_vocabulary(counts.largest_id, tokenizer, vocab_size)
   _warn(spec, pack, max_tokens, windows['tokens'], counts)
   return windows
-
-
-def _read(folder: Path, seq_len: int) -> tuple[Counts, Windows] | None:
-  """What a folder of the cache holds; None if it must be made again."""
-  try:
-    return window_files.read(folder, seq_len)
-  except UserError as error:
-    _log.warning('%s: the text is packed again', error)
-    return None
 
 
 def _write(
