@@ -85,7 +85,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     settings.mesh, dense, settings.base_dtype, train.micro_batch
   )
   identity = {'config': config.to_dict(), 'resolved': settings.resolved()}
-  processes.check_same(identity, 'settings')
+  processes.check_same(identity)
   if processes.is_first():
     check_workdir(workdir, identity)
   if folder:

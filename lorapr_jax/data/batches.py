@@ -25,14 +25,8 @@ def batches(
   (M, B, T): M micro-batches of B windows of T tokens. A batch
   depends on the seed and t alone. So a resumed run goes on with the data that
   it would have seen, and each of many processes can read only its own rows.
-  Each part of a mixture gets a new order in every epoch.
-
-  Args:
-    parts: from `training_windows`.
-    batch_size: M B, the windows of a batch.
-    micro_batch_size: B.
-    seed: of the order.
-    shuffle: whether to shuffle the windows.
+  Each part of a mixture gets a new order in every epoch. `batch_size` is M B,
+  and `micro_batch_size` B.
 
   Raises:
     UserError: if there is less than one batch.

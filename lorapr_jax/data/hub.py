@@ -70,11 +70,7 @@ def parse_hub(path: str) -> HubSpec:
 def read_hub(
   path: str, fields: Sequence[str] | None = None
 ) -> Iterator[Record]:
-  """Yields the rows in order.
-
-  Args:
-    path: the spec, without `hf:`.
-    fields: the columns that are needed; None: all.
+  """Yields the rows in order, with the columns `fields`; None: with all.
 
   Raises:
     UserError: if there is no such data set, split or column, or if the rows
@@ -107,9 +103,8 @@ def hub_fingerprint(path: str) -> bytes:
 def readable(what: str) -> Iterator[None]:
   """Turns the errors that the library raises in the block into UserErrors.
 
-  Raises:
-    UserError: one line about `what`, with the cause of the library's error,
-      which says more than the error itself.
+  Each says in a line `what` failed and the cause of the library's error, which
+  says more than the error itself.
   """
   datasets = import_datasets()
   try:

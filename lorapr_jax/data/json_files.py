@@ -17,11 +17,7 @@ _MARKS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]')
 
 
 def read_lines(file: Path, lines: Iterable[str]) -> Iterator[Found]:
-  """Yields the object in each line that is not blank.
-
-  Args:
-    file: whose lines they are, for errors.
-    lines: from the first.
+  """Yields the object in each line of the file that is not blank.
 
   Raises:
     UserError: naming a line that is no JSON object.
@@ -34,12 +30,9 @@ def read_lines(file: Path, lines: Iterable[str]) -> Iterator[Found]:
 def read_list_or_lines(
   file: Path, lines: Iterator[str], most: int
 ) -> Iterator[Found]:
-  """Yields the objects of a list, if the text begins as one, or of lines.
+  """Yields the objects of a list, if the file begins as one, or of lines.
 
-  Args:
-    file: whose lines they are, for errors.
-    lines: from the first.
-    most: the most characters of an object of a list.
+  An object of a list has `most` characters at most.
 
   Raises:
     UserError: naming the line where the text is not JSON or has no object.

@@ -54,13 +54,8 @@ def tokenise(
   """Yields the tokens of each document, in order, computed in batches ahead.
 
   Those of a long document come in parts. The tokenizers library runs threads of
-  its own.
-
-  Args:
-    documents: read as they are needed.
-    tokenizer: the model's.
-    whole: whether the texts already have their special tokens. If not, each
-      gets BOS if the tokenizer puts it there, and EOS at its end.
+  its own. Texts that are not `whole` get their special tokens: BOS if the
+  tokenizer puts it there, and EOS at the end.
   """
   work = functools.partial(_tokenise, tokenizer, whole)
   with ThreadPoolExecutor(1) as pool:

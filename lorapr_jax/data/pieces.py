@@ -59,8 +59,7 @@ class Pieces:
   def encode(self, parts: Iterable[str]) -> Iterator[np.ndarray]:
     """Yields the ids of one text, without special tokens around it.
 
-    Args:
-      parts: of the text, read as they are needed.
+    Its parts are read as they are needed.
     """
     pieces = self._cut(parts)
     while group := list(itertools.islice(pieces, _GROUP)):

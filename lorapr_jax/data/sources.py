@@ -139,11 +139,8 @@ def read_records(
 ) -> Iterator[Record]:
   """Yields the records of a spec in order, read as they are asked for.
 
-  A record is a dict of columns. Plain text is a record with the column `text`.
-
-  Args:
-    spec: what to read.
-    fields: the columns that are needed; None: all.
+  A record is a dict of the columns `fields`; None: of all. Plain text is a
+  record with the column `text`.
 
   Raises:
     UserError: if the data cannot be read, or if a field is missing.

@@ -91,12 +91,9 @@ def read_files(
 ) -> Iterator[Record]:
   """Yields the records of the files, in order.
 
-  A text file is one record with the field `text`; its line ends become LF.
-
-  Args:
-    path: of a file, or a pattern with wildcards.
-    fields: the fields that are needed; None: all.
-    lines: whether to strip the lines of a text and join them by blank lines.
+  They have these `fields`; None: all. A text file is one record with the field
+  `text`; its line ends become LF, or with `lines` its lines are stripped and
+  joined by blank lines.
 
   Raises:
     UserError: if a file cannot be read as its kind, or if a field is missing.

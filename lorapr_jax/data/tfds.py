@@ -72,11 +72,8 @@ def read_tfds(
 ) -> Iterator[Record]:
   """Yields the records of a split, in the order in which they were prepared.
 
-  Bytes are decoded as UTF-8; arrays become lists.
-
-  Args:
-    spec: what to read.
-    fields: the columns that are needed; None: all.
+  They have the columns `fields`; None: all. Bytes are decoded as UTF-8; arrays
+  become lists.
 
   Raises:
     UserError: if there is no such data set, split or column, if it cannot be

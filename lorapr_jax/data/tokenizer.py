@@ -104,12 +104,8 @@ class Tokenizer:
   ) -> Iterator[np.ndarray]:
     """Yields the ids of one text, some at a time, in bounded memory.
 
-    Together they are those of `encode_batch`. A tokenizer that transformers
-    runs in Python takes the text as a whole.
-
-    Args:
-      parts: of the text, read as they are needed.
-      special: whether BOS is put in front, if the tokenizer puts it there.
+    Together they are those of `encode_batch`. The parts are read as they are
+    needed, but a tokenizer that transformers runs in Python takes the whole.
     """
     fast, wrapped, front = self._loaded
     yield np.asarray(front if special else [], np.int32)
@@ -144,11 +140,7 @@ class Tokenizer:
   def encode_chat(self, messages: Sequence[dict[str, str]]) -> np.ndarray:
     """The ids of a conversation, up to where the assistant's answer begins.
 
-    Args:
-      messages: {'role': 'system', 'user' or 'assistant', 'content': text}.
-
-    Raises:
-      UserError: if there is no template, or it does not take these messages.
+    The arguments and errors are those of `chat_text`.
     """
     text = self.chat_text(messages, answer_next=True)
     return self.encode_batch([text], special=False)[0]
@@ -163,7 +155,7 @@ class Tokenizer:
     """A conversation as the chat template writes it, special tokens included.
 
     Args:
-      messages: as for `encode_chat`.
+      messages: {'role': 'system', 'user' or 'assistant', 'content': text}.
       answer_next: whether the text ends where an assistant's answer begins.
       last_goes_on: whether it ends with the last message's own text.
 

@@ -42,12 +42,9 @@ class Loaded(NamedTuple):
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
-  """tokenizer_config.json, over the older special_tokens_map.json.
+  """tokenizer_config.json of a local folder, over special_tokens_map.json.
 
   A special token is its text alone, as it is in newer files.
-
-  Args:
-    folder: a local one.
   """
   settings = {}
   for name in ('special_tokens_map.json', 'tokenizer_config.json'):
@@ -236,12 +233,8 @@ def _front(fast: Any, wrapped: Any, adds_bos: bool | None) -> list[int]:
   """The ids before every text.
 
   Some tokenizers also end every text with EOS. That is left to packing.
-
-  Args:
-    fast: as of `Loaded`.
-    wrapped: as of `Loaded`.
-    adds_bos: what tokenizer_config.json says; None if it says nothing. Then
-      the tokenizer's own files decide.
+  `adds_bos` is what tokenizer_config.json says; where that is None, the
+  tokenizer's own files decide.
   """
 
   def ids(special: bool) -> list[int]:

@@ -53,11 +53,7 @@ def write(
 ) -> None:
   """Writes the arrays with these names, part after part, each to its own file.
 
-  Args:
-    folder: an empty one.
-    parts: of the windows.
-    names: of the arrays.
-    counts: that are complete when the last part has come.
+  The counts are complete when the last part has come.
 
   Raises:
     OSError: if the disk cannot hold them.

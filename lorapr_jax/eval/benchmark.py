@@ -22,15 +22,10 @@ def benchmark(
   repeats: int,
   dtype: str = 'auto',
 ) -> dict[str, Any]:
-  """What the command prints with --json.
+  """What the command prints with --json: medians over `repeats` timed turns.
 
-  Args:
-    folders: {'model': a folder}, with {'against': another} to compare it with.
-    batch_sizes: sequences at a time, one after the other.
-    prompt_tokens: of each sequence.
-    new_tokens: that follow.
-    repeats: timed turns; figures are medians over them.
-    dtype: as in `lorapr_jax.load`.
+  `folders` is {'model': a folder}, with {'against': another} to compare it
+  with. The batch sizes are tried one after the other.
   """
   loaded = {name: load(folder, dtype) for name, folder in folders.items()}
   models = {
@@ -97,11 +92,8 @@ def compare(
 ) -> dict[str, Any]:
   """Medians of a phase; the speed-up is the median of the turns' own.
 
-  Args:
-    times: from `paired_generation`.
-    phase: 'prefill' or 'decode'.
-    tokens: that one time is of.
-    flops: of a token, of each model.
+  `times` are from `paired_generation`, and each is for `tokens` tokens; `flops`
+  are the operations of a token, by model.
   """
   seconds = {name: phases[phase] for name, phases in times.items()}
   row: dict[str, Any] = {}

@@ -94,14 +94,9 @@ def score_continuations(
 ) -> Iterator[dict[int, Score]]:
   """Scores the pairs, a batch at a time, the longest ones first.
 
-  A context that is too long loses its beginning; a warning says how many do.
-
-  Args:
-    params: the weights. On a mesh, its data and fsdp axes share each batch.
-    config: the sizes.
-    pairs: (ids of a context, ids that follow), neither empty.
-    dtype: of the computation.
-    batch_size: rows at a time; raised to a multiple of these axes.
+  A pair is (ids of a context, ids that follow), neither empty. A context that
+  is too long loses its beginning; a warning says how many do. The mesh axes
+  data and fsdp share a batch: `batch_size` is raised to a multiple of them.
 
   Yields:
     {index of a pair: its score}, for each batch.

@@ -73,12 +73,8 @@ def encode_prompt(
 ) -> np.ndarray:
   """The ids of a conversation to be answered, or of a text to be continued.
 
-  Args:
-    tokenizer: of the model.
-    config: its sizes.
-    messages: {'role', 'content'} of each; the last one is the user's.
-    raw: whether the last one is the beginning of a text even where the
-      tokenizer has a chat template.
+  Each message is {'role', 'content'}, and the last one is the user's. With
+  `raw`, or without a chat template, it is the beginning of a text.
 
   Raises:
     UserError: for a prompt that the model cannot continue.
@@ -182,15 +178,8 @@ def stream_tokens(
 ) -> Iterator[int]:
   """Yields the ids that follow a prompt, one by one.
 
-  The text ends when all of the model's positions are used.
-
-  Args:
-    params: the weights; sharded weights are used on their devices.
-    config: the sizes.
-    prompt_ids: the ids of the prompt.
-    sampling: how tokens are drawn.
-    stop: ids that end the text; they are not part of it.
-    dtype: of the computation.
+  The text ends at an id of `stop`, which is not part of it, or when all of the
+  model's positions are used. Sharded weights are used on their devices.
 
   Raises:
     UserError: at once, if the prompt is empty or too long.

@@ -25,15 +25,9 @@ def paired_generation(
   """Times generation by each model, with a KV cache.
 
   The models take turns, so that other work on the machine slows all of them:
-  compare the times of the same turn. Always the likeliest token is taken. Only
-  the last token is waited for.
-
-  Args:
-    models: {name: (params, settings)}.
-    batch_size: the number of sequences.
-    prompt_tokens: the tokens of each prompt.
-    new_tokens: the tokens that follow; the prefill gives the first.
-    repeats: the number of timed turns, after one turn that compiles.
+  compare the times of the same turn. One turn compiles; then `repeats` are
+  timed. Always the likeliest token is taken. Only the last token is waited for.
+  The prefill gives the first of the new tokens.
 
   Returns:
     {name: {'prefill': seconds of each turn from the prompt to the first new

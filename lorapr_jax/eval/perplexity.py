@@ -105,12 +105,7 @@ class HeldOut:
 
     Each window is scored by itself. The last batch is filled up with windows
     that do not count, so that all batches have one shape and are compiled once.
-
-    Args:
-      params: the base. On a mesh, its axes data and fsdp share each batch.
-      compute: sizes and dtype.
-      lora: the adapters, or None.
-      masks: the masks, or None.
+    On a mesh, its axes data and fsdp share each batch.
     """
     count, seq_len = self.windows.shape
     batch_size = batch_rows(params, self.batch_size, count)

@@ -27,12 +27,8 @@ def remembered_perplexity(
 ) -> Perplexity:
   """The perplexity of a base, from the cache if it was measured before.
 
-  Args:
-    held_out: the text.
-    sha256: of the base (`hf.files.content_hash`); None for random weights,
-      which are measured anew.
-    params: the base.
-    compute: sizes and dtype.
+  `sha256` is of the base (`hf.files.content_hash`); None for random weights,
+  which are measured anew.
   """
   # Many processes must all measure or all not, and their caches may differ.
   if sha256 is None or processes.count() > 1:

@@ -26,12 +26,9 @@ def convert(
 ) -> ModelConfig:
   """Writes `source` as a Hugging Face folder that stock tools load.
 
-  One tensor is held at a time: a model need not fit in memory.
-
-  Args:
-    source: a .gguf file, a folder that hf.load reads, or DEMO.
-    destination: to be made; it must not exist.
-    dtype: of the weights; None is float32 for a GGUF, else the source's.
+  One tensor is held at a time: a model need not fit in memory. The source is a
+  .gguf file, a folder that hf.load reads, or DEMO. The dtype of the weights is
+  by default float32 for a GGUF, else the source's.
 
   Returns:
     The model's sizes.

@@ -67,14 +67,9 @@ def describe_run(
 ) -> Description:
   """What a run's exports say of its model.
 
-  Args:
-    base: the base's folder, or None for random weights.
-    config: the sizes before the cut, as they are in memory.
-    kept: what the cut keeps.
-    sha256: of the base as it was loaded (`hf.files.content_hash`).
-    dtype: the name of the weights' dtype.
-    plan: what was asked for; None if nothing is pruned.
-    settings: the config's section prune.
+  `config` has the sizes before the cut, as they are in memory; `sha256` is of
+  the base as it was loaded (`hf.files.content_hash`); `settings` are the
+  config's section prune.
   """
   name, config = model_name(base), config.dequantized
   origin = {

@@ -58,10 +58,7 @@ def export_run(
 def write(route: Route, model: Description, weights: Weights) -> dict[str, Any]:
   """Writes a model, reads it back and compares.
 
-  Args:
-    route: where the model goes, and in which form.
-    model: what is known of the model.
-    weights: its weights; peft needs `base` and `lora`.
+  The route peft needs the weights `base` and `lora`.
 
   Returns:
     {'path', 'layout' (None for a GGUF that is not padded), 'dtype',

@@ -82,10 +82,6 @@ def loop_functions(
   They are step, importance, the pass of a pruning event if it has one,
   optimiser and evaluation. The ranking of groups is left out.
 
-  Args:
-    config: of the run.
-    devices: that it is for.
-
   Raises:
     UserError: for a mistake in the config, before anything is lowered.
   """

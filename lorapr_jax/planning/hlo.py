@@ -93,13 +93,7 @@ class Program:
   def runs(
     self, name: str, instruction: Instruction, times: int
   ) -> Iterator[tuple[str, Instruction, int]]:
-    """As `executed`, for one instruction and all that it calls.
-
-    Args:
-      name: of the computation that the instruction is in.
-      instruction: of the program.
-      times: how often it runs.
-    """
+    """As `executed`, for an instruction of the computation `name`."""
     yield name, instruction, times
     if instruction.opcode == 'while':
       times *= self._turns(instruction)

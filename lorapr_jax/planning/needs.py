@@ -40,10 +40,6 @@ def plan_run(
 ) -> Iterator[Needs]:
   """The needs of every function, each compiled when it is asked for.
 
-  Args:
-    config: of the run.
-    topology: the devices that the run is for.
-
   Raises:
     UserError: for a mistake in the config, before anything is compiled.
   """

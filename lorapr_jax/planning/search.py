@@ -41,11 +41,7 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
 
   On each slice, the first mesh divides the base over all chips (fsdp); the next
   ones also divide its heads over 2, 4 and 8 chips (tensor). Nothing is compiled
-  where the base alone does not fit.
-
-  Args:
-    config: of the run; its section mesh is overwritten.
-    kind: of chips, such as v5e.
+  where the base alone does not fit. The config's section mesh is overwritten.
 
   Raises:
     UserError: for a mistake in the config that no mesh repairs.

@@ -84,16 +84,8 @@ def solve_parameters(
   Every group gets the count nearest to the share at which all groups, pruned
   alike, would meet the target. The group with the finest steps then makes up
   the difference. Where it cannot, the counts of another group that come
-  nearest are taken.
-
-  Args:
-    config: the model before pruning; its layers are equal.
-    layers: how many of them are pruned.
-    choices: of the groups that are to be pruned.
-    target: the share.
-
-  Returns:
-    {group: the count in each pruned layer}.
+  nearest are taken. The layers of `config` are equal, and `layers` of them are
+  pruned. Gives {group: the count in each of these}.
 
   Raises:
     UserError: if the target is beyond what can be pruned, or is not zero and
@@ -123,9 +115,8 @@ def solve_parameters(
     return abs(removed(kept) - target)
 
   def complete(coarse: Mapping[str, int]) -> dict[str, int]:
-    counts = reversed(finest.counts)
-    options = [{**coarse, finest.group: count} for count in counts]
-    return min(options, key=distance)
+    counts = ({**coarse, finest.group: n} for n in reversed(finest.counts))
+    return min(counts, key=distance)
 
   kept = complete({c.group: c.nearest(c.size * (1 - share)) for c in choices})
   step = layers * finest.multiple * cost[finest.group] / dense

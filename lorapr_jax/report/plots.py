@@ -199,9 +199,8 @@ def perplexity_against_size(
 ) -> str:
   """Plots the perplexity of runs against the share of parameters they keep.
 
-  Args:
-    points: (label, share kept, perplexity) of each run.
-    dense: (share kept, perplexity) of the models before pruning.
+  A point is (label, share kept, perplexity); `dense` are those of the models
+  before pruning, without labels.
   """
 
   def draw(axes):

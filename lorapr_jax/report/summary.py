@@ -60,11 +60,8 @@ def cost_report(
 ) -> dict[str, Any]:
   """Parameters, bytes, operations and KV cache, before and after the cut.
 
-  Args:
-    dense: the sizes before the cut.
-    pruned: the sizes after it.
-    dtype: of the weights and the cache, as exported.
-    seq_len: the tokens of the forward pass whose operations are counted.
+  `dtype` is of the weights and the cache, as exported; operations are of a
+  forward pass of `seq_len` tokens.
   """
   models = {'dense': dense, 'pruned': pruned}
   bytes_each = jnp.dtype(dtype).itemsize
@@ -86,9 +83,7 @@ def sparsity_report(
 ) -> dict[str, Any]:
   """{heads, channels, params: {target, achieved}}, as shares removed.
 
-  Args:
-    plan: what is to be pruned; None: nothing.
-    kept: what is left; if it is empty, what the plan leaves counts.
+  If `kept` is empty, what the plan leaves counts.
   """
   if plan is None:
     none = {'target': 0.0, 'achieved': 0.0}
@@ -107,12 +102,9 @@ def sparsity_report(
 def repair_report(
   pruning: Pruning | None, unrepaired: int, error_left: Sequence[float]
 ) -> dict[str, Any]:
-  """What repairs came to; {} where nothing is repaired.
+  """What repairs came to, as the state says; {} where nothing is repaired.
 
-  Args:
-    pruning: what the first phase masks.
-    unrepaired: as of the state.
-    error_left: as of the state, by text; NaN, here null, where it is not known.
+  The error left of a text is NaN, here null, where it is not known.
   """
   if not pruning or not pruning.repairs:
     return {}

@@ -50,13 +50,10 @@ _STYLE = {
 def figure(
   name: str, label: str, draw: Callable[[Any], None], height: int = HEIGHT
 ) -> str:
-  """An SVG element.
+  """An SVG element with what `draw` draws on matplotlib axes.
 
-  Args:
-    name: a prefix of the ids, unique in the page.
-    label: what the figure shows, for readers who cannot see it.
-    draw: draws on matplotlib axes.
-    height: in pixels, of a figure that is 360 wide.
+  `name` is a prefix of the ids, unique in the page; `label` says what the
+  figure shows, for readers who cannot see it; `height` is in pixels.
   """
   import matplotlib
   from matplotlib.figure import Figure

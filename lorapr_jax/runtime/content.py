@@ -31,9 +31,7 @@ _known: dict[tuple[str, str], str] = {}
 def sha256_of(path: Path, stop: threading.Event | None = None) -> str:
   """The SHA-256 of a file, in hexadecimal.
 
-  Args:
-    path: of the file.
-    stop: once it is set, the work ends with a CancelledError.
+  Once `stop` is set, the work ends with a CancelledError.
 
   Raises:
     UserError: if the file cannot be read.

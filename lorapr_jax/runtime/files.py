@@ -42,15 +42,11 @@ def new_in_cache(
   """Gives a path at which to make `path`, a file or a folder in the cache.
 
   It appears in the cache complete or not at all, after a loss of power too.
-  Where another process has made it meanwhile, that one stays.
-
-  Args:
-    path: in the cache.
-    what: it is, for the error.
-    again: whether what is there is damaged, and goes.
+  Where another process has made it meanwhile, that one stays. With `again`,
+  what is there is damaged, and goes.
 
   Raises:
-    UserError: if the cache cannot hold `what`.
+    UserError: if the cache cannot hold it; the error calls it `what`.
   """
   above = path.parent, path.parent.parent
   made = [folder for folder in above if not folder.exists()]

@@ -67,13 +67,9 @@ COUNT = Leaf('a whole number from 1', lambda x: _is_index(x) and x > 0)
 
 
 def check_form(value: Any, form: Any, path: Path, at: str = '') -> None:
-  """Refuses a value that does not have this form.
+  """Refuses a value of a JSON file that does not have this form.
 
-  Args:
-    value: what json.loads returned.
-    form: see above.
-    path: of the file, for the error.
-    at: where in the file the value is, such as `base.name`.
+  `at` says where in the file the value is, such as `base.name`.
 
   Raises:
     UserError: naming the first place that is not as it must be.

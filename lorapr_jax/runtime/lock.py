@@ -41,11 +41,8 @@ def holding(
   """Holds the lock of a workdir in the `with` block.
 
   The workdir is made if need be, and what dead processes left half written in
-  it goes. If it is empty in the end, it goes again.
-
-  Args:
-    workdir: on a disk or in gs://.
-    say: prints a line, while a process of another host may still be alive.
+  it goes. If it is empty in the end, it goes again. `say` prints a line
+  while a process of another host may still be alive.
 
   Yields:
     What checks that this process has not lost the lock. It may have if it was

@@ -34,12 +34,8 @@ def connect(
   """Joins the other processes of the run, if there are any.
 
   Without arguments JAX finds them: on Cloud TPU, under SLURM and under Open
-  MPI. Call this before anything asks for devices.
-
-  Args:
-    coordinator_address: HOST:PORT of the first process.
-    num_processes: how many processes there are.
-    process_id: the number of this process, from 0.
+  MPI. Call this before anything asks for devices. The coordinator is the first
+  process, at HOST:PORT, and processes are numbered from 0.
 
   Raises:
     UserError: if some arguments are given and others not, or one is wrong.
@@ -159,24 +155,20 @@ def check_shared(path: Path) -> None:
     time.sleep(0.5)
 
 
-def check_same(value: Any, what: str) -> None:
-  """Checks that all processes have the same value.
-
-  Args:
-    value: something that can be written as JSON.
-    what: a name for it, for the error.
+def check_same(settings: Any) -> None:
+  """Checks that all processes have the same settings, which JSON can hold.
 
   Raises:
     UserError: on all processes, if they have not.
   """
   if count() == 1:
     return
-  text = json.dumps(value, sort_keys=True)
+  text = json.dumps(settings, sort_keys=True)
   digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
   others = multihost_utils.process_allgather(digest)
   if (others != others[0]).any():
     raise UserError(
-      f'{what} differ between processes: start all of them with the same '
+      'settings differ between processes: start all of them with the same '
       'command, code and files'
     )
 

@@ -47,9 +47,7 @@ _RECORD = {'step': INDEX, 'tokens_per_second': NUMBER}
 def check_workdir(workdir: Path, run: dict[str, Any]) -> None:
   """Refuses a workdir that is neither new nor of this run.
 
-  Args:
-    workdir: the folder.
-    run: the resolved settings, as in run.json.
+  `run` is the resolved settings, as in run.json.
 
   Raises:
     UserError: if the folder holds a finished run, another run, or files of
@@ -118,10 +116,8 @@ def claim_workdir(
 ) -> None:
   """Makes the workdir and its run.json, or finds that they are of this run.
 
-  Args:
-    workdir: that `check_workdir` passed.
-    run: the resolved settings.
-    inputs: hashes of what the run reads, {'files': {path: hash}, ...}.
+  Call it after `check_workdir`. `inputs` are hashes of what the run reads,
+  {'files': {path: hash}, ...}.
 
   Raises:
     UserError: naming what the run read when it began, and is another now.

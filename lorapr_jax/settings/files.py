@@ -49,11 +49,9 @@ _RESOLVED = {
 
 
 def find_config(name: str) -> Path:
-  """The file of a config.
+  """The file at a path, or where there is none a shipped config.
 
-  Args:
-    name: a path, or where there is no such file a shipped config: `tiny` or
-      `configs/tiny.py`.
+  A shipped config is named `tiny` or `configs/tiny.py`.
 
   Raises:
     UserError: if there is neither, with the names of the shipped ones.
@@ -75,8 +73,8 @@ def find_config(name: str) -> Path:
 def read_config(name: str) -> config_dict.ConfigDict:
   """What `get_config()` of a config's file returns.
 
-  Args:
-    name: as of `find_config`, with what `get_config` is given after a colon.
+  The name is as of `find_config`, with what `get_config` is given behind a
+  colon.
 
   Raises:
     UserError: if there is no such file, or it sets a removed key.
@@ -97,12 +95,8 @@ def read_config(name: str) -> config_dict.ConfigDict:
 def find_removed(error: str) -> str | None:
   """What to do about a removed key that a config's file sets.
 
-  Args:
-    error: what ml_collections says when a key is set that it does not know. It
-      does not name the section.
-
-  Returns:
-    The advice; None if the error is about something else.
+  `error` is what ml_collections says when a key is set that it does not know;
+  it does not name the section. None if that is about something else.
   """
   unknown = re.search(r'Key "(\w+)" does not exist', error)
   for setting in REMOVED:
@@ -151,10 +145,6 @@ def read_run_json(path: Path) -> dict[str, Any]:
 def check_config(config: Any, name: str) -> None:
   """Refuses what is no config with the keys of configs/default.py.
 
-  Args:
-    config: what a file's `get_config()` returned.
-    name: of the file, for the error.
-
   Raises:
     UserError: naming a key that is missing, unknown or removed.
   """
@@ -185,11 +175,7 @@ def _keys(config: config_dict.ConfigDict) -> set[str]:
 
 
 def check_key(config: config_dict.ConfigDict, flag: str) -> None:
-  """Refuses a key that a config does not have.
-
-  Args:
-    config: the config.
-    flag: as the user wrote it: [--]config.SECTION.KEY.
+  """Refuses a key that a config does not have: [--]config.SECTION.KEY.
 
   Raises:
     UserError: with the nearest key that there is, or what to use instead of

@@ -120,11 +120,7 @@ class RunSettings:
 def split_config(
   config: config_dict.ConfigDict, devices: Sequence[jax.Device] | None = None
 ) -> RunSettings:
-  """Splits and checks a config.
-
-  Args:
-    config: see configs/default.py.
-    devices: that the run is for; None: all of this machine or pod.
+  """Splits and checks a config, of a run on these devices; None: on all.
 
   Raises:
     UserError: naming the key whose value is impossible.

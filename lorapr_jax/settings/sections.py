@@ -226,9 +226,7 @@ class ReportSettings:
 def read_section(kind: type[Section], given: Mapping[str, Any]) -> Section:
   """A section of a config as its dataclass, checked.
 
-  Args:
-    kind: one of those above, or of settings/model.py.
-    given: the section. In a run that is older than a key the key is missing.
+  The section of a run that is older than a key does not have the key.
 
   Raises:
     UserError: naming the key whose value is impossible.

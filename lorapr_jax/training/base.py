@@ -37,13 +37,9 @@ class Places(NamedTuple):
     base_dtype: Any,
     micro_batch: tuple[int, int] | None = None,
   ) -> 'Places':
-    """Refuses sizes that the mesh does not divide, before any work.
+    """For a base, whose weights are `base_dtype` where they are not quantised.
 
-    Args:
-      mesh: of the run.
-      config: of the base.
-      base_dtype: of the weights that are not quantised.
-      micro_batch: sequences and tokens; None: no step will be taken.
+    `micro_batch` is (sequences, tokens); None: no step will be taken.
 
     Raises:
       MeshError: naming the size that the mesh does not divide.

@@ -46,15 +46,7 @@ class Batches:
     data: DataSettings,
     train: TrainSettings,
   ) -> 'Batches':
-    """Packs each text once.
-
-    Args:
-      specs: of the texts.
-      tokenizer: None for random weights.
-      vocab_size: of the model.
-      data: the config's section.
-      train: the config's section.
-    """
+    """Packs each text once. Random weights have no tokenizer."""
 
     def stream(spec: str) -> Callable[..., Any]:
       parts = pipeline.training_windows(
@@ -92,11 +84,6 @@ class Batches:
 
     An event reads batches of its own data, or the newest ones, this one
     included: as many as a run that was never cut short would have at this step.
-
-    Args:
-      phase: of the run.
-      place: of a batch.
-      first: a step of the phase.
     """
     pruning = phase.pruning
     own = pruning and pruning.data

@@ -73,10 +73,6 @@ def read_state(workdir: Path, folder: str) -> dict[str, Any]:
   It comes as host arrays, wherever they lay in training, and nothing in the
   workdir changes.
 
-  Args:
-    workdir: of the run.
-    folder: of the phase's checkpoints in it.
-
   Returns:
     The fields of the `TrainState`, at the size that it had.
 
@@ -103,11 +99,8 @@ def restore(
 ) -> TrainState:
   """The state of a checkpoint, on devices.
 
-  Args:
-    folder: of the phase's checkpoints.
-    step: one of `saved_steps`.
-    shapes: `jax.ShapeDtypeStruct`s of the size that it has.
-    place: where all that has no sharding of its own will lie.
+  `shapes` have the sizes of its arrays. An array whose shape has no sharding
+  will lie at `place`.
 
   Raises:
     Damaged: if it cannot be read.
@@ -124,9 +117,7 @@ def restore(
 def _read(folder: Path, expected: Callable[[Any], Any]) -> Any:
   """The arrays of one checkpoint.
 
-  Args:
-    folder: of the checkpoint.
-    expected: what to read, given what the checkpoint says that it holds.
+  `expected` gives what to read, from what the checkpoint says that it holds.
 
   Raises:
     Damaged: if they cannot be read, or are not as they were saved.
@@ -251,12 +242,7 @@ class _Manager(ocp.CheckpointManager):
 
 
 def set_aside(folder: Path, step: int, left: int) -> str:
-  """Moves a checkpoint that cannot be read away.
-
-  Args:
-    folder: of the phase's checkpoints.
-    step: of the damaged one.
-    left: of the one that could be read.
+  """Moves a step's checkpoint, which cannot be read, away; that of `left` can.
 
   Returns:
     What was done, for the user.
@@ -287,12 +273,7 @@ class Checkpoints:
     self._loops = _patient_loops()
 
   def save(self, step: int, state: TrainState) -> None:
-    """Saves in the background; `state` may be donated once this returns.
-
-    Args:
-      step: the next one.
-      state: of a phase.
-    """
+    """Saves in the background; `state` may be donated once this returns."""
     # A copy: on CPU the writer would read the very buffers that the next step
     # is given to write into.
     state = _copied(state)

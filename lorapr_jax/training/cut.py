@@ -20,9 +20,7 @@ from lorapr_jax.training.state import TrainState
 def finished(state: TrainState, base: Base) -> tuple[Any, Base]:
   """What a run's first phase leaves: (adapters, base) without masked groups.
 
-  Args:
-    state: its last one, or that of any checkpoint.
-    base: the weights, at the size of the state; larger ones are deleted.
+  The base that is given has the size of the state; its weights are deleted.
   """
   left, compute = kept_of(state.masks), base.compute
   lora = cut_adapters(state.lora, left, compute.config, compute.lora)
@@ -32,9 +30,7 @@ def finished(state: TrainState, base: Base) -> tuple[Any, Base]:
 def as_saved(base: Base, state: TrainState) -> Base:
   """The base at the size of a state that was saved, with what was repaired.
 
-  Args:
-    base: as loaded. Arrays that were cut on the way or repaired are deleted.
-    state: from a checkpoint.
+  Arrays of the loaded base that are cut or repaired are deleted.
   """
   base = base.cut(kept_of(state.whole['masks']))
   if not state.repaired:
@@ -70,9 +66,7 @@ def cut_adapters(
 def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
   """{'masks', 'importance'} of all groups, those cut on the way included.
 
-  Args:
-    state: of any size.
-    config: the sizes before the first cut.
+  `config` has the sizes before the first cut.
   """
   kept = kept_of(state.whole['masks'])
   if not kept:
@@ -100,13 +94,8 @@ def cut_on_the_way(
 ) -> tuple[TrainState, Base]:
   """State and base without the groups that are masked before `step`.
 
-  Where sizes are rounded up, the most important masked groups stay too.
-
-  Args:
-    state: of the size of `base`.
-    base: its weights, which are deleted.
-    pruning: of the phase.
-    step: one of its cuts.
+  Where sizes are rounded up, the most important masked groups stay too. The
+  larger weights are deleted.
   """
   counts = pruning.milestones.present(step)
   config, axes = base.compute.config, _axes_of_groups(state)

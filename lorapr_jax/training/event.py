@@ -63,13 +63,9 @@ class PruningEvent(NamedTuple):
   def __call__(
     self, state: TrainState, base: Base, step: int, batches: Sequence[Any]
   ) -> tuple[TrainState, Base]:
-    """State and base after the event.
+    """State and base after the event, which measures and repairs on `batches`.
 
-    Args:
-      state: with the importance of this step.
-      base: whose repaired weights are donated.
-      step: of the phase.
-      batches: whose tokens are measured and repaired on.
+    `state` has the importance of this step. The repaired weights are donated.
     """
     keep = self.pruning.plan.keep_at(self.pruning.schedule.progress(step))
     counts = by_stack(keep, base.compute.config)
@@ -91,12 +87,7 @@ class PruningEvent(NamedTuple):
 
 @jax.jit
 def repair_of(errors: Array, unrepaired: Array) -> dict[str, Array]:
-  """What the state keeps of the `errors` of `Pruned`.
-
-  Args:
-    errors: (P, 2, S).
-    unrepaired: of the events before.
-  """
+  """What a state with so many `unrepaired` keeps of `Pruned.errors`."""
   before, after = errors[:, 0], errors[:, 1]
   lost, left = jnp.sum(before, axis=-1), jnp.sum(after, axis=-1)
   count = jnp.sum((lost != 0) & ~(left < lost))  # NaN is not repaired.
@@ -128,13 +119,8 @@ def make_prune_layers(
 
   `repaired` and `importance` are donated.
 
-  Args:
-    compute: of the run, for the size of the arrays.
-    criterion: that ranks.
-    repairs: whether what survives is repaired.
-    places: of arrays of this size.
-    texts: S; if it is not 1, a batch's 'sources', (M, B, T), says of which text
-      a token is.
+  `compute` and `places` are for the size of the arrays. `texts` is S; if it is
+  not 1, a batch's 'sources', (M, B, T), says of which text a token is.
   """
   place = places.state
 

@@ -61,11 +61,7 @@ def reading(
 ) -> Iterator[Callable[[], Inputs]]:
   """Hashes a run's inputs; the base while the block reads the data.
 
-  Args:
-    folder: of the base and its tokenizer; None for random weights.
-    mixtures: the data specs.
-
-  Gives a function that waits for the `Inputs`.
+  Gives a function that waits for the `Inputs`. `mixtures` are data specs.
 
   Raises:
     UserError: if an input cannot be read, or if data changed in the block.

@@ -58,14 +58,8 @@ def train_phase(
 ) -> tuple[TrainState, Base]:
   """Trains LoRA on the base and, if the phase prunes, masks groups.
 
-  Args:
-    phase: what it does.
-    base: the weights, or what is left of them. Arrays that are cut on the way
-      or repaired are deleted.
-    lora: the adapters to go on from; None: new ones.
-    seed: of the adapters and of dropout.
-    batches: the text of all phases.
-    watch: of the run.
+  It goes on from the adapters `lora`, or draws new ones; `seed` is for these
+  and for dropout. Arrays of the base that are cut or repaired are deleted.
 
   Returns:
     The last state and the base, both at the last size.

@@ -105,13 +105,9 @@ class PartPruning:
   ) -> Chosen:
     """Chooses the groups of a part that stay, and repairs what reads them.
 
-    Args:
-      part: of the block.
-      group: the kind of groups.
-      trees: the layer's, with the weights that are repaired.
-      inputs: what the projections read, {name: (M, N, ...)}.
-      scale: from `token_scale`.
-      layer: the rest of it.
+    `trees` are the layer's, with the weights that are repaired; `inputs` is
+    what the projections read, {name: (M, N, ...)}; `scale` is from
+    `token_scale`.
     """
     own = projection_of(trees, part, REPAIRED[part])
     weight, before = own['params']['weight'], layer.masks[group]

@@ -30,15 +30,9 @@ def begin(
 ) -> tuple[TrainState, Base]:
   """State and base at the step that a phase goes on from.
 
-  Checkpoints that are damaged are set aside once one before them is read.
-
-  Args:
-    folder: of the phase's checkpoints.
-    phase: of the run.
-    base: as loaded, or as the phase before left it. Arrays that were cut on
-      the way or repaired are deleted.
-    new_state: the state at step 0, of a size.
-    warn: tells people.
+  Checkpoints that are damaged are set aside once one before them is read. The
+  base is as loaded, or as the phase before left it; arrays that were cut on the
+  way or repaired are deleted.
 
   Raises:
     Damaged: if there are checkpoints, and none can be read; it names the

@@ -51,14 +51,8 @@ def make_lora_gradients(
   none. `grads` has the structure of `lora`, clipped to `clip_norm`; `metrics`
   has `loss` and `grad_norm` (before clipping). `more` is {} or, if
   `base_grads`, {'base_grads': the gradients of `projections(params)`, in
-  float32, scaled as `grads` were by the clipping}.
-
-  Args:
-    settings: of the run.
-    out_sharding: of all that comes out, but
-    base_sharding: of the base, which its gradients share.
-    learns: whether anything is made of the gradients; else they are zeros.
-    base_grads: whether the criterion needs the gradients of the base.
+  float32, scaled as `grads` were by the clipping}, which lie as the base does.
+  Without `learns` gradients are zeros.
   """
   mesh = mesh_of(out_sharding)
 
@@ -116,11 +110,7 @@ def _with_trained(params: Any, trained: dict[str, Any]) -> Any:
 def _summed(
   loss: Callable[..., Any], trained: Any, batch: Any, key: Array, learns: bool
 ) -> Any:
-  """The sum over a batch's micro-batches, one of which exists at a time.
-
-  Returns:
-    The loss and its gradients.
-  """
+  """The loss and its gradients, summed over micro-batches, one at a time."""
   value_and_grads = jax.value_and_grad(loss)
   if not learns:
 
@@ -155,13 +145,8 @@ def make_update_importance(
   The moving average goes layer by layer, so that the dense scores of one layer
   exist at a time; on NVIDIA GPUs a kernel sums them up and there are none
   (pruning/block_sums.py). Where the gradients or the new scores are not finite,
-  the old average stays and `ok` is False. The old importance is donated.
-
-  Args:
-    settings: of the run.
-    criterion: None where nothing is masked, so that nothing is ranked. One
-      that is not averaged leaves the importance as it is.
-    out_sharding: of what comes out.
+  the old average stays and `ok` is False. It also stays where the criterion is
+  not averaged, or None because nothing is masked. The old one is donated.
   """
   average_stack = None
   if criterion and criterion.averaged:

@@ -23,9 +23,6 @@ from lorapr_jax.training.base import Base
 from lorapr_jax.training.batches import Batches
 from lorapr_jax.training.checkpoint import saved_steps
 
-# (phase, step) -> the 'teacher' of its batch.
-Teacher = Callable[[Phase, int], dict[str, Array]]
-
 
 def remember_teacher(
   base: Base,
@@ -33,15 +30,10 @@ def remember_teacher(
   batches: Batches,
   top_k: int,
   workdir: Path,
-) -> Teacher:
+) -> Callable[[Phase, int], dict[str, Array]]:
   """Asks the dense model about every batch that is still to be learned from.
 
-  Args:
-    base: the dense weights.
-    phases: of the run, in order.
-    batches: of the phases.
-    top_k: K.
-    workdir: of the run. Its checkpoints say which steps are done.
+  Checkpoints in the workdir say which steps are done.
 
   Returns:
     (phase, step) -> a batch's 'teacher': {'ids', 'log_probs'}, (M, B, T, K).

@@ -61,10 +61,8 @@ class Watch:
   ) -> Iterator['PhaseWatch']:
     """Watches the steps of its block; all is saved when it ends.
 
-    Args:
-      phase: whose steps they are.
-      state: at the first of them.
-      compiling: the steps whose calls compile. Their time is counted apart.
+    `state` is that of the first step. At the steps in `compiling`, calls
+    compile: their time is counted apart.
 
     Raises:
       Stopped: after SIGINT, SIGTERM or SIGHUP, once a checkpoint is written.
@@ -142,11 +140,7 @@ class PhaseWatch:
   ) -> None:
     """Logs, evaluates and saves where it is time, once a step is queued.
 
-    Args:
-      step: of the phase.
-      state: after it.
-      base: the weights.
-      results: 'loss' and 'grad_norm' of the step.
+    `results` are 'loss' and 'grad_norm' of the step.
     """
     run, phase = self._run, self._phase
     if step in self._compiling:
