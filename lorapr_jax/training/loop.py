@@ -33,13 +33,13 @@ class Functions(NamedTuple):
     """For the size of `base`."""
     place, pruning = base.places.state, phase.pruning
     criterion = pruning and pruning.criterion
+    base_grads = criterion and criterion.needs_base_grads
     return cls(
       steps.make_lora_gradients(
         base.compute,
         place,
         learns=phase.learns,
-        base_grads=bool(criterion and criterion.needs_base_grads),
-        base_sharding=base.places.base,
+        base_sharding=base.places.base if base_grads else None,
       ),
       steps.make_update_importance(base.compute, criterion, place),
       pruning and PruningEvent.of(pruning, base),

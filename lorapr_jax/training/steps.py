@@ -38,7 +38,6 @@ def make_lora_gradients(
   out_sharding: Sharding,
   *,
   learns: bool = True,
-  base_grads: bool = False,
   base_sharding: Any = None,
 ) -> Callable[..., Any]:
   """The jitted step: params, lora, masks, batch, key -> metrics, grads, more.
@@ -49,18 +48,19 @@ def make_lora_gradients(
   teaches it also has 'teacher', (M, B, T, ...), for `token_losses`. The loss is
   the mean over all the batch's target tokens, and not a number where it has
   none. `grads` has the structure of `lora`, clipped to `clip_norm`; `metrics`
-  has `loss` and `grad_norm` (before clipping). `more` is {} or, if
-  `base_grads`, {'base_grads': the gradients of `projections(params)`, in
-  float32, scaled as `grads` were by the clipping}, which lie as the base does.
-  Without `learns` gradients are zeros.
+  has `loss` and `grad_norm` (before clipping). `more` is {} or, with a sharding
+  of the base, {'base_grads': the gradients of `projections(params)`}, in
+  float32, clipped as `grads`. Without `learns` gradients are zeros.
   """
-  mesh = mesh_of(out_sharding)
+  mesh, more_sharding = mesh_of(out_sharding), {}
+  if base_sharding is not None:
+    more_sharding['base_grads'] = projections(base_sharding['stacks'])
 
   def gradients(params, lora, masks, batch, key):
     # Without a target there is no mean: what is not finite changes nothing.
     count = jnp.sum(batch['weights'][..., 1:])
     trained = {'lora': lora}
-    if base_grads:
+    if more_sharding:
       trained['base'] = projections(params['stacks'])
 
     def loss(trained, micro, key):
@@ -84,19 +84,14 @@ def make_lora_gradients(
     norm = optax.tree.norm(grads['lora'])
     clip = jnp.minimum(1.0, settings.clip_norm / (norm + 1e-6))
     grads = jax.tree.map(lambda g: g * clip, grads)
-    more = {'base_grads': grads['base']} if base_grads else {}
+    more = {'base_grads': grads['base']} if more_sharding else {}
     return {'loss': value, 'grad_norm': norm}, grads['lora'], more
 
-  more_sharding = out_sharding
-  if base_grads and base_sharding is not None:
-    more_sharding = {'base_grads': projections(base_sharding['stacks'])}
   return jax.jit(
     gradients,
     out_shardings=(out_sharding, out_sharding, more_sharding),
-    compiler_options={
-      **compiler_options(out_sharding),
-      **dict(settings.compiler_options),
-    },
+    compiler_options=compiler_options(out_sharding)
+    | dict(settings.compiler_options),
   )
 
 

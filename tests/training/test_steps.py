@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from lorapr_jax.axes import LORA_TARGETS
+from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import Compute, token_losses
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
@@ -89,7 +89,10 @@ def trees(random_params, random_lora):
 
 @functools.cache
 def _step(settings, base_grads=False):
-  return steps.make_lora_gradients(settings, _device(), base_grads=base_grads)
+  base = {'stacks': [dict.fromkeys(PROJECTIONS, _device())]}
+  return steps.make_lora_gradients(
+    settings, _device(), base_sharding=base if base_grads else None
+  )
 
 
 def _gradients(trees, batch, settings=SETTINGS, key=0, base_grads=False):
@@ -485,7 +488,7 @@ def test_the_true_gradient_costs_a_copy_of_the_projections():
   arguments = _abstract_smollm2(settings.lora, jnp.dtype('bfloat16'))
   held = {}
   for base_grads in (False, True):
-    step = steps.make_lora_gradients(settings, _device(), base_grads=base_grads)
+    step = _step(settings, base_grads)
     memory = step.lower(*arguments).compile().memory_analysis()
     held[base_grads] = memory.temp_size_in_bytes + memory.output_size_in_bytes
   gradient = 4 * sum(SMOLLM2.layer_parameters(x) for x in SMOLLM2.layers)
