@@ -20,16 +20,8 @@ REPAIRED = {'self_attn': 'o_proj', 'mlp': 'down_proj'}
 DAMPINGS = (0.03, 0.1, 0.3, 1.0)
 
 
-def repaired_part(block: Any) -> Any:
-  """The weights of REPAIRED, of a tree like a block's."""
-  return {
-    part: {name: {'weight': block[part][name]['weight']}}
-    for part, name in REPAIRED.items()
-  }
-
-
 def with_part(block: Any, new: Any) -> Any:
-  """The block with the weights of a `repaired_part` in their places."""
+  """The block with the weights of one of `repaired_of` in their places."""
   for part, name in REPAIRED.items():
     projection = block[part][name] | new[part][name]
     block = block | {part: block[part] | {name: projection}}
@@ -44,8 +36,14 @@ def _without_part(block: Any) -> Any:
 
 
 def repaired_of(params: Any) -> tuple[Any, ...]:
-  """The `repaired_part` of every stack, of a tree like the base's."""
-  return tuple(map(repaired_part, params['stacks']))
+  """The weights of REPAIRED by stack, of a tree like the base's."""
+  return tuple(
+    {
+      part: {name: {'weight': stack[part][name]['weight']}}
+      for part, name in REPAIRED.items()
+    }
+    for stack in params['stacks']
+  )
 
 
 def without_repaired(params: Any) -> Any:
@@ -62,10 +60,7 @@ def with_repaired(params: Any, repaired: Sequence[Any]) -> Any:
 def damped(gram: Array, stays: Array, damping: float) -> Array:
   """H_SS + c mean(diag H_SS) I, with equations of their own for other rows.
 
-  Args:
-    gram: (I, I), H.
-    stays: (I,), 1 for a row of S.
-    damping: c.
+  The arguments are those of `ridge_update`.
   """
   outer = stays[:, None] * stays
   ridge = damping * jnp.sum(jnp.diagonal(gram) * stays) / jnp.sum(stays)
@@ -122,13 +117,9 @@ def best_update(
   counts is the sum over texts.
 
   Args:
-    weight: (I, O).
-    gram: (I, I), of tokens that the error is not measured on.
-    gone: (I,), 1 for a row of P.
-    stays: (I,), 1 for a row of S.
+    weight, gram, gone, stays, solve: as of `ridge_update`.
     held_out_error: what goes missing in the weight, (I, O) -> the squared error
       of the output of tokens that are not in `gram`, by text, (S,).
-    solve: as of `ridge_update`.
 
   Returns:
     The update, and the errors before and after it, (2, S).
