@@ -63,8 +63,7 @@ def all_news_texts() -> list[str]:
 def news_split(name: str) -> list[str]:
   """News articles of 2016 and 2017 in the file's order, each text once.
 
-  Args:
-    name: `train`; or `heldout`, the last tenth, which nothing trains on.
+  `heldout` is the last tenth, which nothing trains on; `train` is the rest.
 
   Raises:
     UserError: if they cannot be fetched.

@@ -118,12 +118,8 @@ def _projection_sums(
 ) -> Array:
   """The sums of one projection, on one device.
 
-  Args:
-    score: how.
-    interpret: see `block_sums`.
-    weight: (L, D, outputs...) or (L, inputs..., D).
-    factors: 'a' (L, inputs..., r) and 'b' (L, r, outputs...).
-    grads: of the factors.
+  The weight is (L, D, outputs...) or (L, inputs..., D); the factors, and their
+  gradients, are 'a' (L, inputs..., r) and 'b' (L, r, outputs...).
   """
   # Imported where it is used: it needs Pallas's Triton part.
   from jax.experimental import pallas as pl

@@ -79,9 +79,7 @@ def member_parameters(
 def couplings(axes: Any, group: str) -> Iterator[tuple[str, tuple[str, ...]]]:
   """The tensors that lose something with a member of the group, with axes.
 
-  Args:
-    axes: the axis names of a block's tensors.
-    group: the group.
+  `axes` are the axis names of a block's tensors.
   """
   for path, names in jax.tree_util.tree_leaves_with_path(axes):
     if carries(names, group):

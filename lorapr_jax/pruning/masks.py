@@ -20,12 +20,7 @@ from lorapr_jax.models.config import ModelConfig
 def initial_masks(
   groups: tuple[str, ...], stacks: tuple[tuple[int, Mapping[str, int]], ...]
 ) -> tuple[dict[str, Array], ...]:
-  """Everything alive.
-
-  Args:
-    groups: the groups that will be pruned.
-    stacks: for each stack its number of layers and its axis sizes.
-  """
+  """Everything alive. A stack is its number of layers and its axis sizes."""
   return tuple(
     {
       group: jnp.ones((layers, *(sizes[axis] for axis in group_axes(group))))

@@ -63,11 +63,7 @@ def shrink(
 ) -> tuple[Any, ...]:
   """Cuts the masked groups out of every stack.
 
-  Args:
-    stacks: trees of `config`'s stacks.
-    axes: the axis names of one layer's tree.
-    kept: from `kept_groups`.
-    config: the sizes before the cut.
+  `config` has the sizes before the cut.
 
   Returns:
     Trees of the stacks of `shrunk_config(config, kept)`: runs of layers that

@@ -32,14 +32,10 @@ def _columns(
 
 
 def solve(matrix: Array, right: Array) -> Array:
-  """By Cholesky, on whole arrays: LAPACK's on CPUs, cuSOLVER's on GPUs.
+  """A (I, I), R (I, O) -> X by Cholesky: LAPACK's on CPUs, cuSOLVER's on GPUs.
 
   For TPUs XLA writes out every block of 128 columns: 2,048 rows compile for 90
   seconds, 4,096 for five minutes. There `solve_in_blocks` takes its place.
-
-  Args:
-    matrix: A, (I, I).
-    right: R, (I, O).
   """
   with jax.default_matmul_precision('highest'):
     return jax.scipy.linalg.cho_solve(
@@ -50,19 +46,13 @@ def solve(matrix: Array, right: Array) -> Array:
 def solve_in_blocks(
   matrix: Array, right: Array, mesh: Mesh | None = None, block: int = BLOCK
 ) -> Array:
-  """By block elimination, in loops whose length does not change what compiles.
+  """As `solve`, by loops whose length does not change what compiles.
 
-  The block LDL^T factorisation (Golub and Van Loan, Matrix Computations,
+  It is the block LDL^T factorisation (Golub and Van Loan, Matrix Computations,
   chapter 4) whose pivots D are solved by Cholesky, then back substitution. Of A
   each device holds some rows and of R some columns. All of them get a block's
   columns, what takes their place, and that again on the way back: 3 I^2 numbers
-  in all.
-
-  Args:
-    matrix: A, (I, I).
-    right: R, (I, O).
-    mesh: None: one device.
-    block: rows that are eliminated at a time.
+  in all. `block` rows are eliminated at a time.
   """
   size = len(matrix)
   block = min(block, size)

@@ -139,14 +139,8 @@ def device_batches(
   """The batches of these steps on their devices, made ahead in a thread.
 
   What goes wrong there is raised where the batch is taken. At the end of the
-  `with` block the thread has ended.
-
-  Args:
-    batch_at: the function of `data.batches.batches`. Each process reads the
-      rows of its own devices alone.
-    place: of a batch.
-    rows: B, the rows of a micro-batch.
-    steps: whose batches come, in order.
+  `with` block the thread has ended. Of the B rows of a micro-batch each process
+  reads those of its own devices alone.
   """
   row_place = NamedSharding(place.mesh, P(place.spec[1]))
   devices = row_place.addressable_devices_indices_map((rows,)).values()
