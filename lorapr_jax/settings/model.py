@@ -184,7 +184,6 @@ class PlannedModel(NamedTuple):
     config: the sizes of the base, which say what is quantised.
     lora: the adapters'.
     plan: what will be left; None if nothing is pruned.
-    repairs: whether what survives is repaired.
     base_dtype: of the weights that are not quantised.
   """
 
@@ -193,7 +192,6 @@ class PlannedModel(NamedTuple):
   config: ModelConfig
   lora: LoraConfig
   plan: PruningPlan | None
-  repairs: bool
   base_dtype: Any
 
 
@@ -232,13 +230,12 @@ def plan_model(
   else:
     counts = {group: tuple(n) for group, n in keep.items()}
     plan = PruningPlan(sizes, targets, counts)
-  repairs = prune.repairs and bool(plan.keep)
   if not plan.keep:
     plan = None
   dtype, quantized = settings.base_dtype, ()
   if dtype == INT8:
     # A repair would be rounded to int8 each time.
-    kept = REPAIRED.values() if repairs else ()
+    kept = REPAIRED.values() if prune.repairs and plan else ()
     dtype = 'auto'
     quantized = tuple(name for name in LORA_TARGETS if name not in kept)
   return PlannedModel(
@@ -247,7 +244,6 @@ def plan_model(
     dataclasses.replace(sizes, quantized=quantized),
     lora,
     plan,
-    repairs,
     resolve_dtype('model.base_dtype', dtype, platform),
   )
 

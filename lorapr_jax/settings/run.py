@@ -230,9 +230,7 @@ def _pruning(
     return None
   own = prune.compensate_data
   texts = tuple(spec.text for _, spec in parse_mixture(own or text))
-  pruning = Pruning(
-    *(plan, schedule, criterion, planned.repairs, 1, texts, own)
-  )
+  pruning = Pruning(*(plan, schedule, criterion, prune.repairs, 1, texts, own))
   if own and not pruning.passes:
     raise UserError(
       f'prune.compensate_data is {own!r}, but with prune.compensate=none and '
