@@ -62,10 +62,6 @@ class DataSettings:
     """What makes a text of a record."""
     return Template(self.template, self.response, self.loss)
 
-  def is_evaluation_step(self, step: int) -> bool:
-    """Whether the perplexity is measured after this step."""
-    return self.eval_every > 0 and (step + 1) % self.eval_every == 0
-
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:

@@ -151,7 +151,8 @@ class PhaseWatch:
     self._loss_before = results['loss']
     last = step + 1 == phase.steps
     self.done = done = phase.first_step + step + 1
-    evaluates = run.data.is_evaluation_step(done - 1)
+    every = run.data.eval_every
+    evaluates = every > 0 and done % every == 0
     if last or evaluates or done % run.train.log_every == 0:
       interrupt.wait_for(state.step)
       self._write(state, results, self._evaluate(state, base, evaluates))
