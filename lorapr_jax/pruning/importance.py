@@ -215,7 +215,8 @@ def element_scores(
   criterion = options.criterion
   scores: dict[str, dict[str, dict[str, Array]]] = {}
   for part, projections in signals.params.items():
-    for name in projections.keys() & PROJECTIONS.get(part, {}).keys():
+    # Norms are no projections.
+    for name in filter(projections.__contains__, PROJECTIONS.get(part, ())):
       term = TERMS[criterion.name](signals, part, name, options)
       if term is not None:
         shape = jnp.square if criterion.squared else jnp.abs
