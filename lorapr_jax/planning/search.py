@@ -20,6 +20,7 @@ class Tried(NamedTuple):
   Attributes:
     topology: the slice.
     mesh: {axis: size}.
+    base: bytes of the base on each chip; 0 if the mesh does not divide it.
     needs: those of the functions that were compiled, up to the first that does
       not fit; empty if none was compiled.
     reason: why none was compiled.
@@ -27,6 +28,7 @@ class Tried(NamedTuple):
 
   topology: Topology
   mesh: dict[str, int]
+  base: int = 0
   needs: tuple[Needs, ...] = ()
   reason: str = ''
 
@@ -53,15 +55,22 @@ def search(config: config_dict.ConfigDict, kind: str) -> Iterator[Tried]:
       if count % tensor:
         break
       mesh = sharding.mesh_sizes(1, -1, tensor, devices=count)
-      tried = _try(config, topology, mesh)
+      tried = try_mesh(config, topology, mesh)
       yield tried
       if tried.fits:
         return
 
 
-def _try(
+def try_mesh(
   config: config_dict.ConfigDict, topology: Topology, mesh: dict[str, int]
 ) -> Tried:
+  """Tries one slice and mesh, which overwrites the section of the config.
+
+  Nothing is compiled if the base alone does not fit.
+
+  Raises:
+    UserError: for a mistake in the config that no mesh repairs.
+  """
   config.mesh.update(mesh)
   try:
     settings = split_config(config, topology.devices)
@@ -73,10 +82,10 @@ def _try(
     return Tried(topology, mesh, reason=str(error))
   if base > topology.chip.hbm:
     reason = f'the base alone takes {base / 1e9:.1f} GB'
-    return Tried(topology, mesh, reason=reason)
+    return Tried(topology, mesh, base, reason=reason)
   found: tuple[Needs, ...] = ()
   for needs in plan_run(config, topology):
     found += (needs,)
     if not needs.fits:
       break
-  return Tried(topology, mesh, found)
+  return Tried(topology, mesh, base, found)

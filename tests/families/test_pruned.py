@@ -14,7 +14,7 @@ from lorapr_jax.models.config import LoraConfig
 from lorapr_jax.models.lora import merge_lora
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_stack_masks
+from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from tests.families.cover import TRAITS, each, pairs
 from tests.kinds import KINDS
@@ -51,7 +51,7 @@ def _masks(config, keep):
   masks = initial_masks(tuple(keep), stacks)
   rng = np.random.default_rng(0)
   scores = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
-  return jax.jit(select_stack_masks)(scores, masks, by_stack(keep, config))
+  return jax.jit(select_masks)(scores, masks, by_stack(keep, config))
 
 
 def _cut(params, lora, kept, config):
