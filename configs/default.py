@@ -227,13 +227,14 @@ def get_config() -> config_dict.ConfigDict:
   # The formats to export: hf (always written), and after a comma gguf, peft
   # (LoRA as an adapter over the pruned base) or both: 'hf,gguf,peft'.
   config.export.format = 'hf'
-  # How the folder stores the sizes of its layers: uniform (llama or mistral;
-  # every layer has the same size), two_shape (remote code; layers may differ),
-  # padded (llama or mistral at the size before the cut, with zeros where groups
-  # were cut) or auto (uniform where it can be, else two_shape).
+  # How the folder stores the sizes of its layers: uniform (a stock model; every
+  # layer has the same size), two_shape (remote code; layers may differ), padded
+  # (a stock model of the size before the cut, with zeros where groups were cut)
+  # or auto (uniform where it can be, else two_shape).
   config.export.layout = 'auto'
-  # The exported folder's model_type: llama, mistral (which has no biases) or
-  # auto (llama wherever transformers takes it).
+  # The model_type of a stock folder, such as llama or mistral, if it can hold
+  # the model; or auto (the base's own, or where transformers does not take the
+  # pruned sizes in it, another that is the same function).
   config.export.model_type = 'auto'
   # The dtype of the exported weights: float32, bfloat16, float16, or auto (the
   # dtype in which the base was loaded).

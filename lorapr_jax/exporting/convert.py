@@ -9,10 +9,11 @@ from lorapr_jax.data.demo import MODEL, fetch
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.gguf.format import hf_names
 from lorapr_jax.gguf.read import open_gguf
-from lorapr_jax.hf.layout import hf_config
+from lorapr_jax.hf.layout import hf_config, stored_family
 from lorapr_jax.hf.load import check_tensors, load_config
 from lorapr_jax.hf.names import hf_shapes
 from lorapr_jax.hf.shards import Shards
+from lorapr_jax.hf.stored import stored_shapes, stored_tensors
 from lorapr_jax.hf.write import copy_companions, write_folder
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import param_shapes
@@ -39,24 +40,27 @@ def convert(
   Route('hf', path_of(destination)).check_path()
   if source == DEMO or source.endswith('.gguf'):
     model = open_gguf(fetch(MODEL) if source == DEMO else source)
-    config, stored, tensors = model.config, 'float32', model.tensors()
+    config, stored, tensor_of = model.config, 'float32', model.tensor_of
     beside = model.write_tokenizer
   else:
     config, shards = load_config(source), Shards(source)
-    check_tensors(shards, config)
-    stored = shards.dtype.name
-    # Not [...], which safetensors before 0.8 does not take.
-    tensors = (
-      (name, shards.slice_of(name)[:]) for name in hf_names(config).values()
-    )
+    tensors, stored = check_tensors(shards, config), shards.dtype.name
+
+    def tensor_of(name: str) -> np.ndarray:
+      return tensors[name][:]
+
     beside = functools.partial(copy_companions, path_of(source))
   kind = np.dtype(dtype or stored)
+  family = stored_family(config, 'auto', 'auto')
+  # By layers, as the source has them: each is read in one piece.
+  names = hf_names(config).values()
   shapes = hf_shapes(param_shapes(config, kind), config)
+  stored_as = stored_tensors(tensor_of, names, config, family)
   write_folder(
     destination,
     hf_config(config, kind.name, 'auto', 'auto'),
-    {name: shapes[name] for name in hf_names(config).values()},
-    ((name, x.astype(kind, copy=False)) for name, x in tensors),
+    stored_shapes({name: shapes[name] for name in names}, family),
+    ((name, x.astype(kind, copy=False)) for name, x in stored_as),
     beside=beside,
   )
   return config

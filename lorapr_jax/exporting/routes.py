@@ -7,7 +7,11 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.model import Description
 from lorapr_jax.gguf.format import check_held
 from lorapr_jax.gguf.vocabulary import vocabulary
-from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
+from lorapr_jax.hf.layout import (
+  resolve_layout,
+  resolve_model_type,
+  stored_family,
+)
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
 from lorapr_jax.models.config import ModelConfig
@@ -112,6 +116,11 @@ class Route:
   def stored_layout(self, model: Description) -> str:
     """The layout of what is written: 'uniform', 'two_shape' or 'padded'."""
     return resolve_layout(self.stored_config(model), self.layout)
+
+  def family(self, model: Description) -> str | None:
+    """The family whose tensors the folder has."""
+    config = self.stored_config(model)
+    return stored_family(config, self.layout, self.model_type)
 
   def stored_dtype(self, model: Description) -> str:
     """The dtype of what is written, as the format names it."""

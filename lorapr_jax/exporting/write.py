@@ -123,7 +123,9 @@ def _write_peft(route: Route, model: Description, stored: Weights) -> None:
   config = route.stored_config(model)
   with new_folder(route.path) as folder:
     _write_folder(folder / BASE_FOLDER, route, model, stored.base)
-    write_adapter(folder, stored.lora, config, stored.lora_config)
+    write_adapter(
+      folder, stored.lora, config, stored.lora_config, route.family(model)
+    )
     card = adapter_card(model.name, route.stored_layout(model))
     (folder / 'README.md').write_text(card, encoding='utf-8')
 
@@ -154,11 +156,14 @@ def _write_folder(
 
 def _give_to_first(route: Route, model: Description, stored: Weights) -> None:
   """Takes part in gathering what the first process writes."""
-  config, dtype = route.stored_config(model), route.stored_dtype(model)
-  params = stored.base if route.kind == 'peft' else stored.merged
+  config = route.stored_config(model)
   if route.kind == 'gguf':
-    dtype = np.float32
-  for _ in hf_tensors(params, config, jnp.dtype(dtype)):
+    tensors = hf_tensors(stored.merged, config, np.float32)
+  else:
+    params = stored.base if route.kind == 'peft' else stored.merged
+    dtype, family = jnp.dtype(route.stored_dtype(model)), route.family(model)
+    tensors = hf_tensors(params, config, dtype, family)
+  for _ in tensors:
     pass
 
 

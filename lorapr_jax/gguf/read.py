@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -52,15 +53,24 @@ class GgufModel:
     are (outputs, inputs). Tied embeddings come once. Biases that the file does
     not have are zero where it has others of that part of a block.
     """
-    for name, hf_name in hf_names(self.config).items():
-      if name not in self._tensors:
-        weight = self._tensors[name.removesuffix('bias') + 'weight']
-        yield hf_name, np.zeros(weight.shape[0], np.float32)
-        continue
-      weight = self._tensors[name].read()
-      if is_rotated(name):
-        weight = interleaved_to_halves(weight, self.config.head_dim)
-      yield hf_name, np.ascontiguousarray(weight)
+    for name in self._names:
+      yield name, self.tensor_of(name)
+
+  def tensor_of(self, name: str) -> np.ndarray:
+    """One of `tensors` by its Hugging Face name."""
+    name = self._names[name]
+    if name not in self._tensors:
+      weight = self._tensors[name.removesuffix('bias') + 'weight']
+      return np.zeros(weight.shape[0], np.float32)
+    weight = self._tensors[name].read()
+    if is_rotated(name):
+      weight = interleaved_to_halves(weight, self.config.head_dim)
+    return np.ascontiguousarray(weight)
+
+  @functools.cached_property
+  def _names(self) -> dict[str, str]:
+    """Hugging Face's name of every weight -> that of the file."""
+    return {theirs: name for name, theirs in hf_names(self.config).items()}
 
   def write_tokenizer(self, folder: str | Path) -> None:
     """Writes generation_config.json and, if there is a tokenizer, its files.

@@ -6,6 +6,7 @@ import re
 from typing import Any
 
 from lorapr_jax.errors import UserError, check_size, short
+from lorapr_jax.hf.refused import why_refused
 from lorapr_jax.hf.rope import is_positive, rope_from_hf, rope_to_hf
 from lorapr_jax.models.config import (
   MOST,
@@ -82,6 +83,8 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   absent = dict(family.absent)
   if 'num_key_value_heads' in hf:  # A null is as many as there are heads.
     absent.pop('num_key_value_heads', None)
+  if 'rope_theta' in (hf.get('rope_parameters') or {}):
+    absent.pop('rope_theta', None)
   hf = absent | {key: value for key, value in hf.items() if value is not None}
   layers = layers_from_hf(hf)
   embed_dim = _required(hf, 'hidden_size')
@@ -109,6 +112,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     bos_token_id=hf.get('bos_token_id'),
     eos_token_id=(tuple(eos) or None) if isinstance(eos, list) else eos,
     pad_token_id=hf.get('pad_token_id'),
+    family=hf['model_type'] if hf['model_type'] in FAMILIES else None,
   )
 
 
@@ -223,10 +227,12 @@ def _family(hf: Mapping[str, Any]) -> Family:
   model_type = hf.get('model_type')
   types = {**FAMILIES, **REMOTE_CODE}
   if model_type not in list(types):  # A list has no hash.
+    shown = f'config.json: model_type is {short(repr(model_type))}'
+    if why := why_refused(str(model_type)):
+      raise UserError(f'{shown}, which is not supported: {why}')
     raise UserError(
-      f'config.json: model_type is {short(repr(model_type))}; only '
-      f'{", ".join(FAMILIES)} and {" and ".join(REMOTE_CODE)} (our own export) '
-      'are supported'
+      f'{shown}; only {", ".join(FAMILIES)} and {" and ".join(REMOTE_CODE)} '
+      '(our own export) are supported'
     )
   return types[model_type]
 
@@ -235,8 +241,10 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
   model_type = hf['model_type']
   for key, value in _ONLY_SUPPORTED.items():
     found = hf.get(key, family.absent.get(key, value))
-    if found == value or (
-      key == 'sliding_window' and not _has_window(hf, family)
+    if (
+      key in family.ignored
+      or found == value
+      or (key == 'sliding_window' and not _has_window(hf, family))
     ):
       continue
     if key not in hf:

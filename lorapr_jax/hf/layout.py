@@ -5,11 +5,11 @@ from typing import Any
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.families import FAMILIES, REMOTE_CODE
+from lorapr_jax.models.families import EXPORTED, FAMILIES, REMOTE_CODE, row_of
 
 AUTO = 'auto'
 LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')
-MODEL_TYPES = (AUTO, *FAMILIES)
+MODEL_TYPES = (AUTO, *EXPORTED)
 
 
 def resolve_layout(config: ModelConfig, layout: str) -> str:
@@ -38,13 +38,14 @@ def resolve_layout(config: ModelConfig, layout: str) -> str:
 def resolve_model_type(
   config: ModelConfig, layout: str, model_type: str
 ) -> str:
-  """One of FAMILIES or, under layout two_shape, of REMOTE_CODE.
+  """One of EXPORTED or, under layout two_shape, of REMOTE_CODE.
 
   Args:
     config: the sizes of what is written.
     layout: one of LAYOUTS.
-    model_type: one of MODEL_TYPES. auto: the first that every transformers
-      loads. They are the same function of the same weights.
+    model_type: one of MODEL_TYPES. auto: the model's own family, or the first
+      other, that every transformers loads. They are the same function of the
+      same weights.
 
   Raises:
     UserError: if the layout or the type cannot hold this model.
@@ -52,7 +53,7 @@ def resolve_model_type(
   choose('export.model_type', model_type, MODEL_TYPES)
   if resolve_layout(config, layout) == 'two_shape':
     return _remote_type(config)
-  held = [name for name, x in FAMILIES.items() if x.holds(config)]
+  held = [name for name, x in EXPORTED.items() if x.holds(config)]
   loaded = _loaded(config)
   if model_type == AUTO and loaded:
     return loaded[0]
@@ -84,13 +85,25 @@ def _remote_type(config: ModelConfig) -> str:
   )
 
 
+def stored_family(
+  config: ModelConfig, layout: str, model_type: str
+) -> str | None:
+  """The family whose tensors an export has, by one of LAYOUTS, MODEL_TYPES."""
+  model_type = resolve_model_type(config, layout, model_type)
+  return model_type if model_type in EXPORTED else None
+
+
 def _loaded(config: ModelConfig) -> list[str]:
   """The model_types as which every transformers loads these equal layers."""
   divides = config.embed_dim % config.layers[0].num_heads == 0
+  own = row_of(config.family).exported_as or config.family
+  # The model's own family comes first.
+  names = sorted(EXPORTED, key=lambda name: name != own)
   return [
     name
-    for name, family in FAMILIES.items()
-    if family.holds(config) and (divides or not family.heads_divide_embed)
+    for name in names
+    if EXPORTED[name].holds(config)
+    and (divides or not EXPORTED[name].heads_divide_embed)
   ]
 
 

@@ -18,6 +18,7 @@ from lorapr_jax.hf.files import has_weights, weight_files
 from lorapr_jax.hf.names import IGNORED, hf_shapes
 from lorapr_jax.hf.place import place_params
 from lorapr_jax.hf.shards import DTYPES, Shards
+from lorapr_jax.hf.stored import Rows, our_tensors, stored_shapes
 from lorapr_jax.models.compute import resolve_dtype
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
@@ -142,16 +143,17 @@ def _are_equal(one: Any, other: Any) -> bool:
   return all(np.array_equal(one[part], other[part]) for part in parts)
 
 
-def check_tensors(shards: Shards, config: ModelConfig) -> list[str]:
+def check_tensors(shards: Shards, config: ModelConfig) -> dict[str, Rows]:
   """Compares the names and shapes of the files with what config.json says.
 
   Returns:
-    The names of the tensors that make up the model.
+    The tensors that make up the model by our names; none is read yet.
 
   Raises:
     UserError: naming the tensors that are missing, unknown or of wrong size.
   """
-  expected = hf_shapes(param_shapes(config, np.float32), config)
+  shapes = hf_shapes(param_shapes(config, np.float32), config)
+  expected = stored_shapes(shapes, config.family)
   missing = sorted(expected.keys() - shards.names)
   # A tied model's files may hold a copy of the embeddings as lm_head.
   unknown = sorted(
@@ -180,7 +182,7 @@ def check_tensors(shards: Shards, config: ModelConfig) -> list[str]:
         f'{shards.folder}: {name} has shape {found}, but config.json says '
         f'{shape}'
       )
-  return list(expected)
+  return our_tensors(shards.slice_of, shapes, config)
 
 
 def mesh_of_all(config: ModelConfig) -> Mesh:
@@ -259,9 +261,8 @@ def load_params(
   Raises:
     UserError: if the files do not hold what config.json says, or NaN.
   """
-  shards = Shards(folder)
-  check_tensors(shards, config.dequantized)
+  tensors = check_tensors(Shards(folder), config.dequantized)
   try:
-    return place_params(shards.slice_of, config, shardings, dtype)
+    return place_params(tensors.__getitem__, config, shardings, dtype)
   except UserError as error:
     raise UserError(f'{folder}: {error}') from None

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.hf.layout import hf_config
+from lorapr_jax.hf.layout import hf_config, stored_family
 from lorapr_jax.hf.names import (
   hf_name,
   hf_shapes,
@@ -21,6 +21,7 @@ from lorapr_jax.hf.names import (
   to_hf_layout,
 )
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
+from lorapr_jax.hf.stored import stored_shapes, stored_tensors
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.files import LARGE, read_bytes, read_json, write_json
 from lorapr_jax.runtime.paths import (
@@ -81,20 +82,28 @@ def parse_size(key: str, text: str) -> int:
 
 
 def hf_tensors(
-  params: Any, config: ModelConfig, dtype: Any
+  params: Any, config: ModelConfig, dtype: Any, family: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor under Hugging Face's name and layout, one at a time.
+  """Every tensor as the files of a family hold it, one at a time.
 
   Of weights that lie on several processes all must go through all tensors.
   """
+  places = {}
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
     path, layers = locate(key_path, config.stacks)
     if layers is None:
-      yield hf_name(path), _cast(hf_name(path), to_host(leaf), dtype)
+      places[hf_name(path)] = leaf, (), None
       continue
+    letters = letters_of(path)
     for row, layer in enumerate(layers):
-      x = to_hf_layout(to_host(leaf[row]), letters_of(path))
-      yield hf_name(path, layer), _cast(hf_name(path, layer), x, dtype)
+      places[hf_name(path, layer)] = leaf, row, letters
+
+  def tensor_of(name: str) -> np.ndarray:
+    leaf, row, letters = places[name]
+    return to_hf_layout(to_host(leaf[row]), letters)
+
+  for name, x in stored_tensors(tensor_of, places, config, family):
+    yield name, _cast(name, x, dtype)
 
 
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:
@@ -141,6 +150,7 @@ def export_model(
     UserError: if the folder exists or the layout cannot hold the model.
   """
   dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
+  family = stored_family(config, layout, model_type)
 
   def beside(partial: Path) -> None:
     if base is not None:
@@ -153,8 +163,8 @@ def export_model(
   write_folder(
     folder,
     hf_config(config, dtype.name, layout, model_type),
-    hf_shapes(params, config),
-    hf_tensors(params, config, dtype),
+    stored_shapes(hf_shapes(params, config), family),
+    hf_tensors(params, config, dtype, family),
     beside=beside,
     max_shard_bytes=max_shard_bytes,
   )

@@ -98,6 +98,9 @@ class ModelConfig:
   # The projections that are int8 in memory (models/quantization.py). A folder
   # has none, and its config.json does not say it.
   quantized: tuple[str, ...] = ()
+  # The row of models/families.py whose files the model came from, if any. It
+  # decides how files are read and written, and nothing that the model computes.
+  family: str | None = dataclasses.field(default=None, compare=False)
 
   @property
   def dequantized(self) -> 'ModelConfig':

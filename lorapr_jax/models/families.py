@@ -24,18 +24,26 @@ class Family:
     absent: what keys of a config.json mean that the file lacks. A null means
       the same, but of `sliding_window`, where it means that there is none, and
       of `num_key_value_heads`, where it means as many as there are heads.
+    ignored: keys of a config.json that may say anything where others may not.
     written: keys of a config.json that no size decides.
     biases: the projections that always have one.
     bias_keys: flags of a config.json, and the projections that have one then.
     fixed: FEATURES of every model of the family; the others are LLaMA's.
     window_flag: the flag of a config.json without which its `sliding_window`
       means nothing; None: it needs none.
+    stored: where the files have a module of a block, by where we have it; those
+      that they do not have in our place. What has one place is stored there as
+      one, the rows of the first, then of the next.
+    interleaved: whether the rows of a head are stored pair by pair, x0 y0 x1 y1
+      ..., where RoPE rotates x and y. We have x0 x1 ... y0 y1 ..., as LLaMA.
     heads_divide_embed: whether the hidden size must be a multiple of the number
       of heads. transformers 5.4 to 5.23 demand that of some families, even with
       an explicit head_dim (issue 46082).
     names_version: whether its config.json must name a version of transformers
       where it has more than 100,000 tokens: without one, transformers takes the
       tokenizer for one with a known flaw.
+    exported_as: the family that a model of this one is exported as, where every
+      transformers knows that one only; None: this one.
     remote_code: the `model_type` of the same family where layers differ in
       size, by the code in hf/remote_code/; None: there is none.
   """
@@ -43,6 +51,7 @@ class Family:
   architecture: str
   gguf: str | None
   absent: Mapping[str, Any]
+  ignored: tuple[str, ...] = ()
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   biases: tuple[str, ...] = ()
   bias_keys: Mapping[str, Iterable[str]] = dataclasses.field(
@@ -50,8 +59,11 @@ class Family:
   )
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   window_flag: str | None = None
+  stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  interleaved: bool = False
   heads_divide_embed: bool = False
   names_version: bool = False
+  exported_as: str | None = None
   remote_code: str | None = None
 
   def holds(self, config: ModelConfig) -> bool:
@@ -94,16 +106,26 @@ _QWEN = _ABSENT | {
   'sliding_window': 4096,
 }
 
-# An export is of the first that holds the model, if no other is asked for.
+_QKV_PROJ = dict.fromkeys(
+  ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
+  'self_attn.qkv_proj',
+)
+_GATE_UP_PROJ = dict.fromkeys(
+  ('mlp.gate_proj', 'mlp.up_proj'), 'mlp.gate_up_proj'
+)
+_BIAS_KEYS = {
+  'attention_bias': PROJECTIONS['self_attn'],
+  'mlp_bias': PROJECTIONS['mlp'],
+}
+
+# A model is exported as what it came from, or as the first that holds it, if no
+# other is asked for.
 FAMILIES = {
   'llama': Family(
     architecture='LlamaForCausalLM',
     gguf='llama',
     absent=_ABSENT,
-    bias_keys={
-      'attention_bias': PROJECTIONS['self_attn'],
-      'mlp_bias': PROJECTIONS['mlp'],
-    },
+    bias_keys=_BIAS_KEYS,
     heads_divide_embed=True,
     remote_code='pruned_llama',
   ),
@@ -136,12 +158,74 @@ FAMILIES = {
     window_flag='use_sliding_window',
     written={'use_sliding_window': False, 'sliding_window': None},
   ),
+  'seed_oss': Family(
+    architecture='SeedOssForCausalLM',
+    gguf='llama',
+    absent=_ABSENT
+    | {
+      'attention_bias': True,
+      'head_dim': 128,
+      'max_position_embeddings': 524288,
+      'num_key_value_heads': 8,
+    },
+    ignored=('attention_dropout',),
+    written={'attention_dropout': 0.0, 'residual_dropout': 0.0},
+    bias_keys={
+      'attention_bias': _QKV,
+      'attention_out_bias': ('o_proj',),
+      'mlp_bias': PROJECTIONS['mlp'],
+    },
+  ),
+  'phi3': Family(
+    architecture='Phi3ForCausalLM',
+    gguf='llama',
+    absent=_ABSENT | {'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5},
+    written={'sliding_window': None},
+    stored=_QKV_PROJ | _GATE_UP_PROJ,
+  ),
+  'ernie4_5': Family(
+    architecture='Ernie4_5ForCausalLM',
+    gguf='llama',
+    absent=_ABSENT
+    | {
+      'head_dim': 128,
+      'max_position_embeddings': 131072,
+      'num_key_value_heads': 2,
+      'rms_norm_eps': 1e-5,
+      'rope_theta': 5e5,
+      'tie_word_embeddings': True,
+    },
+    bias_keys={'use_bias': LORA_TARGETS},
+    interleaved=True,
+  ),
+  'iquestcoder': Family(
+    architecture='LlamaForCausalLM',
+    gguf='llama',
+    absent=_ABSENT
+    | {
+      'max_position_embeddings': 131072,
+      'num_key_value_heads': 8,
+      'rms_norm_eps': 1e-5,
+    },
+    bias_keys=_BIAS_KEYS,
+    exported_as='llama',
+  ),
 }
+
+
+def row_of(family: str | None) -> Family:
+  """The row of this name; of none LLaMA's, whose names are ours."""
+  return FAMILIES['llama' if family is None else family]
+
+
+# The families that a model can be exported as.
+EXPORTED = {n: x for n, x in FAMILIES.items() if x.exported_as is None}
 # By the model_type of the remote code.
 REMOTE_CODE = {x.remote_code: x for x in FAMILIES.values() if x.remote_code}
 BIAS_KEYS = sorted({key for x in FAMILIES.values() for key in x.bias_keys})
 
 
 def family_of(config: ModelConfig) -> Family:
-  """The first that holds the model."""
-  return next(x for x in FAMILIES.values() if x.holds(config))
+  """The model's own, or the first that holds it."""
+  own = row_of(config.family)
+  return next(x for x in (own, *FAMILIES.values()) if x.holds(config))

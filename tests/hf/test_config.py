@@ -12,7 +12,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.models.config import LayerShape, ModelConfig
-from lorapr_jax.models.families import BIAS_KEYS, FAMILIES
+from lorapr_jax.models.families import BIAS_KEYS, EXPORTED, FAMILIES
 from lorapr_jax.models.rope import (
   Dynamic,
   Linear,
@@ -257,7 +257,7 @@ def test_biases_are_read_and_written():
   assert hf['attention_bias'] is hf['mlp_bias'] is True
 
 
-@pytest.mark.parametrize('name, family', FAMILIES.items())
+@pytest.mark.parametrize('name, family', EXPORTED.items())
 def test_every_family_is_read_as_it_is_written(name, family):
   config = dataclasses.replace(CONFIG, **family.fixed)
   for biases in family.possible_biases():
@@ -271,8 +271,7 @@ def test_every_family_is_read_as_it_is_written(name, family):
 def test_what_is_absent_means_what_it_means_to_transformers(name, family):
   # Without the flag a class says that there is no window.
   flag = {family.window_flag: True} if family.window_flag else {}
-  defaults = getattr(transformers, family.architecture).config_class(**flag)
-  assert defaults.model_type == name
+  defaults = transformers.AutoConfig.for_model(name, **flag)
   for key in BIAS_KEYS:
     assert hasattr(defaults, key) == (key in family.bias_keys)
     assert getattr(defaults, key, False) == family.absent.get(key, False)
