@@ -126,7 +126,7 @@ def test_generate_goes_on_with_the_likeliest_tokens(talking):
   @jax.jit
   def logits(params, tokens):
     hidden = decoder.hidden_states(params, tokens, model.config)
-    return decoder.logits(params, hidden)
+    return decoder.logits(params, hidden, model.config)
 
   for _ in range(4):
     # A token does not see those after it.

@@ -211,7 +211,7 @@ def _make_score(
         return jax.lax.dynamic_slice_in_dim(x, i * _CHUNK, _CHUNK, axis=1)
 
       x = jnp.take_along_axis(hidden, columns(after)[..., None], axis=1)
-      logits = decoder.logits(params, x)
+      logits = decoder.logits(params, x, config)
       target = columns(targets)[..., None]
       log_p = jnp.take_along_axis(logits, target, axis=-1)[..., 0]
       found = (

@@ -236,7 +236,7 @@ def make_advance(
     hidden, cache = cached.hidden_states(
       params, tokens, cache, start, config, dtype=dtype
     )
-    logits = decoder.logits(params, hidden[:, count - 1])
+    logits = decoder.logits(params, hidden[:, count - 1], config)
     key = jax.random.fold_in(key, start + count)
     draw = jax.vmap(sample, in_axes=(0, None, None, None))
     return cache, draw(logits, key, temperature, top_p)[:, None]

@@ -229,7 +229,7 @@ def _logits_of(config: ModelConfig) -> Callable[[Any], jax.Array]:
   @functools.partial(jax.jit, compiler_options=compiler_options())
   def logits(params):
     hidden = decoder.hidden_states(params, tokens, config, dtype=jnp.float32)
-    return decoder.logits(params, hidden)
+    return decoder.logits(params, hidden, config)
 
   return logits
 

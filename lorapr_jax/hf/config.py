@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import math
 import re
 from typing import Any
 
@@ -80,6 +81,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   """
   family = _family(hf)
   _check_supported(hf, family)
+  numbers = _numbers(hf, family)
   absent = dict(family.absent)
   if 'num_key_value_heads' in hf:  # A null is as many as there are heads.
     absent.pop('num_key_value_heads', None)
@@ -96,6 +98,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     raise UserError(
       f'config.json: heads of {head_dim} dimensions, which RoPE cannot pair'
     )
+  scale = numbers.get('attention_scale')
+  if scale is not None and math.isclose(scale, head_dim**-0.5):
+    numbers['attention_scale'] = None
   positions = _required(hf, 'max_position_embeddings')
   eos = hf.get('eos_token_id')
   return ModelConfig(
@@ -108,12 +113,29 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     tie_embeddings=hf['tie_word_embeddings'],
     biases=family.biases_by(key for key in family.bias_keys if hf.get(key)),
     **family.fixed,
+    **numbers,
     max_positions=positions,
     bos_token_id=hf.get('bos_token_id'),
     eos_token_id=(tuple(eos) or None) if isinstance(eos, list) else eos,
     pad_token_id=hf.get('pad_token_id'),
     family=hf['model_type'] if hf['model_type'] in FAMILIES else None,
   )
+
+
+def _numbers(hf: Mapping[str, Any], family: Family) -> dict[str, float | None]:
+  """The fields of ModelConfig that a family's `numbers` decide."""
+  fields = {}
+  for name, number in family.numbers.items():
+    key = number.key
+    value = hf.get(key)
+    if value is None and not (key in hf and name.endswith('_cap')):
+      value = family.absent[key]
+    if value is not None and not is_positive(value):
+      raise UserError(
+        f'config.json: {key} is {_shown(value)}, not a positive number'
+      )
+    fields[name] = None if value is None else number.read(value)
+  return fields
 
 
 def config_to_hf(
@@ -147,8 +169,10 @@ def config_to_hf(
     'pad_token_id': config.pad_token_id,
     'use_cache': True,
   }
-  flags = (family or family_of(config)).flags(config)
+  family = family or family_of(config)
+  flags = family.flags(config)
   hf |= {key: True for key, value in flags.items() if value}
+  hf |= family.values(config)
   if not config.is_uniform:
     hf['per_layer_config'] = {
       str(i): _layer_to_hf(shape)

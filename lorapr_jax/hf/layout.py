@@ -67,7 +67,7 @@ def resolve_model_type(
   raise UserError(
     f'transformers refuses a {" or ".join(held)} of '
     f'{config.layers[0].num_heads} heads with a hidden size of '
-    f'{config.embed_dim}, and no other type has the biases of this model: use '
+    f'{config.embed_dim}, and no other type holds this model: use '
     'export.layout=two_shape'
   )
 

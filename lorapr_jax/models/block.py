@@ -17,6 +17,7 @@ from lorapr_jax.models.layers import (
   LoRAEinsum,
   RMSNorm,
   dropout,
+  scaled,
 )
 from lorapr_jax.models.rotation import Rotation, apply_rope, turn_queries
 
@@ -85,6 +86,7 @@ class Attention(_Part):
     if self.config.qk_norm:
       norm = functools.partial(RMSNorm, self.config.norm_eps)
       q, k = norm(name='q_norm')(q), norm(name='k_norm')(k)
+    q = scaled(q, self.config.query_scale)
     q = _activation(turn_queries(q, rotation))
     k = _activation(apply_rope(k, rotation))
     with jax.named_scope('attention'):
@@ -134,8 +136,10 @@ class Block(nn.Module):
     x = checkpoint_name(x, BLOCK)
     if 'self_attn' in parts:
       h = _activation(norm(name='input_layernorm')(x))
-      x = x + Attention(*sizes, self.attend, name='self_attn')(h, rotation)
+      out = Attention(*sizes, self.attend, name='self_attn')(h, rotation)
+      x = x + scaled(out, self.config.residual_scale)
     if 'mlp' in parts:
       h = _activation(norm(name='post_attention_layernorm')(x))
-      x = x + MLP(*sizes, name='mlp')(h)
+      out = MLP(*sizes, name='mlp')(h)
+      x = x + scaled(out, self.config.residual_scale)
     return x

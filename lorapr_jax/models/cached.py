@@ -15,6 +15,7 @@ from jax.sharding import Sharding
 from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LayerShape, ModelConfig, Stack
+from lorapr_jax.models.decoder import embedded
 from lorapr_jax.models.layers import RMSNorm
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
@@ -62,7 +63,8 @@ def hidden_states(
   # All keys of a cache turn alike: what a text's length decides is decided by
   # how long it may become.
   rotation = rope_rotation(config, positions, longest=cache[0][0].shape[2])
-  x = params['embed_tokens']['weight'][tokens.reshape(B * T)].astype(dtype)
+  table = params['embed_tokens']['weight']
+  x = embedded(table, tokens.reshape(B * T), config, dtype)
   filled = []
   for i, stack in enumerate(config.stacks):
     layer = _layer(config, stack.shape, rotation, start)

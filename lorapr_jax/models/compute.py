@@ -14,6 +14,7 @@ from lorapr_jax.errors import choose
 from lorapr_jax.models import decoder
 from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.config import LoraConfig, ModelConfig
+from lorapr_jax.models.head import Head
 from lorapr_jax.models.kernels import AUTO, choose_attention
 from lorapr_jax.models.loss import chunked_cross_entropy, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import parts, platform
@@ -168,6 +169,7 @@ def token_losses(
     settings.loss_chunk,
     dtype=matmul_dtype,
     mesh=mesh,
+    head=Head.of(settings.config),
     teacher=jax.tree.map(lambda x: in_rows(x, mesh), teacher),
     distill=settings.distill,
   )

@@ -89,6 +89,15 @@ class ModelConfig:
   # 'head': queries and keys are RMS-normed over each head's numbers before
   # RoPE; None: they are not.
   qk_norm: str | None = None
+  # What a block's parts add to the stream, and the embeddings and logits, are
+  # multiplied by these.
+  residual_scale: float = 1.0
+  embed_scale: float = 1.0
+  logit_scale: float = 1.0
+  # Logits l become cap tanh(l / cap); None: they stay.
+  logit_cap: float | None = None
+  # By which q k is multiplied; None: 1 / sqrt(H).
+  attention_scale: float | None = None
   # Attention's scores s become cap tanh(s / cap); None: they stay.
   attention_cap: float | None = None
   max_positions: int = 2048
@@ -132,6 +141,19 @@ class ModelConfig:
     biased = {*self.biases, *names}
     biases = tuple(name for name in LORA_TARGETS if name in biased)
     return dataclasses.replace(self, biases=biases)
+
+  @property
+  def score_scale(self) -> float:
+    """By which q k is multiplied."""
+    scale = self.attention_scale
+    return self.head_dim**-0.5 if scale is None else scale
+
+  @property
+  def query_scale(self) -> float:
+    """By which queries grow before they attend, which divides by sqrt(H)."""
+    if self.attention_scale is None:
+      return 1.0
+    return self.attention_scale * math.sqrt(self.head_dim)
 
   @property
   def block_norms(self) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from lorapr_jax.axes import apply_masks
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LoraConfig, ModelConfig, Stack
+from lorapr_jax.models.head import Head
 from lorapr_jax.models.layers import (
   BLOCK,
   DROPOUT,
@@ -86,7 +87,9 @@ def hidden_states(
   if lora is None:
     lora_config, lora = None, nothing
   axes = block_axes(config.dequantized, lora_config)
-  x = _embedded(params, tokens.reshape(B * T) if flat else tokens, valid, dtype)
+  table = params['embed_tokens']['weight']
+  tokens = tokens.reshape(B * T) if flat else tokens
+  x = embedded(table, tokens, config, dtype, valid)
   for i, stack in enumerate(config.stacks):
     layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
     inputs = (layers, masks[i], _dropout_keys(dropout_key, stack))
@@ -97,11 +100,26 @@ def hidden_states(
   return norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
 
 
-def _embedded(
-  params: Any, tokens: Array, valid: Array | None, dtype: Any
+def embedded(
+  table: Array,
+  tokens: Array,
+  config: ModelConfig,
+  dtype: Any,
+  valid: Array | None = None,
 ) -> Array:
-  """(..., D) for tokens (...), zero where there is padding."""
-  x = params['embed_tokens']['weight'][tokens].astype(dtype)
+  """The first layer's input, (..., D), for tokens (...).
+
+  Args:
+    table: (V, D).
+    tokens: ids.
+    config: the model's numbers.
+    dtype: of the result, in which `config.embed_scale` is rounded too.
+    valid: False where there is padding, which becomes zero, in as many places
+      as there are tokens. None: there is none.
+  """
+  x = table[tokens].astype(dtype)
+  if config.embed_scale != 1.0:
+    x = x * jnp.asarray(config.embed_scale, dtype)
   if valid is None:
     return x
   return jnp.where(valid.reshape(*tokens.shape, 1), x, 0)
@@ -167,12 +185,13 @@ def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
   return layer
 
 
-def logits(params: Any, hidden: Array) -> Array:
+def logits(params: Any, hidden: Array, config: ModelConfig) -> Array:
   """(..., D) hidden states to (..., V) logits, in float32."""
   weight = output_weight(params).astype(hidden.dtype)
-  return jnp.einsum(
+  products = jnp.einsum(
     '...D,VD->...V', hidden, weight, preferred_element_type=jnp.float32
   )
+  return Head.of(config).logits(products)
 
 
 def output_weight(params: Any) -> Array:

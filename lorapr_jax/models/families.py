@@ -5,13 +5,27 @@ becomes a file. A ModelConfig has numbers and flags alone: nothing else knows
 which family a model is of.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.models.config import ModelConfig
+
+
+class Number(NamedTuple):
+  """A number of a config.json that decides a field of ModelConfig.
+
+  Attributes:
+    key: of the config.json.
+    read: from its value to the field's.
+    write: the inverse.
+  """
+
+  key: str
+  read: Callable[[float], float] = float
+  write: Callable[[float], float] = float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +36,16 @@ class Family:
     architecture: the class of transformers that has logits.
     gguf: what llama.cpp calls it; None: there is no GGUF of it.
     absent: what keys of a config.json mean that the file lacks. A null means
-      the same, but of `sliding_window`, where it means that there is none, and
-      of `num_key_value_heads`, where it means as many as there are heads.
+      the same, but of `sliding_window` and of caps, where it means that there
+      is none, and of `num_key_value_heads`, where it means as many as there
+      are heads.
     ignored: keys of a config.json that may say anything where others may not.
     written: keys of a config.json that no size decides.
     biases: the projections that always have one.
     bias_keys: flags of a config.json, and the projections that have one then.
-    fixed: FEATURES of every model of the family; the others are LLaMA's.
+    fixed: FEATURES of every model of the family.
+    numbers: FEATURES that config.json decides. Those that are neither here nor
+      in `fixed` are LLaMA's.
     window_flag: the flag of a config.json without which its `sliding_window`
       means nothing; None: it needs none.
     stored: where the files have a module of a block, by where we have it; those
@@ -58,6 +75,7 @@ class Family:
     default_factory=dict
   )
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  numbers: Mapping[str, Number] = dataclasses.field(default_factory=dict)
   window_flag: str | None = None
   stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   interleaved: bool = False
@@ -69,7 +87,8 @@ class Family:
   def holds(self, config: ModelConfig) -> bool:
     """Whether a model of this family computes what `config` says."""
     return config.biases in self.possible_biases() and all(
-      getattr(config, name) == self.fixed.get(name, default)
+      name in self.numbers
+      or getattr(config, name) == self.fixed.get(name, default)
       for name, default in FEATURES.items()
     )
 
@@ -84,6 +103,15 @@ class Family:
     biased = {*self.biases, *(n for key in keys for n in self.bias_keys[key])}
     return tuple(name for name in LORA_TARGETS if name in biased)
 
+  def values(self, config: ModelConfig) -> dict[str, float | None]:
+    """The values of the keys of `numbers` for a model of this family."""
+    values = dataclasses.asdict(config)
+    values['attention_scale'] = config.score_scale
+    return {
+      number.key: None if values[name] is None else number.write(values[name])
+      for name, number in self.numbers.items()
+    }
+
   def flags(self, config: ModelConfig) -> dict[str, bool]:
     """The values of `bias_keys` for a model of this family."""
     return {
@@ -92,7 +120,18 @@ class Family:
 
 
 # Fields of ModelConfig that a family decides, and what they are for LLaMA.
-FEATURES = {name: getattr(ModelConfig, name) for name in ('qk_norm',)}
+FEATURES = {
+  name: getattr(ModelConfig, name)
+  for name in (
+    *('qk_norm', 'residual_scale', 'embed_scale', 'logit_scale', 'logit_cap'),
+    *('attention_scale', 'attention_cap'),
+  )
+}
+
+
+def _inverse(x: float) -> float:
+  return float(f'{1 / x:.12g}')
+
 
 _QKV = ('q_proj', 'k_proj', 'v_proj')
 _ABSENT = {
@@ -140,6 +179,25 @@ FAMILIES = {
     },
     written={'sliding_window': None},
     names_version=True,
+  ),
+  'granite': Family(
+    architecture='GraniteForCausalLM',
+    gguf=None,
+    absent=_ABSENT
+    | dict.fromkeys(
+      (
+        *('embedding_multiplier', 'residual_multiplier', 'logits_scaling'),
+        'attention_multiplier',
+      ),
+      1.0,
+    ),
+    bias_keys=_BIAS_KEYS,
+    numbers={
+      'embed_scale': Number('embedding_multiplier'),
+      'residual_scale': Number('residual_multiplier'),
+      'attention_scale': Number('attention_multiplier'),
+      'logit_scale': Number('logits_scaling', lambda x: 1 / x, _inverse),
+    },
   ),
   'qwen2': Family(
     architecture='Qwen2ForCausalLM',

@@ -22,6 +22,13 @@ DROPOUT = 'dropout'
 INPUTS = 'inputs'
 
 
+def scaled(x: Array, factor: float) -> Array:
+  """x times a number, computed in float32."""
+  if factor == 1.0:
+    return x
+  return (x.astype(jnp.float32) * factor).astype(x.dtype)
+
+
 class RMSNorm(nn.Module):
   """x / rms(x) * weight over the last axis, computed in float32."""
 

@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from lorapr_jax.models.head import Head
 from lorapr_jax.runtime.sharding import parts
+
+_PLAIN = Head()
 
 
 @jax.named_scope('loss')
@@ -25,6 +28,7 @@ def chunked_cross_entropy(
   *,
   dtype: Any = None,
   mesh: Mesh | None = None,
+  head: Head = _PLAIN,
   teacher: Mapping[str, Array] | None = None,
   distill: float = 0.0,
 ) -> Array:
@@ -51,6 +55,7 @@ def chunked_cross_entropy(
     chunk_size: tokens whose logits exist at the same time.
     dtype: of the products' operands; None: hidden's. Logits are in float32.
     mesh: that the arrays lie on; None: one device.
+    head: what becomes of the products with the matrix.
     teacher: {'ids': (N, K), 'log_probs': (N, K)} from `chunked_top_k`. No
       gradient flows into it.
     distill: d.
@@ -63,7 +68,7 @@ def chunked_cross_entropy(
   weight = _output_matrix(places, weight, dtype or hidden.dtype)
 
   def loss(hidden, labels):
-    return _chunk_loss(places, distill, hidden, weight, labels)
+    return _chunk_loss(places, head, distill, hidden, weight, labels)
 
   labels = _Labels(targets, token_weights, teacher or {})
   return _by_chunk(places, loss, chunk_size, (hidden, labels))
@@ -77,6 +82,7 @@ def chunked_top_k(
   *,
   dtype: Any = None,
   mesh: Mesh | None = None,
+  head: Head = _PLAIN,
 ) -> dict[str, Array]:
   """The K most probable next tokens: {'ids', 'log_probs'}, (N, K) each.
 
@@ -87,13 +93,14 @@ def chunked_top_k(
     chunk_size: tokens whose logits exist at the same time.
     dtype: as of `chunked_cross_entropy`.
     mesh: as of `chunked_cross_entropy`.
+    head: as of `chunked_cross_entropy`.
   """
   chunk_size = min(chunk_size, hidden.shape[0])
   places = _Places.of(mesh, chunk_size, weight.shape[0])
   weight = _output_matrix(places, weight, dtype or hidden.dtype)
 
   def top(hidden):
-    logits = _logits(places, hidden, weight)
+    logits = head.logits(_products(places, hidden, weight))
     log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(logits), k)
     return {'ids': ids, 'log_probs': log_probs}
 
@@ -208,26 +215,28 @@ class _Labels(NamedTuple):
   teacher: Mapping[str, Array]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _chunk_loss(
   places: _Places,
+  head: Head,
   distill: float,
   hidden: Array,
   weight: Array,
   labels: _Labels,
 ) -> Array:
-  return _loss_and_error(places, distill, hidden, weight, labels)[0]
+  return _loss_and_error(places, head, distill, hidden, weight, labels)[0]
 
 
 def _loss_and_error(
   places: _Places,
+  head: Head,
   distill: float,
   hidden: Array,
   weight: Array,
   labels: _Labels,
 ) -> tuple[Array, Array]:
-  """The loss (N,), and its gradient with respect to the logits (N, V)."""
-  logits = _logits(places, hidden, weight)
+  """The loss (N,), and its gradient with respect to the products (N, V)."""
+  logits = head.logits(_products(places, hidden, weight))
   top = jnp.max(logits, axis=-1, keepdims=True)
   total = jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True)
   target = jnp.take_along_axis(logits, labels.targets[:, None], axis=-1)
@@ -241,7 +250,8 @@ def _loss_and_error(
     distance, pull = _divergence(labels.teacher, logits - log_total, softmax)
     loss = (1 - distill) * loss + distill * distance
     error = (1 - distill) * error + distill * pull
-  return loss * labels.weights, error * labels.weights[:, None]
+  error = head.pulled_back(logits, error * labels.weights[:, None])
+  return loss * labels.weights, error
 
 
 def _divergence(
@@ -266,10 +276,10 @@ def _divergence(
   return distance[:, 0], pull
 
 
-def _logits(places: _Places, hidden: Array, weight: Array) -> Array:
+def _products(places: _Places, hidden: Array, weight: Array) -> Array:
   hidden = places(hidden, places.tokens, None)
-  logits = _product('ND,VD->NV', hidden, weight)
-  return places(logits, places.tokens, places.vocab)
+  products = _product('ND,VD->NV', hidden, weight)
+  return places(products, places.tokens, places.vocab)
 
 
 def _product(spec: str, x: Array, weight: Array) -> Array:
@@ -278,13 +288,13 @@ def _product(spec: str, x: Array, weight: Array) -> Array:
   )
 
 
-def _chunk_forward(places, distill, hidden, weight, labels):
-  loss, error = _loss_and_error(places, distill, hidden, weight, labels)
+def _chunk_forward(places, head, distill, hidden, weight, labels):
+  loss, error = _loss_and_error(places, head, distill, hidden, weight, labels)
   grad = _product('NV,VD->ND', error, weight).astype(hidden.dtype)
   return loss, places(grad, places.rows, None)
 
 
-def _chunk_backward(places, distill, grad_hidden, grad_loss):
+def _chunk_backward(places, head, distill, grad_hidden, grad_loss):
   grad = grad_hidden * grad_loss[:, None].astype(grad_hidden.dtype)
   return grad, None, None
 

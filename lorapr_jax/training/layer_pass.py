@@ -19,12 +19,13 @@ from lorapr_jax.axes import (
   apply_masks,
   carries,
 )
+from lorapr_jax.models import decoder
 from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
-from lorapr_jax.models.layers import INPUTS, LoRAEinsum
+from lorapr_jax.models.layers import INPUTS, LoRAEinsum, scaled
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
 from lorapr_jax.models.trees import block_axes
@@ -56,14 +57,16 @@ def embedded(
 ) -> tuple[Array, Rotation]:
   """The first layer's input, (M, N, D), and RoPE's rotation of its tokens."""
   tokens, segments = batch['tokens'], batch.get('segments')
-  x = embeddings[tokens].astype(settings.dtype)
+  valid = None if segments is None else segments > 0
+  x = decoder.embedded(
+    embeddings, tokens, settings.config, settings.dtype, valid
+  )
   if segments is None:
     positions = jnp.broadcast_to(
       jnp.arange(tokens.shape[2]), (tokens.shape[0], tokens.shape[2])
     )
   else:
     positions = jax.vmap(segment_positions)(segments)
-    x = jnp.where((segments > 0)[..., None], x, 0)
   rotation = rope_rotation(settings.config, positions.astype(jnp.float32))
   if parts(mesh_of(place), 'length') == 1:  # Else B and T stay apart.
     x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -115,7 +118,8 @@ class LayerPass:
           stack = stacks[part][name]['weight']
           stack = stack.at[layer.index].set(chosen.weight)
           stacks = {**stacks, part: {name: {'weight': stack}}}
-      x += self.write(part, apply_masks(own, after, names), inputs[name])
+      out = self.write(part, apply_masks(own, after, names), inputs[name])
+      x += scaled(out, settings.config.residual_scale)
     return Carry(x, stacks), (after, importance, errors)
 
   def read(self, part: str, variables: Any, x: Array) -> dict[str, Array]:

@@ -16,6 +16,7 @@ import numpy as np
 
 from lorapr_jax.models import decoder
 from lorapr_jax.models.compute import compiler_options, run_model
+from lorapr_jax.models.head import Head
 from lorapr_jax.models.loss import chunked_top_k, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import mesh_of
 from lorapr_jax.settings.phases import Phase
@@ -81,6 +82,7 @@ def make_top_tokens(
       compute.loss_chunk,
       dtype=compute.matmul_dtype,
       mesh=mesh,
+      head=Head.of(compute.config),
     )
     shape = micro['tokens'].shape
     return jax.tree.map(lambda x: out_of_rows(x, shape, mesh), found)

@@ -10,11 +10,11 @@ from tests.errors.case import (
 )
 
 
-def _with_biases(did: str, *settings: str, **more: int) -> Case:
-  """Prunes a MODEL that has biases and these keys in its config.json."""
+def _with_biases(did: str, *settings: str) -> Case:
+  """Prunes a MODEL that has biases."""
 
   def argv(place: Place) -> list[str]:
-    place.model(attention_bias=True, **more)
+    place.model(attention_bias=True)
     place.text()
     return train_model('prune.protect=none', *settings)
 

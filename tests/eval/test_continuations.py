@@ -50,7 +50,7 @@ def alone(params, pairs):
   @jax.jit
   def log_p(ids):
     hidden = decoder.hidden_states(params, ids[None], CONFIG)
-    return jax.nn.log_softmax(decoder.logits(params, hidden[0]))
+    return jax.nn.log_softmax(decoder.logits(params, hidden[0], CONFIG))
 
   scores = []
   for context, continuation in pairs:

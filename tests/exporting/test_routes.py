@@ -92,7 +92,9 @@ def pruned(random_params, random_lora):
 
 @functools.partial(jax.jit, static_argnames='config')
 def logits(params, config, tokens=TOKENS):
-  return decoder.logits(params, decoder.hidden_states(params, tokens, config))
+  return decoder.logits(
+    params, decoder.hidden_states(params, tokens, config), config
+  )
 
 
 def check_logits(params, config):

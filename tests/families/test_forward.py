@@ -33,7 +33,7 @@ def _logits(params, config, tokens=TOKENS, segments=None, dtype=jnp.float32):
   hidden = run_model(
     params, tokens, Compute(config, dtype=dtype), segments=segments
   )
-  return decoder.logits(params, hidden)
+  return decoder.logits(params, hidden, config)
 
 
 @functools.cache
@@ -146,7 +146,7 @@ def _gradient(lora, params, config, remat, scan_layers):
       remat=remat,
       scan_layers=scan_layers,
     )
-    return jnp.log(jnp.cosh(decoder.logits(params, hidden))).mean()
+    return jnp.log(jnp.cosh(decoder.logits(params, hidden, config))).mean()
 
   return jax.grad(loss)(lora)
 
@@ -187,4 +187,4 @@ def test_eight_devices_compute_what_one_computes(kind, save_hf, load):
 @functools.partial(jax.jit, static_argnames=('config', 'mesh'))
 def _on_mesh(params, tokens, config, mesh):
   hidden = run_model(params, tokens, Compute(config), mesh=mesh)
-  return decoder.logits(params, hidden)
+  return decoder.logits(params, hidden, config)

@@ -43,7 +43,7 @@ def _logits(params, lora, config, masks=None):
   hidden = decoder.hidden_states(
     params, TOKENS, config, lora=lora, lora_config=LORA, masks=masks
   )
-  return decoder.logits(params, hidden)
+  return decoder.logits(params, hidden, config)
 
 
 def _masks(config, keep):

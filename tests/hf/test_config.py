@@ -259,7 +259,8 @@ def test_biases_are_read_and_written():
 
 @pytest.mark.parametrize('name, family', EXPORTED.items())
 def test_every_family_is_read_as_it_is_written(name, family):
-  config = dataclasses.replace(CONFIG, **family.fixed)
+  numbers = dict.fromkeys(family.numbers, 0.5)
+  config = dataclasses.replace(CONFIG, **family.fixed, **numbers)
   for biases in family.possible_biases():
     config = dataclasses.replace(config, biases=biases)
     hf = json.loads(json.dumps(hf_config(config, 'float32', 'uniform', name)))
@@ -277,6 +278,30 @@ def test_what_is_absent_means_what_it_means_to_transformers(name, family):
     assert getattr(defaults, key, False) == family.absent.get(key, False)
   for key, value in family.absent.items():
     assert getattr(defaults, key, value) == value
+
+
+def test_the_numbers_of_a_granite():
+  hf = _changed(
+    {
+      'model_type': 'granite',
+      'embedding_multiplier': 12,
+      'logits_scaling': 8.0,
+      'residual_multiplier': 0.22,
+      'attention_multiplier': 0.25,
+    }
+  )
+  config = config_from_hf(hf)
+  # 0.25 is what heads of 16 dimensions have anyway.
+  assert config == dataclasses.replace(
+    CONFIG, embed_scale=12.0, logit_scale=0.125, residual_scale=0.22
+  )
+  assert hf.items() <= hf_config(config, 'float32', 'auto', 'auto').items()
+  # What is absent is 1; a LLaMA saved as a granite says what it computes.
+  absent = config_from_hf({**HF, 'model_type': 'granite'})
+  assert absent == dataclasses.replace(CONFIG, attention_scale=1.0)
+  hf = hf_config(CONFIG, 'float32', 'auto', 'granite')
+  assert (hf['attention_multiplier'], hf['logits_scaling']) == (0.25, 1.0)
+  assert config_from_hf(hf) == CONFIG
 
 
 def test_a_mistral_without_a_window_is_the_same_model():
@@ -318,6 +343,7 @@ UNSUPPORTED = [
   ({'model_type': ...}, 'model_type'),
   ({**MISTRAL, 'attention_bias': True}, 'attention_bias'),
   ({'attention_bias': 1}, 'attention_bias'),
+  ({'model_type': 'granite', 'logits_scaling': 0}, 'logits_scaling'),
   ({'attention_dropout': 0.1}, 'attention_dropout'),
   ({**MISTRAL, 'mlp_bias': True}, 'mlp_bias'),
   ({'mlp_bias': 'yes'}, 'mlp_bias'),

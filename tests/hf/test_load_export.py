@@ -272,7 +272,9 @@ PROMPT, NEW = 5, 8
 
 @functools.partial(jax.jit, static_argnames='config')
 def _logits(params, tokens, config):
-  return decoder.logits(params, decoder.hidden_states(params, tokens, config))
+  return decoder.logits(
+    params, decoder.hidden_states(params, tokens, config), config
+  )
 
 
 @pytest.mark.parametrize(
@@ -287,7 +289,7 @@ def _logits(params, tokens, config):
     (LLAMA.with_biases(PROJECTIONS['mlp']), {'layout': 'uniform'}, 'llama'),
     (UNEQUAL.with_biases(BOTH), {}, 'pruned_llama'),
     # There is no mistral with biases.
-    (MISTRAL.with_biases(PROJECTIONS['self_attn']), {}, 'seed_oss'),
+    (MISTRAL.with_biases(PROJECTIONS['self_attn']), {}, 'granite'),
   ],
 )
 def test_transformers_runs_what_was_exported(

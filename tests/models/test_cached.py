@@ -29,12 +29,14 @@ LENGTH = 32
 @functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
 def _advance(params, tokens, cache, start, config):
   hidden, cache = cached.hidden_states(params, tokens, cache, start, config)
-  return decoder.logits(params, hidden), cache
+  return decoder.logits(params, hidden, config), cache
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def _uncached(params, config):
-  return decoder.logits(params, decoder.hidden_states(params, TOKENS, config))
+  return decoder.logits(
+    params, decoder.hidden_states(params, TOKENS, config), config
+  )
 
 
 def _check(config, params, parts):

@@ -53,7 +53,9 @@ def test_the_compiler_counts_as_many():
   tokens = jax.ShapeDtypeStruct((1, 64), 'int32')
 
   def forward(params, tokens):
-    return decoder.logits(params, decoder.hidden_states(params, tokens, config))
+    return decoder.logits(
+      params, decoder.hidden_states(params, tokens, config), config
+    )
 
   compiled = jax.jit(forward).lower(shapes, tokens).compile()
   # XLA computes the masked half of the attention too, and counts the rest.

@@ -35,7 +35,8 @@ TOKENS = np.random.default_rng(0).integers(0, 96, (2, 64))
 
 @functools.partial(jax.jit, static_argnames='config')
 def _logits(params, config):
-  return decoder.logits(params, decoder.hidden_states(params, TOKENS, config))
+  hidden = decoder.hidden_states(params, TOKENS, config)
+  return decoder.logits(params, hidden, config)
 
 
 @functools.partial(jax.jit, static_argnames=('lora_config', 'dtype'))
@@ -92,7 +93,7 @@ def test_a_bf16_computation_is_near_the_float32_one(random_params):
   hidden = _hidden(params, dtype=jnp.bfloat16)
   exact = _hidden(params)
   assert (hidden.dtype, exact.dtype) == (jnp.bfloat16, jnp.float32)
-  assert decoder.logits(params, hidden).dtype == jnp.float32
+  assert decoder.logits(params, hidden, SMALL).dtype == jnp.float32
   # Three decimal digits a rounding, some tens of them in a row.
   error = jnp.linalg.norm(hidden.astype(jnp.float32) - exact)
   assert error < 0.1 * jnp.linalg.norm(exact)

@@ -90,7 +90,7 @@ def _logits(params, lora=None, lora_config=None):
   hidden = decoder.hidden_states(
     params, tokens, CONFIG, lora=lora, lora_config=lora_config
   )
-  return decoder.logits(params, hidden)
+  return decoder.logits(params, hidden, CONFIG)
 
 
 def _merged(params, lora, lora_config):

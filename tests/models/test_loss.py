@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from lorapr_jax.models.head import Head
 from lorapr_jax.models.loss import chunked_cross_entropy, chunked_top_k
 from lorapr_jax.runtime.sharding import make_mesh, sharding
 
@@ -25,9 +26,12 @@ def _inputs(dtype=jnp.float32):
   return hidden, weight, targets, token_weights
 
 
-@jax.jit
-def _plain(hidden, weight, targets, token_weights):
-  log_probabilities = jax.nn.log_softmax(hidden @ weight.T)
+PLAIN = Head()
+
+
+@functools.partial(jax.jit, static_argnames='head')
+def _plain(hidden, weight, targets, token_weights, head=PLAIN):
+  log_probabilities = jax.nn.log_softmax(head.logits(hidden @ weight.T))
   return -log_probabilities[jnp.arange(N), targets] * token_weights
 
 
@@ -45,16 +49,19 @@ def test_loss_is_the_plain_loss(chunk_size):
   np.testing.assert_allclose(losses, _plain(*inputs), rtol=0, atol=1e-6)
 
 
-def test_gradient_is_that_of_the_plain_loss(chunk_size):
+# A scale and a cap under which most logits are bent.
+@pytest.mark.parametrize('head', [PLAIN, Head(0.7, 1.5)])
+def test_gradient_is_that_of_the_plain_loss(chunk_size, head):
   hidden, *rest = _inputs()
   # Not the plain sum: each token's loss must get its own factor.
   factors = np.linspace(-1.0, 2.0, N, dtype=np.float32)
 
   def chunked(h):
-    return jnp.sum(chunked_cross_entropy(h, *rest, chunk_size) * factors)
+    losses = chunked_cross_entropy(h, *rest, chunk_size, head=head)
+    return jnp.sum(losses * factors)
 
   def plain(h):
-    return jnp.sum(_plain(h, *rest) * factors)
+    return jnp.sum(_plain(h, *rest, head=head) * factors)
 
   got, want = (jax.jit(jax.grad(f))(hidden) for f in (chunked, plain))
   assert np.abs(want).max() > 0.1
@@ -168,8 +175,9 @@ def test_a_student_that_is_sure_of_the_top_is_pulled_back():
 
 def test_the_top_tokens_are_those_of_the_whole(chunk_size):
   hidden, weight, *_ = _inputs()
-  found = chunked_top_k(hidden, weight, 3, chunk_size)
-  log_probs = np.asarray(jax.nn.log_softmax(hidden @ weight.T))
+  head = Head(0.7, 1.5)
+  found = chunked_top_k(hidden, weight, 3, chunk_size, head=head)
+  log_probs = np.asarray(jax.nn.log_softmax(head.logits(hidden @ weight.T)))
   np.testing.assert_array_equal(
     found['ids'], np.argsort(-log_probs, axis=-1)[:, :3]
   )

@@ -78,7 +78,7 @@ def run(params, config, lora=None, masks=None):
   hidden = hidden_states(
     params, TOKENS, config, lora=lora, lora_config=LORA, masks=masks
   )
-  return logits(params, hidden)
+  return logits(params, hidden, config)
 
 
 def cut(params, lora, kept, config, change=shrink):

@@ -45,7 +45,7 @@ def measure(folder: Path, text: Path) -> None:
   @jax.jit
   def logits(tokens):
     hidden = decoder.hidden_states(params, tokens, config, dtype=jnp.float32)
-    return decoder.logits(params, hidden)
+    return decoder.logits(params, hidden, config)
 
   lines = text.read_text(encoding='utf-8').splitlines()
   lines = [line for line in lines if len(line.split()) > 3][:_LINES]

@@ -231,7 +231,7 @@ def logits_of(params, lora, masks):
   hidden = decoder.hidden_states(
     params, UNSEEN, CONFIG, lora=lora, lora_config=LORA, masks=masks
   )
-  return decoder.logits(params, hidden)
+  return decoder.logits(params, hidden, CONFIG)
 
 
 def logits(*trees):

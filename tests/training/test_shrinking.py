@@ -92,7 +92,7 @@ def smallest_gap(events):
 @functools.partial(jax.jit, static_argnames='config')
 def logits_of(params, config):
   tokens = np.random.default_rng(0).integers(0, 256, (2, 32))
-  return logits(params, hidden_states(params, tokens, config))
+  return logits(params, hidden_states(params, tokens, config), config)
 
 
 @pytest.mark.parametrize(
