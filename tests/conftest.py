@@ -9,7 +9,7 @@ import tempfile
 import filelock
 import pytest
 
-from tests.kinds import LLAMAS, save
+from tests.kinds import KINDS, LLAMAS, save
 from tests.xla_flags import DEVICES, FLAGS
 
 _MODULES = tempfile.TemporaryDirectory(prefix='transformers-modules-')
@@ -75,7 +75,7 @@ def save_hf(tmp_path_factory):
   @functools.cache
   def save_hf(kind, dtype='float32', max_shard_size='1GB'):
     folder = tmp_path_factory.mktemp(kind) / 'model'
-    save(kind, folder, dtype, max_shard_size)
+    save(KINDS[kind].keys, folder, dtype, max_shard_size)
     return folder
 
   return save_hf

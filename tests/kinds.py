@@ -231,7 +231,10 @@ _FAMILIES = {
     rope_by_layer={'rope_local_base_freq': 100000.0},
     **_AFTER,
   ),
-  'phi3': _kind('phi3', {'head_dim': 8, 'sliding_window': 8}, window=_ENDLESS),
+  'phi3': _kind('phi3', {'sliding_window': None}),
+  'phi3_window': _kind(
+    'phi3', {'head_dim': 8, 'sliding_window': 8}, window=_ENDLESS
+  ),
   'phi3_longrope': _kind(
     'phi3',
     {
@@ -383,18 +386,17 @@ def torch_model(keys: Mapping[str, Any], without: tuple[str, ...] = ()) -> Any:
 
 
 def save(
-  kind: str, folder: Path, dtype: str, max_shard_size: str = '1GB'
+  keys: Mapping[str, Any],
+  folder: Path,
+  dtype: str = 'float32',
+  max_shard_size: str = '1GB',
 ) -> None:
-  """Writes transformers' model of a kind as a folder of the Hub has it."""
+  """Writes transformers' model of these keys, as the Hub has folders."""
   import torch
 
-  keys = KINDS[kind].keys
   model = torch_model(keys).to(getattr(torch, dtype))
   model.save_pretrained(folder, max_shard_size=max_shard_size)
   path = folder / 'config.json'
   written = json.loads(path.read_text())
-  path.write_text(
-    json.dumps(
-      {'architectures': written['architectures'], 'torch_dtype': dtype} | keys
-    )
-  )
+  head = {'architectures': written['architectures'], 'torch_dtype': dtype}
+  path.write_text(json.dumps(head | keys))

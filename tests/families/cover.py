@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.models.families import FAMILIES
 from tests.kinds import KINDS
 
 # What says nothing of the mathematics.
@@ -20,9 +21,15 @@ _PLAIN = {
 
 
 def traits(kind: str) -> set[str]:
-  """What a kind has that LLaMA has not: features, and fields of its config."""
-  config = config_from_hf(KINDS[kind].keys)
-  return set(KINDS[kind].features) | {
+  """What a kind has that LLaMA has not.
+
+  They are its features, fields of its config, and how its files are laid out.
+  """
+  keys = KINDS[kind].keys
+  config, row = config_from_hf(keys), FAMILIES[keys['model_type']]
+  found = set(KINDS[kind].features)
+  found |= {x for x in ('interleaved', 'stored') if getattr(row, x)}
+  return found | {
     _named(field.name, getattr(config, field.name))
     for field in dataclasses.fields(config)
     if field.name not in _PLAIN
@@ -72,4 +79,15 @@ def pairs(*items: Iterable[str]) -> set[frozenset[str]]:
   }
 
 
+def has_remote_code(kind: str) -> bool:
+  """Whether an export may have layers that differ in size."""
+  return FAMILIES[KINDS[kind].keys['model_type']].remote_code is not None
+
+
 TRAITS = {kind: traits(kind) for kind in KINDS}
+# Those of which heads of either kind may go.
+GROUPED = {
+  kind: found
+  for kind, found in TRAITS.items()
+  if KINDS[kind].keys['num_key_value_heads'] == 2
+}

@@ -13,8 +13,7 @@ from tests.kinds import KINDS
 def test_out_comes_what_came_in(kind, dtype, save_hf, load, tmp_path):
   source = save_hf(kind, dtype)
   config, params = load(source, dtype)
-  model_type = KINDS[kind].keys['model_type']
-  export_model(tmp_path / 'out', params, config, model_type=model_type)
+  export_model(tmp_path / 'out', params, config)
   assert load_config(tmp_path / 'out') == config
   before, after = (
     load_file(folder / 'model.safetensors')

@@ -16,7 +16,7 @@ from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
-from tests.families.cover import TRAITS, each, pairs
+from tests.families.cover import GROUPED, each, has_remote_code, pairs
 from tests.kinds import KINDS
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40))
@@ -30,11 +30,11 @@ KEPT = {
 }
 # Every family; and every trait with each kind of head and of layers.
 CASES = {
-  (kind, *how): pairs(TRAITS[kind], *([x] for x in how))
+  (kind, *how): pairs(GROUPED[kind], *([x] for x in how))
   | {KINDS[kind].keys['model_type']}
-  for kind in KINDS
-  if KINDS[kind].keys['num_key_value_heads'] == 2
+  for kind in GROUPED
   for how in KEPT
+  if 'equal' in how or has_remote_code(kind)
 }
 
 
