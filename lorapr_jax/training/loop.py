@@ -59,10 +59,8 @@ def train_phase(
   """Trains LoRA on the base and, if the phase prunes, masks groups.
 
   It goes on from the adapters `lora`, or draws new ones; `seed` is for these
-  and for dropout. Arrays of the base that are cut or repaired are deleted.
-
-  Returns:
-    The last state and the base, both at the last size.
+  and for dropout. Arrays of the base that are cut or repaired are deleted. The
+  state and the base that come back have the last size.
 
   Raises:
     Stopped: after SIGINT, SIGTERM or SIGHUP, once a checkpoint is written.
