@@ -263,8 +263,8 @@ def _case(name, *sizes, marks=()):
   [
     _case('gqa', 2, 2, 2),
     _case('gqa', 8, 1, 1, marks=pytest.mark.slow),
-    _case('gqa', 1, 8, 1),
-    _case('gqa', 1, 4, 2),
+    _case('gqa', 1, 8, 1, marks=pytest.mark.slow),
+    _case('gqa', 1, 4, 2, marks=pytest.mark.slow),
     _case('int8', 2, 2, 2),
     _case('gqa', 1, 2, 2, 2),
     _case('gqa', 2, 1, 1, 4, marks=pytest.mark.slow),
@@ -276,7 +276,7 @@ def _case(name, *sizes, marks=()):
     _case('mha', 8, 1, 1, marks=pytest.mark.slow),
     _case('mha', 1, 8, 1, marks=pytest.mark.slow),
     _case('mha', 1, 4, 2, marks=pytest.mark.slow),
-    _case('mha', 2, 2, 1, 2),
+    _case('mha', 2, 2, 1, 2, marks=pytest.mark.slow),
   ],
 )
 def test_a_mesh_computes_what_one_device_computes(

@@ -427,14 +427,11 @@ def test_what_masked_groups_hold_is_of_no_account(group):
 @pytest.mark.parametrize(
   'group, config, sizes',
   [
-    (CHANNELS, CONFIG, (8, 1, 1)),
     (CHANNELS, CONFIG, (1, 2, 2, 2)),
-    (KV_HEADS, CONFIG, (1, 8, 1)),
+    (CHANNELS, BIASED, (8, 1, 1)),
     (KV_HEADS, CONFIG, (1, 2, 4)),
     (QUERIES, CONFIG, (2, 2, 2)),
-    (QUERIES, CONFIG, (1, 2, 2, 2)),
     (KV_HEADS, BIASED, (1, 2, 2, 2)),
-    (KV_HEADS, BIASED, (2, 2, 2)),
   ],
 )
 def test_eight_devices_repair_as_one_does(group, config, sizes):

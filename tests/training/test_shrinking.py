@@ -52,7 +52,8 @@ CASES = {
 MARKS = {
   'kv_heads': (pytest.mark.slow, pytest.mark.mesh),
   'int8': pytest.mark.mesh,
-  'queries': pytest.mark.mesh,
+  # tests/pruning/test_shrink.py has single queries, tests/families whole runs.
+  'queries': (pytest.mark.slow, pytest.mark.mesh),
 }
 
 
