@@ -26,7 +26,6 @@ from lorapr_jax.models.families import (
 # The value each of these keys must have, or be absent.
 _ONLY_SUPPORTED = {
   'attention_dropout': 0.0,
-  'hidden_act': 'silu',
   'partial_rotary_factor': 1.0,
   'quantization_config': None,
   'sliding_window': None,
@@ -129,7 +128,7 @@ def _numbers(hf: Mapping[str, Any], family: Family) -> dict[str, float | None]:
     key = number.key
     value = hf.get(key)
     if value is None and not (key in hf and name.endswith('_cap')):
-      value = family.absent[key]
+      value = family.absent.get(key)
     if value is not None and not is_positive(value):
       raise UserError(
         f'config.json: {key} is {_shown(value)}, not a positive number'
@@ -159,7 +158,6 @@ def config_to_hf(
     'head_dim': config.head_dim,
     'num_hidden_layers': len(config.layers),
     **_layer_to_hf(top),
-    'hidden_act': 'silu',
     'max_position_embeddings': config.max_positions,
     'rms_norm_eps': config.norm_eps,
     **rope_to_hf(config.ropes[0]),
@@ -173,6 +171,7 @@ def config_to_hf(
   flags = family.flags(config)
   hf |= {key: True for key, value in flags.items() if value}
   hf |= family.values(config)
+  hf[family.activation_key] = family.activations[0]
   if not config.is_uniform:
     hf['per_layer_config'] = {
       str(i): _layer_to_hf(shape)
@@ -281,6 +280,11 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
       'supported'
     )
   _check_kinds(hf)
+  key, names = family.activation_key, family.activations
+  if hf.get(key) not in (None, *names):
+    raise UserError(
+      f'config.json: {key} is {_shown(hf[key])}; only "{names[0]}" is supported'
+    )
   for key in BIAS_KEYS:
     if hf.get(key) and key not in family.bias_keys:
       having = [name for name, x in FAMILIES.items() if key in x.bias_keys]

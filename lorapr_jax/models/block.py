@@ -11,15 +11,31 @@ from jax.ad_checkpoint import checkpoint_name
 
 from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
-from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
+from lorapr_jax.models.config import (
+  AFTER_ATTENTION,
+  AFTER_MLP,
+  BEFORE_ATTENTION,
+  BEFORE_MLP,
+  LayerShape,
+  LoraConfig,
+  ModelConfig,
+)
 from lorapr_jax.models.layers import (
   BLOCK,
   LoRAEinsum,
-  RMSNorm,
   dropout,
+  rms_norm,
   scaled,
 )
 from lorapr_jax.models.rotation import Rotation, apply_rope, turn_queries
+
+# By part, the norm of what it gives.
+AFTER = {'self_attn': AFTER_ATTENTION, 'mlp': AFTER_MLP}
+# By ModelConfig's `activation`.
+ACTIVATIONS = {
+  'silu': nn.silu,
+  'gelu_tanh': functools.partial(nn.gelu, approximate=True),
+}
 
 
 def _activation(x: Array) -> Array:
@@ -84,8 +100,8 @@ class Attention(_Part):
       for name in ('q_proj', 'k_proj', 'v_proj')
     )
     if self.config.qk_norm:
-      norm = functools.partial(RMSNorm, self.config.norm_eps)
-      q, k = norm(name='q_norm')(q), norm(name='k_norm')(k)
+      q = rms_norm(self.config, 'q_norm')(q)
+      k = rms_norm(self.config, 'k_norm')(k)
     q = scaled(q, self.config.query_scale)
     q = _activation(turn_queries(q, rotation))
     k = _activation(apply_rope(k, rotation))
@@ -96,13 +112,15 @@ class Attention(_Part):
 
 
 class MLP(_Part):
-  """down(silu(gate(x)) * up(x)) over tokens, (N, D) or (B, T, D)."""
+  """down(f(gate(x)) * up(x)) over tokens, (N, D) or (B, T, D)."""
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     project, lora_x = self.projections('mlp'), self.lora_input(x)
     gate = project['gate_proj'](x, lora_x)
-    hidden = _activation(nn.silu(gate) * project['up_proj'](x, lora_x))
+    hidden = _activation(
+      ACTIVATIONS[self.config.activation](gate) * project['up_proj'](x, lora_x)
+    )
     return project['down_proj'](hidden, self.lora_input(hidden))
 
 
@@ -132,14 +150,34 @@ class Block(nn.Module):
   ) -> Array:
     """The layer's output, or what one of its parts alone makes of x."""
     sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
-    norm = functools.partial(RMSNorm, self.config.norm_eps)
     x = checkpoint_name(x, BLOCK)
     if 'self_attn' in parts:
-      h = _activation(norm(name='input_layernorm')(x))
+      h = _activation(self._normed(BEFORE_ATTENTION, x))
       out = Attention(*sizes, self.attend, name='self_attn')(h, rotation)
+      out = self._normed(AFTER_ATTENTION, out)
       x = x + scaled(out, self.config.residual_scale)
     if 'mlp' in parts:
-      h = _activation(norm(name='post_attention_layernorm')(x))
-      out = MLP(*sizes, name='mlp')(h)
+      h = _activation(self._normed(BEFORE_MLP, x))
+      out = self._normed(AFTER_MLP, MLP(*sizes, name='mlp')(h))
       x = x + scaled(out, self.config.residual_scale)
     return x
+
+  def _normed(self, name: str, x: Array) -> Array:
+    """x through one of NORMS, or as it is where the block has not that one."""
+    if name not in self.config.norms:
+      return x
+    return rms_norm(self.config, name)(x)
+
+
+def added(config: ModelConfig, part: str, params: Any, out: Array) -> Array:
+  """What a part adds to the stream where its last projection gives `out`.
+
+  Args:
+    config: the model's numbers.
+    part: of the block.
+    params: the block's.
+    out: (..., D).
+  """
+  if AFTER[part] in config.norms:
+    out = rms_norm(config).apply({'params': params[AFTER[part]]}, out)
+  return scaled(out, config.residual_scale)

@@ -16,7 +16,7 @@ from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LayerShape, ModelConfig, Stack
 from lorapr_jax.models.decoder import embedded
-from lorapr_jax.models.layers import RMSNorm
+from lorapr_jax.models.layers import rms_norm
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
 
@@ -73,7 +73,7 @@ def hidden_states(
       layer, (x, cache[i]), (params['stacks'][i], jnp.arange(stack.size))
     )
     filled.append(kv)
-  norm = RMSNorm(config.norm_eps)
+  norm = rms_norm(config)
   x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
   return x, tuple(filled)
 

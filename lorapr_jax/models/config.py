@@ -34,6 +34,16 @@ class LayerShape:
     return self.num_kv_heads * self.queries_per_kv
 
 
+# The norms of a block, in their order: before and after attention, before and
+# after the MLP. The third has LLaMA's name for it.
+NORMS = BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP = (
+  'input_layernorm',
+  'attention_output_layernorm',
+  'post_attention_layernorm',
+  'mlp_output_layernorm',
+)
+
+
 class Stack(NamedTuple):
   """A run of `size` equal layers, the first of which is layer `start`."""
 
@@ -89,6 +99,12 @@ class ModelConfig:
   # 'head': queries and keys are RMS-normed over each head's numbers before
   # RoPE; None: they are not.
   qk_norm: str | None = None
+  # Those of NORMS that a block has.
+  norms: tuple[str, ...] = (BEFORE_ATTENTION, BEFORE_MLP)
+  # Whether norms multiply by 1 + weight, not by the weight.
+  norm_offset: bool = False
+  # Of the MLP: 'silu' or 'gelu_tanh'.
+  activation: str = 'silu'
   # What a block's parts add to the stream, and the embeddings and logits, are
   # multiplied by these.
   residual_scale: float = 1.0
@@ -156,11 +172,6 @@ class ModelConfig:
     return self.attention_scale * math.sqrt(self.head_dim)
 
   @property
-  def block_norms(self) -> tuple[str, ...]:
-    """The norms of a block's residual stream, by name."""
-    return 'input_layernorm', 'post_attention_layernorm'
-
-  @property
   def qk_norms(self) -> dict[str, str]:
     """The norms of queries and keys: their weights' letters, by name."""
     return {'q_norm': 'H', 'k_norm': 'H'} if self.qk_norm else {}
@@ -184,7 +195,7 @@ class ModelConfig:
   def layer_vectors(self, shape: LayerShape) -> int:
     """The number of biases and norms' weights among `layer_parameters`."""
     biases = (ProjectionLetters.of(SPECS[n]).outputs for n in self.biases)
-    norms = ('D' for _ in self.block_norms)
+    norms = ('D' for _ in self.norms)
     return self._count(shape, (*biases, *norms, *self.qk_norms.values()))
 
   def _count(self, shape: LayerShape, tensors: Iterable[str]) -> int:

@@ -19,7 +19,7 @@ from lorapr_jax.models.layers import (
   BLOCK,
   DROPOUT,
   PROJECTION,
-  RMSNorm,
+  rms_norm,
 )
 from lorapr_jax.models.quantization import dequantized, is_quantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
@@ -96,7 +96,7 @@ def hidden_states(
     block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
     layer = _layer(block, axes, rotation)
     x = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
-  norm = RMSNorm(config.norm_eps)
+  norm = rms_norm(config)
   return norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
 
 

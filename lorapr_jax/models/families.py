@@ -8,6 +8,7 @@ which family a model is of.
 from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import itertools
+import math
 from typing import Any, NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
@@ -46,6 +47,8 @@ class Family:
     fixed: FEATURES of every model of the family.
     numbers: FEATURES that config.json decides. Those that are neither here nor
       in `fixed` are LLaMA's.
+    activation_key: the key of a config.json that names the activation.
+    activations: the names that it may have there, of which the first is ours.
     window_flag: the flag of a config.json without which its `sliding_window`
       means nothing; None: it needs none.
     stored: where the files have a module of a block, by where we have it; those
@@ -76,6 +79,8 @@ class Family:
   )
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   numbers: Mapping[str, Number] = dataclasses.field(default_factory=dict)
+  activation_key: str = 'hidden_act'
+  activations: tuple[str, ...] = ('silu',)
   window_flag: str | None = None
   stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   interleaved: bool = False
@@ -123,7 +128,8 @@ class Family:
 FEATURES = {
   name: getattr(ModelConfig, name)
   for name in (
-    *('qk_norm', 'residual_scale', 'embed_scale', 'logit_scale', 'logit_cap'),
+    *('norms', 'norm_offset', 'activation', 'qk_norm'),
+    *('residual_scale', 'embed_scale', 'logit_scale', 'logit_cap'),
     *('attention_scale', 'attention_cap'),
   )
 }
@@ -143,6 +149,17 @@ _QWEN = _ABSENT | {
   'max_position_embeddings': 32768,
   'num_key_value_heads': 32,
   'sliding_window': 4096,
+}
+
+_GELU = 'gelu_pytorch_tanh'
+_GEMMA = _ABSENT | {
+  'head_dim': 256,
+  'max_position_embeddings': 8192,
+  'tie_word_embeddings': True,
+}
+_GEMMA_FIXED = {'norm_offset': True, 'activation': 'gelu_tanh'}
+_GEMMA_NUMBERS = {
+  'embed_scale': Number('hidden_size', math.sqrt, lambda x: round(x * x)),
 }
 
 _QKV_PROJ = dict.fromkeys(
@@ -198,6 +215,16 @@ FAMILIES = {
       'attention_scale': Number('attention_multiplier'),
       'logit_scale': Number('logits_scaling', lambda x: 1 / x, _inverse),
     },
+  ),
+  'gemma': Family(
+    architecture='GemmaForCausalLM',
+    gguf=None,
+    absent=_GEMMA | {'num_key_value_heads': 16},
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed=_GEMMA_FIXED,
+    numbers=_GEMMA_NUMBERS,
+    # Older files say gelu, and always meant the approximation.
+    activations=(_GELU, 'gelu'),
   ),
   'qwen2': Family(
     architecture='Qwen2ForCausalLM',

@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from lorapr_jax.axes import ProjectionLetters
-from lorapr_jax.models.config import LoraConfig
+from lorapr_jax.models.config import LoraConfig, ModelConfig
 
 # Names for rematerialisation policies, beside attention.ACTIVATION: a block's
 # input, the projections' outputs, dropout's masks.
@@ -30,17 +30,31 @@ def scaled(x: Array, factor: float) -> Array:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * weight over the last axis, computed in float32."""
+  """x / rms(x) * weight over the last axis, computed in float32.
+
+  Attributes:
+    eps: what is added to the mean square.
+    offset: whether it is 1 + weight that multiplies.
+  """
 
   eps: float
+  offset: bool = False
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
-    weight = self.param('weight', nn.initializers.ones, x.shape[-1:])
+    neutral = nn.initializers.zeros if self.offset else nn.initializers.ones
+    weight = self.param('weight', neutral, x.shape[-1:]).astype(jnp.float32)
+    if self.offset:
+      weight = 1.0 + weight
     x32 = x.astype(jnp.float32)
     mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
     x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
-    return (x32 * weight.astype(jnp.float32)).astype(x.dtype)
+    return (x32 * weight).astype(x.dtype)
+
+
+def rms_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
+  """A norm of this model."""
+  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
 
 
 @jax.named_scope('dropout')

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LoraConfig, ModelConfig
+from lorapr_jax.models.layers import rms_norm
 from lorapr_jax.models.quantization import quantized_axes, quantized_like
 from lorapr_jax.models.rotation import rope_rotation
 
@@ -32,7 +33,7 @@ def block_axes(
     lora_config: of the adapters; None: there are none.
   """
   params: dict[str, Any] = {
-    name: {'weight': Axes.of('D')} for name in config.block_norms
+    name: {'weight': Axes.of('D')} for name in config.norms
   }
   lora: dict[str, Any] = {}
   for part, specs in PROJECTIONS.items():
@@ -107,12 +108,12 @@ def param_shapes(config: ModelConfig, dtype: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnames=('config', 'dtype'))
 def init_params(key: Array, config: ModelConfig, dtype: Any) -> Any:
-  """Random weights: normal with deviation 0.02, norms one, biases zero."""
+  """Random weights: normal with deviation 0.02, biases zero, norms neutral."""
   embed, head, blocks = jax.random.split(key, 3)
   shape = (config.vocab_size, config.embed_dim)
   params = {
     'embed_tokens': {'weight': 0.02 * jax.random.normal(embed, shape)},
-    'norm': {'weight': jnp.ones(config.embed_dim)},
+    'norm': rms_norm(config).init(key, jnp.zeros(config.embed_dim))['params'],
     'stacks': _init_stacks(blocks, config, None, 'params'),
   }
   if not config.tie_embeddings:

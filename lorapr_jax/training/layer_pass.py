@@ -21,11 +21,11 @@ from lorapr_jax.axes import (
 )
 from lorapr_jax.models import decoder
 from lorapr_jax.models.attention import segment_positions
-from lorapr_jax.models.block import Block
+from lorapr_jax.models.block import AFTER, Block, added
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
-from lorapr_jax.models.layers import INPUTS, LoRAEinsum, scaled
+from lorapr_jax.models.layers import INPUTS, LoRAEinsum
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
 from lorapr_jax.models.trees import block_axes
@@ -109,7 +109,7 @@ class LayerPass:
       for group in layer.masks:
         if not carries(names['params']['weight'], group):
           continue
-        scale = token_scale(x, settings.config.norm_eps)
+        scale = self.scale(part, old, x, inputs[name])
         chosen = self.pruning.prune(part, group, trees, inputs, scale, layer)
         after[group], importance[group] = chosen.mask, chosen.importance
         errors[group] = chosen.errors
@@ -119,7 +119,7 @@ class LayerPass:
           stack = stack.at[layer.index].set(chosen.weight)
           stacks = {**stacks, part: {name: {'weight': stack}}}
       out = self.write(part, apply_masks(own, after, names), inputs[name])
-      x += scaled(out, settings.config.residual_scale)
+      x += added(settings.config, part, params, out)
     return Carry(x, stacks), (after, importance, errors)
 
   def read(self, part: str, variables: Any, x: Array) -> dict[str, Array]:
@@ -165,6 +165,24 @@ class LayerPass:
       }
 
     return jax.lax.map(of_one, (x, self.rotation, pruning.segments))
+
+  def scale(self, part: str, variables: Any, x: Array, seen: Array) -> Array:
+    """How much the error of each token's output counts, (M, N).
+
+    Of an output that a norm divides by its rms, an error is divided too.
+
+    Args:
+      part: of the block.
+      variables: the block's, before the event.
+      x: the stream, (M, N, D).
+      seen: what REPAIRED[part] reads.
+    """
+    config = self.pruning.settings.config
+    scale = token_scale(x, config.norm_eps)
+    if AFTER[part] not in config.norms:
+      return scale
+    own = projection_of(variables, part, REPAIRED[part])
+    return scale * token_scale(self.write(part, own, seen), config.norm_eps)
 
   def write(self, part: str, variables: Any, seen: Array) -> Array:
     """What REPAIRED[part] makes of what it reads: (M, N, D)."""

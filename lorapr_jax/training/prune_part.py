@@ -237,7 +237,7 @@ class PartPruning:
 
 
 def token_scale(x: Array, eps: float) -> Array:
-  """1 / rms of each token's residual stream, (M, N), for x (M, N, D).
+  """1 / rms of each token, (M, N), of its residual stream x (M, N, D).
 
   The error of a token's output counts relative to the stream that it is added
   to, as the next norm sees it. In some layers the first token of a text is a

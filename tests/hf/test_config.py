@@ -259,7 +259,7 @@ def test_biases_are_read_and_written():
 
 @pytest.mark.parametrize('name, family', EXPORTED.items())
 def test_every_family_is_read_as_it_is_written(name, family):
-  numbers = dict.fromkeys(family.numbers, 0.5)
+  numbers = {n: x.read(HF.get(x.key, 2)) for n, x in family.numbers.items()}
   config = dataclasses.replace(CONFIG, **family.fixed, **numbers)
   for biases in family.possible_biases():
     config = dataclasses.replace(config, biases=biases)
@@ -302,6 +302,16 @@ def test_the_numbers_of_a_granite():
   hf = hf_config(CONFIG, 'float32', 'auto', 'granite')
   assert (hf['attention_multiplier'], hf['logits_scaling']) == (0.25, 1.0)
   assert config_from_hf(hf) == CONFIG
+
+
+@pytest.mark.parametrize('name', ['gelu_pytorch_tanh', 'gelu', None, ...])
+def test_an_old_gemma_says_gelu_and_means_the_approximation(name):
+  gemma = {'model_type': 'gemma', 'hidden_act': name}
+  config = config_from_hf(_changed(gemma))
+  assert (config.activation, config.norm_offset) == ('gelu_tanh', True)
+  assert config.embed_scale == 32**0.5
+  hf = hf_config(config, 'float32', 'auto', 'auto')
+  assert (hf['hidden_act'], hf['hidden_size']) == ('gelu_pytorch_tanh', 32)
 
 
 def test_a_mistral_without_a_window_is_the_same_model():
@@ -363,6 +373,7 @@ UNSUPPORTED = [
   ({'rope_scaling': YARN, 'rope_theta': 1.0}, 'rope_theta'),
   ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2.0}}, 'low_freq_factor'),
   ({'hidden_act': 'gelu'}, 'hidden_act'),
+  ({'model_type': 'gemma', 'hidden_act': 'silu'}, 'hidden_act'),
   ({'quantization_config': {'quant_method': 'gptq'}}, 'quantization_config'),
   ({'layer_types': ['full_attention', 'sliding_attention']}, 'layer_types'),
   ({'partial_rotary_factor': 0.5}, 'partial_rotary_factor'),

@@ -159,3 +159,15 @@ def test_masked_is_cut_where_there_are_biases(keep, random_params, random_lora):
   )
   shapes = jax.tree.map(lambda x: x.shape, param_shapes(small, 'float32'))
   assert jax.tree.map(lambda x: x.shape, cut) == shapes
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'scale'), [('float32', 59.866516), ('bfloat16', 59.75)]
+)
+def test_the_scale_of_embeddings_is_rounded_as_they_are(dtype, scale):
+  config = dataclasses.replace(SMALL, embed_scale=3584**0.5)
+  tokens = np.array([[0, 1]])
+  valid = np.array([[True, False]])
+  x = decoder.embedded(jnp.ones((2, 3)), tokens, config, dtype, valid)
+  assert x.dtype == dtype
+  np.testing.assert_allclose(x[0, :, 0].astype(np.float32), [scale, 0])

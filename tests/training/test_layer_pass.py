@@ -14,7 +14,12 @@ from lorapr_jax.axes import LORA_TARGETS, apply_masks, group_axes
 from lorapr_jax.models import decoder
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.compute import Compute
-from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
+from lorapr_jax.models.config import (
+  NORMS,
+  LayerShape,
+  LoraConfig,
+  ModelConfig,
+)
 from lorapr_jax.models.layers import INPUTS
 from lorapr_jax.models.quantization import (
   dequantized,
@@ -52,9 +57,21 @@ CONFIG = ModelConfig(
   layers=(LayerShape(4, 2, 24),) * 2,
 )
 BIASED = CONFIG.with_biases(LORA_TARGETS)
+# What LLaMA has not.
+OTHER = dataclasses.replace(
+  CONFIG,
+  norms=NORMS,
+  norm_offset=True,
+  qk_norm='head',
+  activation='gelu_tanh',
+  embed_scale=4.0,
+  residual_scale=0.6,
+  attention_scale=0.3,
+  attention_cap=2.0,
+)
 # Of a base without biases and of one that has its own.
 BASES = pytest.mark.parametrize(
-  'config', [CONFIG, BIASED], ids=['plain', 'biases']
+  'config', [CONFIG, BIASED, OTHER], ids=['plain', 'biases', 'other']
 )
 # A member of each group, and its double.
 DOUBLES = {CHANNELS: (3, 9), KV_HEADS: (0, 2), QUERIES: (1, 0)}
@@ -90,6 +107,8 @@ def drawn(config):
     if path[-1].key == 'bias':
       key = jax.random.key(x.size + len(path[-2].key))
       return jax.random.normal(key, x.shape)
+    if 'norm' in path[-2].key and config.norm_offset:
+      return 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
     return 10 * x if x.ndim > 2 else x
 
   return jax.tree_util.tree_map_with_path(draw, params), lora
@@ -284,7 +303,7 @@ def test_what_is_not_repaired_stays_and_what_nothing_leaves_too(config):
   # Nothing goes from the second layer.
   after[0][CHANNELS][1] = 1.0
   repaired, _ = compensate(
-    params, lora, before, after, batches(1), config=config
+    params, lora, before, after, batches(1), config=config, damping=0.1
   )
   repaired = jax.device_get(repaired)
   for path, old in jax.tree_util.tree_leaves_with_path(params):
@@ -337,7 +356,9 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
     return block.apply(variables, x, rotation, parts, mutable=[INPUTS])
 
   rows = np.concatenate([batch['tokens'] for batch in tokens]).reshape(-1)
-  x, _ = run(params['embed_tokens']['weight'][rows], 0, repaired, after)
+  table = params['embed_tokens']['weight']
+  x = decoder.embedded(table, rows, config, jnp.float32)
+  x, _ = run(x, 0, repaired, after)
   stream, _ = run(x, 1, params, before, ('self_attn',))
   _, seen = run(x, 1, params, before)
   inputs = np.asarray(seen[INPUTS]['mlp']['down_proj']['inputs'], np.float64)
@@ -358,8 +379,13 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
   old, new = old['weight'], new['weight']
   # Each token counts as large as the residual stream that it is added to, and
   # the last of the four micro-batches is kept out.
-  stream = np.asarray(stream, np.float64)
-  inputs = inputs / np.sqrt((stream**2).mean(axis=-1, keepdims=True))
+  # A norm behind the projection divides a token's error too.
+  bias = old['bias'] if config.biases else 0.0
+  outputs = inputs @ whole + bias
+  behind = (stream, outputs) if config is OTHER else (stream,)
+  for x in behind:
+    x = np.asarray(x, np.float64)
+    inputs = inputs / np.sqrt((x**2).mean(axis=-1, keepdims=True))
   inputs = inputs[: len(inputs) * 3 // 4]
   there, lost = inputs[:, ~gone], inputs[:, gone] @ whole[gone]
   gram = there.T @ there
