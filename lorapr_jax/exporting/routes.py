@@ -8,6 +8,7 @@ from lorapr_jax.exporting.model import Description
 from lorapr_jax.gguf.format import check_held
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.layout import (
+  check_padded,
   resolve_layout,
   resolve_model_type,
   stored_family,
@@ -101,6 +102,8 @@ class Route:
         'layout padded needs to know what was cut: the source has no '
         'pruning.json that says it with the sizes before'
       )
+    if self.layout == 'padded':
+      check_padded(model.before, model.config)
     config = self.stored_config(model)
     resolve_layout(config, self.layout)
     if self.kind != 'gguf':

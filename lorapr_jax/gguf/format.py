@@ -114,10 +114,8 @@ def architecture(config: ModelConfig) -> str:
   """
   found = [x.gguf for x in FAMILIES.values() if x.gguf and x.holds(config)]
   if not found:
-    raise UserError(
-      'format gguf has no architecture with norms of queries and keys, which '
-      'the model has: choose format hf'
-    )
+    held = ' or '.join(n for n, x in FAMILIES.items() if x.holds(config))
+    raise UserError(f'format gguf cannot hold a {held}: choose format hf')
   return found[0] if config.is_uniform else PER_LAYER
 
 
@@ -127,6 +125,7 @@ def check_held(config: ModelConfig) -> None:
   Raises:
     UserError: naming what no GGUF of ours says.
   """
+  architecture(config)
   scaling = config.ropes[0].scaling
   if scaling is not None and not isinstance(scaling, Llama3):
     names = {kind: name for name, kind in SCALINGS.items()}

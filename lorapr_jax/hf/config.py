@@ -108,7 +108,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     head_dim=head_dim,
     layers=layers,
     norm_eps=hf['rms_norm_eps'],
-    ropes=(rope_from_hf(hf, head_dim // 2),),
+    ropes=(rope_from_hf(_grown(hf, family, head_dim), head_dim // 2),),
     tie_embeddings=hf['tie_word_embeddings'],
     biases=family.biases_by(key for key in family.bias_keys if hf.get(key)),
     **family.fixed,
@@ -119,6 +119,26 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     pad_token_id=hf.get('pad_token_id'),
     family=hf['model_type'] if hf['model_type'] in FAMILIES else None,
   )
+
+
+def _grown(
+  hf: Mapping[str, Any], family: Family, head_dim: int
+) -> Mapping[str, Any]:
+  """A config.json with a plain RoPE, where a family's theta grows."""
+  key = 'rope_parameters' if hf.get('rope_parameters') else 'rope_scaling'
+  rope = hf.get(key) or {}
+  alpha, theta = rope.get('alpha'), rope.get('rope_theta', hf.get('rope_theta'))
+  kind = rope.get('rope_type', rope.get('type'))
+  if not (family.theta_grows and kind == 'dynamic' and alpha):
+    return hf
+  theta = 10000.0 if theta is None else theta
+  for name, value in (('alpha', alpha), ('rope_theta', theta)):
+    if not is_positive(value):
+      raise UserError(
+        f'config.json: {name} is {_shown(value)}, not a positive number'
+      )
+  theta *= alpha ** (head_dim / (head_dim - 2))
+  return {**hf, 'rope_theta': theta, 'rope_parameters': None, key: None}
 
 
 def _numbers(hf: Mapping[str, Any], family: Family) -> dict[str, float | None]:

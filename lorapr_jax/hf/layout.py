@@ -35,6 +35,21 @@ def resolve_layout(config: ModelConfig, layout: str) -> str:
   return layout
 
 
+def check_padded(before: ModelConfig, after: ModelConfig) -> None:
+  """Refuses the layout padded where zeros would change the model.
+
+  Raises:
+    UserError: if a norm over all heads would count those that are gone.
+  """
+  heads = ([shape.num_heads for shape in x.layers] for x in (before, after))
+  if before.qk_norm == 'heads' and len({*map(tuple, heads)}) > 1:
+    raise UserError(
+      'export.layout=padded cannot hold this model without some of its heads: '
+      'its norms of queries and keys would count their zeros. Use '
+      'export.layout=uniform'
+    )
+
+
 def resolve_model_type(
   config: ModelConfig, layout: str, model_type: str
 ) -> str:

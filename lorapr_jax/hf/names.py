@@ -16,6 +16,8 @@ import numpy as np
 from lorapr_jax.axes import PROJECTIONS, ProjectionLetters
 from lorapr_jax.models.config import ModelConfig, Stack
 
+# Of what is no projection, such as a norm's weight.
+_VECTOR = ProjectionLetters('', '', '')
 # Tensors of old checkpoints that are computed, not learned.
 IGNORED = re.compile(r'.*\.rotary_emb\.inv_freq')
 
@@ -47,11 +49,11 @@ def hf_name(path: tuple[str, ...], layer: int | None = None) -> str:
   return ('' if path[0] == 'lm_head' else 'model.') + '.'.join(path)
 
 
-def letters_of(path: tuple[str, ...]) -> ProjectionLetters | None:
-  """The axes of a projection of a block; None for what is no projection."""
+def letters_of(path: tuple[str, ...]) -> ProjectionLetters:
+  """The axes of a tensor of a block; without inputs, those of a vector."""
   spec = PROJECTIONS.get(path[0], {}).get(path[1])
   if spec is None:
-    return None
+    return _VECTOR
   letters = ProjectionLetters.of(spec)
   if path[2:] == ('bias',):
     return ProjectionLetters(letters.outputs, '', letters.outputs)
@@ -61,7 +63,10 @@ def letters_of(path: tuple[str, ...]) -> ProjectionLetters | None:
 def to_hf_layout(
   x: np.ndarray, letters: ProjectionLetters | None
 ) -> np.ndarray:
-  """(inputs..., outputs...) to (outputs, inputs), contiguous."""
+  """(inputs..., outputs...) to (outputs, inputs), contiguous.
+
+  What has no letters, as it is outside blocks, stays.
+  """
   if letters is None:
     return np.ascontiguousarray(x)
   if not letters.inputs:
@@ -71,11 +76,9 @@ def to_hf_layout(
 
 
 def hf_shape(
-  shape: tuple[int, ...], letters: ProjectionLetters | None
+  shape: tuple[int, ...], letters: ProjectionLetters
 ) -> tuple[int, ...]:
   """The shape of `to_hf_layout(x)` for an x of this shape."""
-  if letters is None:
-    return shape
   split = len(letters.inputs)
   rows = math.prod(shape[split:])
   return (rows, math.prod(shape[:split])) if split else (rows,)
@@ -103,11 +106,9 @@ def read_slices(
     matrix: what `safetensors.safe_open(...).get_slice` gives, or an array.
     shape: the whole tensor's, in our layout.
     index: the part, with a slice for each of our axes.
-    letters: of a projection, or None.
+    letters: of the tensor.
   """
   bounds = [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]
-  if letters is None:
-    return matrix[tuple(slice(*b) for b in bounds)]
   split = len(letters.inputs)
   # Each side's leading axis is cut while reading, the others afterwards.
   rows, read = _leading(bounds[split:], shape[split:])

@@ -16,6 +16,7 @@ from lorapr_jax.models.config import (
   AFTER_MLP,
   BEFORE_ATTENTION,
   BEFORE_MLP,
+  QK_NORMS,
   LayerShape,
   LoraConfig,
   ModelConfig,
@@ -99,16 +100,25 @@ class Attention(_Part):
       sequences(project[name](x, lora_x))
       for name in ('q_proj', 'k_proj', 'v_proj')
     )
-    if self.config.qk_norm:
-      q = rms_norm(self.config, 'q_norm')(q)
-      k = rms_norm(self.config, 'k_norm')(k)
-    q = scaled(q, self.config.query_scale)
-    q = _activation(turn_queries(q, rotation))
-    k = _activation(apply_rope(k, rotation))
+    if self.config.qk_norm in ('head', 'heads'):
+      q, k = self._normed(q, k)
+    q, k = turn_queries(q, rotation), apply_rope(k, rotation)
+    if self.config.qk_norm == 'head_after_rope':
+      q, k = self._normed(q, k)
+    q, k = _activation(scaled(q, self.config.query_scale)), _activation(k)
     with jax.named_scope('attention'):
       out = _activation(self.attend(q, k, v, cap=self.config.attention_cap))
     out = out.reshape(*x.shape[:-1], *out.shape[2:])
     return project['o_proj'](out, self.lora_input(out))
+
+  def _normed(self, q: Array, k: Array) -> tuple[Array, Array]:
+    """Queries (B, T, K, G, H) and keys (B, T, K, H), normed."""
+    axes = (3, 2) if self.config.qk_norm == 'heads' else (1, 1)
+    q_norm, k_norm = (
+      rms_norm(self.config, name, n)
+      for name, n in zip(QK_NORMS, axes, strict=True)
+    )
+    return q_norm(q), k_norm(k)
 
 
 class MLP(_Part):

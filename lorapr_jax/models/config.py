@@ -44,6 +44,9 @@ NORMS = BEFORE_ATTENTION, AFTER_ATTENTION, BEFORE_MLP, AFTER_MLP = (
 )
 
 
+QK_NORMS = ('q_norm', 'k_norm')
+
+
 class Stack(NamedTuple):
   """A run of `size` equal layers, the first of which is layer `start`."""
 
@@ -96,8 +99,9 @@ class ModelConfig:
   tie_embeddings: bool = False
   # The projections that have one, in the order of LORA_TARGETS.
   biases: tuple[str, ...] = ()
-  # 'head': queries and keys are RMS-normed over each head's numbers before
-  # RoPE; None: they are not.
+  # Queries and keys are RMS-normed, over the numbers of each head before RoPE
+  # ('head') or after it ('head_after_rope'), or over those of all heads before
+  # it ('heads'). None: they are not.
   qk_norm: str | None = None
   # Those of NORMS that a block has.
   norms: tuple[str, ...] = (BEFORE_ATTENTION, BEFORE_MLP)
@@ -174,7 +178,10 @@ class ModelConfig:
   @property
   def qk_norms(self) -> dict[str, str]:
     """The norms of queries and keys: their weights' letters, by name."""
-    return {'q_norm': 'H', 'k_norm': 'H'} if self.qk_norm else {}
+    if not self.qk_norm:
+      return {}
+    over_all = self.qk_norm == 'heads'
+    return dict(zip(QK_NORMS, ('KGH', 'KH') if over_all else 'HH', strict=True))
 
   def sizes(self, shape: LayerShape) -> dict[str, int]:
     """Axis name -> size, for the tensors of a layer of this shape."""

@@ -10,7 +10,6 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.axes import apply_masks
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LoraConfig, ModelConfig, Stack
@@ -23,7 +22,7 @@ from lorapr_jax.models.layers import (
 )
 from lorapr_jax.models.quantization import dequantized, is_quantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
-from lorapr_jax.models.trees import block_axes
+from lorapr_jax.models.trees import block_axes, masked
 
 # What the backward pass keeps of a block's forward pass. In a loop over layers
 # no policy keeps the masked weights: they would be a second copy of the model.
@@ -176,9 +175,7 @@ def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
       axes['params'],
     )
     trees = {'params': params, 'lora': trees['lora']}
-    variables = {
-      name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
-    }
+    variables = masked(trees, masks, axes, block.config, block.shape)
     rngs = None if key is None else {'dropout': key}
     return block.apply(variables, x, rotation, rngs=rngs), None
 

@@ -12,7 +12,7 @@ import math
 from typing import Any, NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
-from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.models.config import AFTER_ATTENTION, AFTER_MLP, ModelConfig
 
 
 class Number(NamedTuple):
@@ -51,6 +51,8 @@ class Family:
     activations: the names that it may have there, of which the first is ours.
     window_flag: the flag of a config.json without which its `sliding_window`
       means nothing; None: it needs none.
+    theta_grows: whether a `dynamic` RoPE with `alpha` is a plain one, with
+      theta alpha^(H / (H - 2)) times as large.
     stored: where the files have a module of a block, by where we have it; those
       that they do not have in our place. What has one place is stored there as
       one, the rows of the first, then of the next.
@@ -82,6 +84,7 @@ class Family:
   activation_key: str = 'hidden_act'
   activations: tuple[str, ...] = ('silu',)
   window_flag: str | None = None
+  theta_grows: bool = False
   stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   interleaved: bool = False
   heads_divide_embed: bool = False
@@ -162,6 +165,11 @@ _GEMMA_NUMBERS = {
   'embed_scale': Number('hidden_size', math.sqrt, lambda x: round(x * x)),
 }
 
+# The norm after attention has LLaMA's name of the one before the MLP.
+_NORMS_AFTER = {
+  AFTER_ATTENTION: 'post_attention_layernorm',
+  AFTER_MLP: 'post_feedforward_layernorm',
+}
 _QKV_PROJ = dict.fromkeys(
   ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
   'self_attn.qkv_proj',
@@ -225,6 +233,39 @@ FAMILIES = {
     numbers=_GEMMA_NUMBERS,
     # Older files say gelu, and always meant the approximation.
     activations=(_GELU, 'gelu'),
+  ),
+  'olmo2': Family(
+    architecture='Olmo2ForCausalLM',
+    gguf=None,
+    absent=_ABSENT | {'rms_norm_eps': 1e-5},
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'heads'},
+    stored=_NORMS_AFTER,
+  ),
+  'exaone4': Family(
+    architecture='Exaone4ForCausalLM',
+    gguf=None,
+    absent=_ABSENT
+    | {
+      'num_key_value_heads': 32,
+      'rms_norm_eps': 1e-5,
+      'sliding_window': 4096,
+    },
+    fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'head'},
+    written={'sliding_window': None},
+    stored=_NORMS_AFTER,
+  ),
+  'hunyuan_v1_dense': Family(
+    architecture='HunYuanDenseV1ForCausalLM',
+    gguf=None,
+    absent=_ABSENT | {'rms_norm_eps': 1e-5},
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed={'qk_norm': 'head_after_rope'},
+    theta_grows=True,
+    stored={
+      'self_attn.q_norm': 'self_attn.query_layernorm',
+      'self_attn.k_norm': 'self_attn.key_layernorm',
+    },
   ),
   'qwen2': Family(
     architecture='Qwen2ForCausalLM',

@@ -20,6 +20,8 @@ PROJECTION = 'projection'
 DROPOUT = 'dropout'
 # A collection that a caller may ask for: the projections' inputs.
 INPUTS = 'inputs'
+# A collection that says which groups are not masked.
+ALIVE = 'alive'
 
 
 def scaled(x: Array, factor: float) -> Array:
@@ -30,31 +32,42 @@ def scaled(x: Array, factor: float) -> Array:
 
 
 class RMSNorm(nn.Module):
-  """x / rms(x) * weight over the last axis, computed in float32.
+  """x / rms(x) * weight over the last axes, computed in float32.
+
+  Where there is the variable `heads` of the collection ALIVE, with the axes
+  before the last, the mean is over those for which it is 1, not 0.
 
   Attributes:
     eps: what is added to the mean square.
+    axes: how many of the last axes are normed together, which all have weights.
     offset: whether it is 1 + weight that multiplies.
   """
 
   eps: float
   offset: bool = False
+  axes: int = 1
 
   @nn.compact
   def __call__(self, x: Array) -> Array:
     neutral = nn.initializers.zeros if self.offset else nn.initializers.ones
-    weight = self.param('weight', neutral, x.shape[-1:]).astype(jnp.float32)
+    shape, axes = x.shape[-self.axes :], tuple(range(-self.axes, 0))
+    weight = self.param('weight', neutral, shape).astype(jnp.float32)
     if self.offset:
       weight = 1.0 + weight
     x32 = x.astype(jnp.float32)
-    mean_square = jnp.mean(jnp.square(x32), axis=-1, keepdims=True)
+    mean_square = jnp.mean(jnp.square(x32), axis=axes, keepdims=True)
+    if self.has_variable(ALIVE, 'heads'):
+      alive = self.get_variable(ALIVE, 'heads')
+      mean_square *= alive.size / jnp.sum(alive)
     x32 = x32 * jax.lax.rsqrt(mean_square + self.eps)
     return (x32 * weight).astype(x.dtype)
 
 
-def rms_norm(config: ModelConfig, name: str | None = None) -> RMSNorm:
-  """A norm of this model."""
-  return RMSNorm(config.norm_eps, config.norm_offset, name=name)
+def rms_norm(
+  config: ModelConfig, name: str | None = None, axes: int = 1
+) -> RMSNorm:
+  """A norm of this model, over the last axes."""
+  return RMSNorm(config.norm_eps, config.norm_offset, axes, name=name)
 
 
 @jax.named_scope('dropout')

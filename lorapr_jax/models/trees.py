@@ -8,6 +8,7 @@ Trees:
 A stack's arrays have the axis `layers` in front. Letters: axes.py.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
@@ -15,10 +16,15 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.axes import (
+  PROJECTIONS,
+  Axes,
+  ProjectionLetters,
+  apply_masks,
+)
 from lorapr_jax.models.block import Block
-from lorapr_jax.models.config import LoraConfig, ModelConfig
-from lorapr_jax.models.layers import rms_norm
+from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
+from lorapr_jax.models.layers import ALIVE, rms_norm
 from lorapr_jax.models.quantization import quantized_axes, quantized_like
 from lorapr_jax.models.rotation import rope_rotation
 
@@ -60,6 +66,39 @@ def block_axes(
     if adapters:
       lora[part] = adapters
   return {'params': params, 'lora': lora}
+
+
+def masked(
+  trees: Any,
+  masks: Mapping[str, Array],
+  axes: Any,
+  config: ModelConfig,
+  shape: LayerShape,
+) -> dict[str, Any]:
+  """A block's variables where groups are masked; one layer.
+
+  A norm over all heads takes its mean over those that are alive, so that it is
+  what it is once the others are cut.
+
+  Args:
+    trees: {'params', 'lora'}.
+    masks: {group: array}.
+    axes: `block_axes`.
+    config: the model's numbers.
+    shape: the layer's sizes.
+  """
+  variables = {
+    name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
+  }
+  if masks and config.qk_norm == 'heads':
+    sizes = config.sizes(shape)
+    heads = {
+      name: {'heads': Axes.of(letters.removesuffix('H'))}
+      for name, letters in config.qk_norms.items()
+    }
+    ones = jax.tree.map(lambda x: jnp.ones([sizes[a] for a in x]), heads)
+    variables[ALIVE] = {'self_attn': apply_masks(ones, masks, heads)}
+  return variables
 
 
 def logical_axes(

@@ -6,7 +6,11 @@ import jax
 
 from lorapr_jax.data.sources import parse_mixture
 from lorapr_jax.errors import MeshError, UserError
-from lorapr_jax.hf.layout import resolve_layout, resolve_model_type
+from lorapr_jax.hf.layout import (
+  check_padded,
+  resolve_layout,
+  resolve_model_type,
+)
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.kernels import unfit
@@ -106,4 +110,6 @@ def check_export(export: ExportSettings, planned: PlannedModel) -> None:
   if planned.plan and export.layout != 'padded':
     final = planned.plan.pruned_config
   resolve_layout(final, export.layout)
+  if planned.plan and export.layout == 'padded':
+    check_padded(planned.config, planned.plan.pruned_config)
   resolve_model_type(final, export.layout, export.model_type)

@@ -28,7 +28,7 @@ from lorapr_jax.models.kernels import choose_attention
 from lorapr_jax.models.layers import INPUTS, LoRAEinsum
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
-from lorapr_jax.models.trees import block_axes
+from lorapr_jax.models.trees import block_axes, masked
 from lorapr_jax.pruning.compensation import REPAIRED, with_part
 from lorapr_jax.pruning.importance import SQUARES
 from lorapr_jax.runtime.sharding import mesh_of, parts
@@ -98,9 +98,8 @@ class LayerPass:
     weights = jax.tree.map(lambda stack: stack[layer.index], stacks)
     params = dequantized(with_part(layer.trees['params'], weights), x.dtype)
     trees = {'params': params, 'lora': layer.trees['lora']}
-    old = {
-      k: apply_masks(tree, layer.masks, axes[k]) for k, tree in trees.items()
-    }
+    shapes = settings.config, self.shape
+    old = masked(trees, layer.masks, axes, *shapes)
     after, importance = dict(layer.masks), dict(layer.importance)
     errors = {}
     for part, name in REPAIRED.items():
@@ -118,6 +117,10 @@ class LayerPass:
           stack = stacks[part][name]['weight']
           stack = stack.at[layer.index].set(chosen.weight)
           stacks = {**stacks, part: {name: {'weight': stack}}}
+      if part == 'self_attn' and settings.config.qk_norm == 'heads':
+        # What attends depends on which heads are alive.
+        new = masked(trees, after, axes, *shapes)
+        inputs = self.read(part, new, x)
       out = self.write(part, apply_masks(own, after, names), inputs[name])
       x += added(settings.config, part, params, out)
     return Carry(x, stacks), (after, importance, errors)

@@ -314,6 +314,17 @@ def test_an_old_gemma_says_gelu_and_means_the_approximation(name):
   assert (hf['hidden_act'], hf['hidden_size']) == ('gelu_pytorch_tanh', 32)
 
 
+@pytest.mark.parametrize('newer', [False, True])
+def test_the_theta_of_a_hunyuan_is_larger_once_and_for_all(newer):
+  rope = {'type': 'dynamic', 'alpha': 1000.0, 'factor': 1.0}
+  keys = {'rope_theta': 1e4, 'rope_scaling': rope}
+  if newer:
+    keys = {'rope_theta': ..., 'rope_scaling': ...}
+    keys['rope_parameters'] = rope | {'rope_type': 'dynamic', 'rope_theta': 1e4}
+  config = config_from_hf(_changed({'model_type': 'hunyuan_v1_dense', **keys}))
+  assert config.ropes == (Rope(1e4 * 1000 ** (16 / 14)),)
+
+
 def test_a_mistral_without_a_window_is_the_same_model():
   hf = _changed({'model_type': 'mistral', 'sliding_window': None})
   assert config_from_hf(hf) == CONFIG

@@ -18,7 +18,7 @@ import transformers
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.files import content_hash
-from lorapr_jax.hf.layout import hf_config
+from lorapr_jax.hf.layout import check_padded, hf_config
 from lorapr_jax.hf.load import load_config, load_params, weight_places
 from lorapr_jax.hf.write import check_companions, export_model
 from lorapr_jax.models import decoder
@@ -431,6 +431,19 @@ def test_a_large_vocabulary_needs_a_version_as_mistral(
   assert hf.get('transformers_version') == version
   if hf['model_type'] == 'mistral':
     assert hf['sliding_window'] is None
+
+
+def test_zeros_of_heads_would_count_in_norms_over_all_heads():
+  before = dataclasses.replace(LLAMA, qk_norm='heads')
+  heads, channels = (
+    dataclasses.replace(
+      before, layers=(dataclasses.replace(LLAMA.layers[0], **change),) * 2
+    )
+    for change in ({'num_kv_heads': 1}, {'mlp_dim': 8})
+  )
+  check_padded(before, channels)
+  with pytest.raises(UserError, match='would count their zeros'):
+    check_padded(before, heads)
 
 
 @pytest.mark.parametrize(

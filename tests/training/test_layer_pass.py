@@ -315,6 +315,26 @@ def test_what_is_not_repaired_stays_and_what_nothing_leaves_too(config):
     np.testing.assert_array_equal(new, old, err_msg=name)
 
 
+@pytest.mark.parametrize('qk_norm', [None, 'heads'])
+def test_the_next_layer_sees_what_the_masks_leave(qk_norm):
+  """As it does where the layer before it was masked already."""
+  config = dataclasses.replace(OTHER, norms=CONFIG.norms, qk_norm=qk_norm)
+  params, lora = random_model(config)
+  before, after = masks_of(KV_HEADS)
+  run = functools.partial(compensate, config=config, damping=0.1)
+  once, _ = run(params, lora, before, after, batches(1))
+  before = jax.tree.map(np.array, before)
+  before[0][KV_HEADS][0] = after[0][KV_HEADS][0]
+  first, second = (
+    x['stacks'][0]['self_attn']['o_proj'] for x in (once, params)
+  )
+  second['weight'][0] = first['weight'][0]
+  again, _ = run(params, lora, before, after, batches(1))
+  found = again['stacks'][0]['self_attn']['o_proj']['weight']
+  assert np.abs(found[1] - second['weight'][1]).max() > 0.01
+  np.testing.assert_allclose(found, first['weight'], rtol=1e-4, atol=1e-5)
+
+
 @BASES
 @pytest.mark.parametrize('targets', [LORA.targets, ('q_proj', 'up_proj')])
 def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
