@@ -315,6 +315,9 @@ _FAMILIES = {
     windows_by_layer={'layer_types': [_SLIDING] * 3},
     **_AFTER,
   ),
+  'exaone4_full': _kind(
+    'exaone4', {'sliding_window': None}, qk_norm=_QK_NORMS, **_AFTER
+  ),
   'hunyuan_v1_dense': _kind(
     'hunyuan_v1_dense',
     {},
