@@ -18,11 +18,12 @@ import sys
 
 import jax
 
-from configs import llama
+from configs import models
 from lorapr_jax.planning.search import Tried, try_mesh
 from lorapr_jax.planning.topology import Topology
 from lorapr_jax.runtime.sharding import mesh_sizes
 
+SIZES = [name for name in models.SIZES if name.startswith('llama')]
 TOPOLOGIES = ('v5e:2x4', 'v5e:8x8', 'v5p:2x2x1')
 # The base's dtype and the criterion.
 WAYS = (('bfloat16', 'lora'), ('int8', 'lora'), ('bfloat16', 'gradient'))
@@ -30,7 +31,7 @@ WAYS = (('bfloat16', 'lora'), ('int8', 'lora'), ('bfloat16', 'gradient'))
 
 def tried(size: str, dtype: str, criterion: str, topology: Topology) -> Tried:
   """A model on a slice."""
-  config, chips = llama.get_config(size), len(topology.devices)
+  config, chips = models.get_config(size), len(topology.devices)
   config.train.micro_batch_size = chips
   config.model.base_dtype = dtype
   config.prune.criterion = criterion
@@ -54,7 +55,7 @@ def main() -> None:
       cells[tuple(key)] = cell
   for name in TOPOLOGIES:
     topology = Topology.of(name)
-    for size in llama.SIZES:
+    for size in SIZES:
       for way in WAYS:
         key = (size, *way, name)
         if key in cells:
@@ -67,7 +68,7 @@ def main() -> None:
         print(*key, cells[key], file=sys.stderr, flush=True)
   print('| model | base | criterion | ' + ' | '.join(TOPOLOGIES) + ' |')
   print('|---' * (3 + len(TOPOLOGIES)) + '|')
-  for size in llama.SIZES:
+  for size in SIZES:
     for way in WAYS:
       row = (size, *way, *(cells[size, *way, name] for name in TOPOLOGIES))
       print(f'| {" | ".join(row)} |')

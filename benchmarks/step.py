@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from configs import llama
+from configs import models
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.models.cost import forward_flops_per_token
@@ -65,7 +65,7 @@ SIZES = {
     'num_key_value_heads': 8,
     'rope_theta': 500000.0,
   },
-  'llama-7b': llama.get_config('7b').model.sizes.to_dict(),
+  'llama-7b': models.SIZES['llama-7b'],
 }
 # What --double doubles, by the names of the table.
 DOUBLED = ('tokens', 'sequences', 'rank', 'layers', 'vocabulary')

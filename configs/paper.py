@@ -3,9 +3,9 @@
   python train.py --config=configs/paper.py:smollm2_135m --workdir=runs/paper
 
 After the colon comes the other config's name or file, and what that config
-takes: paper:llama:7b. Without a name it is default. The criterion is that of
-the reference implementation. The paper's text says prune.score=square and
-prune.norm=False instead (docs/method.md has every such difference).
+takes: paper:models:llama-7b. Without a name it is default. The criterion is
+that of the reference implementation. The paper's text says prune.score=square
+and prune.norm=False instead (docs/method.md has every such difference).
 """
 
 from ml_collections import config_dict

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 import pdoc
 
-from configs import default, llama
+from configs import default, models
 import lorapr_jax
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.config import ModelConfig
@@ -24,12 +24,19 @@ from lorapr_jax.runtime.files import write_text
 DOCS = Path(__file__).parent
 BEGIN, END = '<!-- generated: {} -->', '<!-- end -->'
 
-# By their names in configs/llama.py.
+# By their names in configs/models.py.
 MODELS = {
-  'LLaMA-7B': '7b',
-  'LLaMA-13B': '13b',
+  'LLaMA-7B': 'llama-7b',
+  'LLaMA-13B': 'llama-13b',
   'Llama-3-8B': 'llama3-8b',
   'Llama-3-70B': 'llama3-70b',
+  'Mistral-7B': 'mistral-7b',
+  'Qwen2.5-7B': 'qwen2.5-7b',
+  'Qwen3-0.6B': 'qwen3-0.6b',
+  'Qwen3-8B': 'qwen3-8b',
+  'Qwen3-32B': 'qwen3-32b',
+  'Phi-4': 'phi4-14b',
+  'Granite-3.3-8B': 'granite-8b',
 }
 TARGETS = (
   Targets(target=0.2),
@@ -119,7 +126,7 @@ def target_table() -> str:
 
 
 def _config(size: str) -> ModelConfig:
-  return config_from_hf(llama.get_config(size).model.sizes.to_dict())
+  return config_from_hf(models.SIZES[size])
 
 
 def _billions(config: ModelConfig) -> str:

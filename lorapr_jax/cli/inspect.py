@@ -5,6 +5,8 @@ from typing import Any
 from rich.table import Table
 
 from lorapr_jax.cli.arguments import Parser, print_json, print_tables
+from lorapr_jax.errors import UserError
+from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import block_axes
@@ -20,6 +22,7 @@ from lorapr_jax.pruning.groups import (
 )
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.runtime.terminal import say
+from lorapr_jax.settings.files import read_config
 
 _BYTES = {'float32': 4, 'bfloat16': 2}
 
@@ -27,8 +30,10 @@ _BYTES = {'float32': 4, 'bfloat16': 2}
 def main(argv: list[str]) -> None:
   """Prints what is pruned together, and with a target what would be left."""
   parser = Parser('inspect', __doc__)
-  parser.add_argument(
-    '--model', required=True, help='a folder; only its config.json is read'
+  source = parser.add_mutually_exclusive_group(required=True)
+  source.add_argument('--model', help='a folder; only its config.json is read')
+  source.add_argument(
+    '--config', help='a config with model.sizes, such as models:qwen3-8b'
   )
   parser.add_argument('--dtype', choices=tuple(_BYTES), default='bfloat16')
   defaults = vars(Targets()) | {'target': None, 'channels': 'true'}
@@ -47,7 +52,7 @@ def main(argv: list[str]) -> None:
   asked = (args.target, args.heads_target, args.channels_target)
   given |= {'channels': args.channels == 'true', 'target': args.target or 0.0}
   targets = Targets(**given)
-  config = load_config(args.model)
+  config = _sizes(args.config) if args.config else load_config(args.model)
   report = describe(config, args.protect, _BYTES[args.dtype])
   if any(value is not None for value in asked):
     report['plan'] = describe_plan(config, targets, _BYTES[args.dtype])
@@ -55,6 +60,14 @@ def main(argv: list[str]) -> None:
     print_json(report)
   else:
     show(report)
+
+
+def _sizes(name: str) -> ModelConfig:
+  """The model of a config that has sizes and no folder."""
+  sizes = read_config(name).model.sizes.to_dict()
+  if not sizes:
+    raise UserError(f'{name} has no model.sizes: give a folder in --model')
+  return config_from_hf(sizes)
 
 
 def describe(

@@ -17,7 +17,7 @@ from tests.aot.overlap import overlapped
 
 pytestmark = pytest.mark.aot
 
-LLAMA = Path(__file__).parents[2] / 'configs' / 'llama.py'
+MODELS = Path(__file__).parents[2] / 'configs' / 'models.py'
 # What the compiler asks of a GPU that is there, of an H100.
 H100 = """
 platform_name: "CUDA"
@@ -66,7 +66,7 @@ def _step_of_llama_7b(*options: str) -> Compiled:
   options = ','.join(('xla_gpu_autotune_level=0', *options))
   config, _ = parse_flags(
     [
-      f'--config={LLAMA}:7b',
+      f'--config={MODELS}:llama-7b',
       '--workdir=none',
       '--config.mesh.data=1',
       '--config.mesh.fsdp=8',

@@ -351,11 +351,12 @@ def test_the_loss_gathers_no_vocabulary():
     assert math.prod(int(x) for x in shape.split(',')) <= 512 * d
 
 
-LLAMA = Path(__file__).parents[2] / 'configs' / 'llama.py'
+MODELS = Path(__file__).parents[2] / 'configs' / 'models.py'
+LLAMA = f'--config={MODELS}:llama-7b'
 
 
 def _planned(topology: str, *flags: str):
-  config, _ = parse_flags([f'--config={LLAMA}:7b', *flags, '--workdir=none'])
+  config, _ = parse_flags([LLAMA, *flags, '--workdir=none'])
   return plan_run(config, Topology.of(topology))
 
 
@@ -380,7 +381,7 @@ def test_llama_7b_is_planned_for_eight_chips():
   assert weights / 8 < own.arguments < weights / 8 + 0.2e9
   assert own.temporaries < 2e9
   # Each block is computed a second time: three passes where two would do.
-  config, _ = parse_flags([f'--config={LLAMA}:7b', '--workdir=none'])
+  config, _ = parse_flags([LLAMA, '--workdir=none'])
   sizes, tokens = config_from_hf(dict(config.model.sizes)), 128 * 512 / 8
   least = 2 * forward_flops_per_token(sizes, 512)
   least += attention_flops_per_token(sizes, 512)
@@ -428,7 +429,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
   flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
   flags += ['--config.lora.dropout=0.0', '--config.train.batch_size=128']
   flags += ['--config.prune.compensate=none']
-  config, _ = parse_flags([f'--config={LLAMA}:7b', *flags, '--workdir=none'])
+  config, _ = parse_flags([LLAMA, *flags, '--workdir=none'])
   small, large = search(config, 'v5e')
   assert small.topology.name == 'v5e:1x1' and not small.fits
   assert small.needs[0].total > small.topology.chip.hbm
@@ -440,7 +441,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
 @pytest.mark.usefixtures('_not_kept')
 def test_what_cannot_fit_or_be_cut_so_is_not_compiled(monkeypatch):
   monkeypatch.setattr('lorapr_jax.planning.search.plan_run', None)
-  config, _ = parse_flags([f'--config={LLAMA}:65b', '--workdir=none'])
+  config, _ = parse_flags([f'--config={MODELS}:llama-65b', '--workdir=none'])
   config.train.micro_batch_size = 2
   found = itertools.islice(search(config, 'v5e'), 4)
   reasons = [(x.topology.name, x.mesh['tensor'], x.reason) for x in found]

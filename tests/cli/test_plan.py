@@ -171,7 +171,7 @@ def test_what_the_compiler_refuses_is_shown_by_its_figure(monkeypatch, capsys):
     ([TINY[1], '--mesh=rows=2'], 'unknown setting --config.mesh.rows'),
     ([TINY[1], '--mesh=fsdp=3'], 'do not multiply to the 8 devices'),
     ([TINY[1], '--criteria=taylor'], 'choose from lora, gradient'),
-    ([TINY[1], '--config=llama:8b'], 'SIZE of 7b, 13b, 30b, 65b, llama3-8b'),
+    ([TINY[1], '--config=models:8b'], 'NAME of llama-7b, llama-13b, llama-30b'),
   ],
 )
 def test_a_mistake_is_one_line(arguments, message, capsys):

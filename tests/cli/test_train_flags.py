@@ -261,7 +261,7 @@ def refusal(capsys, workdir, *argv):
       "model.remat is 'all': choose from offload, blocks, dots, none",
     ),
     ('model.base_dtype=int4', "model.base_dtype is 'int4': choose from auto"),
-    ('model.sizes.model_type=qwen2', "model_type is 'qwen2'"),
+    ('model.sizes.model_type=gpt2', "model_type is 'gpt2'"),
     # Training.
     ('train.seq_len=129', 'train.seq_len is 129, but the model has 128 posit'),
     ('train.seq_len=1', 'train.seq_len is 1'),
@@ -343,7 +343,7 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     ([place, '--config=tinny'], "no config 'tinny': give the path of a file"),
     (
       [place, '--config=a/tiny.py'],
-      'one of default, llama, paper, smollm2_135m, tiny',
+      'one of default, models, paper, smollm2_135m, tiny',
     ),
     ([place, '--config'], "no config ''"),
     ([place, '--config=paper:tinny'], "no config 'tinny'"),
@@ -356,7 +356,9 @@ def test_flags_that_are_not_there_or_unknown(capsys, tmp_path):
     assert message in refusal(capsys, workdir, *argv)
 
 
-@pytest.mark.parametrize('name', ['tiny', 'llama:7b', f'{CONFIGS}/tiny.py'])
+@pytest.mark.parametrize(
+  'name', ['tiny', 'models:phi4-14b', f'{CONFIGS}/tiny.py']
+)
 def test_the_papers_method_on_any_config(name):
   config, paper = (
     parse_flags([f'--config={x}', '--workdir=DIR'])[0]
@@ -476,14 +478,14 @@ def test_a_corpus_that_is_too_short_stops_before_any_work(
     (lambda folder: (folder / 'config.json').write_text('{'), 'is not JSON'),
     (
       lambda folder: (folder / 'config.json').write_text(
-        '{"model_type": "qwen2"}'
+        '{"model_type": "gpt2"}'
       ),
-      "model_type is 'qwen2'",
+      "model_type is 'gpt2'",
     ),
     (lambda folder: (folder / 'tokenizer.json').unlink(), 'tokenizer'),
     (lambda folder: folder.rename(folder.parent / 'moved'), 'is not a folder'),
   ],
-  ids=['no config', 'no JSON', 'qwen2', 'no tokenizer', 'no folder'],
+  ids=['no config', 'no JSON', 'gpt2', 'no tokenizer', 'no folder'],
 )
 def test_a_wrong_folder_stops_before_any_work(
   capsys, tmp_path, monkeypatch, folder, change, message

@@ -1,0 +1,28 @@
+"""The models of configs/models.py have the sizes that their names say."""
+
+import pytest
+import torch
+import transformers
+
+from configs import models
+from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.models.families import FAMILIES
+
+
+@pytest.mark.parametrize('name', models.SIZES)
+def test_parameters_are_counted_as_transformers_counts_them(name):
+  keys = models.SIZES[name]
+  with torch.device('meta'):
+    model = transformers.AutoModelForCausalLM.from_config(
+      transformers.AutoConfig.for_model(**keys)
+    )
+  model.tie_weights()
+  theirs = sum({id(p): p.numel() for p in model.parameters()}.values())
+  assert config_from_hf(keys).num_parameters == theirs
+  # The name ends with the billions that its publisher speaks of.
+  billions = float(name.rpartition('-')[2].removesuffix('b'))
+  assert theirs / 1e9 == pytest.approx(billions, rel=0.12)
+
+
+def test_the_models_are_of_families_that_are_there():
+  assert {keys['model_type'] for keys in models.SIZES.values()} <= {*FAMILIES}
