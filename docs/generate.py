@@ -35,6 +35,7 @@ MODELS = {
   'Qwen3-0.6B': 'qwen3-0.6b',
   'Qwen3-8B': 'qwen3-8b',
   'Qwen3-32B': 'qwen3-32b',
+  'OLMo-2-7B': 'olmo2-7b',
   'Phi-4': 'phi4-14b',
   'Granite-3.3-8B': 'granite-8b',
 }
