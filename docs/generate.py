@@ -1,7 +1,8 @@
 """Writes the parts of docs/ that follow from the code: `make docs`.
 
 configuration.md from configs/default.py, the table of targets.md from the
-planner, the figures of how-it-works.md; and build/docs/api, the reference.
+planner, that of models.md from models/families.py, the figures of
+how-it-works.md; and build/docs/api, the reference.
 """
 
 import ast
@@ -14,8 +15,11 @@ import pdoc
 
 from configs import default, models
 import lorapr_jax
+from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.hf.layout import resolve_model_type
 from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.models.families import FAMILIES
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets, plan_pruning
@@ -38,6 +42,33 @@ MODELS = {
   'OLMo-2-7B': 'olmo2-7b',
   'Phi-4': 'phi4-14b',
   'Granite-3.3-8B': 'granite-8b',
+}
+# What people know of each family, by model_type.
+KNOWN_AS = {
+  'cwm': 'Code World Model',
+  'ernie4_5': 'ERNIE 4.5, without experts',
+  'exaone4': 'EXAONE 4',
+  'gemma': 'Gemma 1',
+  'gemma2': 'Gemma 2',
+  'gemma3_text': 'Gemma 3, its text model',
+  'glm': 'GLM-4-9B (the `-hf` folders)',
+  'glm4': 'GLM-4-0414, GLM-Z1',
+  'granite': 'Granite 3',
+  'helium': 'Helium',
+  'hunyuan_v1_dense': 'Hunyuan, dense',
+  'internlm3': 'InternLM 3',
+  'iquestcoder': 'IQuest-Coder',
+  'llama': 'LLaMA 1, 2, 3, SmolLM2, TinyLlama, R1-Distill-Llama',
+  'ministral': 'Ministral 8B',
+  'ministral3': 'Ministral 3',
+  'mistral': 'Mistral 7B, Nemo, Small',
+  'olmo2': 'OLMo 2',
+  'olmo3': 'OLMo 3',
+  'phi3': 'Phi-3, Phi-4',
+  'qwen2': 'Qwen2, Qwen2.5, R1-Distill-Qwen',
+  'qwen3': 'Qwen3, without experts',
+  'seed_oss': 'Seed-OSS',
+  'smollm3': 'SmolLM3',
 }
 TARGETS = (
   Targets(target=0.2),
@@ -100,6 +131,43 @@ def _shown(value: object) -> str:
 
 def _cell(text: str) -> str:
   return text.replace('|', '\\|').replace('<', '&lt;')
+
+
+def family_table() -> str:
+  """Every family, and what a pruned model of it can be saved as."""
+  lines = [
+    '| `model_type` | models | layers alike | layers that differ | GGUF |',
+    '|---|---|---|---|---|',
+  ]
+  for name, family in sorted(FAMILIES.items()):
+    saved = [_saved_as(name, heads) for heads in (4, 3)]
+    unequal = 'no' if family.remote_code is None else 'yes'
+    lines.append(
+      f'| `{name}` | {KNOWN_AS[name]} | {", ".join(dict.fromkeys(saved))} | '
+      f'{unequal} | {f"`{family.gguf}`" if family.gguf else "no"} |'
+    )
+  return '\n'.join(lines)
+
+
+def _saved_as(model_type: str, heads: int) -> str:
+  """The model_type of a folder of equal layers with so many heads."""
+  config = config_from_hf(
+    {
+      'model_type': model_type,
+      'vocab_size': 256,
+      'hidden_size': 64,
+      'head_dim': 16,
+      'num_hidden_layers': 2,
+      'num_attention_heads': heads,
+      'num_key_value_heads': 1,
+      'intermediate_size': 128,
+      'sliding_window': None,
+    }
+  )
+  try:
+    return f'`{resolve_model_type(config, "uniform", "auto")}`'
+  except UserError:
+    return 'no other number of heads'
 
 
 def target_table() -> str:
@@ -249,6 +317,9 @@ def main() -> None:
   page = DOCS / 'targets.md'
   text = page.read_text(encoding='utf-8')
   write_text(page, fill(text, 'targets', target_table()))
+  page = DOCS / 'models.md'
+  text = page.read_text(encoding='utf-8')
+  write_text(page, fill(text, 'families', family_table()))
   write_figures(DOCS / 'figures')
   write_reference(DOCS.parent / 'build' / 'docs' / 'api')
 

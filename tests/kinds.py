@@ -316,7 +316,10 @@ _FAMILIES = {
     **_AFTER,
   ),
   'exaone4_full': _kind(
-    'exaone4', {'sliding_window': None}, qk_norm=_QK_NORMS, **_AFTER
+    'exaone4',
+    {'sliding_window': None, 'layer_types': [_FULL] * 3},
+    qk_norm=_QK_NORMS,
+    **_AFTER,
   ),
   'hunyuan_v1_dense': _kind(
     'hunyuan_v1_dense',

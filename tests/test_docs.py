@@ -181,6 +181,12 @@ def test_the_table_of_targets_is_current(generate):
   assert page == filled, 'run make docs'
 
 
+def test_the_table_of_families_is_current(generate):
+  page = (ROOT / 'docs' / 'models.md').read_text(encoding='utf-8')
+  filled = generate.fill(page, 'families', generate.family_table())
+  assert page == filled, 'run make docs'
+
+
 def test_the_figures_can_be_made(generate, tmp_path):
   generate.write_figures(tmp_path)
   for file in tmp_path.iterdir():
