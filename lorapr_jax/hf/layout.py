@@ -5,7 +5,13 @@ from typing import Any
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.families import EXPORTED, FAMILIES, REMOTE_CODE, row_of
+from lorapr_jax.models.families import (
+  EXPORTED,
+  FAMILIES,
+  REMOTE_CODE,
+  Family,
+  row_of,
+)
 
 AUTO = 'auto'
 LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')
@@ -100,12 +106,10 @@ def _remote_type(config: ModelConfig) -> str:
   )
 
 
-def stored_family(
-  config: ModelConfig, layout: str, model_type: str
-) -> str | None:
+def stored_family(config: ModelConfig, layout: str, model_type: str) -> Family:
   """The family whose tensors an export has, by one of LAYOUTS, MODEL_TYPES."""
   model_type = resolve_model_type(config, layout, model_type)
-  return model_type if model_type in EXPORTED else None
+  return row_of(model_type if model_type in EXPORTED else None)
 
 
 def _loaded(config: ModelConfig) -> list[str]:
