@@ -8,11 +8,10 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has the format.
 """
 
 from collections.abc import Mapping
-import dataclasses
 import math
 from pathlib import Path
 import struct
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -38,8 +37,7 @@ _SCALARS = {
 } | {gguf.GGUFValueType.BOOL: np.dtype(bool)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Tensor:
+class Tensor(NamedTuple):
   """Where a tensor lies in a file that is mapped into memory.
 
   Attributes:
@@ -62,11 +60,9 @@ class Tensor:
       return False
     return True
 
-  def __getitem__(self, rows: slice | tuple[slice]) -> np.ndarray:
-    """The values of some rows, or of all of a vector, float32."""
-    if len(self.shape) == 1:
-      return gguf.quants.dequantize(self.stored, self.kind)[rows]
-    return gguf.quants.dequantize(self.stored[rows], self.kind)
+  def read(self) -> np.ndarray:
+    """The values, float32."""
+    return gguf.quants.dequantize(self.stored, self.kind)
 
 
 def read_header(

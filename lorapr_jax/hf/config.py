@@ -18,6 +18,7 @@ from lorapr_jax.models.config import (
 from lorapr_jax.models.families import (
   BIAS_KEYS,
   FAMILIES,
+  PREFIX,
   REMOTE_CODE,
   Family,
   family_of,
@@ -117,7 +118,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     bos_token_id=hf.get('bos_token_id'),
     eos_token_id=(tuple(eos) or None) if isinstance(eos, list) else eos,
     pad_token_id=hf.get('pad_token_id'),
-    family=hf['model_type'] if hf['model_type'] in FAMILIES else None,
+    family=hf['model_type'].removeprefix(PREFIX),
   )
 
 
@@ -274,8 +275,8 @@ def _family(hf: Mapping[str, Any]) -> Family:
     if why := why_refused(str(model_type)):
       raise UserError(f'{shown}, which is not supported: {why}')
     raise UserError(
-      f'{shown}; only {", ".join(FAMILIES)} and {" and ".join(REMOTE_CODE)} '
-      '(our own export) are supported'
+      f'{shown}; only {", ".join(FAMILIES)} are supported, and our own '
+      f'exports, with {PREFIX} in front'
     )
   return types[model_type]
 
@@ -319,8 +320,8 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
     )
   if hf.get('per_layer_config') and model_type not in REMOTE_CODE:
     raise UserError(
-      'config.json: per_layer_config is only understood for model_type '
-      + ' and '.join(REMOTE_CODE)
+      'config.json: per_layer_config is only understood for a model_type that '
+      f'begins with {PREFIX}'
     )
 
 

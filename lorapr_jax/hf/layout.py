@@ -4,14 +4,9 @@ from typing import Any
 
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
+from lorapr_jax.hf.remote import remote_code_keys
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.families import (
-  EXPORTED,
-  FAMILIES,
-  REMOTE_CODE,
-  Family,
-  row_of,
-)
+from lorapr_jax.models.families import EXPORTED, PREFIX, REMOTE_CODE, row_of
 
 AUTO = 'auto'
 LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')
@@ -30,7 +25,9 @@ def resolve_layout(config: ModelConfig, layout: str) -> str:
   """
   choose('export.layout', layout, LAYOUTS)
   if layout == AUTO:
-    stock = config.is_uniform and _loaded(config)
+    stock = config.is_uniform and any(
+      _is_loaded(config, name) for name in _held(config)
+    )
     return 'uniform' if stock else 'two_shape'
   if layout in ('uniform', 'padded') and not config.is_uniform:
     raise UserError(
@@ -72,58 +69,41 @@ def resolve_model_type(
     UserError: if the layout or the type cannot hold this model.
   """
   choose('export.model_type', model_type, MODEL_TYPES)
+  held, shape = _held(config), config.layers[0]
   if resolve_layout(config, layout) == 'two_shape':
-    return _remote_type(config)
-  held = [name for name, x in EXPORTED.items() if x.holds(config)]
-  loaded = _loaded(config)
-  if model_type == AUTO and loaded:
-    return loaded[0]
+    return f'{PREFIX}{held[0]}'
   if model_type in held:
     return model_type
-  if loaded:
+  loaded = [x for x in held if _is_loaded(config, x)]
+  if model_type == AUTO and loaded:
+    return loaded[0]
+  if model_type == AUTO:
     raise UserError(
-      f'export.model_type={model_type} cannot hold the biases or norms that '
-      f'the model has: use export.model_type={loaded[0]}'
+      f'transformers refuses a {held[0]} of {shape.num_heads} heads with a '
+      f'hidden size of {config.embed_dim}: use export.layout=two_shape'
     )
   raise UserError(
-    f'transformers refuses a {" or ".join(held)} of '
-    f'{config.layers[0].num_heads} heads with a hidden size of '
-    f'{config.embed_dim}, and no other type holds this model: use '
-    'export.layout=two_shape'
+    f'export.model_type={model_type} cannot hold the biases, norms or scales '
+    f'that the model has: use export.model_type={(loaded or held)[0]}'
   )
 
 
-def _remote_type(config: ModelConfig) -> str:
-  """The model_type of the remote code that holds a model."""
-  for name, family in REMOTE_CODE.items():
-    if family.holds(config):
-      return name
-  held = [name for name, x in FAMILIES.items() if x.holds(config)]
-  raise UserError(
-    f'there is no remote code for a {" or ".join(held)}: only layers of one '
-    'size can be exported. Prune with prune.protect=none and '
-    'prune.layer_profile=1'
-  )
-
-
-def stored_family(config: ModelConfig, layout: str, model_type: str) -> Family:
+def stored_family(config: ModelConfig, layout: str, model_type: str) -> str:
   """The family whose tensors an export has, by one of LAYOUTS, MODEL_TYPES."""
-  model_type = resolve_model_type(config, layout, model_type)
-  return row_of(model_type if model_type in EXPORTED else None)
+  return resolve_model_type(config, layout, model_type).removeprefix(PREFIX)
 
 
-def _loaded(config: ModelConfig) -> list[str]:
-  """The model_types as which every transformers loads these equal layers."""
-  divides = config.embed_dim % config.layers[0].num_heads == 0
+def _held(config: ModelConfig) -> list[str]:
+  """The families that a model can be exported as; its own is the first."""
   own = row_of(config.family).exported_as or config.family
-  # The model's own family comes first.
   names = sorted(EXPORTED, key=lambda name: name != own)
-  return [
-    name
-    for name in names
-    if EXPORTED[name].holds(config)
-    and (divides or not EXPORTED[name].heads_divide_embed)
-  ]
+  return [name for name in names if EXPORTED[name].holds(config)]
+
+
+def _is_loaded(config: ModelConfig, name: str) -> bool:
+  """Whether every transformers takes these equal layers of a family."""
+  divides = config.embed_dim % config.layers[0].num_heads == 0
+  return divides or not EXPORTED[name].heads_divide_embed
 
 
 def hf_config(
@@ -134,32 +114,13 @@ def hf_config(
   `dtype` is that of the weights, as torch names it.
   """
   model_type = resolve_model_type(config, layout, model_type)
-  family = {**FAMILIES, **REMOTE_CODE}[model_type]
-  hf = config_to_hf(config, family)
+  family = EXPORTED[model_type.removeprefix(PREFIX)]
+  hf = family.written | family.flags(config) | config_to_hf(config, family)
   if model_type in REMOTE_CODE:
-    head = _remote_code(model_type)
+    head = remote_code_keys(model_type)
     hf.setdefault('per_layer_config', {})
   else:
-    head = {
-      'architectures': [family.architecture],
-      'model_type': model_type,
-      **family.written,
-      **family.flags(config),
-    }
+    head = {'architectures': [family.architecture], 'model_type': model_type}
     if family.names_version and config.vocab_size > 100_000:
       head['transformers_version'] = '5.0.0'
   return {**head, **hf, 'torch_dtype': dtype}
-
-
-def _remote_code(model_type: str) -> dict[str, Any]:
-  """The keys that name the classes of hf/remote_code/."""
-  name = ''.join(word.capitalize() for word in model_type.split('_'))
-  return {
-    'architectures': [f'{name}ForCausalLM'],
-    'model_type': model_type,
-    'auto_map': {
-      'AutoConfig': f'configuration_{model_type}.{name}Config',
-      'AutoModel': f'modeling_{model_type}.{name}Model',
-      'AutoModelForCausalLM': f'modeling_{model_type}.{name}ForCausalLM',
-    },
-  }

@@ -20,8 +20,9 @@ from lorapr_jax.hf.names import (
   locate,
   to_hf_layout,
 )
+from lorapr_jax.hf.remote import remote_code
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
-from lorapr_jax.hf.stored import OURS, Storage, stored_shapes, stored_tensors
+from lorapr_jax.hf.stored import stored_shapes, stored_tensors
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.files import LARGE, read_bytes, read_json, write_json
 from lorapr_jax.runtime.paths import (
@@ -57,7 +58,6 @@ _UNITS = {
   **{'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9},
   **{'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30},
 }
-_REMOTE_CODE = Path(__file__).parent / 'remote_code'
 
 
 def parse_size(key: str, text: str) -> int:
@@ -82,12 +82,9 @@ def parse_size(key: str, text: str) -> int:
 
 
 def hf_tensors(
-  params: Any,
-  config: ModelConfig,
-  dtype: Any,
-  storage: Storage = OURS,
+  params: Any, config: ModelConfig, dtype: Any, family: str | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor as files of this storage hold it, one at a time.
+  """Every tensor as the files of a family hold it, one at a time.
 
   Of weights that lie on several processes all must go through all tensors.
   """
@@ -105,7 +102,7 @@ def hf_tensors(
     leaf, row, letters = places[name]
     return to_hf_layout(to_host(leaf[row]), letters)
 
-  for name, x in stored_tensors(tensor_of, places, config, storage):
+  for name, x in stored_tensors(tensor_of, places, config, family):
     yield name, _cast(name, x, dtype)
 
 
@@ -153,7 +150,7 @@ def export_model(
     UserError: if the folder exists or the layout cannot hold the model.
   """
   dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
-  storage = stored_family(config, layout, model_type)
+  family = stored_family(config, layout, model_type)
 
   def beside(partial: Path) -> None:
     if base is not None:
@@ -166,8 +163,8 @@ def export_model(
   write_folder(
     folder,
     hf_config(config, dtype.name, layout, model_type),
-    stored_shapes(hf_shapes(params, config), storage),
-    hf_tensors(params, config, dtype, storage),
+    stored_shapes(hf_shapes(params, config), family),
+    hf_tensors(params, config, dtype, family),
     beside=beside,
     max_shard_bytes=max_shard_bytes,
   )
@@ -200,8 +197,8 @@ def write_folder(
     beside(partial)
     write_safetensors(partial, shapes, dtype, tensors, max_shard_bytes)
     if 'auto_map' in hf:  # It names code.
-      for file in _REMOTE_CODE.glob('*.py'):
-        copy_file(file, partial / file.name)
+      for name, text in remote_code(hf['model_type']).items():
+        (partial / name).write_text(text, encoding='utf-8')
     # It comes last: a folder without it is no model.
     write_json(partial / 'config.json', hf)
 

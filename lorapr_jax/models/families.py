@@ -66,8 +66,6 @@ class Family:
       tokenizer for one with a known flaw.
     exported_as: the family that a model of this one is exported as, where every
       transformers knows that one only; None: this one.
-    remote_code: the `model_type` of the same family where layers differ in
-      size, by the code in hf/remote_code/; None: there is none.
   """
 
   architecture: str
@@ -90,7 +88,6 @@ class Family:
   heads_divide_embed: bool = False
   names_version: bool = False
   exported_as: str | None = None
-  remote_code: str | None = None
 
   def holds(self, config: ModelConfig) -> bool:
     """Whether a model of this family computes what `config` says."""
@@ -191,7 +188,6 @@ FAMILIES = {
     absent=_ABSENT,
     bias_keys=_BIAS_KEYS,
     heads_divide_embed=True,
-    remote_code='pruned_llama',
   ),
   'mistral': Family(
     architecture='MistralForCausalLM',
@@ -346,8 +342,9 @@ def row_of(family: str | None) -> Family:
 
 # The families that a model can be exported as.
 EXPORTED = {n: x for n, x in FAMILIES.items() if x.exported_as is None}
-# By the model_type of the remote code.
-REMOTE_CODE = {x.remote_code: x for x in FAMILIES.values() if x.remote_code}
+# The same where layers differ in size, by the code that hf/remote.py writes.
+PREFIX = 'pruned_'
+REMOTE_CODE = {f'{PREFIX}{name}': x for name, x in EXPORTED.items()}
 BIAS_KEYS = sorted({key for x in FAMILIES.values() for key in x.bias_keys})
 
 

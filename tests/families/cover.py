@@ -79,11 +79,6 @@ def pairs(*items: Iterable[str]) -> set[frozenset[str]]:
   }
 
 
-def has_remote_code(kind: str) -> bool:
-  """Whether an export may have layers that differ in size."""
-  return FAMILIES[KINDS[kind].keys['model_type']].remote_code is not None
-
-
 TRAITS = {kind: traits(kind) for kind in KINDS}
 # Those of which heads of either kind may go.
 GROUPED = {

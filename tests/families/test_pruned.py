@@ -16,7 +16,7 @@ from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
-from tests.families.cover import GROUPED, each, has_remote_code, pairs
+from tests.families.cover import GROUPED, each, pairs
 from tests.kinds import KINDS
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40))
@@ -34,7 +34,6 @@ CASES = {
   | {KINDS[kind].keys['model_type']}
   for kind in GROUPED
   for how in KEPT
-  if 'equal' in how or has_remote_code(kind)
 }
 
 

@@ -17,7 +17,7 @@ from lorapr_jax import train
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models import decoder
 from lorapr_jax.pruning.importance import CRITERIA
-from tests.families.cover import GROUPED, cover, has_remote_code, pairs
+from tests.families.cover import GROUPED, cover, pairs
 from tests.kinds import KINDS, save
 
 SETTINGS = {
@@ -59,8 +59,7 @@ def _draw(rng, wanted):
     for key, values in SETTINGS.items():
       texts = [f'{key}={value}' for value in values]
       case.append(next((x for x in texts if x in wanted), rng.choice(texts)))
-    equal = 'prune.protect=none' in case or has_remote_code(case[0])
-    if equal and _is_run(case):
+    if _is_run(case):
       return tuple(case)
 
 
@@ -77,12 +76,6 @@ def _runs():
     *([f'{key}={v}' for v in values] for key, values in SETTINGS.items()),
   )
   left = {pair for pair in left if _can_meet(pair)}
-  protected = 'prune.protect=reference'
-  unequal = set().union(*(x for k, x in GROUPED.items() if has_remote_code(k)))
-  left -= {
-    frozenset((trait, protected))
-    for trait in set().union(*GROUPED.values()) - unequal
-  }
   found = []
   while left:
     wanted = rng.choice(sorted(left, key=sorted))

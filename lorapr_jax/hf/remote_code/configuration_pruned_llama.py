@@ -15,95 +15,88 @@ import copy
 
 from transformers import LlamaConfig, PretrainedConfig
 
+_SIZES = ('num_attention_heads', 'num_key_value_heads', 'intermediate_size')
 
-# Not a LlamaConfig: transformers 5 checks there that the heads divide the
-# hidden size, which pruned layers need not obey.
+
+# Not a LlamaConfig: transformers 5 checks in some of its configs that the heads
+# divide the hidden size, which pruned layers need not obey.
 class PrunedLlamaConfig(PretrainedConfig):
   """The keys of LlamaConfig, and `per_layer_config`."""
 
   model_type = 'pruned_llama'
   keys_to_ignore_at_inference = ['past_key_values']
+  attribute_map = LlamaConfig.attribute_map
   base_model_tp_plan = LlamaConfig.base_model_tp_plan
   base_model_pp_plan = LlamaConfig.base_model_pp_plan
-  # transformers 5 fills this in, but only where the attribute exists.
-  rope_parameters = None
 
-  def __init__(
-    self,
-    *,
-    vocab_size=32000,
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=None,
-    head_dim=None,
-    hidden_act='silu',
-    max_position_embeddings=2048,
-    initializer_range=0.02,
-    rms_norm_eps=1e-6,
-    use_cache=True,
-    pad_token_id=None,
-    bos_token_id=None,
-    eos_token_id=None,
-    pretraining_tp=1,
-    tie_word_embeddings=False,
-    rope_theta=10000.0,
-    rope_scaling=None,
-    rope_parameters=None,
-    attention_bias=False,
-    attention_dropout=0.0,
-    mlp_bias=False,
-    per_layer_config=None,
-    **kwargs,
-  ):
-    self.vocab_size = vocab_size
-    self.hidden_size = hidden_size
-    self.intermediate_size = intermediate_size
-    self.num_hidden_layers = num_hidden_layers
-    self.num_attention_heads = num_attention_heads
-    self.num_key_value_heads = num_key_value_heads or num_attention_heads
-    self.head_dim = head_dim or hidden_size // num_attention_heads
-    self.hidden_act = hidden_act
-    self.max_position_embeddings = max_position_embeddings
-    self.initializer_range = initializer_range
-    self.rms_norm_eps = rms_norm_eps
-    self.use_cache = use_cache
-    self.pretraining_tp = pretraining_tp
-    self.attention_bias = attention_bias
-    self.attention_dropout = attention_dropout
-    self.mlp_bias = mlp_bias
-
-    # transformers 4 reads rope_theta and rope_scaling; 5 merges them into
-    # rope_parameters and saves that. Accept either, whoever wrote the file.
-    rope = dict(rope_parameters or rope_scaling or {})
-    self.rope_theta = rope.pop('rope_theta', rope_theta)
-    if rope.get('rope_type', rope.get('type', 'default')) == 'default':
-      rope = None
-
-    # Through the base class, because transformers 5 merges the rope keys and
-    # makes per_layer_config a property, once everything else is set.
-    super().__init__(
-      pad_token_id=pad_token_id,
-      bos_token_id=bos_token_id,
-      eos_token_id=eos_token_id,
-      tie_word_embeddings=tie_word_embeddings,
-      rope_theta=self.rope_theta,
-      rope_scaling=rope,
-      per_layer_config=per_layer_config or None,
-      **kwargs,
-    )
+  def __init__(self, *, per_layer_config=None, **kwargs):
+    given = {key: kwargs[key] for key in _SIZES if key in kwargs}
+    # LlamaConfig fills in what is absent and understands every spelling, at
+    # sizes that pass its checks.
+    whole = LlamaConfig(**_older(kwargs) | _checked(kwargs))
+    super().__init__()
+    self.__dict__.update({**whole.__dict__, **given})
+    # transformers 5 makes it a property, for which all else must be there.
+    self.per_layer_config = per_layer_config or None
 
   def layer_config(self, index):
     """A copy of this config that has the sizes of layer `index` at its top."""
     per_layer = self.per_layer_config
     if per_layer is not None and not isinstance(per_layer, dict):
       # transformers 5.15 and newer resolve the layers themselves.
-      return copy.copy(per_layer[index])
-    layer = copy.copy(self)
-    layer.per_layer_config = None
-    # JSON's keys are strings, and transformers 5 saves them as '03'.
-    for key, sizes in (per_layer or {}).items():
-      if int(key) == index:
-        layer.__dict__.update(sizes)
+      layer = copy.copy(per_layer[index])
+    else:
+      layer = copy.copy(self)
+      layer.per_layer_config = None
+      # JSON's keys are strings, and transformers 5 saves them as '03'.
+      for key, sizes in (per_layer or {}).items():
+        if int(key) == index:
+          layer.__dict__.update(sizes)
+    layer.__class__ = _LayerConfig
+    layer._whole = self
     return layer
+
+
+class _LayerConfig(PrunedLlamaConfig):
+  """The config of one layer.
+
+  Attention reads its implementation from it at every call: that is the whole
+  model's, which may change later.
+  """
+
+  @property
+  def _attn_implementation_internal(self):
+    return self._whole._attn_implementation_internal
+
+  @_attn_implementation_internal.setter
+  def _attn_implementation_internal(self, value):
+    self._whole._attn_implementation_internal = value
+
+
+def _checked(kwargs):
+  """Numbers of heads that every check of LlamaConfig passes."""
+  hidden, width = kwargs.get('hidden_size'), kwargs.get('head_dim')
+  if hidden is None or width is None:
+    return {}
+  heads = hidden // width if hidden % width == 0 else 1
+  return {'num_attention_heads': heads, 'num_key_value_heads': heads}
+
+
+def _older(kwargs):
+  """The same keys with RoPE's as transformers 4 reads them."""
+  rope = kwargs.get('rope_parameters')
+  if not rope or hasattr(LlamaConfig, 'rope_parameters'):
+    return kwargs
+  older = {k: x for k, x in kwargs.items() if k != 'rope_parameters'}
+  # By type of layer, in families that have two kinds of RoPE.
+  if 'full_attention' in rope:
+    older['rope_local_base_freq'] = rope['sliding_attention']['rope_theta']
+    rope = rope['full_attention']
+  scaling = dict(rope)
+  for key in ('rope_theta', 'partial_rotary_factor'):
+    if key in scaling:
+      older[key] = scaling.pop(key)
+  older['rope_scaling'] = scaling
+  if scaling.get('rope_type', scaling.get('type', 'default')) == 'default':
+    older['rope_scaling'] = None
+  return older

@@ -8,11 +8,7 @@ This file travels beside the weights and is loaded with
 """
 
 import torch
-from transformers.models.llama.modeling_llama import (
-  LlamaDecoderLayer,
-  LlamaForCausalLM,
-  LlamaModel,
-)
+from transformers import LlamaForCausalLM, LlamaModel
 
 from .configuration_pruned_llama import PrunedLlamaConfig
 
@@ -23,37 +19,33 @@ class PrunedLlamaModel(LlamaModel):
   config_class = PrunedLlamaConfig
 
   def __init__(self, config):
-    # Everything but the layers is the same at any layer's sizes. No layer is
-    # built here, lest a full-size model be allocated and thrown away.
-    trunk = config.layer_config(0)
-    trunk.num_hidden_layers = 0
-    super().__init__(trunk)
-
-    # One config for the whole model, as in LlamaModel: attention reads its
-    # implementation from it at every call, so that a later change of
-    # config._attn_implementation reaches every layer.
-    config._attn_implementation = trunk._attn_implementation
+    super().__init__(_of_one_layer(config))
+    _build_layers(self, config)
     self.config = config
-    self.layers = torch.nn.ModuleList(
-      LlamaDecoderLayer(config.layer_config(i), i)
-      for i in range(config.num_hidden_layers)
-    )
-    for layer in self.layers:
-      layer.self_attn.config = config
     self.post_init()
 
 
 class PrunedLlamaForCausalLM(LlamaForCausalLM):
-  """LlamaForCausalLM around a PrunedLlamaModel."""
+  """LlamaForCausalLM with layer i built from `config.layer_config(i)`."""
 
   config_class = PrunedLlamaConfig
 
   def __init__(self, config):
-    # Past LlamaForCausalLM's own, which would build a LlamaModel.
-    super(LlamaForCausalLM, self).__init__(config)
-    self.model = PrunedLlamaModel(config)
-    self.vocab_size = config.vocab_size
-    self.lm_head = torch.nn.Linear(
-      config.hidden_size, config.vocab_size, bias=False
-    )
+    super().__init__(_of_one_layer(config))
+    _build_layers(self.model, config)
+    self.model.config = self.config = config
     self.post_init()
+
+
+def _of_one_layer(config):
+  """Everything but the layers is the same at any layer's sizes."""
+  one = config.layer_config(0)
+  one.num_hidden_layers = 1
+  return one
+
+
+def _build_layers(model, config):
+  build = type(model.layers[0])
+  model.layers = torch.nn.ModuleList(
+    build(config.layer_config(i), i) for i in range(config.num_hidden_layers)
+  )
