@@ -29,8 +29,9 @@ def main() -> None:
   folder = folder_argument()
   results = Results(folder, 'transformers')
   with torch.inference_mode():
-    for export, truth in exports(folder, 'hf'):
-      check_folder(export, truth, results)
+    for kind in ('hf', 'family'):
+      for export, truth in exports(folder, kind):
+        check_folder(export, truth, results)
     results = Results(folder, 'peft', 'transformers')
     for export, truth in exports(folder, 'peft'):
       check_adapter(export, truth, results)

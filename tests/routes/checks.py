@@ -59,7 +59,7 @@ class Export(NamedTuple):
 
   Attributes:
     name: for the table.
-    kind: hf, peft or gguf.
+    kind: hf, family (a folder that transformers alone reads), peft or gguf.
     path: the folder or file.
     truth: the folder of its `Truth`.
     remote_code: whether it needs trust_remote_code.

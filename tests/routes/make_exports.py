@@ -12,6 +12,7 @@ from pathlib import Path
 import shutil
 
 from checks import MANIFEST, Export
+import families
 import tiny
 from truth import measure
 
@@ -102,6 +103,8 @@ def main() -> None:
   for name, (base, own) in runs.items():
     train(folder / name, folder / base, text, settings + own)
   found = [export for name in runs for export in exports(folder / name)]
+  if not args.model:
+    found += families.make_exports(folder, text)
   for path in sorted({export.truth for export in found}):
     measure(Path(path), held_out)
   manifest = [export._asdict() for export in found]
