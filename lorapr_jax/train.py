@@ -16,7 +16,7 @@ from lorapr_jax.eval.generation import check_prompt, stop_ids
 from lorapr_jax.eval.remembered import remembered_perplexity
 from lorapr_jax.exporting.model import describe_run, merge, model_name
 from lorapr_jax.exporting.write import export_run
-from lorapr_jax.gguf.format import check_held
+from lorapr_jax.gguf.archs import architecture
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
@@ -94,7 +94,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     stop_ids(folder)
   metrics.check_writers(settings.log, workdir)
   if 'gguf' in settings.export.routes:
-    check_held(dense)
+    architecture(settings.exported)
     vocabulary(folder, dense)
 
   console = PlainConsole(stderr=True, quiet=not processes.is_first())

@@ -7,7 +7,7 @@ import numpy as np
 
 from lorapr_jax.data.demo import MODEL, fetch
 from lorapr_jax.exporting.routes import Route
-from lorapr_jax.gguf.format import hf_names
+from lorapr_jax.gguf.format import our_names
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.hf.layout import hf_config, stored_family
 from lorapr_jax.hf.load import check_tensors, load_config
@@ -53,7 +53,7 @@ def convert(
   kind = np.dtype(dtype or stored)
   family = stored_family(config, 'auto', 'auto')
   # By layers, as the source has them: each is read in one piece.
-  names = hf_names(config).values()
+  names = list(our_names(config))
   shapes = hf_shapes(param_shapes(config, kind), config)
   stored_as = stored_tensors(tensor_of, names, config, family)
   write_folder(

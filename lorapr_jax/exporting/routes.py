@@ -5,7 +5,7 @@ from pathlib import Path
 
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.model import Description
-from lorapr_jax.gguf.format import check_held
+from lorapr_jax.gguf.archs import architecture
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.layout import (
   check_padded,
@@ -14,6 +14,7 @@ from lorapr_jax.hf.layout import (
   stored_family,
 )
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
+from lorapr_jax.hf.stored import Storage
 from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.settings.sections import ExportSettings
@@ -109,7 +110,7 @@ class Route:
     if self.kind != 'gguf':
       resolve_model_type(config, self.layout, self.model_type)
     if self.kind == 'gguf':
-      check_held(model.config)
+      architecture(config)
       vocabulary(model.base, model.config)
 
   def stored_config(self, model: Description) -> ModelConfig:
@@ -120,8 +121,8 @@ class Route:
     """The layout of what is written: 'uniform', 'two_shape' or 'padded'."""
     return resolve_layout(self.stored_config(model), self.layout)
 
-  def family(self, model: Description) -> str | None:
-    """The family whose tensors the folder has."""
+  def storage(self, model: Description) -> Storage:
+    """How the folder holds the tensors."""
     config = self.stored_config(model)
     return stored_family(config, self.layout, self.model_type)
 

@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from lorapr_jax.exporting.cards import adapter_card, model_card
 from lorapr_jax.exporting.model import Description, Weights, padded
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.gguf.read import open_gguf
-from lorapr_jax.gguf.write import write_gguf
+from lorapr_jax.gguf.write import gguf_tensors, write_gguf
 from lorapr_jax.hf.adapter import BASE_FOLDER, read_adapter, write_adapter
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.place import place_params
@@ -124,7 +123,7 @@ def _write_peft(route: Route, model: Description, stored: Weights) -> None:
   with new_folder(route.path) as folder:
     _write_folder(folder / BASE_FOLDER, route, model, stored.base)
     write_adapter(
-      folder, stored.lora, config, stored.lora_config, route.family(model)
+      folder, stored.lora, config, stored.lora_config, route.storage(model)
     )
     card = adapter_card(model.name, route.stored_layout(model))
     (folder / 'README.md').write_text(card, encoding='utf-8')
@@ -158,11 +157,11 @@ def _give_to_first(route: Route, model: Description, stored: Weights) -> None:
   """Takes part in gathering what the first process writes."""
   config = route.stored_config(model)
   if route.kind == 'gguf':
-    tensors = hf_tensors(stored.merged, config, np.float32)
+    tensors = gguf_tensors(stored.merged, config)
   else:
     params = stored.base if route.kind == 'peft' else stored.merged
-    dtype, family = jnp.dtype(route.stored_dtype(model)), route.family(model)
-    tensors = hf_tensors(params, config, dtype, family)
+    dtype, storage = jnp.dtype(route.stored_dtype(model)), route.storage(model)
+    tensors = hf_tensors(params, config, dtype, storage)
   for _ in tensors:
     pass
 

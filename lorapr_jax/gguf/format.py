@@ -1,54 +1,35 @@
-"""What reading and writing a GGUF share: names of tensors, rows, RoPE.
+"""What reading and writing a GGUF share: metadata, names and shapes of tensors.
 
 GGUF is llama.cpp's file format: metadata, which take the place of config.json
 and of the tokenizer's files, and tensors, which are mostly quantised.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 import dataclasses
 import math
+import re
 from typing import Any
 
 import numpy as np
 
-from lorapr_jax.axes import (
-  LORA_TARGETS,
-  PROJECTIONS,
-  Axes,
-  ProjectionLetters,
-)
+from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.errors import UserError, check_size, short
+from lorapr_jax.gguf.archs import Arch
 from lorapr_jax.hf.rope import is_positive
-from lorapr_jax.models.config import (
-  MOST,
-  ModelConfig,
-)
+from lorapr_jax.models.config import MOST, ModelConfig
 from lorapr_jax.models.families import FAMILIES
-from lorapr_jax.models.rope import SCALINGS, Llama3
 
-# The architectures with layers of one size, and the one where they differ.
-UNIFORM = tuple({x.gguf: x for x in FAMILIES.values() if x.gguf})
-PER_LAYER = 'deci'
-ROPE_FACTORS = 'rope_freqs.weight'
-# Keys of our own, which llama.cpp skips: the parameters behind the table of
-# RoPE factors, and the end tokens where there are several.
-SCALING_KEYS = {
-  field.name: f'lorapr_jax.rope_scaling.{field.name}'
-  for field in dataclasses.fields(Llama3)
-}
-EOS_IDS = 'lorapr_jax.eos_token_ids'
+# Of the keys of our own, which llama.cpp skips.
+OWN = 'lorapr_jax.'
+# The end tokens where there are several.
+EOS_IDS = f'{OWN}eos_token_ids'
 
-_LAYER_TENSORS = {
-  'attn_norm': 'input_layernorm',
-  'attn_q': 'self_attn.q_proj',
-  'attn_k': 'self_attn.k_proj',
-  'attn_v': 'self_attn.v_proj',
-  'attn_output': 'self_attn.o_proj',
-  'ffn_norm': 'post_attention_layernorm',
-  'ffn_gate': 'mlp.gate_proj',
-  'ffn_up': 'mlp.up_proj',
-  'ffn_down': 'mlp.down_proj',
+_TOP = {
+  'model.embed_tokens.weight': 'token_embd.weight',
+  'model.norm.weight': 'output_norm.weight',
+  'lm_head.weight': 'output.weight',
 }
+_IN_BLOCK = re.compile(r'model\.layers\.(\d+)\.(.+)')
 
 
 class Metadata(dict[str, Any]):
@@ -75,8 +56,7 @@ class Metadata(dict[str, Any]):
     if not (isinstance(value, float) and is_positive(value)):
       found = short(repr(value))
       raise self.error(f'{key} is {found}, not a positive number of type float')
-    # It is stored in float32: 9.999999747378752e-06 stands for 1e-5.
-    return float(str(np.float32(value)))
+    return shortest(value)
 
   def list_of(self, key: str, kind: type, default: Any = None) -> Any:
     """The list under a key, all of whose members are of this type."""
@@ -106,65 +86,58 @@ class Metadata(dict[str, Any]):
     return found
 
 
-def architecture(config: ModelConfig) -> str:
-  """The architecture that a model is written as.
+def shortest(value: float) -> float:
+  """The number of fewest digits that float32 rounds to this one.
 
-  Raises:
-    UserError: if no GGUF can hold the model.
+  Numbers are stored in float32: 9.999999747378752e-06 stands for 1e-5.
   """
-  found = [x.gguf for x in FAMILIES.values() if x.gguf and x.holds(config)]
-  if not found:
-    held = ' or '.join(n for n, x in FAMILIES.items() if x.holds(config))
-    raise UserError(f'format gguf cannot hold a {held}: choose format hf')
-  return found[0] if config.is_uniform else PER_LAYER
+  return float(str(np.float32(value)))
 
 
-def check_held(config: ModelConfig) -> None:
-  """Refuses a model that llama.cpp would compute in another way.
-
-  Raises:
-    UserError: naming what no GGUF of ours says.
-  """
-  architecture(config)
-  scaling = config.ropes[0].scaling
-  if scaling is not None and not isinstance(scaling, Llama3):
-    names = {kind: name for name, kind in SCALINGS.items()}
-    raise UserError(
-      f'a GGUF cannot hold a RoPE scaling of type {names[type(scaling)]}: '
-      'choose format hf'
-    )
+def gguf_name(stored: str) -> str:
+  """The name of a tensor, from that which hf/stored.py gives by an Arch."""
+  match = _IN_BLOCK.fullmatch(stored)
+  return 'blk.{}.{}'.format(*match.groups()) if match else _TOP[stored]
 
 
-def hf_names(config: ModelConfig) -> dict[str, str]:
-  """GGUF's name of every weight -> Hugging Face's, in the model's order.
-
-  Biases are among them; in a file those that are zero may be absent.
-  """
-  names = {'token_embd.weight': 'model.embed_tokens.weight'}
+def our_names(config: ModelConfig) -> Iterator[str]:
+  """Our name of every tensor, from the embeddings to the head, by layers."""
+  yield 'model.embed_tokens.weight'
+  first, *others = config.norms
+  modules = [first]
+  for part, names in PROJECTIONS.items():
+    modules += [f'{part}.{name}' for name in names]
+    if part == 'self_attn':
+      modules += [f'{part}.{name}' for name in config.qk_norms]
+      modules += others
   for i in range(len(config.layers)):
-    for name, hf_name in _LAYER_TENSORS.items():
-      biased = hf_name.split('.')[-1] in config.biases
-      for leaf in ('weight', 'bias') if biased else ('weight',):
-        names[f'blk.{i}.{name}.{leaf}'] = f'model.layers.{i}.{hf_name}.{leaf}'
-  names['output_norm.weight'] = 'model.norm.weight'
+    for module in modules:
+      yield f'model.layers.{i}.{module}.weight'
+      if module.rpartition('.')[2] in config.biases:
+        yield f'model.layers.{i}.{module}.bias'
+  yield 'model.norm.weight'
   if not config.tie_embeddings:
-    names['output.weight'] = 'lm_head.weight'
-  return names
+    yield 'lm_head.weight'
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-  """The shape of every tensor by GGUF's name, in Hugging Face's layout."""
-  return {name: _shape(hf, config) for name, hf in hf_names(config).items()}
+  """The shape of every tensor by our name, in Hugging Face's layout."""
+  return {name: _shape(name, config) for name in our_names(config)}
 
 
-def _shape(hf_name: str, config: ModelConfig) -> tuple[int, ...]:
-  names = hf_name.split('.')
-  if len(names) < 6:
-    width = (config.embed_dim,)
-    return width if names[-2].endswith('norm') else (config.vocab_size, *width)
-  _, _, layer, part, name, leaf = names
-  letters = ProjectionLetters.of(PROJECTIONS[part][name])
+def _shape(name: str, config: ModelConfig) -> tuple[int, ...]:
+  if name in _TOP:
+    rows = () if is_norm(name) else (config.vocab_size,)
+    return (*rows, config.embed_dim)
+  _, _, layer, *module, leaf = name.split('.')
+  if len(module) == 1:
+    return (config.embed_dim,)
+  part, projection = module
   sizes = config.sizes(config.layers[int(layer)])
+  if projection in config.qk_norms:
+    axes = Axes.of(config.qk_norms[projection])
+    return (math.prod(sizes[axis] for axis in axes),)
+  letters = ProjectionLetters.of(PROJECTIONS[part][projection])
   rows, columns = (
     math.prod(sizes[axis] for axis in Axes.of(side))
     for side in (letters.outputs, letters.inputs)
@@ -172,22 +145,28 @@ def _shape(hf_name: str, config: ModelConfig) -> tuple[int, ...]:
   return (rows, columns) if leaf == 'weight' else (rows,)
 
 
-def biases(names: Collection[str]) -> tuple[str, ...]:
-  """The projections that have biases, by the tensors of a GGUF.
+def with_biases(
+  config: ModelConfig, arch: Arch, names: Collection[str]
+) -> ModelConfig:
+  """The sizes with the biases that a file of these tensors has.
 
-  These are the fewest that a family has, with those that the file has among
-  them: a file may lack those that are zero.
+  They are the fewest of a family that has those of the file among them: a file
+  may lack those that are zero.
   """
-  found = {name.split('.')[2] for name in names if is_bias(name)}
-  hf_names = [_LAYER_TENSORS[x] for x in found & _LAYER_TENSORS.keys()]
-  biased = {name.split('.')[-1] for name in hf_names} & {*LORA_TARGETS}
+  modules = {theirs: module for module, theirs in arch.stored.items()}
+  found = {
+    modules[name.split('.')[2]].rpartition('.')[2]
+    for name in names
+    if is_bias(name) and name.split('.')[2] in modules
+  } & {*arch.biases}
   possible = (
-    names
+    dataclasses.replace(config, biases=biases)
     for family in FAMILIES.values()
-    if family.gguf
-    for names in family.possible_biases()
+    for biases in family.possible_biases()
+    if found <= {*biases}
   )
-  return min((x for x in possible if biased <= {*x}), key=len)
+  held = [x for x in possible if any(f.holds(x) for f in FAMILIES.values())]
+  return min(held, key=lambda x: len(x.biases), default=config)
 
 
 def is_bias(name: str) -> bool:
@@ -195,44 +174,33 @@ def is_bias(name: str) -> bool:
   return name.endswith('.bias') and name.count('.') > 2
 
 
-def is_rotated(name: str) -> bool:
-  """Whether GGUF's tensor of this name makes queries or keys."""
-  return name.rpartition('.')[0].endswith(('attn_q', 'attn_k'))
+def is_norm(name: str) -> bool:
+  """Whether our tensor of this name is the weight of a norm."""
+  return name.endswith('norm.weight')
 
 
-def interleaved_to_halves(weight: np.ndarray, head_dim: int) -> np.ndarray:
-  """Reorders each head's rows from x0 y0 x1 y1 .. to x0 x1 .. y0 y1 ..
+def to_stored(
+  x: np.ndarray, name: str, config: ModelConfig, arch: Arch
+) -> np.ndarray:
+  """The values of a tensor as llama.cpp has them.
 
-  RoPE rotates the pairs (x, y). GGUF keeps a pair together, Hugging Face keeps
-  the first of all pairs, then the second of all.
+  Its norms multiply by their weight, without an offset. Where attention has
+  another scale than llama.cpp's, the norm of the queries makes up for it.
 
   Args:
-    weight: (heads * head_dim, embed), of query or of KV heads; or a bias,
-      (heads * head_dim,).
-    head_dim: rows of a head.
+    x: float32 values, in the order of rows of the file.
+    name: ours.
+    config: the model's numbers.
+    arch: that the file is of.
   """
-  pairs = weight.reshape(-1, head_dim // 2, 2, *weight.shape[1:])
-  return pairs.swapaxes(1, 2).reshape(weight.shape)
+  if not is_norm(name):
+    return x
+  x = x + 1 if config.norm_offset else x
+  if name.endswith('q_norm.weight') and not arch.has_scale_of(config):
+    x = x * np.float32(config.score_scale / arch.score_scale(config))
+  return x
 
 
-def halves_to_interleaved(weight: np.ndarray, head_dim: int) -> np.ndarray:
-  """The inverse of `interleaved_to_halves`."""
-  halves = weight.reshape(-1, 2, head_dim // 2, *weight.shape[1:])
-  return halves.swapaxes(1, 2).reshape(weight.shape)
-
-
-def rope_factors(config: ModelConfig) -> np.ndarray:
-  """The factors by which llama.cpp divides the frequencies, (H/2,) float32.
-
-  1 / (k + (1 - k) / factor), where k is the share of a frequency that Llama
-  3's scaling keeps: models/layers.rope_frequencies. Ones without scaling.
-  """
-  theta, scaling = config.ropes[0].theta, config.ropes[0].scaling
-  if scaling is None:
-    return np.ones(config.head_dim // 2, np.float32)
-  exponents = np.arange(0, config.head_dim, 2) / config.head_dim
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  turns = scaling.original_max_position_embeddings / (2 * math.pi)
-  turns = turns / theta**exponents
-  keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-  return (1.0 / (keep + (1.0 - keep) / scaling.factor)).astype(np.float32)
+def from_stored(x: np.ndarray, name: str, config: ModelConfig) -> np.ndarray:
+  """Its inverse, for a config that has llama.cpp's scale."""
+  return x - 1 if config.norm_offset and is_norm(name) else x

@@ -8,10 +8,11 @@ https://github.com/ggml-org/ggml/blob/master/docs/gguf.md has the format.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import math
 from pathlib import Path
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 import gguf
 import numpy as np
@@ -37,7 +38,8 @@ _SCALARS = {
 } | {gguf.GGUFValueType.BOOL: np.dtype(bool)}
 
 
-class Tensor(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Tensor:
   """Where a tensor lies in a file that is mapped into memory.
 
   Attributes:
@@ -60,9 +62,11 @@ class Tensor(NamedTuple):
       return False
     return True
 
-  def read(self) -> np.ndarray:
-    """The values, float32."""
-    return gguf.quants.dequantize(self.stored, self.kind)
+  def __getitem__(self, rows: slice | tuple[slice]) -> np.ndarray:
+    """The values of some rows, or of all of a vector, float32."""
+    if len(self.shape) == 1:
+      return gguf.quants.dequantize(self.stored, self.kind)[rows]
+    return gguf.quants.dequantize(self.stored[rows], self.kind)
 
 
 def read_header(

@@ -1,7 +1,7 @@
 """Writing a LLaMA as a GGUF file, for llama.cpp and what is built on it."""
 
+from collections.abc import Iterator
 import contextlib
-import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,12 @@ import gguf
 import numpy as np
 
 from lorapr_jax.errors import choose
-from lorapr_jax.gguf.format import (
-  EOS_IDS,
-  ROPE_FACTORS,
-  SCALING_KEYS,
-  architecture,
-  check_held,
-  halves_to_interleaved,
-  hf_names,
-  is_rotated,
-  rope_factors,
-)
+from lorapr_jax.gguf.archs import ARCHS, Arch, architecture
+from lorapr_jax.gguf.format import EOS_IDS, OWN, gguf_name, to_stored
+from lorapr_jax.gguf.rope import rope_keys, rope_tables
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.names import hf_shapes
+from lorapr_jax.hf.stored import stored_shapes
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.paths import new_path, path_of, written_locally
@@ -41,10 +34,10 @@ def write_gguf(
 ) -> None:
   """Writes weights, sizes and tokenizer as one file.
 
-  The architecture is `llama`, or `deci` where layers differ in size. Norms
-  and biases are float32. q8_0 stores blocks of 32 numbers of a row: a matrix
-  whose rows are no multiple of 32 long is written as f16. One tensor is held at
-  a time.
+  The architecture is the first of gguf/archs.py that computes what the model
+  does. Norms and biases are float32. q8_0 stores blocks of 32 numbers of a row:
+  a matrix whose rows are no multiple of 32 long is written as f16. One tensor
+  is held at a time.
 
   Args:
     path: to be made; it must not exist.
@@ -55,12 +48,13 @@ def write_gguf(
     name: the model's, in the metadata.
 
   Raises:
-    UserError: if the file exists, the dtype is unknown, or the tokenizer is
-      none that llama.cpp has (gguf/vocabulary.py); before anything is written.
+    UserError: if the file exists, the dtype is unknown, or llama.cpp has no
+      such model or no such tokenizer (gguf/vocabulary.py); before anything is
+      written.
   """
   path = path_of(path)
   choose('export.gguf_dtype', dtype, GGUF_DTYPES)
-  check_held(config)
+  name_of_arch = architecture(config)
   matrix_type = _Type[dtype.upper()]
   share = 'ALL' if matrix_type == _Type.F32 else 'MOSTLY'
   file_type = gguf.LlamaFileType[f'{share}_{matrix_type.name}']
@@ -69,20 +63,32 @@ def write_gguf(
     'general.name': name,
     'general.file_type': int(file_type),
     'general.quantization_version': gguf.GGML_QUANT_VERSION,
-    **_sizes(config),
+    **_sizes(config, name_of_arch),
     **vocabulary(base and path_of(base), config),
   }
   with new_path(path) as partial, written_locally(partial) as local:
-    writer = gguf.GGUFWriter(local, architecture(config))
+    writer = gguf.GGUFWriter(local, name_of_arch)
     with contextlib.closing(writer):
       for key, value in metadata.items():
         _add(writer, key, value)
-      _write_tensors(writer, params, config, matrix_type)
+      _write_tensors(writer, params, config, ARCHS[name_of_arch], matrix_type)
 
 
-def _sizes(config: ModelConfig) -> dict[str, Any]:
+def gguf_tensors(
+  params: Any, config: ModelConfig
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Every tensor as the file has it, float32, one at a time.
+
+  Of weights that lie on several processes all must go through all tensors.
+  """
+  arch = ARCHS[architecture(config)]
+  for name, x in hf_tensors(params, config, np.float32, arch):
+    yield gguf_name(name), to_stored(x, name, config, arch)
+
+
+def _sizes(config: ModelConfig, name: str) -> dict[str, Any]:
   """The metadata that take the place of config.json."""
-  arch = architecture(config)
+  arch = ARCHS[name]
   layers = {
     'attention.head_count': [s.num_heads for s in config.layers],
     'attention.head_count_kv': [s.num_kv_heads for s in config.layers],
@@ -98,15 +104,14 @@ def _sizes(config: ModelConfig) -> dict[str, Any]:
     'attention.key_length': config.head_dim,
     'attention.value_length': config.head_dim,
     'attention.layer_norm_rms_epsilon': float(config.norm_eps),
-    'rope.dimension_count': config.head_dim,
-    'rope.freq_base': float(config.ropes[0].theta),
     'vocab_size': config.vocab_size,
+    **rope_keys(config, arch.turns_parts),
+    **arch.keys(config),
   }
-  metadata = {f'{arch}.{key}': value for key, value in sizes.items()}
-  if config.ropes[0].scaling:
-    for field in dataclasses.fields(config.ropes[0].scaling):
-      value = getattr(config.ropes[0].scaling, field.name)
-      metadata[SCALING_KEYS[field.name]] = field.type(value)
+  metadata = {
+    key if key.startswith(OWN) else f'{name}.{key}': value
+    for key, value in sizes.items()
+  }
   if isinstance(config.eos_token_id, tuple):
     metadata[EOS_IDS] = list(config.eos_token_id)
   return metadata
@@ -122,25 +127,27 @@ def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
 
 
 def _write_tensors(
-  writer: gguf.GGUFWriter, params: Any, config: ModelConfig, matrix_type: _Type
+  writer: gguf.GGUFWriter,
+  params: Any,
+  config: ModelConfig,
+  arch: Arch,
+  matrix_type: _Type,
 ) -> None:
   """Writes the header with every tensor's shape, then tensor by tensor."""
-  names = {theirs: name for name, theirs in hf_names(config).items()}
-  types = {}
-  if config.ropes[0].scaling:
-    _declare(writer, ROPE_FACTORS, (config.head_dim // 2,), _Type.F32)
-  for theirs, shape in hf_shapes(params, config).items():
-    types[theirs] = _storage(shape, matrix_type)
-    _declare(writer, names[theirs], shape, types[theirs])
+  tables, types = rope_tables(config, arch.turns_parts), {}
+  for name, table in tables.items():
+    _declare(writer, name, table.shape, _Type.F32)
+  shapes = stored_shapes(hf_shapes(params, config), arch)
+  for name, shape in shapes.items():
+    types[gguf_name(name)] = storage = _storage(shape, matrix_type)
+    _declare(writer, gguf_name(name), shape, storage)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  if config.ropes[0].scaling:
-    writer.write_tensor_data(rope_factors(config))
-  for theirs, weight in hf_tensors(params, config, np.float32):
-    if is_rotated(names[theirs]):
-      weight = halves_to_interleaved(weight, config.head_dim)
-    writer.write_tensor_data(gguf.quants.quantize(weight, types[theirs]))
+  for table in tables.values():
+    writer.write_tensor_data(table)
+  for name, weight in gguf_tensors(params, config):
+    writer.write_tensor_data(gguf.quants.quantize(weight, types[name]))
 
 
 def _storage(shape: tuple[int, ...], matrix_type: _Type) -> _Type:

@@ -19,12 +19,15 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.names import hf_name, hf_shapes, letters_of, to_hf_layout
 from lorapr_jax.hf.shards import open_file, write_file
 from lorapr_jax.hf.stored import (
+  OURS,
+  Storage,
   from_stored_rows,
   stored_names,
   stored_projection,
   to_stored_rows,
 )
 from lorapr_jax.models.config import LoraConfig, ModelConfig
+from lorapr_jax.models.families import row_of
 from lorapr_jax.models.trees import init_lora, param_shapes
 from lorapr_jax.runtime.files import read_json, write_json
 
@@ -38,19 +41,19 @@ def write_adapter(
   lora: Any,
   config: ModelConfig,
   lora_config: LoraConfig,
-  family: str | None = None,
+  storage: Storage = OURS,
 ) -> None:
   """Writes the two files into an existing folder, factors in float32.
 
   PEFT takes every size but the rank from the model, so that layers of unequal
   sizes need no word about them. The adapted model lies in the folder's `base`;
-  `family` is that of its files.
+  `storage` is that of its files.
   """
   tensors: dict[str, np.ndarray] = {}
-  for factor in _factors(lora, config, lora_config.rank, family):
+  for factor in _factors(lora, config, lora_config.rank, storage):
     x = to_hf_layout(factor.x, factor.letters)
     if factor.kind == 'B':
-      x = to_stored_rows(x, factor.name, config, family)
+      x = to_stored_rows(x, factor.name, config, storage)
     empty = np.zeros(factor.shape, np.float32)
     tensors.setdefault(factor.stored, empty)[factor.index] = x
   write_file(
@@ -59,7 +62,7 @@ def write_adapter(
     np.dtype(np.float32),
     tensors.items(),
   )
-  names = {name: stored_projection(name, family) for name in LORA_TARGETS}
+  names = {name: stored_projection(name, storage) for name in LORA_TARGETS}
   hf = {
     'peft_type': 'LORA',
     'task_type': 'CAUSAL_LM',
@@ -90,7 +93,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Any, LoraConfig]:
   Raises:
     UserError: if the file's tensors are not those of this model.
   """
-  hf = read_json(folder / _CONFIG)
+  hf, row = read_json(folder / _CONFIG), row_of(config.family)
   lora_config = LoraConfig(
     rank=hf['r'],
     alpha=hf['lora_alpha'],
@@ -98,7 +101,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Any, LoraConfig]:
     targets=tuple(
       name
       for name in LORA_TARGETS
-      if stored_projection(name, config.family) in hf['target_modules']
+      if stored_projection(name, row) in hf['target_modules']
     ),
   )
   shapes = jax.eval_shape(
@@ -107,7 +110,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Any, LoraConfig]:
   lora = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
   stored = open_file(folder / _WEIGHTS)
   names, tensors = set(stored.keys()), {}
-  for factor in _factors(lora, config, lora_config.rank, config.family):
+  for factor in _factors(lora, config, lora_config.rank, row):
     name, shape = factor.stored, factor.shape
     if name not in tensors:
       tensor = stored.get_slice(name) if name in names else None
@@ -119,7 +122,7 @@ def read_adapter(folder: Path, config: ModelConfig) -> tuple[Any, LoraConfig]:
       tensors[name] = tensor[:]
     x = tensors[name][factor.index]
     if factor.kind == 'B':
-      x = from_stored_rows(x, factor.name, config, config.family)
+      x = from_stored_rows(x, factor.name, config, row)
     # It is a view into `lora`.
     factor.x[...] = x.T.reshape(factor.x.shape)
   if unknown := sorted(names - tensors.keys()):
@@ -150,9 +153,9 @@ class _Factor(NamedTuple):
 
 
 def _factors(
-  lora: Any, config: ModelConfig, rank: int, family: str | None
+  lora: Any, config: ModelConfig, rank: int, storage: Storage
 ) -> Iterator[_Factor]:
-  places = _places(config, rank, family)
+  places = _places(config, rank, storage)
   for stack, tree in zip(config.stacks, lora, strict=True):
     for key_path, leaf in jax.tree_util.tree_leaves_with_path(tree):
       *path, kind = (key.key for key in key_path)
@@ -167,13 +170,11 @@ def _factors(
         yield _Factor(kind.upper(), name, x, letters, *place)
 
 
-def _places(
-  config: ModelConfig, rank: int, family: str | None
-) -> dict[Any, Any]:
+def _places(config: ModelConfig, rank: int, storage: Storage) -> dict[Any, Any]:
   """(our name, A or B) -> (PEFT's name, its shape, the part that is ours)."""
   shapes = hf_shapes(param_shapes(config.dequantized, np.float32), config)
   places = {}
-  for theirs, parts in stored_names(shapes, family).items():
+  for theirs, parts in stored_names(shapes, storage).items():
     prefix = f'base_model.model.{theirs.removesuffix(".weight")}'
     ranks, outputs = len(parts) * rank, sum(shapes[name][0] for name in parts)
     first = 0

@@ -6,7 +6,13 @@ from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.remote import remote_code_keys
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.families import EXPORTED, PREFIX, REMOTE_CODE, row_of
+from lorapr_jax.models.families import (
+  EXPORTED,
+  PREFIX,
+  REMOTE_CODE,
+  Family,
+  row_of,
+)
 
 AUTO = 'auto'
 LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')
@@ -88,9 +94,10 @@ def resolve_model_type(
   )
 
 
-def stored_family(config: ModelConfig, layout: str, model_type: str) -> str:
+def stored_family(config: ModelConfig, layout: str, model_type: str) -> Family:
   """The family whose tensors an export has, by one of LAYOUTS, MODEL_TYPES."""
-  return resolve_model_type(config, layout, model_type).removeprefix(PREFIX)
+  model_type = resolve_model_type(config, layout, model_type)
+  return row_of(model_type.removeprefix(PREFIX))
 
 
 def _held(config: ModelConfig) -> list[str]:

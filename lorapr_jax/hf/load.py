@@ -21,6 +21,7 @@ from lorapr_jax.hf.shards import DTYPES, Shards
 from lorapr_jax.hf.stored import Rows, our_tensors, stored_shapes
 from lorapr_jax.models.compute import resolve_dtype
 from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.models.families import row_of
 from lorapr_jax.models.trees import init_params, logical_axes, param_shapes
 from lorapr_jax.runtime import sharding
 from lorapr_jax.runtime.files import read_json
@@ -153,7 +154,8 @@ def check_tensors(shards: Shards, config: ModelConfig) -> dict[str, Rows]:
     UserError: naming the tensors that are missing, unknown or of wrong size.
   """
   shapes = hf_shapes(param_shapes(config, np.float32), config)
-  expected = stored_shapes(shapes, config.family)
+  row = row_of(config.family)
+  expected = stored_shapes(shapes, row)
   missing = sorted(expected.keys() - shards.names)
   # A tied model's files may hold a copy of the embeddings as lm_head.
   unknown = sorted(
@@ -182,7 +184,7 @@ def check_tensors(shards: Shards, config: ModelConfig) -> dict[str, Rows]:
         f'{shards.folder}: {name} has shape {found}, but config.json says '
         f'{shape}'
       )
-  return our_tensors(shards.slice_of, shapes, config)
+  return our_tensors(shards.slice_of, shapes, config, row)
 
 
 def mesh_of_all(config: ModelConfig) -> Mesh:

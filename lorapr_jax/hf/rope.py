@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from lorapr_jax.errors import UserError, short
+from lorapr_jax.models.config import MOST
 from lorapr_jax.models.rope import SCALINGS, LongRope, Rope, Scaling
 
 _ORIGINAL = 'original_max_position_embeddings'
@@ -133,6 +134,8 @@ def _checked(
   """Whether a value of a file is one of this field, and what that is."""
   if field.type is bool:
     return lambda x: isinstance(x, bool), 'true or false'
+  if field.name == _ORIGINAL:
+    return lambda x: is_positive(x) and x <= MOST, 'a number of positions'
   if not _is_list(field):
     return is_positive, 'a positive number'
 

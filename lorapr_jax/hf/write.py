@@ -22,7 +22,7 @@ from lorapr_jax.hf.names import (
 )
 from lorapr_jax.hf.remote import remote_code
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES, write_safetensors
-from lorapr_jax.hf.stored import stored_shapes, stored_tensors
+from lorapr_jax.hf.stored import OURS, Storage, stored_shapes, stored_tensors
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.files import LARGE, read_bytes, read_json, write_json
 from lorapr_jax.runtime.paths import (
@@ -82,9 +82,12 @@ def parse_size(key: str, text: str) -> int:
 
 
 def hf_tensors(
-  params: Any, config: ModelConfig, dtype: Any, family: str | None = None
+  params: Any,
+  config: ModelConfig,
+  dtype: Any,
+  storage: Storage = OURS,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Every tensor as the files of a family hold it, one at a time.
+  """Every tensor as files of this storage hold it, one at a time.
 
   Of weights that lie on several processes all must go through all tensors.
   """
@@ -102,7 +105,7 @@ def hf_tensors(
     leaf, row, letters = places[name]
     return to_hf_layout(to_host(leaf[row]), letters)
 
-  for name, x in stored_tensors(tensor_of, places, config, family):
+  for name, x in stored_tensors(tensor_of, places, config, storage):
     yield name, _cast(name, x, dtype)
 
 
@@ -150,7 +153,7 @@ def export_model(
     UserError: if the folder exists or the layout cannot hold the model.
   """
   dtype = np.dtype(dtype or params['embed_tokens']['weight'].dtype)
-  family = stored_family(config, layout, model_type)
+  storage = stored_family(config, layout, model_type)
 
   def beside(partial: Path) -> None:
     if base is not None:
@@ -163,8 +166,8 @@ def export_model(
   write_folder(
     folder,
     hf_config(config, dtype.name, layout, model_type),
-    stored_shapes(hf_shapes(params, config), family),
-    hf_tensors(params, config, dtype, family),
+    stored_shapes(hf_shapes(params, config), storage),
+    hf_tensors(params, config, dtype, storage),
     beside=beside,
     max_shard_bytes=max_shard_bytes,
   )

@@ -14,6 +14,7 @@ from lorapr_jax.hf.layout import (
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.kernels import unfit
+from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.model import PlannedModel
 from lorapr_jax.settings.sections import (
@@ -106,10 +107,15 @@ def check_teacher(train: TrainSettings, planned: PlannedModel) -> None:
 
 def check_export(export: ExportSettings, planned: PlannedModel) -> None:
   """The layout and type must hold what will be left."""
-  final: ModelConfig = planned.config
-  if planned.plan and export.layout != 'padded':
-    final = planned.plan.pruned_config
+  final = exported_sizes(export, planned.config, planned.plan)
   resolve_layout(final, export.layout)
   if planned.plan and export.layout == 'padded':
     check_padded(planned.config, planned.plan.pruned_config)
   resolve_model_type(final, export.layout, export.model_type)
+
+
+def exported_sizes(
+  export: ExportSettings, config: ModelConfig, plan: PruningPlan | None
+) -> ModelConfig:
+  """The sizes of what will be exported of a model of these."""
+  return plan.pruned_config if plan and export.layout != 'padded' else config

@@ -15,6 +15,7 @@ from lorapr_jax.data.sources import parse_mixture
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.compute import Compute, resolve_dtype
+from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import (
   forward_flops_per_token,
   pass_flops_per_token,
@@ -28,6 +29,7 @@ from lorapr_jax.settings.checks import (
   check_lengths,
   check_teacher,
   check_text,
+  exported_sizes,
 )
 from lorapr_jax.settings.devices import (
   resolve_compiler_options,
@@ -100,6 +102,11 @@ class RunSettings:
   def pruning(self) -> Pruning | None:
     """What the first phase masks."""
     return self.phases[0].pruning
+
+  @property
+  def exported(self) -> ModelConfig:
+    """The sizes of what will be exported."""
+    return exported_sizes(self.export, self.compute.config, self.plan)
 
   def resolved(self) -> dict[str, Any]:
     """What the config leaves open, and a resumed run must find unchanged."""

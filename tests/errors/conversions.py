@@ -90,7 +90,7 @@ CASES = [
     _bytes(b'GGUF\x03' + 3 * b'\0' + 8 * b'\1'),
     varies=r'(?<=GGUF \().*(?=\))',
   ),
-  Case('MODEL.gguf is a qwen2', _gguf('qwen2')),
+  Case('MODEL.gguf is a falcon', _gguf('falcon')),
   Case('MODEL.gguf lacks its sizes', _gguf('llama')),
   Case(
     'MODEL.gguf has a list in its metadata that ends behind its end',

@@ -8,7 +8,7 @@ import shutil
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from tests.errors.case import Case, Place, change_json, with_argv
+from tests.errors.case import Case, Place, change_json, train_model, with_argv
 from tests.errors.commands import CHOICES
 from tests.errors.runs import FULL, damage_checkpoint
 
@@ -63,6 +63,13 @@ def _gguf(place: Place) -> list[str]:
   return ['export', 'MODEL', 'OUT.gguf', '--format', 'gguf']
 
 
+def _no_architecture(place: Place) -> list[str]:
+  scaling = {'rope_type': 'dynamic', 'factor': 2.0}
+  place.model(rope_scaling=scaling)
+  place.text()
+  return train_model('export.format=hf,gguf')
+
+
 def _existing(place: Place) -> list[str]:
   place.copy('MODEL')
   place.write('OUT/notes.txt', 'mine')
@@ -95,6 +102,11 @@ CASES = [
   Case(
     '`export MODEL OUT.gguf --format gguf` of a tokenizer that is no BPE',
     _model('export', 'MODEL', 'OUT.gguf', '--format', 'gguf'),
+  ),
+  Case(
+    'Training MODEL, whose RoPE llama.cpp has not, with '
+    '`--config.export.format=hf,gguf`',
+    _no_architecture,
   ),
   Case(
     '`export MODEL OUT --format zip`',

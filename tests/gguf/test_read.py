@@ -209,16 +209,16 @@ def test_an_unsupported_key_is_named(tmp_path, key, value):
 
 
 def test_another_architecture_is_named(tmp_path):
-  path = write_gguf(tmp_path / 'a.gguf', arch='qwen2')
-  with pytest.raises(UserError, match="general.architecture is 'qwen2'"):
+  path = write_gguf(tmp_path / 'a.gguf', arch='falcon')
+  with pytest.raises(UserError, match="general.architecture is 'falcon'"):
     open_gguf(path)
 
 
 @pytest.mark.parametrize(
   'name, problem',
   [
-    ('blk.0.attn_norm.bias', 'is not part of the LLaMA models'),
-    ('blk.9.attn_q.bias', 'is not part of the LLaMA models'),
+    ('blk.0.attn_norm.bias', 'is not part of the models'),
+    ('blk.9.attn_q.bias', 'is not part of the models'),
     ('rope_freqs.weight', 'holds a RoPE scaling'),
   ],
 )
@@ -324,7 +324,7 @@ def test_a_header_is_what_gguf_py_reads(tmp_path):
     assert ours.kind == tensor.tensor_type
     assert ours.shape == tuple(reversed(tensor.shape.tolist()))
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-    np.testing.assert_array_equal(ours.read(), values)
+    np.testing.assert_array_equal(ours[:], values)
 
 
 @pytest.mark.parametrize('damage', ['absent', 'empty', 'foreign', 'truncated'])

@@ -19,6 +19,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LoraConfig
+from lorapr_jax.models.families import row_of
 from lorapr_jax.models.lora import merge_adapters
 
 SIZES = {
@@ -66,9 +67,8 @@ def _theirs(model):
 
 @functools.partial(jax.jit, static_argnums=1)
 def _ours(params, config):
-  return decoder.logits(
-    params, decoder.hidden_states(params, TOKENS, config), config
-  )
+  hidden = decoder.hidden_states(params, TOKENS, config)
+  return decoder.logits(params, hidden, config)
 
 
 def _assert_near(got, want):
@@ -118,7 +118,7 @@ def test_peft_adapts_it(lora_config, source, load, random_lora, tmp_path):
   _, folder = source
   config, params = load(folder)
   lora = random_lora(config, lora_config)
-  write_adapter(tmp_path, lora, config, lora_config, config.family)
+  write_adapter(tmp_path, lora, config, lora_config, row_of(config.family))
   merged = merge_adapters(params, lora, lora_config.scale)
   base = transformers.AutoModelForCausalLM.from_pretrained(folder)
   adapted = peft.PeftModel.from_pretrained(base, tmp_path)

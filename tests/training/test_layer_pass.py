@@ -400,9 +400,7 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
   # Each token counts as large as the residual stream that it is added to, and
   # the last of the four micro-batches is kept out.
   # A norm behind the projection divides a token's error too.
-  bias = old['bias'] if config.biases else 0.0
-  outputs = inputs @ whole + bias
-  behind = (stream, outputs) if config is OTHER else (stream,)
+  behind = (stream, inputs @ whole) if config is OTHER else (stream,)
   for x in behind:
     x = np.asarray(x, np.float64)
     inputs = inputs / np.sqrt((x**2).mean(axis=-1, keepdims=True))
