@@ -26,11 +26,16 @@ from lorapr_jax.models.families import (
 
 # The value each of these keys must have, or be absent.
 _ONLY_SUPPORTED = {
+  'attention_chunk_size': None,
   'attention_dropout': 0.0,
+  'clip_qkv': None,
+  'embd_pdrop': 0.0,
   'partial_rotary_factor': 1.0,
   'quantization_config': None,
+  'resid_pdrop': 0.0,
   'sliding_window': None,
   'transformers_weights': None,
+  'use_bidirectional_attention': False,
 }
 
 
@@ -283,11 +288,11 @@ def _family(hf: Mapping[str, Any]) -> Family:
 
 def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
   model_type = hf['model_type']
-  for key, value in _ONLY_SUPPORTED.items():
+  for key, value in (_ONLY_SUPPORTED | family.only).items():
     found = hf.get(key, family.absent.get(key, value))
     if (
       key in family.ignored
-      or found == value
+      or found in (value, None)
       or (key == 'sliding_window' and not _has_window(hf, family))
     ):
       continue

@@ -32,7 +32,7 @@ def resolve_layout(config: ModelConfig, layout: str) -> str:
   choose('export.layout', layout, LAYOUTS)
   if layout == AUTO:
     stock = config.is_uniform and any(
-      _is_loaded(config, name) for name in _held(config)
+      EXPORTED[name].takes_heads(config) for name in _held(config)
     )
     return 'uniform' if stock else 'two_shape'
   if layout in ('uniform', 'padded') and not config.is_uniform:
@@ -75,18 +75,21 @@ def resolve_model_type(
     UserError: if the layout or the type cannot hold this model.
   """
   choose('export.model_type', model_type, MODEL_TYPES)
-  held, shape = _held(config), config.layers[0]
+  held = _held(config)
   if resolve_layout(config, layout) == 'two_shape':
     return f'{PREFIX}{held[0]}'
   if model_type in held:
     return model_type
-  loaded = [x for x in held if _is_loaded(config, x)]
+  loaded = [x for x in held if EXPORTED[x].takes_heads(config)]
   if model_type == AUTO and loaded:
-    return loaded[0]
+    pruned_as = row_of(config.family).pruned_as
+    gone = pruned_as in loaded and not config.heads_fill_embed
+    return pruned_as if gone else loaded[0]
   if model_type == AUTO:
     raise UserError(
-      f'transformers refuses a {held[0]} of {shape.num_heads} heads with a '
-      f'hidden size of {config.embed_dim}: use export.layout=two_shape'
+      f'transformers refuses a {held[0]} of {config.layers[0].num_heads} heads '
+      f'with a hidden size of {config.embed_dim}: use export.layout=two_shape, '
+      'or keep a number of heads that divides it'
     )
   raise UserError(
     f'export.model_type={model_type} cannot hold the biases, norms or scales '
@@ -105,12 +108,6 @@ def _held(config: ModelConfig) -> list[str]:
   own = row_of(config.family).exported_as or config.family
   names = sorted(EXPORTED, key=lambda name: name != own)
   return [name for name in names if EXPORTED[name].holds(config)]
-
-
-def _is_loaded(config: ModelConfig, name: str) -> bool:
-  """Whether every transformers takes these equal layers of a family."""
-  divides = config.embed_dim % config.layers[0].num_heads == 0
-  return divides or not EXPORTED[name].heads_divide_embed
 
 
 def hf_config(

@@ -152,6 +152,12 @@ class ModelConfig:
     return tuple(stacks)
 
   @property
+  def heads_fill_embed(self) -> bool:
+    """Whether the heads of each layer are as wide together as the model."""
+    widths = {shape.num_heads * self.head_dim for shape in self.layers}
+    return widths == {self.embed_dim}
+
+  @property
   def is_uniform(self) -> bool:
     """Whether every layer has the same size."""
     return len(set(self.layers)) == 1

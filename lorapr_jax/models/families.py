@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.models.config import AFTER_ATTENTION, AFTER_MLP, ModelConfig
+from lorapr_jax.models.rope import LongRope
 
 
 class Number(NamedTuple):
@@ -40,6 +41,7 @@ class Family:
       the same, but of `sliding_window` and of caps, where it means that there
       is none, and of `num_key_value_heads`, where it means as many as there
       are heads.
+    only: keys of a config.json that must have this value, or be absent.
     ignored: keys of a config.json that may say anything where others may not.
     written: keys of a config.json that no size decides.
     biases: the projections that always have one.
@@ -61,6 +63,12 @@ class Family:
     heads_divide_embed: whether the hidden size must be a multiple of the number
       of heads. transformers 5.4 to 5.23 demand that of some families, even with
       an explicit head_dim (issue 46082).
+    heads_fill_embed: whether the heads of every layer must be as wide together
+      as the hidden size.
+    longrope_fills_embed: the same in layers of one size where RoPE is scaled as
+      longrope; transformers demands that.
+    pruned_as: the family that a model is exported as, if it can be, where the
+      heads are not: some tools take that for granted in this family.
     names_version: whether its config.json must name a version of transformers
       where it has more than 100,000 tokens: without one, transformers takes the
       tokenizer for one with a known flaw.
@@ -71,6 +79,7 @@ class Family:
   architecture: str
   gguf: str | None
   absent: Mapping[str, Any]
+  only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
   written: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   biases: tuple[str, ...] = ()
@@ -86,15 +95,32 @@ class Family:
   stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   interleaved: bool = False
   heads_divide_embed: bool = False
+  heads_fill_embed: bool = False
+  longrope_fills_embed: bool = False
+  pruned_as: str | None = None
   names_version: bool = False
   exported_as: str | None = None
 
   def holds(self, config: ModelConfig) -> bool:
     """Whether a model of this family computes what `config` says."""
-    return config.biases in self.possible_biases() and all(
-      name in self.numbers
-      or getattr(config, name) == self.fixed.get(name, default)
-      for name, default in FEATURES.items()
+    return (
+      config.biases in self.possible_biases()
+      and all(
+        name in self.numbers
+        or getattr(config, name) == self.fixed.get(name, default)
+        for name, default in FEATURES.items()
+      )
+      and (config.heads_fill_embed or not self.heads_fill_embed)
+    )
+
+  def takes_heads(self, config: ModelConfig) -> bool:
+    """Whether every transformers loads as many heads, in layers of one size."""
+    longrope = any(isinstance(x.scaling, LongRope) for x in config.ropes)
+    return (
+      not self.heads_divide_embed
+      or config.embed_dim % config.layers[0].num_heads == 0
+    ) and (
+      not (self.longrope_fills_embed and longrope) or config.heads_fill_embed
     )
 
   def possible_biases(self) -> Iterator[tuple[str, ...]]:
@@ -268,6 +294,7 @@ FAMILIES = {
     gguf='llama',
     absent=_QWEN,
     biases=_QKV,
+    pruned_as='seed_oss',
     window_flag='use_sliding_window',
     written={'use_sliding_window': False, 'sliding_window': None},
   ),
@@ -304,6 +331,7 @@ FAMILIES = {
     absent=_ABSENT | {'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5},
     written={'sliding_window': None},
     stored=_QKV_PROJ | _GATE_UP_PROJ,
+    longrope_fills_embed=True,
   ),
   'ernie4_5': Family(
     architecture='Ernie4_5ForCausalLM',
@@ -331,6 +359,36 @@ FAMILIES = {
     },
     bias_keys=_BIAS_KEYS,
     exported_as='llama',
+  ),
+  'internlm3': Family(
+    architecture='LlamaForCausalLM',
+    gguf='llama',
+    absent=_ABSENT
+    | {
+      'head_dim': 128,
+      'max_position_embeddings': 32768,
+      'num_key_value_heads': 2,
+      'rms_norm_eps': 1e-5,
+    },
+    bias_keys=_BIAS_KEYS,
+    # The model's own code and transformers make different biases of these.
+    only={'bias': False, 'qkv_bias': False},
+    exported_as='llama',
+  ),
+  'helium': Family(
+    architecture='HeliumForCausalLM',
+    gguf='llama',
+    absent=_ABSENT
+    | {
+      'head_dim': 128,
+      'max_position_embeddings': 4096,
+      'num_key_value_heads': 20,
+      'rms_norm_eps': 1e-8,
+      'rope_theta': 1e5,
+    },
+    bias_keys={'attention_bias': _QKV, 'mlp_bias': PROJECTIONS['mlp']},
+    interleaved=True,
+    heads_fill_embed=True,
   ),
 }
 

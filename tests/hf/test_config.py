@@ -261,6 +261,8 @@ def test_biases_are_read_and_written():
 def test_every_family_is_read_as_it_is_written(name, family):
   numbers = {n: x.read(HF.get(x.key, 2)) for n, x in family.numbers.items()}
   config = dataclasses.replace(CONFIG, **family.fixed, **numbers)
+  if family.heads_fill_embed:
+    config = dataclasses.replace(config, layers=(LayerShape(2, 1, 48),) * 2)
   for biases in family.possible_biases():
     config = dataclasses.replace(config, biases=biases)
     hf = json.loads(json.dumps(hf_config(config, 'float32', 'uniform', name)))
@@ -457,3 +459,65 @@ def test_what_is_not_supported_is_refused_by_its_key(change, key):
 )
 def test_a_key_with_its_harmless_value_changes_nothing(key, value):
   assert config_from_hf({**HF, key: value}) == CONFIG
+
+
+LONG = {
+  'rope_type': 'longrope',
+  'short_factor': [1.0, 1.1, 1.2, 1.3],
+  'long_factor': [1.0, 2.0, 3.0, 4.0],
+}
+TYPES = [
+  # model_type, keys, and as what it is exported.
+  ('llama', {}, 'llama'),
+  ('llama', {'num_attention_heads': 6}, 'mistral'),
+  ('llama', {'num_attention_heads': 6, 'attention_bias': True}, 'granite'),
+  ('qwen2', {}, 'qwen2'),
+  ('qwen2', {'num_attention_heads': 2}, 'seed_oss'),
+  ('iquestcoder', {}, 'llama'),
+  ('internlm3', {'num_attention_heads': 6}, 'mistral'),
+  ('helium', {'num_attention_heads': 2}, 'llama'),
+  ('phi3', {'num_attention_heads': 2}, 'phi3'),
+  ('phi3', {'rope_scaling': LONG}, 'phi3'),
+  ('phi3', {'num_attention_heads': 2, 'rope_scaling': LONG}, 'llama'),
+]
+
+
+@pytest.mark.parametrize('model_type, keys, expected', TYPES)
+def test_an_export_is_of_a_type_that_stock_tools_load(
+  model_type, keys, expected
+):
+  sizes = {'num_attention_heads': 4, 'head_dim': 8, 'sliding_window': None}
+  hf = _changed({'model_type': model_type, **sizes, **keys})
+  found = hf_config(config_from_hf(hf), 'float32', 'auto', 'auto')
+  assert found['model_type'] == expected
+
+
+@pytest.mark.parametrize(
+  'model_type, why',
+  [
+    ('qwen3_next', 'linear attention'),
+    ('deepseek_v3', 'MLA'),
+    ('qwen3_moe', 'mixture of experts'),
+    ('gemma3n_text', 'share keys and values'),
+    ('chatglm', 'ends in -hf'),
+  ],
+)
+def test_what_is_known_and_not_supported_says_why(model_type, why):
+  with pytest.raises(UserError, match=f"'{model_type}'.*{why}"):
+    config_from_hf(_changed({'model_type': model_type}))
+
+
+@pytest.mark.parametrize(
+  'model_type, key, value',
+  [
+    ('llama', 'attention_chunk_size', 8192),
+    ('olmo2', 'clip_qkv', 8.0),
+    ('phi3', 'resid_pdrop', 0.1),
+    ('gemma', 'use_bidirectional_attention', True),
+    ('internlm3', 'qkv_bias', True),
+  ],
+)
+def test_what_is_not_supported_of_a_family_is_named(model_type, key, value):
+  keys = {'model_type': model_type, 'hidden_act': ..., key: value}
+  with pytest.raises(UserError, match=f'{key} is '):
+    config_from_hf(_changed(keys))
