@@ -6,6 +6,8 @@ how-it-works.md; and build/docs/api, the reference.
 """
 
 import ast
+from collections.abc import Callable
+import dataclasses
 from pathlib import Path
 import pkgutil
 
@@ -16,6 +18,7 @@ import pdoc
 from configs import default, models
 import lorapr_jax
 from lorapr_jax.errors import UserError
+from lorapr_jax.gguf.archs import architecture
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.layout import resolve_model_type
 from lorapr_jax.models.config import ModelConfig
@@ -136,22 +139,31 @@ def _cell(text: str) -> str:
 def family_table() -> str:
   """Every family, and what a pruned model of it can be saved as."""
   lines = [
-    '| `model_type` | models | layers alike | layers that differ | GGUF |',
+    '| `model_type` | models | layers alike | GGUF | GGUF, layers differ |',
     '|---|---|---|---|---|',
   ]
-  for name, family in sorted(FAMILIES.items()):
-    saved = [_saved_as(name, heads) for heads in (4, 3)]
-    unequal = 'no' if family.remote_code is None else 'yes'
+  for name in sorted(FAMILIES):
+    # As it is, with a number of heads that divides its width no more, and with
+    # fewer channels in one of its layers.
+    whole, odd = _pruned(name, 4), _pruned(name, 3)
+    first, second = odd.layers
+    unequal = dataclasses.replace(
+      odd, layers=(first, dataclasses.replace(second, mlp_dim=64))
+    )
+    saved = [
+      _named(resolve_model_type, x, 'uniform', 'auto') for x in (whole, odd)
+    ]
+    ggufs = map(_gguf, (odd, unequal))
     lines.append(
       f'| `{name}` | {KNOWN_AS[name]} | {", ".join(dict.fromkeys(saved))} | '
-      f'{unequal} | {f"`{family.gguf}`" if family.gguf else "no"} |'
+      f'{" | ".join(ggufs)} |'
     )
   return '\n'.join(lines)
 
 
-def _saved_as(model_type: str, heads: int) -> str:
-  """The model_type of a folder of equal layers with so many heads."""
-  config = config_from_hf(
+def _pruned(model_type: str, heads: int) -> ModelConfig:
+  """A model of two layers with so many heads."""
+  return config_from_hf(
     {
       'model_type': model_type,
       'vocab_size': 256,
@@ -164,10 +176,23 @@ def _saved_as(model_type: str, heads: int) -> str:
       'sliding_window': None,
     }
   )
+
+
+def _gguf(config: ModelConfig) -> str:
+  """The architecture of a model; or that of one with tied embeddings."""
+  tied = dataclasses.replace(config, tie_embeddings=True)
+  names = [_named(architecture, x) for x in (config, tied)]
+  if names[0] == 'no' and names[1] != 'no':
+    return f'{names[1]} (tied embeddings)'
+  return names[0]
+
+
+def _named(form: Callable[..., str], *model: object) -> str:
+  """The name of a form that holds a model."""
   try:
-    return f'`{resolve_model_type(config, "uniform", "auto")}`'
+    return f'`{form(*model)}`'
   except UserError:
-    return 'no other number of heads'
+    return 'no'
 
 
 def target_table() -> str:
