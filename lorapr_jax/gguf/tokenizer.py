@@ -7,19 +7,35 @@ from pathlib import Path
 
 import gguf
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, processors
+from tokenizers import (
+  decoders,
+  models,
+  normalizers,
+  pre_tokenizers,
+  processors,
+)
 
 from lorapr_jax.errors import short
 from lorapr_jax.gguf.format import Metadata
 from lorapr_jax.runtime.files import write_json
 
 _BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-# Words, up to three digits, punctuation, line ends, spaces.
-_LLAMA3_SPLIT = (
-  r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
-  r'|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}'
-  r'| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
-)
+
+
+def _words_and(digits: str) -> pre_tokenizers.Sequence:
+  """Words, digits, punctuation, line ends and spaces are split apart."""
+  split = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|" + digits + '|'
+    r' ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+'
+  )
+  return pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(tokenizers.Regex(split), 'isolated'),
+      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+  )
+
+
 # tokenizer.ggml.pre -> how text is split before the merges. The first name of
 # equal ones is written.
 PRE_TOKENIZERS = {
@@ -28,16 +44,15 @@ PRE_TOKENIZERS = {
   'smollm': pre_tokenizers.Sequence(
     [pre_tokenizers.Digits(individual_digits=True), _BYTE_LEVEL]
   ),
-  'llama-bpe': pre_tokenizers.Sequence(
-    [
-      pre_tokenizers.Split(tokenizers.Regex(_LLAMA3_SPLIT), 'isolated'),
-      pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ]
-  ),
+  'llama-bpe': _words_and(r'\p{N}{1,3}'),
+  'dbrx': _words_and(r'\p{N}{1,3}'),
+  'qwen2': _words_and(r'\p{N}'),
 }
 # With it, a word of the vocabulary is one token whatever the merges say, and
 # BOS comes first unless the file says otherwise.
 LLAMA3 = 'llama-bpe'
+# With it, a folder's tokenizer brings characters into Unicode's form NFC.
+COMPOSED = 'qwen2'
 # The names of special tokens at Hugging Face -> the keys of their ids here.
 ROLES = {
   'bos_token': 'tokenizer.ggml.bos_token_id',
@@ -113,6 +128,8 @@ def _read_tokenizer(metadata: Metadata) -> tokenizers.Tokenizer:
     )
   )
   tokenizer.pre_tokenizer = PRE_TOKENIZERS[metadata['tokenizer.ggml.pre']]
+  if metadata['tokenizer.ggml.pre'] == COMPOSED:
+    tokenizer.normalizer = normalizers.NFC()
   tokenizer.decoder = decoders.ByteLevel()
   # Control and user-defined tokens are found in the text before it is split.
   control, user = gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED

@@ -19,7 +19,7 @@ from lorapr_jax.data.tokenizer_files import (
 )
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf.sentencepiece import merge_scores, read_pieces
-from lorapr_jax.gguf.tokenizer import LLAMA3, PRE_TOKENIZERS, ROLES
+from lorapr_jax.gguf.tokenizer import COMPOSED, LLAMA3, PRE_TOKENIZERS, ROLES
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.runtime.paths import tokenizer_folder
 from lorapr_jax.runtime.rust import rust_errors
@@ -27,6 +27,13 @@ from lorapr_jax.runtime.rust import rust_errors
 _Kind = gguf.TokenType
 _SPACE = '▁'
 _BYTE = re.compile('<0x[0-9A-F]{2}>')
+# Gemma's.
+_AT_SPACES = {
+  'type': 'Split',
+  'pattern': {'String': ' '},
+  'behavior': 'MergedWithPrevious',
+  'invert': False,
+}
 # The score of a token that is no piece of the model.
 _NO_SCORE = -1000.0
 
@@ -35,12 +42,14 @@ def vocabulary(base: Path | None, config: ModelConfig) -> dict[str, Any]:
   """The keys tokenizer.* of the metadata.
 
   Byte-level BPE whose way of splitting text is in PRE_TOKENIZERS (Llama 3,
-  SmolLM2, GPT-2), and SentencePiece's BPE with byte fallback (Llama 1 and 2),
+  SmolLM2, GPT-2, Qwen2), and SentencePiece's BPE with byte fallback (Llama 1
+  and 2, Gemma),
   with the scores of tokenizer.model if the folder has it. Ids without a token
   become unused ones. The ids of BOS, EOS and the like are the tokenizer's or,
   where it has none, the config's.
 
-  llama.cpp does not know tokens that swallow the spaces around them. It puts
+  llama.cpp does not know tokens that swallow the spaces around them, and leaves
+  characters as they are where Qwen2's tokenizer brings them into NFC. It puts
   SentencePiece's space in front of every text, and after special tokens, where
   some folders leave it out.
 
@@ -167,8 +176,6 @@ def _unsupported(file: Path, what: str) -> UserError:
 def _byte_level(
   file: Path, data: dict[str, Any], tokens: list[str], kinds: list[int]
 ) -> dict[str, Any]:
-  if data['normalizer']:
-    raise _unsupported(file, f'a normalizer {json.dumps(data["normalizer"])}')
   split = _comparable(data['pre_tokenizer'])
   names = [
     name
@@ -179,11 +186,15 @@ def _byte_level(
     split = json.dumps(data['pre_tokenizer'])
     raise _unsupported(file, f'a pre_tokenizer {split}')
   ignores = data['model']['ignore_merges']
-  if ignores != (names[0] == LLAMA3):
+  name = next((x for x in names if (x == LLAMA3) == ignores), None)
+  if name is None:
     raise _unsupported(file, f'ignore_merges {ignores} with {names[0]}')
+  normalizer = data['normalizer']
+  if normalizer and (name, normalizer) != (COMPOSED, {'type': 'NFC'}):
+    raise _unsupported(file, f'a normalizer {json.dumps(normalizer)}')
   return {
     'tokenizer.ggml.model': 'gpt2',
-    'tokenizer.ggml.pre': names[0],
+    'tokenizer.ggml.pre': name,
     'tokenizer.ggml.tokens': tokens,
     'tokenizer.ggml.token_type': [int(kind) for kind in kinds],
     'tokenizer.ggml.merges': [' '.join(m) for m in data['model']['merges']],
@@ -249,6 +260,8 @@ def _space_prefix(file: Path, data: dict[str, Any]) -> bool:
   not split there.
   """
   normalizer, split = data['normalizer'], data['pre_tokenizer']
+  if split == _AT_SPACES:  # There are none left.
+    split = None
   replace = {'type': 'Replace', 'pattern': {'String': ' '}, 'content': _SPACE}
   prepend = {'type': 'Prepend', 'prepend': _SPACE}
   steps = (normalizer or {}).get('normalizers', [normalizer])

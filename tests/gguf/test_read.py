@@ -447,7 +447,7 @@ def test_tokenizer_files_load_in_transformers(tmp_path, add_bos):
   'key, value',
   [
     ('tokenizer.ggml.model', 'llama'),
-    ('tokenizer.ggml.pre', 'qwen2'),
+    ('tokenizer.ggml.pre', 'gpt-4o'),
     ('tokenizer.ggml.pre', None),
     ('tokenizer.ggml.add_eos_token', True),
     ('tokenizer.ggml.add_space_prefix', True),
