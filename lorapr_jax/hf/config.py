@@ -20,6 +20,7 @@ from lorapr_jax.models.families import (
   FAMILIES,
   PREFIX,
   REMOTE_CODE,
+  TEXT_OF,
   Family,
   family_of,
 )
@@ -37,6 +38,13 @@ _ONLY_SUPPORTED = {
   'transformers_weights': None,
   'use_bidirectional_attention': False,
 }
+
+
+# Of a model that sees too these are beside the text model's keys.
+_OUTSIDE = (
+  *('bos_token_id', 'eos_token_id', 'pad_token_id'),
+  *('quantization_config', 'tie_word_embeddings'),
+)
 
 
 def _is_id(value: Any) -> bool:
@@ -84,6 +92,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   Raises:
     UserError: naming the key that asks for something unsupported.
   """
+  hf = _of_text(hf)
   family = _family(hf)
   _check_supported(hf, family)
   numbers = _numbers(hf, family)
@@ -269,6 +278,20 @@ def _required(hf: Mapping[str, Any], key: str, most: int = MOST) -> int:
 
 def _shown(value: Any) -> str:
   return short(json.dumps(value))
+
+
+def _of_text(hf: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The keys of the text model, where config.json is of one that sees too."""
+  seeing = hf.get('model_type')
+  if seeing not in list(TEXT_OF):  # A list has no hash.
+    return hf
+  text = hf.get('text_config')
+  if not isinstance(text, dict):
+    raise UserError(
+      f'config.json: text_config is {_shown(text)}, not an object'
+    )
+  outside = {key: hf[key] for key in _OUTSIDE if hf.get(key) is not None}
+  return {**text, **outside, 'model_type': TEXT_OF[seeing]}
 
 
 def _family(hf: Mapping[str, Any]) -> Family:

@@ -18,8 +18,11 @@ from lorapr_jax.models.config import ModelConfig, Stack
 
 # Of what is no projection, such as a norm's weight.
 _VECTOR = ProjectionLetters('', '', '')
-# Tensors of old checkpoints that are computed, not learned.
-IGNORED = re.compile(r'.*\.rotary_emb\.inv_freq')
+# Tensors that the model of text does not have: of old checkpoints those that
+# are computed, not learned; and what sees.
+IGNORED = re.compile(
+  r'.*\.rotary_emb\.inv_freq|(vision_tower|multi_modal_projector)\..*'
+)
 
 
 def locate(

@@ -25,6 +25,8 @@ DTYPES = {
   'F32': np.dtype(np.float32),
   'F64': np.dtype(np.float64),
 }
+# In front of the names of the text model, in one that sees too.
+_TEXT = 'language_model.'
 # More than this safetensors refuses.
 _LARGEST_HEADER = 100_000_000
 # Bytes written at a time: some file systems hold a whole write in memory.
@@ -45,16 +47,17 @@ class Shards:
     self._files = {}
     for path in weight_files(self.folder):
       file = open_file(path)
-      if twice := sorted(self._files.keys() & set(file.keys())):
+      names = {x.removeprefix(_TEXT): x for x in set(file.keys())}
+      if twice := sorted(self._files.keys() & names.keys()):
         raise UserError(
           f'{path} holds tensor {twice[0]}, as another file of the '
           'index does: save the model again with transformers'
         )
-      self._files.update(dict.fromkeys(file.keys(), file))
+      self._files |= {x: (file, name) for x, name in names.items()}
 
   @property
   def names(self) -> set[str]:
-    """The tensors' names."""
+    """The tensors' names, as a model of text alone has them."""
     return set(self._files)
 
   @property
@@ -64,7 +67,8 @@ class Shards:
 
   def slice_of(self, name: str) -> Any:
     """A tensor that is read when it is indexed; see `get_shape()`."""
-    return self._files[name].get_slice(name)
+    file, name = self._files[name]
+    return file.get_slice(name)
 
 
 def open_file(path: Path) -> Any:

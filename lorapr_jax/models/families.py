@@ -398,6 +398,8 @@ def row_of(family: str | None) -> Family:
   return FAMILIES['llama' if family is None else family]
 
 
+# A model that sees too -> the family of its text model.
+TEXT_OF = {'gemma3': 'gemma3_text'}
 # The families that a model can be exported as.
 EXPORTED = {n: x for n, x in FAMILIES.items() if x.exported_as is None}
 # The same where layers differ in size, by the code that hf/remote.py writes.

@@ -12,7 +12,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.models.config import LayerShape, ModelConfig
-from lorapr_jax.models.families import BIAS_KEYS, EXPORTED, FAMILIES
+from lorapr_jax.models.families import BIAS_KEYS, EXPORTED, FAMILIES, TEXT_OF
 from lorapr_jax.models.rope import (
   Dynamic,
   Linear,
@@ -521,3 +521,16 @@ def test_what_is_not_supported_of_a_family_is_named(model_type, key, value):
   keys = {'model_type': model_type, 'hidden_act': ..., key: value}
   with pytest.raises(UserError, match=f'{key} is '):
     config_from_hf(_changed(keys))
+
+
+def test_of_a_model_that_sees_too_the_text_model_is_read(monkeypatch):
+  monkeypatch.setitem(TEXT_OF, 'gemma3', 'gemma')
+  text = _changed({'model_type': 'any', 'hidden_act': ..., 'eos_token_id': 1})
+  hf = {'model_type': 'gemma3', 'text_config': text, 'eos_token_id': [1, 106]}
+  config = config_from_hf(hf)
+  assert (config.embed_dim, config.eos_token_id) == (32, (1, 106))
+  assert config.family == 'gemma'
+  with pytest.raises(UserError, match='quantization_config is'):
+    config_from_hf(hf | {'quantization_config': {'quant_method': 'gptq'}})
+  with pytest.raises(UserError, match='text_config is null'):
+    config_from_hf({'model_type': 'gemma3'})

@@ -216,6 +216,19 @@ def test_tensors_that_mean_nothing_are_ignored(damaged, load):
   jax.tree.map(np.testing.assert_array_equal, load(damaged)[1], want)
 
 
+def test_of_a_model_that_sees_too_the_text_model_is_loaded(damaged, load):
+  want = load(damaged)[1]
+
+  def change(tensors):
+    for name in list(tensors):
+      tensors[f'language_model.{name}'] = tensors.pop(name)
+    tensors['vision_tower.head.probe'] = np.zeros(4, np.float32)
+    tensors['multi_modal_projector.weight'] = np.zeros(4, np.int8)
+
+  _rewrite(damaged, change)
+  jax.tree.map(np.testing.assert_array_equal, load(damaged)[1], want)
+
+
 @pytest.mark.parametrize('size', [4, 200, -100])
 def test_a_truncated_file_is_named(damaged, size, load):
   path = damaged / 'model.safetensors'
