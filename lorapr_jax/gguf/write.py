@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import math
 from pathlib import Path
+import re
 from typing import Any
 
 import gguf
@@ -58,13 +59,14 @@ def write_gguf(
   matrix_type = _Type[dtype.upper()]
   share = 'ALL' if matrix_type == _Type.F32 else 'MOSTLY'
   file_type = gguf.LlamaFileType[f'{share}_{matrix_type.name}']
+  tokenizer = vocabulary(base and path_of(base), config)
   metadata = {
     'general.type': 'model',
-    'general.name': name,
+    'general.name': _name(name, tokenizer),
     'general.file_type': int(file_type),
     'general.quantization_version': gguf.GGML_QUANT_VERSION,
     **_sizes(config, name_of_arch),
-    **vocabulary(base and path_of(base), config),
+    **tokenizer,
   }
   with new_path(path) as partial, written_locally(partial) as local:
     writer = gguf.GGUFWriter(local, name_of_arch)
@@ -72,6 +74,18 @@ def write_gguf(
       for key, value in metadata.items():
         _add(writer, key, value)
       _write_tensors(writer, params, config, ARCHS[name_of_arch], matrix_type)
+
+
+def _name(name: str, tokenizer: dict[str, Any]) -> str:
+  """A name that llama.cpp loads the model under.
+
+  It takes a model of this name for one that has these tokens, and fails to load
+  it if it has not.
+  """
+  tokens = {'</s>', '<unk>', '<s>', '<|endoftext|>'}
+  if tokens <= {*tokenizer.get('tokenizer.ggml.tokens', ())}:
+    return name
+  return re.sub('(phi)-?(3)', r'\1 \2', name, flags=re.IGNORECASE)
 
 
 def gguf_tensors(

@@ -227,6 +227,21 @@ def test_without_a_tokenizer(random_params, tmp_path):
   assert [p.name for p in folder.iterdir()] == ['generation_config.json']
 
 
+def test_llama_cpp_loads_it_under_its_name(random_params, tmp_path):
+  """It looks up tokens of Phi-3 where a name has it."""
+  params = random_params(UNEQUAL)
+  for name, written in {'Phi-3-mini': 'Phi 3-mini', 'my': 'my'}.items():
+    path = write(tmp_path / f'{name}.gguf', params, UNEQUAL, name=name)
+    assert contents(path)['general.name'] == written
+  tokenizer = sentencepiece()
+  tokenizer.add_tokens(['<|endoftext|>'])
+  base = save_sentencepiece(tmp_path / 'base', tokenizer)
+  config = config_of(tokenizer.get_vocab_size())
+  params = random_params(config)
+  path = write(tmp_path / 'a.gguf', params, config, base=base, name='phi3')
+  assert contents(path)['general.name'] == 'phi3'
+
+
 def byte_level(pre):
   """A small tokenizer of 298 tokens that splits text in this way."""
   byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
