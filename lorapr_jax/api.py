@@ -121,9 +121,9 @@ def evaluate(
   )
   synthetic = parse_spec(data).scheme == 'synthetic'
   folder, config = folder_and_config(model)
-  if seq_len > config.max_positions:
+  if seq_len > config.longest:
     raise UserError(
-      f'seq_len is {seq_len}, but the model has {config.max_positions} '
+      f'seq_len is {seq_len}, but the model has {config.longest} '
       'positions (max_position_embeddings)'
     )
   without_tokenizer = synthetic and not any(folder.glob('tokenizer*'))

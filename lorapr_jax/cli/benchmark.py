@@ -66,7 +66,7 @@ def check(args: Any, folders: dict[str, str]) -> list[int]:
   )
   tokens = args.prompt_tokens + args.new_tokens
   for folder in folders.values():
-    positions = load_config(folder).max_positions
+    positions = load_config(folder).longest
     if tokens > positions:
       raise UserError(
         f'--prompt_tokens and --new_tokens are {tokens} tokens, more than the '

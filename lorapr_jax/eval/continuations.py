@@ -127,7 +127,7 @@ def score_continuations(
 
 def _rows(pairs, config) -> list[_Row]:
   groups: dict[tuple[int, ...], list[int]] = {}
-  limit, shortened = config.max_positions, 0
+  limit, shortened = config.longest, 0
   for i, (context, continuation) in enumerate(pairs):
     if not len(context) or not len(continuation):
       raise UserError('a continuation, or what it continues, has no tokens')

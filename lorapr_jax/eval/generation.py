@@ -108,10 +108,10 @@ def check_prompt(prompt_ids: Sequence[int], config: ModelConfig) -> None:
   """Raises a UserError for a prompt that the model cannot continue."""
   if not len(prompt_ids):
     raise UserError('the prompt is empty')
-  if len(prompt_ids) >= config.max_positions:
+  if len(prompt_ids) >= config.longest:
     raise UserError(
       f'the prompt has {len(prompt_ids)} tokens, which leaves no room in the '
-      f"model's {config.max_positions} positions (max_position_embeddings)"
+      f"model's {config.longest} positions (max_position_embeddings)"
     )
   if max(prompt_ids) >= config.vocab_size:
     raise UserError(
@@ -190,7 +190,19 @@ def stream_tokens(
 
 
 def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
-  end = min(len(ids) + sampling.max_new_tokens, config.max_positions)
+  end = min(len(ids) + sampling.max_new_tokens, config.longest)
+  # A text that outgrows what LongRoPE calls short turns anew, from its start.
+  turns = {n for n in config.short_texts if len(ids) <= n < end}
+  for last in sorted(turns | {end}):
+    for value in _extend(params, config, ids, last, sampling, dtype):
+      if value in stop:
+        return
+      ids = np.append(ids, np.int32(value))
+      yield value
+
+
+def _extend(params, config, ids, end, sampling, dtype) -> Iterator[int]:
+  """The ids that follow, up to `end` with those before."""
   place = sharding.beside(params, ())
   cache = cached.empty_cache(config, 1, _bucket(end), dtype, place)
   advance = functools.partial(
@@ -203,15 +215,15 @@ def _stream(params, config, ids, sampling, stop, dtype) -> Iterator[int]:
   for start in range(0, len(ids), _LARGEST):
     chunk = ids[start : start + _LARGEST]
     padded = np.pad(chunk, (0, _bucket(len(chunk)) - len(chunk)))
-    cache, token = advance(cache, padded[None], start, len(chunk))
+    cache, token = advance(
+      cache, padded[None], start, len(chunk), length=len(ids)
+    )
   for position in range(len(ids), end):
     drawn = token
     # Start the next token before waiting for this one.
     if position + 1 < end:
-      cache, token = advance(cache, drawn, position, 1)
-    if (value := drawn.item()) in stop:
-      return
-    yield value
+      cache, token = advance(cache, drawn, position, 1, length=position + 1)
+    yield drawn.item()
 
 
 def _bucket(count: int) -> int:
@@ -225,16 +237,20 @@ def make_advance(
 ) -> Callable[..., tuple[cached.Cache, Array]]:
   """The function of one step, compiled for each length of tokens and cache.
 
-  (params, cache, tokens (B, T), start, count, key, temperature, top_p) ->
-  (cache, the tokens (B, 1) that follow). The tokens are at positions `start`,
-  start + 1, ... All after the first `count` are padding; the next step
-  overwrites what they leave in the cache. The old cache is donated. All rows
-  draw with the same key.
+  (params, cache, tokens (B, T), start, count, key, temperature, top_p, length)
+  -> (cache, the tokens (B, 1) that follow). The tokens are at positions
+  `start`, start + 1, ... All after the first `count` are padding; the next step
+  overwrites what they leave in the cache. The text has `length` tokens so far;
+  None: start + count. The old cache is donated. All rows draw with the same
+  key.
   """
 
-  def advance(params, cache, tokens, start, count, key, temperature, top_p):
+  def advance(
+    params, cache, tokens, start, count, key, temperature, top_p, length=None
+  ):
+    length = start + count if length is None else length
     hidden, cache = cached.hidden_states(
-      params, tokens, cache, start, config, dtype=dtype
+      params, tokens, cache, start, config, length=length, dtype=dtype
     )
     logits = decoder.logits(params, hidden[:, count - 1], config)
     key = jax.random.fold_in(key, start + count)

@@ -106,7 +106,7 @@ class HarnessModel(TemplateLM):
         'EOS token: a text has nothing to begin with'
       )
     self.model = pretrained if is_model else load(pretrained, dtype)
-    self.max_length = self.model.config.max_positions
+    self.max_length = self.model.config.longest
 
   @property
   def eot_token_id(self) -> int:

@@ -92,7 +92,7 @@ def evaluate_suite(
   specs = {name: parse_spec(text) for name, text in texts.items()}
   tokenizer = Tokenizer(folder)
   lengths = PAPER_LENGTHS if seq_len is None else (seq_len,)
-  limit = config.max_positions
+  limit = config.longest
   if min(lengths) > limit:
     raise UserError(
       f'seq_len is {min(lengths)}, but the model has {limit} positions '

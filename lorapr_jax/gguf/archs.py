@@ -78,6 +78,8 @@ class Arch:
     lacks += [
       words for name, words in _WORDS.items() if not self._has(name, config)
     ]
+    if config.windows:
+      lacks.append('sliding window')
     if rope := rope_lacks(config, self.has_factors, self.turns_parts):
       lacks.append(rope)
     return lacks

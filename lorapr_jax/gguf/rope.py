@@ -49,7 +49,11 @@ def rope_lacks(
     has_factors: whether it takes tables.
     turns_parts: whether a part of each head may turn.
   """
+  if len(config.ropes) > 1:
+    return 'layers that turn in several ways'
   scaling = config.ropes[0].scaling
+  if getattr(scaling, 'llama_4_scaling_beta', None) is not None:
+    return 'queries that grow with their positions'
   names = {kind: name for name, kind in SCALINGS.items()}
   if isinstance(scaling, Dynamic) or (_in_table(scaling) and not has_factors):
     return f'RoPE scaling of this type ({names[type(scaling)]})'

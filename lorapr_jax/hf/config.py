@@ -7,8 +7,9 @@ import re
 from typing import Any
 
 from lorapr_jax.errors import UserError, check_size, short
+from lorapr_jax.hf.kinds import kinds_from_hf, kinds_to_hf
 from lorapr_jax.hf.refused import why_refused
-from lorapr_jax.hf.rope import is_positive, rope_from_hf, rope_to_hf
+from lorapr_jax.hf.rope import is_positive
 from lorapr_jax.models.config import (
   MOST,
   MOST_LAYERS,
@@ -31,10 +32,8 @@ _ONLY_SUPPORTED = {
   'attention_dropout': 0.0,
   'clip_qkv': None,
   'embd_pdrop': 0.0,
-  'partial_rotary_factor': 1.0,
   'quantization_config': None,
   'resid_pdrop': 0.0,
-  'sliding_window': None,
   'transformers_weights': None,
   'use_bidirectional_attention': False,
 }
@@ -45,6 +44,9 @@ _OUTSIDE = (
   *('bos_token_id', 'eos_token_id', 'pad_token_id'),
   *('quantization_config', 'tie_word_embeddings'),
 )
+# Of these a null does not mean what it means that they are absent: as many KV
+# heads as heads, heads as wide as the hidden size allows, no window.
+_NULL_IS_A_VALUE = {'head_dim', 'num_key_value_heads', 'sliding_window'}
 
 
 def _is_id(value: Any) -> bool:
@@ -53,6 +55,14 @@ def _is_id(value: Any) -> bool:
 
 def _is_bool(value: Any) -> bool:
   return isinstance(value, bool)
+
+
+def _is_count(value: Any) -> bool:
+  return type(value) is int and 0 <= value <= MOST
+
+
+def _is_size(value: Any) -> bool:
+  return _is_count(value) and value > 0
 
 
 def _is_object(value: Any) -> bool:
@@ -73,11 +83,22 @@ _KINDS = {
     lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x),
     'a list of names',
   ),
+  'max_window_layers': (_is_count, 'a number of layers'),
+  'no_rope_layer_interval': (_is_size, 'a positive number of layers'),
+  'no_rope_layers': (
+    lambda x: isinstance(x, list) and all(y in (0, 1) for y in x),
+    'a list of 0 and 1',
+  ),
   'pad_token_id': (_is_id, 'the id of a token'),
   'rms_norm_eps': (is_positive, 'a positive number'),
   'rope_parameters': (_is_object, 'an object'),
   'rope_scaling': (_is_object, 'an object'),
   'rope_theta': (is_positive, 'a positive number'),
+  'sliding_window': (_is_size, 'a positive number of tokens'),
+  'sliding_window_pattern': (
+    lambda x: _is_count(x) or isinstance(x, str),
+    'a number of layers or a text',
+  ),
   'tie_word_embeddings': (_is_bool, 'true or false'),
 }
 
@@ -96,12 +117,7 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
   family = _family(hf)
   _check_supported(hf, family)
   numbers = _numbers(hf, family)
-  absent = dict(family.absent)
-  if 'num_key_value_heads' in hf:  # A null is as many as there are heads.
-    absent.pop('num_key_value_heads', None)
-  if 'rope_theta' in (hf.get('rope_parameters') or {}):
-    absent.pop('rope_theta', None)
-  hf = absent | {key: value for key, value in hf.items() if value is not None}
+  hf = _with_absent(hf, family)
   layers = layers_from_hf(hf)
   embed_dim = _required(hf, 'hidden_size')
   if 'head_dim' in hf:
@@ -123,7 +139,9 @@ def config_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     head_dim=head_dim,
     layers=layers,
     norm_eps=hf['rms_norm_eps'],
-    ropes=(rope_from_hf(_grown(hf, family, head_dim), head_dim // 2),),
+    **kinds_from_hf(
+      _grown(hf, family, head_dim), family, len(layers), head_dim
+    ),
     tie_embeddings=hf['tie_word_embeddings'],
     biases=family.biases_by(key for key in family.bias_keys if hf.get(key)),
     **family.fixed,
@@ -172,6 +190,17 @@ def _numbers(hf: Mapping[str, Any], family: Family) -> dict[str, float | None]:
   return fields
 
 
+def _with_absent(hf: Mapping[str, Any], family: Family) -> dict[str, Any]:
+  """A config.json's keys, without nulls, and with what is absent."""
+  given = {key: value for key, value in hf.items() if value is not None}
+  absent = dict(family.absent)
+  for key in _NULL_IS_A_VALUE & hf.keys():
+    absent.pop(key, None)
+  if given.get('rope_parameters'):
+    absent = {k: x for k, x in absent.items() if k[:5] != 'rope_'}
+  return {**absent, **given}
+
+
 def config_to_hf(
   config: ModelConfig, family: Family | None = None
 ) -> dict[str, Any]:
@@ -195,7 +224,6 @@ def config_to_hf(
     **_layer_to_hf(top),
     'max_position_embeddings': config.max_positions,
     'rms_norm_eps': config.norm_eps,
-    **rope_to_hf(config.ropes[0]),
     'tie_word_embeddings': config.tie_embeddings,
     'bos_token_id': config.bos_token_id,
     'eos_token_id': list(eos) if isinstance(eos, tuple) else eos,
@@ -205,7 +233,7 @@ def config_to_hf(
   family = family or family_of(config)
   flags = family.flags(config)
   hf |= {key: True for key, value in flags.items() if value}
-  hf |= family.values(config)
+  hf |= family.values(config) | kinds_to_hf(config, family)
   hf[family.activation_key] = family.activations[0]
   if not config.is_uniform:
     hf['per_layer_config'] = {
@@ -313,11 +341,7 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
   model_type = hf['model_type']
   for key, value in (_ONLY_SUPPORTED | family.only).items():
     found = hf.get(key, family.absent.get(key, value))
-    if (
-      key in family.ignored
-      or found in (value, None)
-      or (key == 'sliding_window' and not _has_window(hf, family))
-    ):
+    if key in family.ignored or found in (value, None):
       continue
     if key not in hf:
       raise UserError(
@@ -341,21 +365,16 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
         f'config.json: {key} is true, which means nothing for {model_type}; '
         f'only a {" or ".join(having)} has it'
       )
-  if others := set(hf.get('layer_types') or ()) - {'full_attention'}:
+  if hf.get('sliding_window') is not None and family.slides is None:
     raise UserError(
-      f'config.json: layer_types has {short(repr(sorted(others)))}; only '
-      'full_attention is supported'
+      f'config.json: sliding_window is {_shown(hf["sliding_window"])}, and a '
+      f'{model_type} has no windows; only null is supported'
     )
   if hf.get('per_layer_config') and model_type not in REMOTE_CODE:
     raise UserError(
       'config.json: per_layer_config is only understood for a model_type that '
       f'begins with {PREFIX}'
     )
-
-
-def _has_window(hf: Mapping[str, Any], family: Family) -> bool:
-  """Whether a config.json's `sliding_window` counts."""
-  return family.window_flag is None or bool(hf.get(family.window_flag))
 
 
 def _check_kinds(hf: Mapping[str, Any]) -> None:

@@ -12,13 +12,16 @@ from lorapr_jax.models.rope import SCALINGS, LongRope, Rope, Scaling
 _ORIGINAL = 'original_max_position_embeddings'
 
 
-def rope_from_hf(hf: Mapping[str, Any], pairs: int) -> Rope:
+def rope_from_hf(
+  hf: Mapping[str, Any], pairs: int, theta: float = 10000.0
+) -> Rope:
   """RoPE's theta and its scaling, from either spelling.
 
   Args:
     hf: with `rope_theta` and `rope_scaling`, or the newer `rope_parameters`;
       and with `max_position_embeddings`.
     pairs: R/2, how many numbers a list of factors must have.
+    theta: where the file has none.
 
   Raises:
     UserError: naming the key that asks for something unsupported.
@@ -30,7 +33,7 @@ def rope_from_hf(hf: Mapping[str, Any], pairs: int) -> Rope:
     raise UserError(
       'config.json: rope_parameters and rope_scaling are of different types'
     )
-  theta = rope.get('rope_theta', hf.get('rope_theta', 10000.0))
+  theta = rope.get('rope_theta', hf.get('rope_theta', theta))
   if hf.get('rope_theta', theta) != theta:
     raise UserError(
       f'config.json: rope_theta is {hf["rope_theta"]} but '
@@ -40,10 +43,6 @@ def rope_from_hf(hf: Mapping[str, Any], pairs: int) -> Rope:
     raise UserError(
       f'config.json: {key}.rope_theta is {short(json.dumps(theta))}, not a '
       'positive number'
-    )
-  if rope.get('partial_rotary_factor', 1.0) != 1.0:
-    raise UserError(
-      f'config.json: {key}.partial_rotary_factor is not supported'
     )
   return Rope(float(theta), _scaling(rope, key, theta, hf, pairs))
 

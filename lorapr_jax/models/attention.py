@@ -21,6 +21,7 @@ def causal_attention(
   *,
   start: Array | None = None,
   cap: float | None = None,
+  window: Array | None = None,
 ) -> Array:
   """Each position attends to itself and to those before it.
 
@@ -31,13 +32,17 @@ def causal_attention(
     segments: (B, S): positions attend within their own segment alone.
     start: the key position of the first query; None where S = T.
     cap: as of `attend_where`.
+    window: how many tokens each sees, with itself; None: all before it.
 
   Returns:
     (B, T, K, G, H), in q's dtype; the softmax is in float32.
   """
   T = q.shape[1]
   queries = jnp.arange(T) + (0 if start is None else start)
-  mask = (jnp.arange(k.shape[1]) <= queries[:, None])[None]
+  keys = jnp.arange(k.shape[1])
+  mask = (keys <= queries[:, None])[None]
+  if window is not None:
+    mask &= keys > queries[:, None] - window
   if segments is not None:
     mask &= same_segment(segments, start, T)
   return attend_where(mask, q, k, v, cap)

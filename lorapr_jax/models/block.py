@@ -21,6 +21,7 @@ from lorapr_jax.models.config import (
   LoraConfig,
   ModelConfig,
 )
+from lorapr_jax.models.kinds import with_window
 from lorapr_jax.models.layers import (
   BLOCK,
   LoRAEinsum,
@@ -157,13 +158,22 @@ class Block(nn.Module):
     x: Array,
     rotation: Rotation,
     parts: tuple[str, ...] = tuple(PROJECTIONS),
+    window: Array | None = None,
   ) -> Array:
-    """The layer's output, or what one of its parts alone makes of x."""
+    """The layer's output, or what one of its parts alone makes of x.
+
+    Args:
+      x: the tokens.
+      rotation: the layer's, of the positions of a sequence.
+      parts: of the block.
+      window: how many tokens each sees; None: all before it.
+    """
     sizes = (self.config, self.shape, self.lora, self.matmul_dtype)
     x = checkpoint_name(x, BLOCK)
     if 'self_attn' in parts:
       h = _activation(self._normed(BEFORE_ATTENTION, x))
-      out = Attention(*sizes, self.attend, name='self_attn')(h, rotation)
+      attend = with_window(self.attend, window)
+      out = Attention(*sizes, attend, name='self_attn')(h, rotation)
       out = self._normed(AFTER_ATTENTION, out)
       x = x + scaled(out, self.config.residual_scale)
     if 'mlp' in parts:

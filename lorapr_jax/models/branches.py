@@ -5,7 +5,6 @@ trunk and its own branch, and stands where it would without the others, so the
 trunk is computed once for all of them.
 """
 
-import functools
 from typing import Any
 
 from jax import Array
@@ -41,7 +40,27 @@ def hidden_states(
   of_key, of_query = branches[:, None, :], branches[:, :, None]
   mask = (of_key == TRUNK) | (of_key == of_query)
   mask &= jnp.tri(tokens.shape[1], dtype=bool)
-  attend = functools.partial(attend_where, mask)
+
+  def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    cap: float | None = None,
+    window: Array | None = None,
+  ) -> Array:
+    seen = mask
+    if window is not None:
+      seen &= positions[:, :, None] - positions[:, None, :] < window
+    return attend_where(seen, q, k, v, cap)
+
   return decoder.hidden_states(
-    params, tokens, config, positions=positions, attend=attend, dtype=dtype
+    params,
+    tokens,
+    config,
+    positions=positions,
+    # A trunk is of several texts: it turns as in the longest.
+    lengths=jnp.max(positions, axis=-1, keepdims=True) + 1,
+    attend=attend,
+    dtype=dtype,
   )

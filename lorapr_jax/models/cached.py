@@ -16,6 +16,7 @@ from lorapr_jax.models.attention import causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LayerShape, ModelConfig, Stack
 from lorapr_jax.models.decoder import embedded
+from lorapr_jax.models.kinds import kinds
 from lorapr_jax.models.layers import rms_norm
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
@@ -42,6 +43,7 @@ def hidden_states(
   start: Array,
   config: ModelConfig,
   *,
+  length: Array | None = None,
   dtype: Any = jnp.float32,
 ) -> tuple[Array, Cache]:
   """As `decoder.hidden_states`, for positions start to start + T - 1.
@@ -52,6 +54,7 @@ def hidden_states(
     cache: filled before `start`; start + T must not exceed its S.
     start: a scalar.
     config: the sizes.
+    length: the tokens of the text so far; None: start + T.
     dtype: of the computation.
 
   Returns:
@@ -60,18 +63,18 @@ def hidden_states(
   """
   B, T = tokens.shape
   positions = start + jnp.arange(T, dtype=jnp.float32)
-  # All keys of a cache turn alike: what a text's length decides is decided by
-  # how long it may become.
-  rotation = rope_rotation(config, positions, longest=cache[0][0].shape[2])
+  lengths = start + T if length is None else length
+  rotation = rope_rotation(config, positions, lengths)
+  S = cache[0][0].shape[2]
   table = params['embed_tokens']['weight']
   x = embedded(table, tokens.reshape(B * T), config, dtype)
   filled = []
   for i, stack in enumerate(config.stacks):
     layer = _layer(config, stack.shape, rotation, start)
+    index = jnp.arange(stack.size)
+    inputs = (params['stacks'][i], index, kinds(config, stack, S))
     # The scan carries the cache and writes it in place: an output is a copy.
-    (x, kv), _ = jax.lax.scan(
-      layer, (x, cache[i]), (params['stacks'][i], jnp.arange(stack.size))
-    )
+    (x, kv), _ = jax.lax.scan(layer, (x, cache[i]), inputs)
     filled.append(kv)
   norm = rms_norm(config)
   x = norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
@@ -83,7 +86,7 @@ def _layer(
 ) -> Callable[..., Any]:
   def layer(carry, inputs):
     x, kv = carry
-    weights, i = inputs
+    weights, i, kind = inputs
 
     def attend(q, *new, **more):
       nonlocal kv
@@ -95,7 +98,8 @@ def _layer(
       return causal_attention(q, k, v, start=start, **more)
 
     block = Block(config, shape, attend=attend)
-    x = block.apply({'params': dequantized(weights, x.dtype)}, x, rotation)
+    params = {'params': dequantized(weights, x.dtype)}
+    x = block.apply(params, x, rotation.of(kind.rope), window=kind.window)
     return (x, kv), None
 
   return layer

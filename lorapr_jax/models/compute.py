@@ -16,6 +16,7 @@ from lorapr_jax.models.attention import segment_positions
 from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.head import Head
 from lorapr_jax.models.kernels import AUTO, choose_attention
+from lorapr_jax.models.kinds import windows_within
 from lorapr_jax.models.loss import chunked_cross_entropy, in_rows, out_of_rows
 from lorapr_jax.runtime.sharding import parts, platform
 
@@ -111,6 +112,7 @@ def run_model(
     cap=settings.config.attention_cap,
     dtype=settings.dtype,
     mesh=mesh,
+    windows=windows_within(settings.config, tokens.shape[1]),
   )
   if segments is not None:
     model['valid'] = segments > 0

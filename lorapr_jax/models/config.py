@@ -13,7 +13,7 @@ from lorapr_jax.axes import (
   ProjectionLetters,
 )
 from lorapr_jax.errors import UserError
-from lorapr_jax.models.rope import Rope
+from lorapr_jax.models.rope import Dynamic, LongRope, Rope
 
 # Files that say more are refused: a size is an int32 everywhere, and a list of
 # layers takes memory before a weight is read.
@@ -93,7 +93,12 @@ class ModelConfig:
   head_dim: int
   layers: tuple[LayerShape, ...]
   norm_eps: float = 1e-6
-  ropes: tuple[Rope, ...] = (Rope(),)
+  # How queries and keys turn: in one way (None: not at all), or by layer.
+  ropes: tuple[Rope | None, ...] = (Rope(),)
+  rope_of_layer: tuple[int, ...] = ()
+  # By layer, how many tokens each sees, with itself; None: all before it.
+  # Empty: so do all layers.
+  windows: tuple[int | None, ...] = ()
   # How many of a head's dimensions turn; None: all.
   rotary_dim: int | None = None
   tie_embeddings: bool = False
@@ -140,6 +145,20 @@ class ModelConfig:
   def rotated(self) -> int:
     """R, how many of a head's dimensions turn."""
     return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+  @property
+  def longest(self) -> int:
+    """The tokens of the longest text; a dynamic RoPE makes room for more."""
+    scalings = [rope.scaling for rope in self.ropes if rope]
+    factors = [x.factor for x in scalings if isinstance(x, Dynamic)]
+    return int(self.max_positions * max(factors, default=1))
+
+  @property
+  def short_texts(self) -> set[int]:
+    """How long the texts may be that LongRoPE turns by its short factors."""
+    scalings = [rope.scaling for rope in self.ropes if rope]
+    long = [x for x in scalings if isinstance(x, LongRope)]
+    return {x.original_max_position_embeddings for x in long}
 
   @property
   def stacks(self) -> tuple[Stack, ...]:

@@ -14,6 +14,7 @@ from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LoraConfig, ModelConfig, Stack
 from lorapr_jax.models.head import Head
+from lorapr_jax.models.kinds import kinds
 from lorapr_jax.models.layers import (
   BLOCK,
   DROPOUT,
@@ -46,6 +47,7 @@ def hidden_states(
   config: ModelConfig,
   *,
   positions: Array | None = None,
+  lengths: Array | None = None,
   attend: Callable[..., Array] = causal_attention,
   lora: Any = None,
   lora_config: LoraConfig | None = None,
@@ -66,6 +68,7 @@ def hidden_states(
     config: the sizes, of which `config.stacks` follows the trees.
     positions: (B, T): where each token stands in its text; None: a row is one
       text.
+    lengths: as of `rope_rotation`.
     attend: as `causal_attention`: which tokens of a row see which.
     lora: adapters, with `lora_config`; None runs the base alone.
     masks: None where nothing is masked.
@@ -80,7 +83,7 @@ def hidden_states(
   """
   B, T = tokens.shape
   positions = jnp.arange(T) if positions is None else positions
-  rotation = rope_rotation(config, positions.astype(jnp.float32))
+  rotation = rope_rotation(config, positions.astype(jnp.float32), lengths)
   nothing = tuple({} for _ in config.stacks)
   masks = nothing if masks is None else masks
   if lora is None:
@@ -91,7 +94,8 @@ def hidden_states(
   x = embedded(table, tokens, config, dtype, valid)
   for i, stack in enumerate(config.stacks):
     layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
-    inputs = (layers, masks[i], _dropout_keys(dropout_key, stack))
+    keys = _dropout_keys(dropout_key, stack)
+    inputs = (layers, masks[i], keys, kinds(config, stack, T))
     block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
     layer = _layer(block, axes, rotation)
     x = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
@@ -168,7 +172,7 @@ def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
   sizes = block.config.sizes(block.shape)
 
   def layer(x, inputs):
-    trees, masks, key = inputs
+    trees, masks, key, kind = inputs
     params = jax.tree.map(
       lambda weight, axes: weight.reshape([sizes[a] for a in axes]),
       dequantized(trees['params'], x.dtype),
@@ -177,7 +181,8 @@ def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
     trees = {'params': params, 'lora': trees['lora']}
     variables = masked(trees, masks, axes, block.config, block.shape)
     rngs = None if key is None else {'dropout': key}
-    return block.apply(variables, x, rotation, rngs=rngs), None
+    turn, window = rotation.of(kind.rope), kind.window
+    return block.apply(variables, x, turn, window=window, rngs=rngs), None
 
   return layer
 

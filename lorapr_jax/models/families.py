@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.models.config import AFTER_ATTENTION, AFTER_MLP, ModelConfig
-from lorapr_jax.models.rope import LongRope
 
 
 class Number(NamedTuple):
@@ -30,6 +29,12 @@ class Number(NamedTuple):
   write: Callable[[float], float] = float
 
 
+# The names of layers in `layer_types`.
+FULL, SLIDING = 'full_attention', 'sliding_attention'
+# Which layers: by the keys of a config.json and the number of the layer.
+Layers = Callable[[Mapping[str, Any], int], bool]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
   """A family of models, under the name of its `model_type`.
@@ -38,9 +43,7 @@ class Family:
     architecture: the class of transformers that has logits.
     gguf: what llama.cpp calls it; None: there is no GGUF of it.
     absent: what keys of a config.json mean that the file lacks. A null means
-      the same, but of `sliding_window` and of caps, where it means that there
-      is none, and of `num_key_value_heads`, where it means as many as there
-      are heads.
+      mostly the same (hf/config.py has the keys of which it does not).
     only: keys of a config.json that must have this value, or be absent.
     ignored: keys of a config.json that may say anything where others may not.
     written: keys of a config.json that no size decides.
@@ -51,10 +54,16 @@ class Family:
       in `fixed` are LLaMA's.
     activation_key: the key of a config.json that names the activation.
     activations: the names that it may have there, of which the first is ours.
-    window_flag: the flag of a config.json without which its `sliding_window`
-      means nothing; None: it needs none.
     theta_grows: whether a `dynamic` RoPE with `alpha` is a plain one, with
       theta alpha^(H / (H - 2)) times as large.
+    slides: whether layer i is one of those with a window, by the keys of the
+      file and i, where there is no `layer_types`; None: no layer is.
+    has_layer_types: whether the file's `layer_types` counts.
+    turns: whether layer i turns queries and keys, by the keys and i; None: all
+      do.
+    local_theta: the key of theta in layers with a window, where that is
+      another than in the others; these have no scaling. None: it is the same.
+    scales_queries: whether queries grow by `llama_4_scaling_beta`.
     stored: where the files have a module of a block, by where we have it; those
       that they do not have in our place. What has one place is stored there as
       one, the rows of the first, then of the next.
@@ -90,8 +99,12 @@ class Family:
   numbers: Mapping[str, Number] = dataclasses.field(default_factory=dict)
   activation_key: str = 'hidden_act'
   activations: tuple[str, ...] = ('silu',)
-  window_flag: str | None = None
   theta_grows: bool = False
+  slides: Layers | None = None
+  has_layer_types: bool = True
+  turns: Layers | None = None
+  local_theta: str | None = None
+  scales_queries: bool = False
   stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
   interleaved: bool = False
   heads_divide_embed: bool = False
@@ -111,16 +124,39 @@ class Family:
         for name, default in FEATURES.items()
       )
       and (config.heads_fill_embed or not self.heads_fill_embed)
+      and self._has_windows(config)
+      and self._has_ropes(config)
     )
 
   def takes_heads(self, config: ModelConfig) -> bool:
     """Whether every transformers loads as many heads, in layers of one size."""
-    longrope = any(isinstance(x.scaling, LongRope) for x in config.ropes)
+    fills = self.longrope_fills_embed and bool(config.short_texts)
     return (
       not self.heads_divide_embed
       or config.embed_dim % config.layers[0].num_heads == 0
-    ) and (
-      not (self.longrope_fills_embed and longrope) or config.heads_fill_embed
+    ) and (config.heads_fill_embed or not fills)
+
+  def _has_windows(self, config: ModelConfig) -> bool:
+    if not config.windows:
+      return True
+    sizes = set(config.windows)
+    one = len(sizes - {None}) == 1 and (self.has_layer_types or len(sizes) == 1)
+    return self.slides is not None and one
+
+  def _has_ropes(self, config: ModelConfig) -> bool:
+    first = config.ropes[0]
+    if config.rotary_dim and 'partial_rotary_factor' not in self.absent:
+      return False
+    if {*config.ropes} - {None, first} and self.local_theta is None:
+      return False
+    beta = getattr(first.scaling, 'llama_4_scaling_beta', None)
+    if (beta is not None) != self.scales_queries:
+      return False
+    keys = layer_keys(config)
+    turned = map(bool, keys['no_rope_layers'])
+    return all(
+      turns == (self.turns is None or self.turns(keys, i))
+      for i, turns in enumerate(turned)
     )
 
   def possible_biases(self) -> Iterator[tuple[str, ...]]:
@@ -150,6 +186,18 @@ class Family:
     }
 
 
+def layer_keys(config: ModelConfig) -> dict[str, Any]:
+  """The keys of a config.json that tell layers apart."""
+  num_layers = len(config.layers)
+  windows = config.windows or (None,) * num_layers
+  ropes = config.rope_of_layer or (0,) * num_layers
+  return {
+    'sliding_window': next(filter(None, windows), None),
+    'layer_types': [SLIDING if w else FULL for w in windows],
+    'no_rope_layers': [int(config.ropes[i] is not None) for i in ropes],
+  }
+
+
 # Fields of ModelConfig that a family decides, and what they are for LLaMA.
 FEATURES = {
   name: getattr(ModelConfig, name)
@@ -171,10 +219,17 @@ _ABSENT = {
   'rms_norm_eps': 1e-6,
   'tie_word_embeddings': False,
 }
+_MISTRAL = _ABSENT | {
+  'max_position_embeddings': 131072,
+  'num_key_value_heads': 8,
+  'sliding_window': 4096,
+}
 _QWEN = _ABSENT | {
   'max_position_embeddings': 32768,
+  'max_window_layers': 28,
   'num_key_value_heads': 32,
   'sliding_window': 4096,
+  'use_sliding_window': False,
 }
 
 _GELU = 'gelu_pytorch_tanh'
@@ -205,6 +260,33 @@ _BIAS_KEYS = {
   'mlp_bias': PROJECTIONS['mlp'],
 }
 
+
+def _always(hf: Mapping[str, Any], i: int) -> bool:
+  return True
+
+
+def _qwen_slides(hf: Mapping[str, Any], i: int) -> bool:
+  return i >= hf['max_window_layers']
+
+
+def _pattern_slides(hf: Mapping[str, Any], i: int) -> bool:
+  return (i + 1) % hf['sliding_window_pattern'] > 0
+
+
+def _exaone4_turns(hf: Mapping[str, Any], i: int) -> bool:
+  if hf.get('sliding_window') is None:
+    return True
+  if 'layer_types' in hf:
+    return hf['layer_types'][i] == SLIDING
+  return _pattern_slides(hf, i)
+
+
+def _smollm3_turns(hf: Mapping[str, Any], i: int) -> bool:
+  if 'no_rope_layers' in hf:
+    return hf['no_rope_layers'][i] == 1
+  return (i + 1) % hf['no_rope_layer_interval'] > 0
+
+
 # A model is exported as what it came from, or as the first that holds it, if no
 # other is asked for.
 FAMILIES = {
@@ -218,14 +300,67 @@ FAMILIES = {
   'mistral': Family(
     architecture='MistralForCausalLM',
     gguf='llama',
+    absent=_MISTRAL,
+    slides=_always,
+    has_layer_types=False,
+    names_version=True,
+  ),
+  'ministral': Family(
+    architecture='MinistralForCausalLM',
+    gguf='llama',
+    absent=_MISTRAL,
+    slides=_always,
+    names_version=True,
+  ),
+  'ministral3': Family(
+    architecture='Ministral3ForCausalLM',
+    gguf=None,
+    absent=_MISTRAL
+    | {
+      'head_dim': 128,
+      'max_position_embeddings': 262144,
+      'rms_norm_eps': 1e-5,
+      'rope_scaling': {
+        'rope_type': 'yarn',
+        'rope_theta': 1e6,
+        'factor': 16.0,
+        'original_max_position_embeddings': 16384,
+        'mscale': 1.0,
+        'mscale_all_dim': 1.0,
+        'llama_4_scaling_beta': 0.1,
+      },
+      'rope_theta': 1e6,
+      'sliding_window': None,
+    },
+    slides=_always,
+    has_layer_types=False,
+    scales_queries=True,
+    names_version=True,
+  ),
+  'cwm': Family(
+    architecture='CwmForCausalLM',
+    gguf='llama',
     absent=_ABSENT
     | {
+      'eos_token_id': [128001, 128008, 128009],
+      'head_dim': 128,
       'max_position_embeddings': 131072,
       'num_key_value_heads': 8,
-      'sliding_window': 4096,
+      'rms_norm_eps': 1e-5,
+      'rope_scaling': {
+        'rope_type': 'llama3',
+        'rope_theta': 1e6,
+        'factor': 16.0,
+        'high_freq_factor': 4.0,
+        'low_freq_factor': 1.0,
+        'original_max_position_embeddings': 8192,
+      },
+      'rope_theta': 1e6,
+      'sliding_window': 8192,
     },
-    written={'sliding_window': None},
-    names_version=True,
+    bias_keys={'mlp_bias': PROJECTIONS['mlp']},
+    heads_divide_embed=True,
+    slides=lambda hf, i: i % 4 > 0,
   ),
   'granite': Family(
     architecture='GraniteForCausalLM',
@@ -245,6 +380,22 @@ FAMILIES = {
       'attention_scale': Number('attention_multiplier'),
       'logit_scale': Number('logits_scaling', lambda x: 1 / x, _inverse),
     },
+  ),
+  'smollm3': Family(
+    architecture='SmolLM3ForCausalLM',
+    gguf=None,
+    absent=_ABSENT
+    | {
+      'max_position_embeddings': 32768,
+      'no_rope_layer_interval': 4,
+      'num_key_value_heads': 4,
+      'rope_theta': 2e6,
+      'tie_word_embeddings': True,
+      'use_sliding_window': False,
+    },
+    bias_keys=_BIAS_KEYS,
+    slides=lambda hf, i: not _smollm3_turns(hf, i),
+    turns=_smollm3_turns,
   ),
   'gemma': Family(
     architecture='GemmaForCausalLM',
@@ -272,9 +423,11 @@ FAMILIES = {
       'num_key_value_heads': 32,
       'rms_norm_eps': 1e-5,
       'sliding_window': 4096,
+      'sliding_window_pattern': 4,
     },
     fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'head'},
-    written={'sliding_window': None},
+    slides=_pattern_slides,
+    turns=_exaone4_turns,
     stored=_NORMS_AFTER,
   ),
   'hunyuan_v1_dense': Family(
@@ -295,8 +448,7 @@ FAMILIES = {
     absent=_QWEN,
     biases=_QKV,
     pruned_as='seed_oss',
-    window_flag='use_sliding_window',
-    written={'use_sliding_window': False, 'sliding_window': None},
+    slides=_qwen_slides,
   ),
   'qwen3': Family(
     architecture='Qwen3ForCausalLM',
@@ -304,8 +456,7 @@ FAMILIES = {
     absent=_QWEN | {'head_dim': 128},
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed={'qk_norm': 'head'},
-    window_flag='use_sliding_window',
-    written={'use_sliding_window': False, 'sliding_window': None},
+    slides=_qwen_slides,
   ),
   'seed_oss': Family(
     architecture='SeedOssForCausalLM',
@@ -328,8 +479,15 @@ FAMILIES = {
   'phi3': Family(
     architecture='Phi3ForCausalLM',
     gguf='llama',
-    absent=_ABSENT | {'max_position_embeddings': 4096, 'rms_norm_eps': 1e-5},
-    written={'sliding_window': None},
+    absent=_ABSENT
+    | {
+      'max_position_embeddings': 4096,
+      'original_max_position_embeddings': 4096,
+      'partial_rotary_factor': 1.0,
+      'rms_norm_eps': 1e-5,
+    },
+    slides=_always,
+    has_layer_types=False,
     stored=_QKV_PROJ | _GATE_UP_PROJ,
     longrope_fills_embed=True,
   ),

@@ -3,7 +3,8 @@
 The kernels are cuDNN's flash attention on GPU, and JAX's splash attention on
 TPU. Where documents share a row, cuDNN reads a (B, T, S) mask, splash segment
 numbers. Where the mesh cuts sequences, each device has its own queries and the
-keys of all: splash and XLA's can do that. Letters: axes.py.
+keys of all: splash and XLA's can do that. A kernel is compiled for a window:
+where layers have several, it is there for each. Letters: axes.py.
 """
 
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from lorapr_jax.models.attention import (
   queries_of,
   same_segment,
 )
+from lorapr_jax.models.kinds import with_window
 from lorapr_jax.runtime.sharding import RULES, compute_capability, parts
 
 AUTO, XLA, CUDNN, SPLASH = ATTENTION = ('auto', 'xla', 'cudnn', 'splash')
@@ -87,8 +89,9 @@ def choose_attention(
   dtype: Any,
   mesh: Mesh | None,
   cap: float | None = None,
+  windows: tuple[int, ...] = (),
 ) -> Callable[..., Array]:
-  """Chooses a function of (q, k, v, segments=None, cap=None).
+  """Chooses a function of (q, k, v, segments=None, cap=None, window=None).
 
   It computes what `causal_attention` does.
 
@@ -99,6 +102,7 @@ def choose_attention(
     dtype: of the activations.
     mesh: that the arrays lie on; None: the default device.
     cap: of the scores.
+    windows: of the layers, from `kinds.windows_within`.
   """
   shares = parts(mesh, 'length')
   if name == AUTO:
@@ -113,6 +117,9 @@ def choose_attention(
     CUDNN: cudnn_attention,
     SPLASH: splash_attention,
   }[name]
+  if windows and name != XLA:
+    sizes = tuple(sorted(set(windows)))
+    kernel = functools.partial(with_each_window, kernel, sizes)
   return functools.partial(on_each_device, kernel, mesh=mesh)
 
 
@@ -125,46 +132,91 @@ def on_each_device(
   *,
   mesh: Mesh | None,
   cap: float | None = None,
+  window: Array | None = None,
 ) -> Array:
   """Runs `kernel(q, k, v, segments)` on each device's queries and heads."""
   if cap is not None:
     kernel = functools.partial(kernel, cap=cap)
   arrays = (q, k, v) if segments is None else (q, k, v, segments)
   if mesh is None:
-    return kernel(*arrays)
+    return with_window(kernel, window)(*arrays)
   if parts(mesh, 'length') > 1:
     kernel = functools.partial(_with_all_keys, kernel)
   rows, length, heads = (RULES[x] for x in ('batch', 'length', 'kv_heads'))
   places = P(rows, length, heads)
+
+  def run(window: Array | None, *arrays: Array) -> Array:
+    return with_window(kernel, window)(*arrays)
+
   return jax.shard_map(
-    kernel,
+    run,
     mesh=mesh,
-    in_specs=(places, places, places, P(rows, length))[: len(arrays)],
+    in_specs=(P(), places, places, places, P(rows, length))[: 1 + len(arrays)],
     out_specs=places,
     # The kernels do not say along which mesh axes their results vary.
     check_vma=False,
-  )(*arrays)
+  )(window, *arrays)
 
 
-def _with_all_keys(kernel: Callable[..., Array], q: Array, *keys: Array):
+def _with_all_keys(
+  kernel: Callable[..., Array], q: Array, *keys: Array, **window: Array
+) -> Array:
   """Runs `kernel(q, k, v, segments)` on some of the queries and all keys."""
   axis = RULES['length']
   start = jax.lax.axis_index(axis) * q.shape[1]
   keys = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in keys)
-  return kernel(q, *keys, start=start)
+  return kernel(q, *keys, start=start, **window)
+
+
+def with_each_window(
+  kernel: Callable[..., Array],
+  sizes: tuple[int, ...],
+  *arrays: Array,
+  window: Array,
+  **options: Any,
+) -> Array:
+  """Runs the one of a kernel's programs that is for this window.
+
+  Args:
+    kernel: which takes a window that is known when it is compiled.
+    sizes: of the windows, in rising order; S where all are seen.
+    *arrays: q, k, v and what else it takes.
+    window: one of `sizes`.
+    **options: of the kernel.
+  """
+  S = arrays[1].shape[1]
+  runs = [
+    functools.partial(kernel, window=None if n == S else n, **options)
+    for n in sizes
+  ]
+  if len(runs) == 1:
+    return runs[0](*arrays)
+  index = jnp.searchsorted(jnp.asarray(sizes), window)
+  return jax.lax.switch(index, runs, *arrays)
 
 
 def cudnn_attention(
-  q: Array, k: Array, v: Array, segments: Array | None = None
+  q: Array,
+  k: Array,
+  v: Array,
+  segments: Array | None = None,
+  *,
+  window: int | None = None,
 ) -> Array:
   """`causal_attention` by cuDNN's flash attention, on one device."""
-  mask = None if segments is None else same_segment(segments)[:, None]
+  mask, left = None, None if window is None else (window - 1, 0)
+  if segments is not None:
+    mask = same_segment(segments)[:, None]
+    if window is not None:  # It is in the mask, where there is one.
+      index, left = jnp.arange(q.shape[1]), None
+      mask &= index > index[:, None] - window
   out = jax.nn.dot_product_attention(
     q.reshape(*q.shape[:2], -1, q.shape[-1]),
     k,
     v,
     mask=mask,
     is_causal=True,
+    local_window_size=left,
     implementation='cudnn',
   )
   return out.reshape(q.shape)
@@ -178,6 +230,7 @@ def splash_attention(
   *,
   start: Array | None = None,
   cap: float | None = None,
+  window: int | None = None,
   interpret: bool = False,
 ) -> Array:
   """`causal_attention` by JAX's TPU kernel, on one device.
@@ -190,6 +243,7 @@ def splash_attention(
     start: the key position of the first query, a multiple of T; None where
       S = T.
     cap: as of `attention.attend_where`.
+    window: how many tokens each sees, with itself; None: all before it.
     interpret: whether the kernel is interpreted, which any backend can.
   """
   # Imported where it is used: it needs Pallas's TPU part.
@@ -198,8 +252,11 @@ def splash_attention(
   B, T, K, G, H = q.shape
   S = k.shape[1]
   tile = next(n for n in (_LARGEST_TILE, 256, _LANES) if T % n == 0)
+  mask = splash.CausalMask((S, S))
+  if window is not None:
+    mask = splash.LocalMask((S, S), (window - 1, 0), 0)
   kernel = splash.make_splash_mha(
-    splash.MultiHeadMask([splash.CausalMask((S, S))] * (K * G)),
+    splash.MultiHeadMask([mask] * (K * G)),
     block_sizes=splash.BlockSizes(**dict.fromkeys(_TILES, tile)),
     head_shards=1,
     q_seq_shards=S // T,

@@ -27,7 +27,8 @@ class Rotation(NamedTuple):
   """The cosine and sine of each position's angles: (T, R/2) or (B, T, R/2).
 
   Made once, outside the scan over layers: inside, XLA would fuse them into
-  what uses them, and compute them anew for every head of every layer.
+  what uses them, and compute them anew for every head of every layer. Where
+  layers turn in several ways, all are there, along an axis before these.
 
   Attributes:
     cos: of the angles.
@@ -39,36 +40,73 @@ class Rotation(NamedTuple):
   sin: Array
   scale: Array | None = None
 
+  def of(self, rope: Array | None) -> 'Rotation':
+    """That of a layer of this `Kind.rope`."""
+    return self if rope is None else jax.tree.map(lambda x: x[rope], self)
+
 
 def rope_rotation(
-  config: ModelConfig, positions: Array, longest: int | None = None
+  config: ModelConfig, positions: Array, lengths: Array | int | None = None
 ) -> Rotation:
   """The rotation of positions (..., T), which are float32.
 
   Args:
     config: the model's numbers.
-    positions: in their texts.
-    longest: the tokens of the longest text, which decides the angles of
-      some scalings; None: of the longest of a row's T positions.
+    positions: in their texts, each of which is a run.
+    lengths: the tokens of each position's text, which decide the angles of
+      some scalings: a number, or (..., T) or (..., 1). None: as the runs are.
   """
-  rope = config.ropes[0]
-  if longest is None:
-    longest = jnp.max(positions, axis=-1)[..., None, None] + 1.0
+  ropes = [_rotation(rope, config, positions, lengths) for rope in config.ropes]
+  if len(ropes) == 1:
+    return ropes[0]
+  if any(x.scale is not None for x in ropes):
+    ones = jnp.ones_like(positions)
+    ropes = [
+      x if x.scale is not None else x._replace(scale=ones) for x in ropes
+    ]
+  return jax.tree.map(lambda *x: jnp.stack(x), *ropes)
+
+
+def _rotation(
+  rope: Rope | None,
+  config: ModelConfig,
+  positions: Array,
+  lengths: Array | int | None,
+) -> Rotation:
+  if rope is None:
+    shape = (*positions.shape, config.rotated // 2)
+    return Rotation(jnp.ones(shape), jnp.zeros(shape))
+  scaling = rope.scaling
+  if isinstance(scaling, Dynamic | LongRope):
+    lengths = text_lengths(positions) if lengths is None else lengths
+    lengths = jnp.asarray(lengths)[..., None]
   frequencies = rope_frequencies(
-    config.rotated, rope, longest, config.max_positions
+    config.rotated, rope, lengths, config.max_positions
   )
   angles = positions[..., None] * frequencies
   cos, sin = jnp.cos(angles), jnp.sin(angles)
-  factor = magnitude(rope.scaling, config.max_positions)
+  factor = magnitude(scaling, config.max_positions)
   if factor != 1.0:
     cos, sin = cos * factor, sin * factor
-  return Rotation(cos, sin, _query_scale(rope.scaling, positions))
+  return Rotation(cos, sin, _query_scale(scaling, positions))
+
+
+def text_lengths(positions: Array) -> Array:
+  """The tokens of each position's text, (..., T): of its run of positions."""
+  T = positions.shape[-1]
+  follows = positions[..., 1:] == positions[..., :-1] + 1
+  last = jnp.concatenate(
+    [~follows, jnp.ones_like(positions[..., :1], bool)], axis=-1
+  )
+  index = jnp.where(last, jnp.arange(T), T)
+  ends = jax.lax.cummin(index, axis=index.ndim - 1, reverse=True)
+  return positions + 1 + (ends - jnp.arange(T))
 
 
 def rope_frequencies(
-  size: int, rope: Rope, longest: Array | int, max_positions: int
+  size: int, rope: Rope, lengths: Array | int | None, max_positions: int
 ) -> Array:
-  """Angles per position, in radians: (R/2,), or (..., 1, R/2).
+  """Angles per position, in radians: (R/2,), or (..., T, R/2).
 
   theta^(-2i/R) for i < R/2 (RoFormer, arXiv 2104.09864, section 3.2), scaled
   as the model's `rope.scaling` says.
@@ -76,13 +114,14 @@ def rope_frequencies(
   Args:
     size: R.
     rope: theta and the scaling.
-    longest: the tokens of the longest text, a number or (..., 1, 1).
+    lengths: the tokens of a position's text, a number or (..., T, 1); no
+      matter but for Dynamic and LongRope.
     max_positions: the model's.
   """
   theta, scaling = rope.theta, rope.scaling
   exponents = jnp.arange(0, size, 2, dtype=jnp.float32) / size
   if isinstance(scaling, Dynamic):
-    grown = jnp.maximum(longest, max_positions) / max_positions
+    grown = jnp.maximum(lengths, max_positions) / max_positions
     grown = scaling.factor * grown - (scaling.factor - 1)
     theta = theta * grown ** (size / (size - 2))
   frequencies = 1.0 / theta**exponents
@@ -94,7 +133,7 @@ def rope_frequencies(
     case Yarn():
       keep = _kept_by_yarn(scaling, size, theta)
     case LongRope():
-      is_long = longest > scaling.original_max_position_embeddings
+      is_long = lengths > scaling.original_max_position_embeddings
       short, long = (
         jnp.asarray(x, jnp.float32)
         for x in (scaling.short_factor, scaling.long_factor)

@@ -180,6 +180,7 @@ def _init_stacks(key, config, lora_config, collection) -> tuple[Any, ...]:
   keys = jax.random.split(key, len(config.layers))
   x = jnp.zeros((1, config.embed_dim))
   rotation = rope_rotation(config, jnp.zeros(1))
+  rotation = rotation.of(0 if config.rope_of_layer else None)
   stacks = []
   for stack in config.stacks:
     block = Block(config, stack.shape, lora_config)

@@ -57,9 +57,9 @@ def check_lengths(
     ('train.seq_len', train.seq_len),
     ('data.eval_seq_len', data.eval_seq_len),
   ):
-    if length > config.max_positions:
+    if length > config.longest:
       raise UserError(
-        f'{key} is {length}, but the model has {config.max_positions} '
+        f'{key} is {length}, but the model has {config.longest} '
         'positions (max_position_embeddings)'
       )
     if key == 'data.eval_seq_len' and not data.eval:

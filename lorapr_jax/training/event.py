@@ -8,6 +8,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.models.compute import Compute, compiler_options
+from lorapr_jax.models.kinds import kinds
 from lorapr_jax.pruning.compensation import (
   repaired_of,
   with_repaired,
@@ -131,7 +132,8 @@ def make_prune_layers(
     weights, chosen = [], []
     about = batch.get('segments'), texts, batch.get('sources')
     parts = PartPruning(compute, criterion, repairs, place, *about)
-    for i, stack in enumerate(compute.config.stacks):
+    config, T = compute.config, batch['tokens'].shape[-1]
+    for i, stack in enumerate(config.stacks):
       layers = LayerPass(parts, stack.shape, rotation)
       index = jnp.arange(stack.size)
       trees = {'params': rest['stacks'][i], 'lora': lora[i]}
@@ -139,7 +141,7 @@ def make_prune_layers(
         layers.prune_layer,
         Carry(x, repaired[i]),
         Layer(
-          *(index, stack.start + index, trees),
+          *(index, stack.start + index, kinds(config, stack, T), trees),
           *(masks[i], importance[i], counts[i]),
         ),
       )

@@ -25,6 +25,7 @@ from lorapr_jax.models.block import AFTER, Block, added
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape
 from lorapr_jax.models.kernels import choose_attention
+from lorapr_jax.models.kinds import Kind, windows_within
 from lorapr_jax.models.layers import INPUTS, LoRAEinsum
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.rotation import Rotation, rope_rotation
@@ -104,7 +105,7 @@ class LayerPass:
     errors = {}
     for part, name in REPAIRED.items():
       own, names = (projection_of(y, part, name) for y in (trees, axes))
-      inputs = self.read(part, old, x)
+      inputs = self.read(part, old, x, layer.kind)
       for group in layer.masks:
         if not carries(names['params']['weight'], group):
           continue
@@ -120,31 +121,36 @@ class LayerPass:
       if part == 'self_attn' and settings.config.qk_norm == 'heads':
         # What attends depends on which heads are alive.
         new = masked(trees, after, axes, *shapes)
-        inputs = self.read(part, new, x)
+        inputs = self.read(part, new, x, layer.kind)
       out = self.write(part, apply_masks(own, after, names), inputs[name])
       x += added(settings.config, part, params, out)
     return Carry(x, stacks), (after, importance, errors)
 
-  def read(self, part: str, variables: Any, x: Array) -> dict[str, Array]:
+  def read(
+    self, part: str, variables: Any, x: Array, kind: Kind
+  ) -> dict[str, Array]:
     """What the projections of a part read, {name: (M, N, ...)}.
 
     One micro-batch at a time. Padding gives zero. Without a criterion that
     reads all of them, only REPAIRED[part] is there.
     """
     pruning, settings = self.pruning, self.pruning.settings
+    rotations = self.rotation.of(kind.rope)
     wanted = [REPAIRED[part]]
     if pruning.criterion.statistic == SQUARES:
       wanted = list(PROJECTIONS[part])
 
     def of_one(inputs: Any) -> dict[str, Array]:
       x, rotation, segments = inputs
+      T = rotation.cos.shape[-2]
       attend = choose_attention(
         settings.attention,
-        seq_len=rotation.cos.shape[-2],
+        seq_len=T,
         head_dim=settings.config.head_dim,
         cap=settings.config.attention_cap,
         dtype=settings.dtype,
         mesh=mesh_of(pruning.place),
+        windows=windows_within(settings.config, T),
       )
       if segments is not None:
         attend = functools.partial(attend, segments=segments)
@@ -156,7 +162,7 @@ class LayerPass:
         attend,
       )
       _, found = block.apply(
-        variables, x, rotation, parts=(part,), mutable=[INPUTS]
+        variables, x, rotation, (part,), kind.window, mutable=[INPUTS]
       )
       found = {n: found[INPUTS][part][n]['inputs'] for n in wanted}
       if segments is None:
@@ -167,7 +173,7 @@ class LayerPass:
         n: jnp.where(along_first(there, y), y, 0) for n, y in found.items()
       }
 
-    return jax.lax.map(of_one, (x, self.rotation, pruning.segments))
+    return jax.lax.map(of_one, (x, rotations, pruning.segments))
 
   def scale(self, part: str, variables: Any, x: Array, seen: Array) -> Array:
     """How much the error of each token's output counts, (M, N).

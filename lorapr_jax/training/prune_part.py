@@ -12,6 +12,7 @@ from jax.sharding import Sharding
 
 from lorapr_jax.axes import along_first
 from lorapr_jax.models.compute import Compute
+from lorapr_jax.models.kinds import Kind
 from lorapr_jax.models.lora import lora_product
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import REPAIRED, best_update
@@ -36,6 +37,7 @@ class Layer(NamedTuple):
   Attributes:
     index: in its stack.
     number: in the model.
+    kind: its window and rotation.
     trees: {'params', 'lora'}, without what is repaired.
     masks: before the event.
     importance: averages, or the scores of the event before.
@@ -44,6 +46,7 @@ class Layer(NamedTuple):
 
   index: Array
   number: Array
+  kind: Kind
   trees: Any
   masks: dict[str, Array]
   importance: dict[str, Array]

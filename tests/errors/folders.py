@@ -167,7 +167,6 @@ CASES = [
     _write('config.json', '[' * 100_000 + ']' * 100_000),
   ),
   _config('model_type qwen3_next', model_type='qwen3_next'),
-  _config('model_type mistral without sliding_window', model_type='mistral'),
   _config('sliding_window 4096', sliding_window=4096),
   _config('attention_bias true, the weights without', attention_bias=True),
   _config('mlp_bias "yes"', mlp_bias='yes'),

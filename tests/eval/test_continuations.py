@@ -1,5 +1,7 @@
 """Continuations that share a context score as each would alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,11 +47,15 @@ def pairs():
 @pytest.fixture(scope='module')
 def alone(params, pairs):
   """Each pair by itself, through the plain forward pass."""
+  return _alone(params, pairs, CONFIG)
+
+
+def _alone(params, pairs, config):
   length = 64
 
   @jax.jit
   def log_p(ids):
-    hidden = decoder.hidden_states(params, ids[None], CONFIG)
+    hidden = decoder.hidden_states(params, ids[None], config)
     return jax.nn.log_softmax(decoder.logits(params, hidden[0], CONFIG))
 
   scores = []
@@ -64,10 +70,10 @@ def alone(params, pairs):
   return scores
 
 
-def score(params, pairs, batch_size):
+def score(params, pairs, batch_size, config=CONFIG):
   found = {}
   for batch in continuations.score_continuations(
-    params, CONFIG, pairs, dtype=jnp.float32, batch_size=batch_size
+    params, config, pairs, dtype=jnp.float32, batch_size=batch_size
   ):
     found |= batch
   assert len(found) == len(pairs)
@@ -88,6 +94,12 @@ def test_each_scores_as_it_would_alone(params, pairs, alone):
     # It is compiled a handful of times: the rows have six lengths.
     lengths = {row.length for row in continuations._rows(pairs, CONFIG)}
     assert len(lengths) == 6 and jitted._cache_size() == 3
+
+
+def test_a_window_counts_from_where_a_token_stands_in_its_text(params, pairs):
+  config = dataclasses.replace(CONFIG, windows=(9, None))
+  expected = _alone(params, pairs, config)
+  check(score(params, pairs, 2, config), expected)
 
 
 def test_contexts_that_lose_their_beginning_are_counted(pairs, caplog):

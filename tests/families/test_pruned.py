@@ -28,6 +28,7 @@ KEPT = {
   ('queries', 'equal'): {QUERIES: (1, 1, 1), CHANNELS: (32, 32, 32)},
   ('queries', 'unequal'): {QUERIES: (2, 1, 1), CHANNELS: (24, 48, 24)},
 }
+
 # Every family; and every trait with each kind of head and of layers.
 CASES = {
   (kind, *how): pairs(GROUPED[kind], *([x] for x in how))

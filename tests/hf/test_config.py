@@ -263,6 +263,18 @@ def test_every_family_is_read_as_it_is_written(name, family):
   config = dataclasses.replace(CONFIG, **family.fixed, **numbers)
   if family.heads_fill_embed:
     config = dataclasses.replace(config, layers=(LayerShape(2, 1, 48),) * 2)
+  if family.scales_queries:
+    beta = Yarn(64, 3.0, llama_4_scaling_beta=0.1)
+    config = dataclasses.replace(config, ropes=(Rope(500.0, beta),))
+  if family.turns is not None:
+    config = dataclasses.replace(
+      config, ropes=(*config.ropes, None), rope_of_layer=(0, 1)
+    )
+  if 'partial_rotary_factor' in family.absent:
+    config = dataclasses.replace(config, rotary_dim=6)
+  if family.slides is not None:
+    windows = (8, None) if family.has_layer_types else (8, 8)
+    config = dataclasses.replace(config, windows=windows)
   for biases in family.possible_biases():
     config = dataclasses.replace(config, biases=biases)
     hf = json.loads(json.dumps(hf_config(config, 'float32', 'uniform', name)))
@@ -270,15 +282,48 @@ def test_every_family_is_read_as_it_is_written(name, family):
     assert config_from_hf(hf) == config
 
 
+def test_phi_3_with_a_longrope_keeps_its_heads_or_is_a_llama():
+  # transformers takes its heads for as wide as the hidden size allows.
+  heads = {'hidden_size': 64, 'num_attention_heads': 4}
+  keys = {'model_type': 'phi3', 'rope_scaling': LONGROPE, ORIGINAL: 32}
+  config = config_from_hf(_changed(keys | heads))
+  hf = hf_config(config, 'float32', 'uniform', 'auto')
+  assert hf['model_type'] == 'phi3' and config_from_hf(hf) == config
+  # The keys that transformers 4 lets it have.
+  assert {*hf['rope_scaling']} == {'type', 'short_factor', 'long_factor'}
+  fewer = dataclasses.replace(config, layers=(LayerShape(1, 2, 48),) * 2)
+  hf = hf_config(fewer, 'float32', 'uniform', 'auto')
+  assert hf['model_type'] == 'llama' and config_from_hf(hf) == fewer
+  short = LONGROPE | {'short_factor': [1.0] * 6, 'long_factor': [2.0] * 6}
+  part = {'rope_scaling': short, 'partial_rotary_factor': 0.75}
+  config = config_from_hf(_changed(keys | heads | part))
+  assert config.rotary_dim == 12
+  fewer = dataclasses.replace(config, layers=fewer.layers)
+  with pytest.raises(UserError, match='use export.layout=two_shape'):
+    hf_config(fewer, 'float32', 'uniform', 'auto')
+
+
 @pytest.mark.parametrize('name, family', FAMILIES.items())
 def test_what_is_absent_means_what_it_means_to_transformers(name, family):
+  if not hasattr(transformers, family.architecture):
+    pytest.skip('this version of transformers is older than the family')
   # Without the flag a class says that there is no window.
-  flag = {family.window_flag: True} if family.window_flag else {}
-  defaults = transformers.AutoConfig.for_model(name, **flag)
+  flag = 'use_sliding_window'
+  flags = {flag: True} if flag in family.absent else {}
+  defaults = transformers.AutoConfig.for_model(name, **flags)
+  # Versions before 5 have it by itself.
+  ropes = getattr(defaults, 'rope_parameters', None) or vars(defaults)
+  assert ropes['rope_theta'] == family.absent.get('rope_theta', 10000.0)
   for key in BIAS_KEYS:
     assert hasattr(defaults, key) == (key in family.bias_keys)
     assert getattr(defaults, key, False) == family.absent.get(key, False)
   for key, value in family.absent.items():
+    if key == 'rope_scaling':
+      assert ropes.items() >= {**value, 'rope_type': ropes['rope_type']}.items()
+      continue
+    if key == flag:
+      assert transformers.AutoConfig.for_model(name).use_sliding_window is value
+      continue
     assert getattr(defaults, key, value) == value
 
 
@@ -359,10 +404,12 @@ def test_layers_are_found_by_number_however_it_is_padded(key):
 
 
 MISTRAL = {'model_type': 'mistral', 'sliding_window': None}
+MINISTRAL = {'model_type': 'ministral', 'sliding_window': None}
+SLIDING = 'sliding_attention'
 # The change to a good file, and what the message must name.
 UNSUPPORTED = [
   ({'model_type': 'gpt2'}, 'model_type'),
-  ({'model_type': 'qwen2', 'use_sliding_window': True}, 'sliding_window'),
+  ({'model_type': 'qwen2', 'use_sliding_window': 1}, 'use_sliding_window'),
   ({'model_type': ...}, 'model_type'),
   ({**MISTRAL, 'attention_bias': True}, 'attention_bias'),
   ({'attention_bias': 1}, 'attention_bias'),
@@ -370,8 +417,13 @@ UNSUPPORTED = [
   ({'attention_dropout': 0.1}, 'attention_dropout'),
   ({**MISTRAL, 'mlp_bias': True}, 'mlp_bias'),
   ({'mlp_bias': 'yes'}, 'mlp_bias'),
-  ({'model_type': 'mistral'}, 'sliding_window'),
-  ({'model_type': 'mistral', 'sliding_window': 4096}, 'sliding_window'),
+  ({'model_type': 'mistral', 'sliding_window': 0}, 'sliding_window'),
+  ({'model_type': 'ministral', 'layer_types': [SLIDING]}, 'layer_types'),
+  ({**MINISTRAL, 'layer_types': [SLIDING] * 2}, 'sliding_window'),
+  ({**MINISTRAL, 'layer_types': ['linear_attention'] * 2}, 'linear_attention'),
+  ({'model_type': 'smollm3', 'no_rope_layers': [1]}, 'no_rope_layers'),
+  ({'model_type': 'smollm3', 'no_rope_layers': [1, 2]}, 'no_rope_layers'),
+  ({'model_type': 'smollm3', 'no_rope_layer_interval': 0}, 'no_rope_layer'),
   ({'sliding_window': 4096}, 'sliding_window'),
   ({'rope_scaling': {'type': 'proportional'}}, 'rope_scaling'),
   ({'rope_scaling': {'rope_type': ['yarn']}}, 'rope_scaling'),

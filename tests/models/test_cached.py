@@ -28,7 +28,9 @@ LENGTH = 32
 
 @functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
 def _advance(params, tokens, cache, start, config):
-  hidden, cache = cached.hidden_states(params, tokens, cache, start, config)
+  hidden, cache = cached.hidden_states(
+    params, tokens, cache, start, config, length=TOKENS.shape[1]
+  )
   return decoder.logits(params, hidden, config), cache
 
 

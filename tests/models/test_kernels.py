@@ -20,6 +20,7 @@ from lorapr_jax.models.kernels import (
   on_each_device,
   splash_attention,
   unfit,
+  with_each_window,
 )
 from lorapr_jax.runtime import sharding
 
@@ -255,3 +256,72 @@ def test_capped_scores_and_their_gradient():
   for mine, autodiffs in zip(found, expected, strict=True):
     largest = np.abs(autodiffs).max()
     np.testing.assert_allclose(mine, autodiffs, rtol=0, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize('kernel', [causal_attention, _interpreted])
+@pytest.mark.parametrize('packed', [False, True])
+def test_a_window_shows_the_last_tokens_alone(kernel, packed):
+  arrays = _inputs(1, 2, jnp.float32)
+  segments = _segments() if packed else None
+  behind = np.arange(T)[:, None] - np.arange(T)
+  seen = (behind < 100)[None]
+  if packed:
+    seen = seen & (segments[:, :, None] == segments[:, None, :])
+
+  def jaxs(q, k, v):
+    rows = q.reshape(B, T, -1, H)
+    mask = seen[:, None]
+    out = jax.nn.dot_product_attention(rows, k, v, mask=mask, is_causal=True)
+    return out.reshape(q.shape)
+
+  cotangent = _cotangent(arrays[0].shape)
+  own = functools.partial(kernel, segments=segments, window=100)
+  results = (_gradient(f)(arrays, cotangent) for f in (own, jaxs))
+  for got, want in zip(*map(jax.tree.leaves, results), strict=True):
+    np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@functools.partial(jax.jit, static_argnames=('attend', 'sizes'))
+def _by_layer(arrays, windows, cotangent, attend, sizes):
+  """The gradient of layers that see so many tokens, in a scan."""
+
+  def layer(q, window):
+    return attend(q, *arrays[1:], window=window), None
+
+  def loss(q):
+    out = jax.lax.scan(jax.checkpoint(layer), q, windows)[0]
+    return jnp.sum(out * cotangent)
+
+  return jax.grad(loss)(arrays[0])
+
+
+@pytest.mark.parametrize('windows', [(100, T, 30), (100, 100)])
+def test_a_kernel_is_there_for_each_window_of_the_layers(windows):
+  arrays, windows = _inputs(1, 2, jnp.float32), np.array(windows)
+  sizes = tuple(sorted(set(windows.tolist())))
+  cotangent = _cotangent(arrays[0].shape)
+  kernels = functools.partial(with_each_window, _interpreted, sizes)
+  got, want = (
+    _by_layer(arrays, windows, cotangent, attend, sizes)
+    for attend in (kernels, causal_attention)
+  )
+  np.testing.assert_allclose(got, want, rtol=0, atol=2e-5)
+
+
+@pytest.mark.mesh
+@pytest.mark.parametrize('kernel', [causal_attention, _interpreted])
+def test_a_window_reaches_over_the_parts_of_a_sequence(kernel):
+  mesh = sharding.make_mesh({'tensor': 2, 'sequence': 2}, jax.devices()[:4])
+  arrays, segments, _ = _on_one_device(T, True)
+  if kernel is _interpreted:
+    kernel = functools.partial(with_each_window, kernel, (100, T))
+  on_mesh = functools.partial(on_each_device, kernel, mesh=mesh)
+  places = [
+    sharding.sharding(mesh, ('batch', 'length', 'kv_heads')) for _ in arrays
+  ]
+  for window in (100, T):
+    got = jax.jit(on_mesh)(
+      *jax.device_put(arrays, tuple(places)), segments, window=window
+    )
+    want = causal_attention(*arrays, segments, window=window)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)

@@ -92,7 +92,7 @@ def test_each_row_has_a_longest_text_of_its_own():
   for row, positions in enumerate((short, long)):
     alone = rope_rotation(config, positions)
     np.testing.assert_array_equal(both.cos[row], alone.cos)
-  given = rope_rotation(config, short, longest=17)
+  given = rope_rotation(config, short, lengths=17)
   assert jnp.abs(given.cos - both.cos[0]).max() > 0.1
 
 

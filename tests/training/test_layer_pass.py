@@ -20,12 +20,14 @@ from lorapr_jax.models.config import (
   LoraConfig,
   ModelConfig,
 )
+from lorapr_jax.models.kinds import kinds
 from lorapr_jax.models.layers import INPUTS
 from lorapr_jax.models.quantization import (
   dequantized,
   is_quantized,
   quantized_like,
 )
+from lorapr_jax.models.rope import Rope
 from lorapr_jax.models.rotation import rope_rotation
 from lorapr_jax.models.trees import (
   block_axes,
@@ -57,7 +59,7 @@ CONFIG = ModelConfig(
   layers=(LayerShape(4, 2, 24),) * 2,
 )
 BIASED = CONFIG.with_biases(LORA_TARGETS)
-# What LLaMA has not.
+# What LLaMA has not. Only the second layer has a window; it does not turn.
 OTHER = dataclasses.replace(
   CONFIG,
   norms=NORMS,
@@ -68,6 +70,9 @@ OTHER = dataclasses.replace(
   residual_scale=0.6,
   attention_scale=0.3,
   attention_cap=2.0,
+  windows=(None, 5),
+  ropes=(Rope(), None),
+  rope_of_layer=(0, 1),
 )
 # Of a base without biases and of one that has its own.
 BASES = pytest.mark.parametrize(
@@ -373,7 +378,9 @@ def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
     masks = {CHANNELS: masks[0][CHANNELS][layer]}
     variables = {n: apply_masks(t, masks, axes[n]) for n, t in trees.items()}
     rotation = rope_rotation(config, jnp.arange(12.0))
-    return block.apply(variables, x, rotation, parts, mutable=[INPUTS])
+    kind = jax.tree.map(lambda x: x[layer], kinds(config, config.stacks[0], 12))
+    turn = rotation.of(kind.rope)
+    return block.apply(variables, x, turn, parts, kind.window, mutable=[INPUTS])
 
   rows = np.concatenate([batch['tokens'] for batch in tokens]).reshape(-1)
   table = params['embed_tokens']['weight']
