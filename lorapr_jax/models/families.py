@@ -12,7 +12,12 @@ import math
 from typing import Any, NamedTuple
 
 from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
-from lorapr_jax.models.config import AFTER_ATTENTION, AFTER_MLP, ModelConfig
+from lorapr_jax.models.config import (
+  AFTER_ATTENTION,
+  AFTER_MLP,
+  NORMS,
+  ModelConfig,
+)
 
 
 class Number(NamedTuple):
@@ -289,6 +294,14 @@ def _smollm3_turns(hf: Mapping[str, Any], i: int) -> bool:
 
 # A model is exported as what it came from, or as the first that holds it, if no
 # other is asked for.
+_GLM = _ABSENT | {
+  'attention_bias': True,
+  'head_dim': 128,
+  'max_position_embeddings': 131072,
+  'num_key_value_heads': 2,
+  'partial_rotary_factor': 0.5,
+  'rms_norm_eps': 1.5625e-7,
+}
 FAMILIES = {
   'llama': Family(
     architecture='LlamaForCausalLM',
@@ -414,6 +427,27 @@ FAMILIES = {
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'heads'},
     stored=_NORMS_AFTER,
+  ),
+  'glm': Family(
+    architecture='GlmForCausalLM',
+    gguf=None,
+    absent=_GLM,
+    bias_keys={'attention_bias': _QKV},
+    stored=_GATE_UP_PROJ,
+    interleaved=True,
+  ),
+  'glm4': Family(
+    architecture='Glm4ForCausalLM',
+    gguf=None,
+    absent=_GLM,
+    bias_keys={'attention_bias': _QKV},
+    fixed={'norms': NORMS},
+    stored=_GATE_UP_PROJ
+    | {
+      AFTER_ATTENTION: 'post_self_attn_layernorm',
+      AFTER_MLP: 'post_mlp_layernorm',
+    },
+    interleaved=True,
   ),
   'exaone4': Family(
     architecture='Exaone4ForCausalLM',
