@@ -68,6 +68,15 @@ SIZES = {
   'qwen3-8b': _qwen3(4096, 36, 32, 8, 12288),
   'qwen3-14b': _qwen3(5120, 40, 40, 8, 17408),
   'qwen3-32b': _qwen3(5120, 64, 64, 8, 25600),
+  'glm4-9b': _sizes(
+    'glm4',
+    *(4096, 40, 32, 2, 13696, 151552),
+    attention_bias=True,
+    head_dim=128,
+    max_position_embeddings=32768,
+    partial_rotary_factor=0.5,
+    rms_norm_eps=1e-5,
+  ),
   'olmo2-7b': _sizes(
     'olmo2',
     *(4096, 32, 32, 32, 11008, 100352),
@@ -80,6 +89,13 @@ SIZES = {
     max_position_embeddings=16384,
     rope_theta=250000.0,
     sliding_window=None,
+  ),
+  'smollm3-3b': _sizes(
+    'smollm3',
+    *(2048, 36, 16, 4, 11008, 128256),
+    max_position_embeddings=65536,
+    rope_theta=5e6,
+    tie_word_embeddings=True,
   ),
   'granite-8b': _sizes(
     'granite',

@@ -23,7 +23,7 @@ from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.layout import resolve_model_type
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.families import FAMILIES
-from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
+from lorapr_jax.pruning.groups import CHANNELS
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.runtime.files import write_text
@@ -42,9 +42,11 @@ MODELS = {
   'Qwen3-0.6B': 'qwen3-0.6b',
   'Qwen3-8B': 'qwen3-8b',
   'Qwen3-32B': 'qwen3-32b',
+  'GLM-4-9B-0414': 'glm4-9b',
   'OLMo-2-7B': 'olmo2-7b',
   'Phi-4': 'phi4-14b',
   'Granite-3.3-8B': 'granite-8b',
+  'SmolLM3-3B': 'smollm3-3b',
 }
 # What people know of each family, by model_type.
 KNOWN_AS = {
@@ -208,11 +210,16 @@ def target_table() -> str:
       f'{config.layers[0].mlp_dim:,} | {_billions(config)} | 100.0% |'
     )
     for targets in TARGETS:
-      plan = plan_pruning(config, targets)
+      try:
+        plan = plan_pruning(config, targets)
+      except UserError:  # So few KV heads that none of them can go.
+        targets = dataclasses.replace(targets, heads='queries')
+        plan = plan_pruning(config, targets)
       layer = plan.prunable_layers[0]
       share = plan.pruned_config.num_parameters / config.num_parameters
+      left = plan.pruned_config.layers[layer]
       lines.append(
-        f'| | {_flags(targets)} | {plan.keep[KV_HEADS][layer]} | '
+        f'| | {_flags(targets)} | {left.num_kv_heads} | '
         f'{plan.keep[CHANNELS][layer]:,} | {_billions(plan.pruned_config)} | '
         f'{share:.1%} |'
       )
@@ -229,6 +236,8 @@ def _billions(config: ModelConfig) -> str:
 
 def _flags(targets: Targets) -> str:
   text = f'`target={targets.target}`'
+  if targets.heads != 'kv_groups':
+    text += f' `heads={targets.heads}`'
   if targets.unit != 'groups':
     text += f' `unit={targets.unit}`'
   if targets.protect != 'reference':
