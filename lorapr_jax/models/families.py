@@ -15,6 +15,7 @@ from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.models.config import (
   AFTER_ATTENTION,
   AFTER_MLP,
+  BEFORE_MLP,
   NORMS,
   ModelConfig,
 )
@@ -248,11 +249,16 @@ _GEMMA_NUMBERS = {
   'embed_scale': Number('hidden_size', math.sqrt, lambda x: round(x * x)),
 }
 
+_QUERY_SCALAR = Number(
+  'query_pre_attn_scalar', lambda x: x**-0.5, lambda x: round(x**-2)
+)
+
 # The norm after attention has LLaMA's name of the one before the MLP.
 _NORMS_AFTER = {
   AFTER_ATTENTION: 'post_attention_layernorm',
   AFTER_MLP: 'post_feedforward_layernorm',
 }
+_FOUR_NORMS = _NORMS_AFTER | {BEFORE_MLP: 'pre_feedforward_layernorm'}
 _QKV_PROJ = dict.fromkeys(
   ('self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'),
   'self_attn.qkv_proj',
@@ -272,6 +278,10 @@ def _always(hf: Mapping[str, Any], i: int) -> bool:
 
 def _qwen_slides(hf: Mapping[str, Any], i: int) -> bool:
   return i >= hf['max_window_layers']
+
+
+def _even_slides(hf: Mapping[str, Any], i: int) -> bool:
+  return i % 2 == 0
 
 
 def _pattern_slides(hf: Mapping[str, Any], i: int) -> bool:
@@ -419,6 +429,76 @@ FAMILIES = {
     numbers=_GEMMA_NUMBERS,
     # Older files say gelu, and always meant the approximation.
     activations=(_GELU, 'gelu'),
+  ),
+  'gemma2': Family(
+    architecture='Gemma2ForCausalLM',
+    gguf=None,
+    absent=_GEMMA
+    | {
+      'attn_logit_softcapping': 50.0,
+      'final_logit_softcapping': 30.0,
+      'num_key_value_heads': 4,
+      'query_pre_attn_scalar': 256,
+      'sliding_window': 4096,
+    },
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed=_GEMMA_FIXED | {'norms': NORMS},
+    numbers=_GEMMA_NUMBERS
+    | {
+      'attention_scale': _QUERY_SCALAR,
+      'attention_cap': Number('attn_logit_softcapping'),
+      'logit_cap': Number('final_logit_softcapping'),
+    },
+    activation_key='hidden_activation',
+    activations=(_GELU,),
+    slides=_even_slides,
+    stored=_FOUR_NORMS,
+    heads_divide_embed=True,
+  ),
+  'gemma3_text': Family(
+    architecture='Gemma3ForCausalLM',
+    gguf=None,
+    absent=_GEMMA
+    | {
+      'final_logit_softcapping': None,
+      'max_position_embeddings': 131072,
+      'num_key_value_heads': 4,
+      'query_pre_attn_scalar': 256,
+      'rope_local_base_freq': 1e4,
+      'rope_theta': 1e6,
+      'sliding_window': 4096,
+      'sliding_window_pattern': 6,
+    },
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed=_GEMMA_FIXED | {'norms': NORMS, 'qk_norm': 'head'},
+    numbers=_GEMMA_NUMBERS
+    | {
+      'attention_scale': _QUERY_SCALAR,
+      'logit_cap': Number('final_logit_softcapping'),
+    },
+    activation_key='hidden_activation',
+    activations=(_GELU,),
+    slides=_pattern_slides,
+    local_theta='rope_local_base_freq',
+    stored=_FOUR_NORMS,
+    heads_divide_embed=True,
+  ),
+  'olmo3': Family(
+    architecture='Olmo3ForCausalLM',
+    gguf=None,
+    absent=_ABSENT
+    | {
+      'rms_norm_eps': 1e-5,
+      'rope_theta': 5e5,
+      'sliding_window': 4096,
+      'sliding_window_pattern': 4,
+    },
+    bias_keys={'attention_bias': PROJECTIONS['self_attn']},
+    fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'heads'},
+    slides=_pattern_slides,
+    # The same theta, but scaled in the layers without a window alone.
+    local_theta='rope_theta',
+    stored=_NORMS_AFTER,
   ),
   'olmo2': Family(
     architecture='Olmo2ForCausalLM',

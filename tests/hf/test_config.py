@@ -12,7 +12,14 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.models.config import LayerShape, ModelConfig
-from lorapr_jax.models.families import BIAS_KEYS, EXPORTED, FAMILIES, TEXT_OF
+from lorapr_jax.models.families import (
+  BIAS_KEYS,
+  EXPORTED,
+  FAMILIES,
+  FULL,
+  SLIDING,
+  TEXT_OF,
+)
 from lorapr_jax.models.rope import (
   Dynamic,
   Linear,
@@ -314,7 +321,11 @@ def test_what_is_absent_means_what_it_means_to_transformers(name, family):
   defaults = transformers.AutoConfig.for_model(name, **flags)
   # Versions before 5 have it by itself.
   ropes = getattr(defaults, 'rope_parameters', None) or vars(defaults)
-  assert ropes['rope_theta'] == family.absent.get('rope_theta', 10000.0)
+  by_layer = (ropes.get(x, ropes) for x in (FULL, SLIDING))
+  full, sliding = (rope['rope_theta'] for rope in by_layer)
+  assert full == family.absent.get('rope_theta', 10000.0)
+  if family.local_theta and SLIDING in ropes:
+    assert sliding == family.absent[family.local_theta]
   for key in BIAS_KEYS:
     assert hasattr(defaults, key) == (key in family.bias_keys)
     assert getattr(defaults, key, False) == family.absent.get(key, False)
@@ -362,6 +373,23 @@ def test_an_old_gemma_says_gelu_and_means_the_approximation(name):
   assert (hf['hidden_act'], hf['hidden_size']) == ('gelu_pytorch_tanh', 32)
 
 
+def test_the_numbers_of_a_gemma2_and_what_a_null_means():
+  gemma = _changed({'model_type': 'gemma2', 'sliding_window': 8})
+  config = config_from_hf(gemma)
+  assert (config.attention_cap, config.logit_cap) == (50.0, 30.0)
+  assert config.attention_scale == 256**-0.5
+  assert config.windows == (8, None)
+  nulls = {'attn_logit_softcapping': None, 'final_logit_softcapping': None}
+  config = config_from_hf(gemma | nulls | {'query_pre_attn_scalar': 16})
+  assert (config.attention_cap, config.logit_cap) == (None, None)
+  assert config.attention_scale is None  # Heads have 16 dimensions.
+  hf = hf_config(config, 'float32', 'uniform', 'gemma2')
+  assert nulls.items() <= hf.items()
+  # transformers takes no float.
+  assert type(hf['query_pre_attn_scalar']) is int
+  assert hf['query_pre_attn_scalar'] == 16
+
+
 @pytest.mark.parametrize('newer', [False, True])
 def test_the_theta_of_a_hunyuan_is_larger_once_and_for_all(newer):
   rope = {'type': 'dynamic', 'alpha': 1000.0, 'factor': 1.0}
@@ -406,7 +434,6 @@ def test_layers_are_found_by_number_however_it_is_padded(key):
 
 MISTRAL = {'model_type': 'mistral', 'sliding_window': None}
 MINISTRAL = {'model_type': 'ministral', 'sliding_window': None}
-SLIDING = 'sliding_attention'
 # The change to a good file, and what the message must name.
 UNSUPPORTED = [
   ({'model_type': 'gpt2'}, 'model_type'),
