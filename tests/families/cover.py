@@ -13,6 +13,8 @@ from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.families import FAMILIES
 from tests.kinds import KINDS
 
+# Fields of a family that say how its files are laid out.
+FILES = 'interleaved', 'stored'
 # What says nothing of the mathematics.
 _PLAIN = {
   *('max_positions', 'norm_eps', 'family', 'rope_theta'),
@@ -28,7 +30,7 @@ def traits(kind: str) -> set[str]:
   keys = KINDS[kind].keys
   config, row = config_from_hf(keys), FAMILIES[keys['model_type']]
   found = set(KINDS[kind].features)
-  found |= {x for x in ('interleaved', 'stored') if getattr(row, x)}
+  found |= {x for x in FILES if getattr(row, x)}
   return found | {
     _named(field.name, getattr(config, field.name))
     for field in dataclasses.fields(config)

@@ -16,7 +16,7 @@ from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
-from tests.families.cover import GROUPED, each, pairs
+from tests.families.cover import FILES, GROUPED, each, pairs
 from tests.kinds import KINDS
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40))
@@ -29,9 +29,12 @@ KEPT = {
   ('queries', 'unequal'): {QUERIES: (2, 1, 1), CHANNELS: (24, 48, 24)},
 }
 
-# Every family; and every trait with each kind of head and of layers.
+# Every family; and every feature, and every way in which files are laid out,
+# with each kind of head and of layers.
 CASES = {
-  (kind, *how): pairs(GROUPED[kind], *([x] for x in how))
+  (kind, *how): pairs(
+    {*KINDS[kind].features, *({*FILES} & GROUPED[kind])}, *([x] for x in how)
+  )
   | {KINDS[kind].keys['model_type']}
   for kind in GROUPED
   for how in KEPT

@@ -1,6 +1,6 @@
 """Whole runs, by pairwise cover of what models have and what runs do.
 
-In `make test` every feature is met; in `make test-families` every feature
+In `make test` most features are met; in `make test-families` every feature
 with every setting, and every two settings.
 """
 
@@ -109,7 +109,8 @@ def _can_meet(pair):
 
 
 RUNS = _runs()
-FEW = cover({run: HAS[run[0]] for run in RUNS})
+# Those with most features; cheaper tests have each of them.
+FEW = cover({run: HAS[run[0]] for run in RUNS})[:3]
 
 
 @pytest.mark.parametrize(

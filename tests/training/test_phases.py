@@ -50,14 +50,15 @@ def test_other_ways_to_prune_run_to_the_end(way, tmp_path):
   assert load_config(workdir / 'export').layers == WAYS[way]
 
 
+# tests/families has biases in shorter runs.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'parts, settings',
   [
     (('self_attn', 'mlp'), ('prune.shrink=0.5',)),
-    pytest.param(
+    (
       ('mlp',),
       ('prune.heads=none', 'model.base_dtype=int8', 'prune.compensate=none'),
-      marks=pytest.mark.slow,
     ),
   ],
 )
