@@ -148,9 +148,9 @@ def family_table() -> str:
     # As it is, with a number of heads that divides its width no more, and with
     # fewer channels in one of its layers.
     whole, odd = _pruned(name, 4), _pruned(name, 3)
-    first, second = odd.layers
+    first, *others = odd.layers
     unequal = dataclasses.replace(
-      odd, layers=(first, dataclasses.replace(second, mlp_dim=64))
+      odd, layers=(dataclasses.replace(first, mlp_dim=64), *others)
     )
     saved = [
       _named(resolve_model_type, x, 'uniform', 'auto') for x in (whole, odd)
@@ -164,14 +164,14 @@ def family_table() -> str:
 
 
 def _pruned(model_type: str, heads: int) -> ModelConfig:
-  """A model of two layers with so many heads."""
+  """A model of four layers with so many heads."""
   return config_from_hf(
     {
       'model_type': model_type,
       'vocab_size': 256,
       'hidden_size': 64,
       'head_dim': 16,
-      'num_hidden_layers': 2,
+      'num_hidden_layers': 4,
       'num_attention_heads': heads,
       'num_key_value_heads': 1,
       'intermediate_size': 128,

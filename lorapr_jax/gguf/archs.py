@@ -11,7 +11,8 @@ from typing import Any
 
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import UserError
-from lorapr_jax.gguf.rope import rope_lacks
+from lorapr_jax.gguf.kinds import OWN_THETA, SAME_THETA, Kinds, kinds_lack
+from lorapr_jax.gguf.rope import Says, rope_lacks
 from lorapr_jax.models.config import (
   AFTER_ATTENTION,
   AFTER_MLP,
@@ -40,9 +41,10 @@ class Arch:
       stored as one, the rows of the first, then of the next.
     interleaved: whether the rows of a head are stored pair by pair, x0 y0 x1 y1
       ..., where RoPE rotates x and y. We have x0 x1 ... y0 y1 ...
-    has_factors: whether it takes tables by which RoPE's frequencies are
-      divided.
-    turns_parts: whether RoPE may turn a part of each head.
+    rope: what it can say of how a layer turns.
+    kinds: of its layers.
+    sinks: whether the softmax of each head has a sink, which takes nothing
+      where a model has none.
     per_layer: whether layers may differ in size.
     tied: whether the head is the embeddings; None: it may be.
     full_width: whether all heads together are as wide as the embeddings, so
@@ -57,8 +59,9 @@ class Arch:
   grows: bool = False
   wide_heads_at: int | None = None
   interleaved: bool = False
-  has_factors: bool = False
-  turns_parts: bool = False
+  rope: Says = Says()
+  kinds: Kinds = Kinds()
+  sinks: bool = False
   per_layer: bool = False
   tied: bool | None = None
   full_width: bool = False
@@ -78,11 +81,8 @@ class Arch:
     lacks += [
       words for name, words in _WORDS.items() if not self._has(name, config)
     ]
-    if config.windows:
-      lacks.append('sliding window')
-    if rope := rope_lacks(config, self.has_factors, self.turns_parts):
-      lacks.append(rope)
-    return lacks
+    of_layers = kinds_lack(config, self.kinds), rope_lacks(config, self.rope)
+    return lacks + [what for what in of_layers if what]
 
   def has_tensors_of(self, config: ModelConfig) -> bool:
     """Whether it has the norms that a model has."""
@@ -163,7 +163,7 @@ _AFTER_NORMS = {
   AFTER_MLP: 'post_ffw_norm',
 }
 _LLAMA = Arch(
-  stored=_STORED, biases=LORA_TARGETS, interleaved=True, has_factors=True
+  stored=_STORED, biases=LORA_TARGETS, interleaved=True, rope=Says(tables=True)
 )
 _QWEN3 = Arch(
   stored=_STORED | _QK_NORMS, biases=_QKV, fixed={'qk_norm': 'head'}
@@ -176,6 +176,29 @@ _GEMMA = Arch(
   tied=True,
 )
 
+_GRANITE = dataclasses.replace(
+  _LLAMA,
+  numbers={
+    'embed_scale': Number('embedding_scale'),
+    'residual_scale': Number('residual_scale'),
+    'attention_scale': Number('attention.scale'),
+    'logit_scale': Number('logit_scale', lambda x: 1 / x, lambda x: 1 / x),
+  },
+  absent={'embed_scale': 1.0, 'residual_scale': 1.0, 'attention_scale': None},
+)
+_GEMMA2 = dataclasses.replace(
+  _GEMMA,
+  stored=_STORED | _AFTER_NORMS,
+  fixed=_GEMMA.fixed | {'norms': NORMS},
+  numbers={
+    'attention_cap': Number('attn_logit_softcapping'),
+    'logit_cap': Number('final_logit_softcapping'),
+  },
+  absent={'attention_cap': 50.0, 'logit_cap': 30.0},
+  wide_heads_at=46,
+  kinds=Kinds(period=2, always=True),
+)
+
 # A model is of the first that lacks nothing. Some are here to be read alone.
 ARCHS = {
   'llama': _LLAMA,
@@ -183,18 +206,21 @@ ARCHS = {
   'seed_oss': Arch(
     stored=_STORED | {BEFORE_MLP: 'post_attention_norm'}, biases=_QKV
   ),
-  'granite': dataclasses.replace(
-    _LLAMA,
-    numbers={
-      'embed_scale': Number('embedding_scale'),
-      'residual_scale': Number('residual_scale'),
-      'attention_scale': Number('attention.scale'),
-      'logit_scale': Number('logit_scale', lambda x: 1 / x, lambda x: 1 / x),
-    },
-    absent={'embed_scale': 1.0, 'residual_scale': 1.0, 'attention_scale': None},
-  ),
+  'granite': _GRANITE,
   'qwen3': _QWEN3,
+  'mistral3': dataclasses.replace(_LLAMA, rope=Says(tables=True, betas=True)),
   'gemma': _GEMMA,
+  'gemma2': _GEMMA2,
+  'gemma3': dataclasses.replace(
+    _GEMMA2,
+    stored=_GEMMA2.stored | _QK_NORMS,
+    fixed=_GEMMA2.fixed | {'qk_norm': 'head'},
+    numbers={'logit_cap': _GEMMA2.numbers['logit_cap']},
+    absent={'logit_cap': None},
+    wide_heads_at=62,
+    kinds=Kinds(period=6, local=OWN_THETA),
+    tied=None,
+  ),
   'glm4': Arch(
     stored=_STORED
     | _AFTER_NORMS
@@ -202,7 +228,7 @@ ARCHS = {
     biases=_QKV,
     fixed={'norms': NORMS},
     interleaved=True,
-    turns_parts=True,
+    rope=Says(parts=True),
   ),
   'hunyuan-dense': dataclasses.replace(
     _QWEN3, fixed={'qk_norm': 'head_after_rope'}
@@ -213,6 +239,19 @@ ARCHS = {
     fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'heads'},
     tied=False,
     full_width=True,
+    kinds=Kinds(period=4, local=SAME_THETA),
+  ),
+  'smollm3': dataclasses.replace(
+    _LLAMA,
+    biases=_QKV,
+    rope=Says(),
+    kinds=Kinds(turns=lambda i: (i + 1) % 4 > 0),
+  ),
+  # Its head's softmax has a sink.
+  'granite_swa': dataclasses.replace(
+    _GRANITE,
+    kinds=Kinds(period=1, always=True, says_turns=True),
+    sinks=True,
   ),
   'deci': dataclasses.replace(_LLAMA, per_layer=True),
   'openelm': dataclasses.replace(

@@ -19,6 +19,8 @@ from lorapr_jax.hf.rope import is_positive
 from lorapr_jax.models.config import MOST, ModelConfig
 from lorapr_jax.models.families import FAMILIES
 
+# A score that is nothing to the softmax.
+EMPTY = -1e30
 # Of the keys of our own, which llama.cpp skips.
 OWN = 'lorapr_jax.'
 # The end tokens where there are several.
@@ -166,7 +168,9 @@ def with_biases(
     if found <= {*biases}
   )
   held = [x for x in possible if any(f.holds(x) for f in FAMILIES.values())]
-  return min(held, key=lambda x: len(x.biases), default=config)
+  return min(
+    held, key=lambda x: len(x.biases), default=config.with_biases(found)
+  )
 
 
 def is_bias(name: str) -> bool:
@@ -177,6 +181,14 @@ def is_bias(name: str) -> bool:
 def is_norm(name: str) -> bool:
   """Whether our tensor of this name is the weight of a norm."""
   return name.endswith('norm.weight')
+
+
+def empty_sinks(config: ModelConfig) -> dict[str, np.ndarray]:
+  """Sinks that take nothing of attention, by GGUF's names: (K G,) each."""
+  return {
+    f'blk.{i}.attn_sinks.weight': np.full(shape.num_heads, EMPTY, np.float32)
+    for i, shape in enumerate(config.layers)
+  }
 
 
 def to_stored(

@@ -12,31 +12,23 @@ import numpy as np
 from lorapr_jax.errors import UserError, first_line, short
 from lorapr_jax.gguf.archs import ARCHS, Arch
 from lorapr_jax.gguf.format import (
+  EMPTY,
   EOS_IDS,
-  OWN,
   Metadata,
+  empty_sinks,
   from_stored,
   gguf_name,
   is_bias,
   shapes,
-  shortest,
   with_biases,
 )
 from lorapr_jax.gguf.header import Tensor, read_header
+from lorapr_jax.gguf.read_rope import with_rope
 from lorapr_jax.gguf.rope import (
-  DIMENSIONS,
-  OWN_ROTARY_DIM,
-  OWN_SCALING,
-  SCALING_TYPE,
   TABLES,
-  THETA,
-  given_scaling,
-  rope_keys,
-  rope_tables,
 )
 from lorapr_jax.gguf.tokenizer import ROLES, TOKENS, write_tokenizer_files
 from lorapr_jax.hf.config import config_to_hf
-from lorapr_jax.hf.rope import rope_from_hf
 from lorapr_jax.hf.stored import Rows, our_tensors, stored_shapes
 from lorapr_jax.models.config import (
   MOST,
@@ -134,7 +126,9 @@ def open_gguf(path: str | Path) -> GgufModel:
   arch = ARCHS[name]
   config = _read_config(metadata, name, tied='output.weight' not in tensors)
   tables = {x: tensors.pop(x) for x in TABLES if x in tensors}
-  config = _with_rope(config, metadata, name, tables)
+  config = with_rope(config, metadata, name, tables)
+  if arch.sinks:
+    _take_sinks(metadata, tensors, config)
   for key, value in metadata.items():
     if key.startswith(f'{name}.'):
       raise metadata.error(
@@ -193,10 +187,11 @@ def _read_config(metadata: Metadata, arch: str, tied: bool) -> ModelConfig:
   }
   features = {name: row.feature(name, config) for name in FEATURES}
   config = dataclasses.replace(config, **features | row.absent | numbers)
+  scale = config.attention_scale or row.score_scale(config)
   # It is stored in float32.
-  if math.isclose(config.score_scale, head_dim**-0.5, rel_tol=1e-6):
-    return dataclasses.replace(config, attention_scale=None)
-  return config
+  if math.isclose(scale, head_dim**-0.5, rel_tol=1e-6):
+    scale = None
+  return dataclasses.replace(config, attention_scale=scale)
 
 
 def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
@@ -234,103 +229,15 @@ def _read_layers(metadata: Metadata, arch: str) -> tuple[LayerShape, ...]:
   )
 
 
-def _with_rope(
-  config: ModelConfig,
-  metadata: Metadata,
-  arch: str,
-  tensors: dict[str, Tensor],
-) -> ModelConfig:
-  """The config with the RoPE that the keys say and tables come from."""
-  keys = _take_rope_keys(metadata, arch)
-  for name, tensor in tensors.items():
-    if tensor.shape != (config.head_dim // 2,) or not tensor.is_readable:
-      raise metadata.error(_strange_table(name))
-  tables = {name: tensor[:] for name, tensor in tensors.items()}
-  turned = keys.get(OWN_ROTARY_DIM, config.head_dim)
-  if ARCHS[arch].turns_parts:
-    turned = keys.get(DIMENSIONS, config.head_dim)
-  if type(turned) is not int or turned % 2 or not 0 < turned <= config.head_dim:
-    raise metadata.error(
-      f'RoPE turns {short(repr(turned))} of {config.head_dim} dimensions'
-    )
-  given = given_scaling(keys, tables)
-  hf = {
-    'rope_theta': keys.get(THETA, 10000.0),
-    'rope_scaling': given,
-    'max_position_embeddings': config.max_positions,
-  }
-  try:
-    rope = rope_from_hf(hf, turned // 2)
-  except UserError as error:
-    problem = str(error).removeprefix('config.json: ')
-    raise metadata.error(f'{arch}.{SCALING_TYPE}: {problem}') from None
-  config = dataclasses.replace(
-    config,
-    ropes=(rope,),
-    rotary_dim=None if turned == config.head_dim else turned,
-  )
-  _check_rope(metadata, arch, config, keys, tables)
-  return config
-
-
-def _take_rope_keys(metadata: Metadata, arch: str) -> dict[str, Any]:
-  """Removes the keys of RoPE; those of llama.cpp without the architecture."""
-  keys = {}
-  for key in list(metadata):
-    name = key.removeprefix(f'{arch}.')
-    if key == OWN_ROTARY_DIM or key.startswith(OWN_SCALING):
-      name = key
-    elif name == key or not name.startswith('rope.'):
-      continue
-    value = metadata.pop(key)
-    if isinstance(value, list):
-      value = [shortest(x) if isinstance(x, float) else x for x in value]
-    keys[name] = shortest(value) if isinstance(value, float) else value
-  return keys
-
-
-def _check_rope(
-  metadata: Metadata,
-  arch: str,
-  config: ModelConfig,
-  keys: dict[str, Any],
-  tables: dict[str, np.ndarray],
+def _take_sinks(
+  metadata: Metadata, tensors: dict[str, Tensor], config: ModelConfig
 ) -> None:
-  """Compares what a file says of RoPE with what we would write."""
-  parts = ARCHS[arch].turns_parts
-  expected = rope_keys(config, parts)
-  for key, value in keys.items():
-    shown = key if key.startswith(OWN) else f'{arch}.{key}'
-    if (key, value) == (SCALING_TYPE, 'none'):
-      continue
-    if key not in expected or type(value) is not type(expected[key]):
-      raise metadata.error(
-        f'{shown} is {short(repr(value))}, which is not supported'
-      )
-    same = value == expected[key]
-    if isinstance(value, float):
-      same = math.isclose(value, expected[key], rel_tol=1e-5)
-    if not same:
-      raise metadata.error(
-        f'{shown} is {short(repr(value))}, but its other keys mean '
-        f'{expected[key]!r}'
-      )
-  ours = rope_tables(config, parts)
-  for name in tables.keys() | ours.keys():
-    # Other programs compute their tables in float32.
-    if not (
-      name in tables
-      and name in ours
-      and np.allclose(tables[name], ours[name], rtol=1e-4)
-    ):
-      raise metadata.error(_strange_table(name))
-
-
-def _strange_table(name: str) -> str:
-  return (
-    f'tensor {name} holds a RoPE scaling as a table, which is not that of '
-    'Llama 3 or of the keys; start from the original Hugging Face folder'
-  )
+  """Removes the sinks of a softmax; there must be none but empty ones."""
+  for name, empty in empty_sinks(config).items():
+    sinks = tensors.pop(name, None)
+    is_known = sinks is not None and sinks.shape == empty.shape
+    if not (is_known and sinks.is_readable and max(sinks[:]) <= EMPTY):
+      raise metadata.error(f'{name} is a sink, which is not supported')
 
 
 def _check_tensors(

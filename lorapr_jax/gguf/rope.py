@@ -9,7 +9,7 @@ our own, which llama.cpp skips.
 from collections.abc import Iterator, Mapping
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,9 @@ DIMENSIONS, THETA = 'rope.dimension_count', 'rope.freq_base'
 SCALING_TYPE, FACTOR = 'rope.scaling.type', 'rope.scaling.factor'
 ORIGINAL = 'rope.scaling.original_context_length'
 ATTENTION = 'rope.scaling.attn_factor'
+BETA_FAST = 'rope.scaling.yarn_beta_fast'
+BETA_SLOW = 'rope.scaling.yarn_beta_slow'
+TEMPERATURE = 'attention.temperature_scale'
 # Keys of our own.
 OWN_SCALING = 'lorapr_jax.rope_scaling.'
 OWN_ROTARY_DIM = 'lorapr_jax.rotary_dim'
@@ -39,35 +42,48 @@ _ORIGINAL_FIELD = 'original_max_position_embeddings'
 _STILL = 1e30
 
 
-def rope_lacks(
-  config: ModelConfig, has_factors: bool, turns_parts: bool
-) -> str | None:
-  """What of a model's RoPE an architecture cannot say, in words.
+class Says(NamedTuple):
+  """What an architecture can say of RoPE.
 
-  Args:
-    config: the model.
-    has_factors: whether it takes tables.
-    turns_parts: whether a part of each head may turn.
+  Attributes:
+    tables: that frequencies are divided by the numbers of a table.
+    parts: that a part of each head turns.
+    betas: YaRN's `beta_fast` and `beta_slow`, and a scale of queries by their
+      position.
   """
-  if len(config.ropes) > 1:
-    return 'layers that turn in several ways'
+
+  tables: bool = False
+  parts: bool = False
+  betas: bool = False
+
+
+def rope_lacks(config: ModelConfig, says: Says) -> str | None:
+  """What of a model's RoPE cannot be said, in words."""
   scaling = config.ropes[0].scaling
-  if getattr(scaling, 'llama_4_scaling_beta', None) is not None:
-    return 'queries that grow with their positions'
   names = {kind: name for name, kind in SCALINGS.items()}
-  if isinstance(scaling, Dynamic) or (_in_table(scaling) and not has_factors):
+  in_table = _in_table(scaling, says)
+  if isinstance(scaling, Dynamic) or (in_table and not says.tables):
     return f'RoPE scaling of this type ({names[type(scaling)]})'
-  is_part = config.rotated != config.head_dim
-  if is_part and not (turns_parts or has_factors):
+  if _beta(scaling) is not None and not says.betas:
+    return 'scale of queries by their position'
+  if config.rotated == config.head_dim or says.parts:
+    return None
+  if not says.tables:
     return 'RoPE of a part of each head'
-  return None
+  # By a table all turn, some by nothing; and all grow.
+  grows = not math.isclose(_magnitude(config), 1.0, rel_tol=1e-6)
+  return 'RoPE by which a part of each head grows' if grows else None
 
 
-def rope_keys(config: ModelConfig, turns_parts: bool) -> dict[str, Any]:
+def _beta(scaling: Any) -> float | None:
+  return getattr(scaling, 'llama_4_scaling_beta', None)
+
+
+def rope_keys(config: ModelConfig, says: Says) -> dict[str, Any]:
   """The keys of RoPE; those of llama.cpp follow the architecture's name."""
   rope, turned = config.ropes[0], config.rotated
   keys = {
-    DIMENSIONS: turned if turns_parts else config.head_dim,
+    DIMENSIONS: turned if says.parts else config.head_dim,
     THETA: float(rope.theta),
   }
   if keys[DIMENSIONS] != turned:
@@ -78,21 +94,27 @@ def rope_keys(config: ModelConfig, turns_parts: bool) -> dict[str, Any]:
   if isinstance(scaling, Linear):
     keys |= {SCALING_TYPE: 'linear', FACTOR: float(scaling.factor)}
   attention = _magnitude(config)
-  if isinstance(scaling, Yarn) and not _in_table(scaling):
+  if isinstance(scaling, Yarn) and not _in_table(scaling, says):
     keys |= {SCALING_TYPE: 'yarn', FACTOR: float(scaling.factor)}
     attention /= yarn_magnitude(scaling.factor)
+    if says.betas:
+      keys[BETA_FAST] = float(scaling.beta_fast)
+      keys[BETA_SLOW] = float(scaling.beta_slow)
   if isinstance(scaling, LongRope):
     keys[SCALING_TYPE] = 'longrope'
-  if hasattr(scaling, _ORIGINAL_FIELD) and SCALING_TYPE in keys:
+  if (beta := _beta(scaling)) is not None:
+    keys[TEMPERATURE] = float(beta)
+  if hasattr(scaling, _ORIGINAL_FIELD) and keys.keys() & {
+    SCALING_TYPE,
+    TEMPERATURE,
+  }:
     keys[ORIGINAL] = int(getattr(scaling, _ORIGINAL_FIELD))
   if not math.isclose(attention, 1.0, rel_tol=1e-6):
     keys[ATTENTION] = attention
   return keys | dict(_own_keys(scaling))
 
 
-def rope_tables(
-  config: ModelConfig, turns_parts: bool
-) -> dict[str, np.ndarray]:
+def rope_tables(config: ModelConfig, says: Says) -> dict[str, np.ndarray]:
   """The tables by which llama.cpp divides the frequencies, float32, by name.
 
   Each is (H/2,): llama.cpp's own theta^(-2i/H) over the frequency of pair i.
@@ -101,8 +123,8 @@ def rope_tables(
   if isinstance(scaling, LongRope):
     original = scaling.original_max_position_embeddings
     return {SHORT: _table(config, original), LONG: _table(config, original + 1)}
-  is_part = config.rotated != config.head_dim and not turns_parts
-  if _in_table(scaling) or is_part:
+  is_part = config.rotated != config.head_dim and not says.parts
+  if _in_table(scaling, says) or is_part:
     return {FACTORS: _table(config, 1)}
   return {}
 
@@ -112,12 +134,12 @@ def yarn_magnitude(factor: float) -> float:
   return 1.0 + 0.1 * math.log(factor)
 
 
-def _in_table(scaling: Any) -> bool:
+def _in_table(scaling: Any, says: Says) -> bool:
   """Whether no key says this scaling."""
   if isinstance(scaling, Yarn):
     # llama.cpp has these numbers' usual values, whatever the file says.
     plain = Yarn(scaling.original_max_position_embeddings, scaling.factor)
-    usual = ('beta_fast', 'beta_slow', 'truncate')
+    usual = ['truncate'] + ['beta_fast', 'beta_slow'] * (not says.betas)
     return scaling.factor <= 1 or any(
       getattr(scaling, name) != getattr(plain, name) for name in usual
     )
@@ -182,7 +204,8 @@ def given_scaling(
   if own:  # Files of earlier versions have no type, and Llama 3's numbers.
     return {'rope_type': 'llama3', **own}
   kind = keys.get(SCALING_TYPE, 'none' if FACTOR not in keys else 'linear')
-  if FACTORS in tables and kind == 'none':
+  is_part = OWN_ROTARY_DIM in keys  # Of which the table is.
+  if FACTORS in tables and kind == 'none' and not is_part:
     # As llama.cpp's converter writes it. Of Llama 3's numbers, only the factor
     # varies from model to model.
     llama3 = Llama3(float(tables[FACTORS].max()), 1.0, 4.0, 8192)
@@ -196,6 +219,12 @@ def given_scaling(
   if kind != 'linear':
     given |= {_ORIGINAL_FIELD: keys.get(ORIGINAL)}
     given['attention_factor'] = attention
+  if kind == 'yarn':
+    given |= {
+      'beta_fast': keys.get(BETA_FAST, Yarn.beta_fast),
+      'beta_slow': keys.get(BETA_SLOW, Yarn.beta_slow),
+      'llama_4_scaling_beta': keys.get(TEMPERATURE),
+    }
   if kind == 'longrope':
     lists = {'short_factor': SHORT, 'long_factor': LONG}
     given |= {k: tables[x].tolist() for k, x in lists.items() if x in tables}

@@ -12,7 +12,14 @@ import numpy as np
 
 from lorapr_jax.errors import choose
 from lorapr_jax.gguf.archs import ARCHS, Arch, architecture
-from lorapr_jax.gguf.format import EOS_IDS, OWN, gguf_name, to_stored
+from lorapr_jax.gguf.format import (
+  EOS_IDS,
+  OWN,
+  empty_sinks,
+  gguf_name,
+  to_stored,
+)
+from lorapr_jax.gguf.kinds import kind_keys
 from lorapr_jax.gguf.rope import rope_keys, rope_tables
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.names import hf_shapes
@@ -119,7 +126,8 @@ def _sizes(config: ModelConfig, name: str) -> dict[str, Any]:
     'attention.value_length': config.head_dim,
     'attention.layer_norm_rms_epsilon': float(config.norm_eps),
     'vocab_size': config.vocab_size,
-    **rope_keys(config, arch.turns_parts),
+    **rope_keys(config, arch.rope),
+    **kind_keys(config, arch.kinds),
     **arch.keys(config),
   }
   metadata = {
@@ -148,7 +156,9 @@ def _write_tensors(
   matrix_type: _Type,
 ) -> None:
   """Writes the header with every tensor's shape, then tensor by tensor."""
-  tables, types = rope_tables(config, arch.turns_parts), {}
+  tables, types = rope_tables(config, arch.rope), {}
+  if arch.sinks:
+    tables |= empty_sinks(config)
   for name, table in tables.items():
     _declare(writer, name, table.shape, _Type.F32)
   shapes = stored_shapes(hf_shapes(params, config), arch)

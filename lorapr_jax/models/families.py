@@ -47,7 +47,6 @@ class Family:
 
   Attributes:
     architecture: the class of transformers that has logits.
-    gguf: what llama.cpp calls it; None: there is no GGUF of it.
     absent: what keys of a config.json mean that the file lacks. A null means
       mostly the same (hf/config.py has the keys of which it does not).
     only: keys of a config.json that must have this value, or be absent.
@@ -92,7 +91,6 @@ class Family:
   """
 
   architecture: str
-  gguf: str | None
   absent: Mapping[str, Any]
   only: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
@@ -315,14 +313,12 @@ _GLM = _ABSENT | {
 FAMILIES = {
   'llama': Family(
     architecture='LlamaForCausalLM',
-    gguf='llama',
     absent=_ABSENT,
     bias_keys=_BIAS_KEYS,
     heads_divide_embed=True,
   ),
   'mistral': Family(
     architecture='MistralForCausalLM',
-    gguf='llama',
     absent=_MISTRAL,
     slides=_always,
     has_layer_types=False,
@@ -330,14 +326,12 @@ FAMILIES = {
   ),
   'ministral': Family(
     architecture='MinistralForCausalLM',
-    gguf='llama',
     absent=_MISTRAL,
     slides=_always,
     names_version=True,
   ),
   'ministral3': Family(
     architecture='Ministral3ForCausalLM',
-    gguf=None,
     absent=_MISTRAL
     | {
       'head_dim': 128,
@@ -362,7 +356,6 @@ FAMILIES = {
   ),
   'cwm': Family(
     architecture='CwmForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'eos_token_id': [128001, 128008, 128009],
@@ -387,7 +380,6 @@ FAMILIES = {
   ),
   'granite': Family(
     architecture='GraniteForCausalLM',
-    gguf=None,
     absent=_ABSENT
     | dict.fromkeys(
       (
@@ -406,7 +398,6 @@ FAMILIES = {
   ),
   'smollm3': Family(
     architecture='SmolLM3ForCausalLM',
-    gguf=None,
     absent=_ABSENT
     | {
       'max_position_embeddings': 32768,
@@ -422,7 +413,6 @@ FAMILIES = {
   ),
   'gemma': Family(
     architecture='GemmaForCausalLM',
-    gguf=None,
     absent=_GEMMA | {'num_key_value_heads': 16},
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed=_GEMMA_FIXED,
@@ -432,7 +422,6 @@ FAMILIES = {
   ),
   'gemma2': Family(
     architecture='Gemma2ForCausalLM',
-    gguf=None,
     absent=_GEMMA
     | {
       'attn_logit_softcapping': 50.0,
@@ -457,7 +446,6 @@ FAMILIES = {
   ),
   'gemma3_text': Family(
     architecture='Gemma3ForCausalLM',
-    gguf=None,
     absent=_GEMMA
     | {
       'final_logit_softcapping': None,
@@ -485,7 +473,6 @@ FAMILIES = {
   ),
   'olmo3': Family(
     architecture='Olmo3ForCausalLM',
-    gguf=None,
     absent=_ABSENT
     | {
       'rms_norm_eps': 1e-5,
@@ -502,7 +489,6 @@ FAMILIES = {
   ),
   'olmo2': Family(
     architecture='Olmo2ForCausalLM',
-    gguf=None,
     absent=_ABSENT | {'rms_norm_eps': 1e-5},
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed={'norms': (AFTER_ATTENTION, AFTER_MLP), 'qk_norm': 'heads'},
@@ -510,7 +496,6 @@ FAMILIES = {
   ),
   'glm': Family(
     architecture='GlmForCausalLM',
-    gguf=None,
     absent=_GLM,
     bias_keys={'attention_bias': _QKV},
     stored=_GATE_UP_PROJ,
@@ -518,7 +503,6 @@ FAMILIES = {
   ),
   'glm4': Family(
     architecture='Glm4ForCausalLM',
-    gguf=None,
     absent=_GLM,
     bias_keys={'attention_bias': _QKV},
     fixed={'norms': NORMS},
@@ -531,7 +515,6 @@ FAMILIES = {
   ),
   'exaone4': Family(
     architecture='Exaone4ForCausalLM',
-    gguf=None,
     absent=_ABSENT
     | {
       'num_key_value_heads': 32,
@@ -546,7 +529,6 @@ FAMILIES = {
   ),
   'hunyuan_v1_dense': Family(
     architecture='HunYuanDenseV1ForCausalLM',
-    gguf=None,
     absent=_ABSENT | {'rms_norm_eps': 1e-5},
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed={'qk_norm': 'head_after_rope'},
@@ -558,7 +540,6 @@ FAMILIES = {
   ),
   'qwen2': Family(
     architecture='Qwen2ForCausalLM',
-    gguf='llama',
     absent=_QWEN,
     biases=_QKV,
     pruned_as='seed_oss',
@@ -566,7 +547,6 @@ FAMILIES = {
   ),
   'qwen3': Family(
     architecture='Qwen3ForCausalLM',
-    gguf=None,
     absent=_QWEN | {'head_dim': 128},
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed={'qk_norm': 'head'},
@@ -574,7 +554,6 @@ FAMILIES = {
   ),
   'seed_oss': Family(
     architecture='SeedOssForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'attention_bias': True,
@@ -592,7 +571,6 @@ FAMILIES = {
   ),
   'phi3': Family(
     architecture='Phi3ForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'max_position_embeddings': 4096,
@@ -607,7 +585,6 @@ FAMILIES = {
   ),
   'ernie4_5': Family(
     architecture='Ernie4_5ForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'head_dim': 128,
@@ -622,7 +599,6 @@ FAMILIES = {
   ),
   'iquestcoder': Family(
     architecture='LlamaForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'max_position_embeddings': 131072,
@@ -634,7 +610,6 @@ FAMILIES = {
   ),
   'internlm3': Family(
     architecture='LlamaForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'head_dim': 128,
@@ -649,7 +624,6 @@ FAMILIES = {
   ),
   'helium': Family(
     architecture='HeliumForCausalLM',
-    gguf='llama',
     absent=_ABSENT
     | {
       'head_dim': 128,

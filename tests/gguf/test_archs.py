@@ -9,12 +9,13 @@ import pytest
 from lorapr_jax.errors import UserError
 from lorapr_jax.gguf import archs
 from lorapr_jax.gguf.archs import architecture
+from lorapr_jax.gguf.format import EMPTY
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.gguf.write import write_gguf
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.write import hf_tensors
-from lorapr_jax.models.config import LayerShape
-from lorapr_jax.models.rope import Yarn
+from lorapr_jax.models.config import NORMS, LayerShape
+from lorapr_jax.models.rope import Linear, Rope, Yarn
 from tests.kinds import KINDS
 
 # By kind: the architecture, and that of layers of unequal size; else the
@@ -25,13 +26,23 @@ ARCHS = {
   'biases': ('llama', 'deci'),
   'llama3': ('llama', 'deci'),
   'mistral': ('llama', 'deci'),
+  'mistral_window': ('granite_swa', 'deci has no sliding window'),
+  'ministral': ('granite_swa', 'deci has no sliding window'),
+  'ministral3': ('mistral3', 'no scale of queries by their position'),
+  'smollm3': ('granite_swa', 'deci has no layers that turn in such ways'),
   'llama_linear': ('llama', 'deci'),
   'llama_yarn': ('llama', 'deci'),
   'llama_dynamic': ('no RoPE scaling of this type (dynamic)',) * 2,
   'qwen2': ('llama', 'deci'),
+  'qwen2_window': ('granite_swa', 'deci has no sliding window'),
+  'phi3': ('llama', 'deci'),
+  'phi3_longrope': ('RoPE by which a part of each head grows',) * 2,
   'qwen3': ('qwen3', 'openelm'),
   'qwen3_yarn': ('qwen3 has no bias of o_proj', 'no layers of unequal size'),
   'granite': ('granite', 'granite has no layers of unequal size'),
+  'glm': ('llama', 'deci'),
+  'glm4': ('glm4', 'glm4 has no layers of unequal size'),
+  'gemma2': ('gemma2 has no such scale of attention', 'of unequal size'),
   'gemma': ('gemma', 'gemma has no layers of unequal size'),
   'seed_oss': ('llama', 'deci'),
   'hunyuan_v1_dense': ('hunyuan-dense', 'no layers of unequal size'),
@@ -61,11 +72,6 @@ def test_a_model_comes_back_bit_by_bit(kind, unequal, random_params, tmp_path):
   assert_comes_back(config, expected, random_params, tmp_path)
 
 
-def test_olmo2_is_held_where_no_head_was_pruned(random_params, tmp_path):
-  config = dataclasses.replace(sizes('olmo2', unequal=False), head_dim=8)
-  assert_comes_back(config, 'olmo2', random_params, tmp_path)
-
-
 def assert_comes_back(config, arch, random_params, tmp_path):
   # float32 holds 1 + weight of a bfloat16.
   params = random_params(config, 'bfloat16')
@@ -88,6 +94,99 @@ def test_qwen2_of_another_program_is_read(random_params, tmp_path, monkeypatch):
   others = {name: x for name, x in archs.ARCHS.items() if name != 'llama'}
   monkeypatch.setattr(archs, 'ARCHS', others)
   assert_comes_back(config, 'qwen2', random_params, tmp_path)
+
+
+_LOCAL = (Rope(1e5, Linear(8.0)), Rope(100.0))
+_FIVE_OF_SIX = (8,) * 5 + (None, 8)
+_CAPS = {'attention_cap': 5.0, 'logit_cap': 3.0}
+_QKV = ('q_proj', 'k_proj', 'v_proj')
+
+
+@pytest.mark.parametrize(
+  'arch, kind, changes',
+  [
+    ('smollm3', 'smollm3', {'rope_of_layer': (0, 0, 0, 1) * 2}),
+    ('olmo2', 'olmo2', {'head_dim': 8}),
+    (
+      'olmo2',
+      'olmo2',
+      {
+        'head_dim': 8,
+        'windows': (8, 8, None),
+        'ropes': (Rope(500.0, Yarn(16, 4.0, 1.3)), Rope(500.0)),
+        'rope_of_layer': (1, 1, 0),
+      },
+    ),
+    ('gemma2', 'gemma', {'norms': NORMS, **_CAPS}),
+    ('gemma2', 'gemma', {'norms': NORMS, 'windows': (8, None) * 3, **_CAPS}),
+    (
+      'gemma3',
+      'gemma',
+      {
+        'norms': NORMS,
+        'qk_norm': 'head',
+        'windows': _FIVE_OF_SIX,
+        'ropes': _LOCAL,
+        'rope_of_layer': tuple(int(w is not None) for w in _FIVE_OF_SIX),
+      },
+    ),
+    ('glm4', 'gqa', {'norms': NORMS, 'biases': _QKV, 'rotary_dim': 6}),
+    ('llama', 'gqa', {'biases': _QKV, 'rotary_dim': 6}),
+  ],
+)
+def test_features_come_back(arch, kind, changes, random_params, tmp_path):
+  """Of models that have as many layers as these features are of."""
+  config = sizes(kind, unequal=False)
+  by_layer = changes.get('windows') or changes.get('rope_of_layer')
+  layers = config.layers[:1] * len(by_layer or config.layers)
+  config = dataclasses.replace(config, layers=layers, **changes)
+  assert_comes_back(config, arch, random_params, tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['qwen3', 'gemma'])
+def test_another_scale_of_attention_is_in_the_norm_of_queries(
+  kind, random_params, tmp_path
+):
+  config = dataclasses.replace(sizes(kind, unequal=False), attention_scale=0.2)
+  if kind == 'gemma':
+    with pytest.raises(UserError, match='no such scale of attention'):
+      architecture(config)
+    config = dataclasses.replace(config, norms=NORMS, qk_norm='head')
+  params, path = random_params(config), tmp_path / 'a.gguf'
+  write_gguf(path, params, config, base=None, dtype='f32', name='Tiny')
+  model = open_gguf(path)
+  assert model.config == dataclasses.replace(config, attention_scale=None)
+  name = 'model.layers.1.self_attn.q_norm.weight'
+  found = model.tensor_of(name) + config.norm_offset
+  ours = dict(hf_tensors(params, config, np.float32))[name]
+  np.testing.assert_allclose(
+    found, (ours + config.norm_offset) * 0.2 * 12**0.5, rtol=1e-5
+  )
+
+
+@pytest.mark.parametrize('layers, scale', [(46, 32 // 4), (45, 12)])
+def test_heads_of_the_largest_gemma_have_a_scale_of_their_own(layers, scale):
+  config = sizes('gemma', unequal=False)
+  config = dataclasses.replace(
+    config, norms=NORMS, layers=config.layers[:1] * layers, **_CAPS
+  )
+  fits = dataclasses.replace(config, attention_scale=scale**-0.5)
+  assert architecture(fits) == 'gemma2'
+  other = dataclasses.replace(config, attention_scale=0.2)
+  with pytest.raises(UserError, match='gemma2 has no such scale of attention'):
+    architecture(other)
+
+
+def test_a_sink_that_takes_something_is_refused(random_params, tmp_path):
+  config = sizes('mistral_window', unequal=False)
+  path = tmp_path / 'a.gguf'
+  params = random_params(config)
+  write_gguf(path, params, config, base=None, dtype='f32', name='Tiny')
+  empty, taken = (np.float32(x).tobytes() for x in (EMPTY, 1.0))
+  content = path.read_bytes()
+  path.write_bytes(content.replace(empty, taken, 1))
+  with pytest.raises(UserError, match='blk.0.attn_sinks.weight is a sink'):
+    open_gguf(path)
 
 
 def test_joined_rows_are_those_that_llama_cpp_splits(random_params, tmp_path):

@@ -26,7 +26,7 @@ from lorapr_jax.axes import LORA_TARGETS, PROJECTIONS
 from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
 from lorapr_jax.gguf.read import open_gguf
-from lorapr_jax.gguf.rope import FACTORS, rope_tables
+from lorapr_jax.gguf.rope import FACTORS, Says, rope_tables
 from lorapr_jax.gguf.write import write_gguf
 from lorapr_jax.hf.write import GGUF_DTYPES, hf_tensors
 from lorapr_jax.models import decoder
@@ -196,16 +196,14 @@ def test_rope_factors_are_what_frequencies_are_divided_by():
     rope_frequencies(config.head_dim, rope, 1, config.max_positions)
     for rope in (Rope(config.ropes[0].theta), *config.ropes)
   )
-  factors = rope_tables(config, turns_parts=False)[FACTORS]
+  factors = rope_tables(config, Says())[FACTORS]
   np.testing.assert_allclose(plain / factors, scaled, rtol=1e-5)
   assert factors[0] == 1.0 < factors[1] < factors[3] == 4.0
 
 
 def test_a_table_of_other_factors_is_refused(random_params, tmp_path):
   path = write(tmp_path / 'a.gguf', random_params(UNEQUAL), UNEQUAL)
-  factor = struct.pack(
-    '<f', rope_tables(UNEQUAL, turns_parts=False)[FACTORS][1]
-  )
+  factor = struct.pack('<f', rope_tables(UNEQUAL, Says())[FACTORS][1])
   content = path.read_bytes()
   assert content.count(factor) == 1
   path.write_bytes(content.replace(factor, struct.pack('<f', 3.0)))
