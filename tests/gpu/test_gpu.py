@@ -44,16 +44,18 @@ def _segments():
   'heads, head_dim', [((5, 1), 64), ((1, 3), 64), ((2, 3), 64), ((3, 1), 128)]
 )
 @pytest.mark.parametrize('packed', [False, True])
-def test_cudnns_attention_is_that_in_float32(heads, head_dim, packed):
+@pytest.mark.parametrize('window', [None, 100])
+def test_cudnns_attention_is_that_in_float32(heads, head_dim, packed, window):
   *arrays, cotangent = _inputs(*heads, head_dim)
   segments = _segments() if packed else None
   with jax.default_matmul_precision('highest'):
     want, vjp = jax.vjp(
-      functools.partial(causal_attention, segments=segments), *arrays
+      functools.partial(causal_attention, segments=segments, window=window),
+      *arrays,
     )
     wants = (want, *vjp(cotangent))
   halves = [x.astype(jnp.bfloat16) for x in (*arrays, cotangent)]
-  attend = functools.partial(cudnn_attention, segments=segments)
+  attend = functools.partial(cudnn_attention, segments=segments, window=window)
   got, vjp = jax.vjp(jax.jit(attend), *halves[:3])
   for mine, exact in zip((got, *vjp(halves[3])), wants, strict=True):
     assert mine.dtype == jnp.bfloat16
