@@ -175,6 +175,7 @@ def _pruned(model_type: str, heads: int) -> ModelConfig:
       'num_attention_heads': heads,
       'num_key_value_heads': 1,
       'intermediate_size': 128,
+      'query_pre_attn_scalar': 16,
       'sliding_window': None,
     }
   )
