@@ -41,6 +41,23 @@ def _qwen3(*sizes: int, **more) -> dict:
   )
 
 
+def _gemma3(*sizes: int) -> dict:
+  return _sizes(
+    'gemma3_text',
+    *sizes,
+    262208,
+    head_dim=256,
+    max_position_embeddings=131072,
+    query_pre_attn_scalar=256,
+    rope_local_base_freq=1e4,
+    rope_scaling={'rope_type': 'linear', 'factor': 8.0},
+    rope_theta=1e6,
+    sliding_window=1024,
+    sliding_window_pattern=6,
+    tie_word_embeddings=True,
+  )
+
+
 # Embedding, layers, heads, KV heads, channels, vocabulary.
 SIZES = {
   'llama-7b': _sizes('llama', 4096, 32, 32, 32, 11008, 32000),
@@ -68,6 +85,8 @@ SIZES = {
   'qwen3-8b': _qwen3(4096, 36, 32, 8, 12288),
   'qwen3-14b': _qwen3(5120, 40, 40, 8, 17408),
   'qwen3-32b': _qwen3(5120, 64, 64, 8, 25600),
+  'gemma3-4b': _gemma3(2560, 34, 8, 4, 10240),
+  'gemma3-12b': _gemma3(3840, 48, 16, 8, 15360),
   'glm4-9b': _sizes(
     'glm4',
     *(4096, 40, 32, 2, 13696, 151552),

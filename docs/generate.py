@@ -42,6 +42,8 @@ MODELS = {
   'Qwen3-0.6B': 'qwen3-0.6b',
   'Qwen3-8B': 'qwen3-8b',
   'Qwen3-32B': 'qwen3-32b',
+  'Gemma-3-4B': 'gemma3-4b',
+  'Gemma-3-12B': 'gemma3-12b',
   'GLM-4-9B-0414': 'glm4-9b',
   'OLMo-2-7B': 'olmo2-7b',
   'Phi-4': 'phi4-14b',

@@ -347,19 +347,7 @@ _FAMILIES = {
 }
 
 
-def _is_read(kind: Kind) -> bool:
-  from lorapr_jax.errors import UserError
-  from lorapr_jax.hf.config import config_from_hf
-
-  try:
-    config_from_hf(kind.keys)
-  except UserError:
-    return False
-  return True
-
-
-# Those of rows that are to come are left out.
-KINDS = LLAMAS | {n: kind for n, kind in _FAMILIES.items() if _is_read(kind)}
+KINDS = LLAMAS | _FAMILIES
 
 
 def torch_model(keys: Mapping[str, Any], without: tuple[str, ...] = ()) -> Any:
