@@ -21,7 +21,7 @@ from lorapr_jax.models.config import (
   NORMS,
   ModelConfig,
 )
-from lorapr_jax.models.families import FEATURES, Number
+from lorapr_jax.models.family import FEATURES, Number
 
 
 @dataclasses.dataclass(frozen=True)

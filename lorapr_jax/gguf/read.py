@@ -36,7 +36,7 @@ from lorapr_jax.models.config import (
   LayerShape,
   ModelConfig,
 )
-from lorapr_jax.models.families import FEATURES
+from lorapr_jax.models.family import FEATURES
 from lorapr_jax.runtime.files import write_json
 from lorapr_jax.runtime.paths import local_file, path_of
 

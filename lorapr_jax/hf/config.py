@@ -15,11 +15,8 @@ from lorapr_jax.models.config import (
   LayerShape,
   ModelConfig,
 )
-from lorapr_jax.models.families import (
-  PREFIX,
-  Family,
-  family_of,
-)
+from lorapr_jax.models.families import PREFIX, family_of
+from lorapr_jax.models.family import Family
 
 # Of these a null does not mean what it means that they are absent: as many KV
 # heads as heads, heads as wide as the hidden size allows, no window.

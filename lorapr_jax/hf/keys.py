@@ -14,8 +14,8 @@ from lorapr_jax.models.families import (
   PREFIX,
   REMOTE_CODE,
   TEXT_OF,
-  Family,
 )
+from lorapr_jax.models.family import Family
 
 # The value each of these keys must have, or be absent.
 _ONLY_SUPPORTED = {

@@ -6,7 +6,7 @@ from typing import Any
 from lorapr_jax.errors import UserError, short
 from lorapr_jax.hf.rope import is_positive, rope_from_hf, rope_to_hf
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.families import FULL, SLIDING, Family, layer_keys
+from lorapr_jax.models.family import FULL, SLIDING, Family, layer_keys
 from lorapr_jax.models.rope import Rope
 
 _ORIGINAL = 'original_max_position_embeddings'

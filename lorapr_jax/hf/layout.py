@@ -6,13 +6,8 @@ from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.remote import remote_code_keys
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.families import (
-  EXPORTED,
-  PREFIX,
-  REMOTE_CODE,
-  Family,
-  row_of,
-)
+from lorapr_jax.models.families import EXPORTED, PREFIX, REMOTE_CODE, row_of
+from lorapr_jax.models.family import Family
 
 AUTO = 'auto'
 LAYOUTS = (AUTO, 'uniform', 'two_shape', 'padded')

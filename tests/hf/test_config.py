@@ -12,14 +12,8 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.models.config import LayerShape, ModelConfig
-from lorapr_jax.models.families import (
-  BIAS_KEYS,
-  EXPORTED,
-  FAMILIES,
-  FULL,
-  SLIDING,
-  TEXT_OF,
-)
+from lorapr_jax.models.families import BIAS_KEYS, EXPORTED, FAMILIES, TEXT_OF
+from lorapr_jax.models.family import FULL, SLIDING
 from lorapr_jax.models.rope import (
   Dynamic,
   Linear,
