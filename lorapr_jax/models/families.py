@@ -256,13 +256,19 @@ FAMILIES = {
     absent=_GEMMA
     | {
       'final_logit_softcapping': None,
+      # The text_config of a gemma3 says little more than its sizes.
+      'hidden_size': 2304,
+      'intermediate_size': 9216,
       'max_position_embeddings': 131072,
+      'num_attention_heads': 8,
+      'num_hidden_layers': 26,
       'num_key_value_heads': 4,
       'query_pre_attn_scalar': 256,
       'rope_local_base_freq': 1e4,
       'rope_theta': 1e6,
       'sliding_window': 4096,
       'sliding_window_pattern': 6,
+      'vocab_size': 262208,
     },
     bias_keys={'attention_bias': PROJECTIONS['self_attn']},
     fixed=_GEMMA_FIXED | {'norms': NORMS, 'qk_norm': 'head'},

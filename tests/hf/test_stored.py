@@ -4,6 +4,7 @@ The truth is transformers' model of the family, and PEFT's adapter over it.
 """
 
 import functools
+import json
 
 import jax
 import numpy as np
@@ -50,14 +51,18 @@ def source(request, tmp_path_factory):
   model = transformers.AutoModelForCausalLM.from_config(
     transformers.AutoConfig.for_model(model_type=request.param, **SIZES)
   )
-  generator = torch.Generator().manual_seed(0)
-  with torch.no_grad():
-    for name, weight in model.named_parameters():
-      mean = 1.0 if 'norm' in name else 0.0
-      weight.normal_(mean, 0.3, generator=generator)
+  _randomise(model, 1.0)
   folder = tmp_path_factory.mktemp(request.param) / 'model'
   model.save_pretrained(folder)
   return model, folder
+
+
+def _randomise(model, norm):
+  generator = torch.Generator().manual_seed(0)
+  with torch.no_grad():
+    for name, weight in model.named_parameters():
+      mean = norm if 'norm' in name else 0.0
+      weight.normal_(mean, 0.3, generator=generator)
 
 
 def _theirs(model):
@@ -143,3 +148,31 @@ def test_each_device_gets_its_slices(source, load):
   places = weight_places(config, jnp.float32, mesh)
   got = load_params(folder, config, places, np.dtype('float32'))
   jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_of_a_gemma_3_that_sees_the_text_model_is_read(load, tmp_path):
+  text = {'hidden_size': 32, 'intermediate_size': 48, 'num_hidden_layers': 2}
+  text |= {'head_dim': 8, 'vocab_size': 96, 'sliding_window': 8}
+  vision = {'hidden_size': 16, 'intermediate_size': 16, 'image_size': 28}
+  vision |= {'num_attention_heads': 2, 'num_hidden_layers': 1}
+  model = transformers.Gemma3ForConditionalGeneration(
+    transformers.Gemma3Config(
+      text_config=text, vision_config=vision, mm_tokens_per_image=4
+    )
+  )
+  _randomise(model, 0.0)
+  model.save_pretrained(tmp_path / 'gemma3')
+  # The Hub's say little more than the sizes, and no number of heads.
+  path = tmp_path / 'gemma3' / 'config.json'
+  keys = {'model_type': 'gemma3', 'text_config': text, 'eos_token_id': [1, 9]}
+  path.write_text(json.dumps(keys | {'vision_config': vision}))
+  config, params = load(path.parent)
+  assert config.layers[0].num_heads == 8
+  _assert_near(_ours(params, config), _theirs(model))
+  export_model(tmp_path / 'out', params, config)
+  exported, info = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'out', output_loading_info=True
+  )
+  assert not any(info.values()), info
+  assert type(exported) is transformers.Gemma3ForCausalLM
+  _assert_near(_theirs(exported), _theirs(model))

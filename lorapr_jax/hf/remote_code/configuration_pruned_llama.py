@@ -39,6 +39,9 @@ class PrunedLlamaConfig(PretrainedConfig):
     # transformers 5 makes it a property, for which all else must be there.
     self.per_layer_config = per_layer_config or None
 
+  def validate(self):
+    """Checks nothing: LlamaConfig has, and this one has no single sizes."""
+
   def layer_config(self, index):
     """A copy of this config that has the sizes of layer `index` at its top."""
     per_layer = self.per_layer_config
