@@ -552,6 +552,8 @@ TYPES = [
   ('helium', {'num_attention_heads': 2}, 'llama'),
   ('phi3', {'num_attention_heads': 2}, 'phi3'),
   ('glm4', {'num_attention_heads': 6}, 'glm4'),
+  ('gemma2', {'hidden_act': ...}, 'gemma2'),
+  ('gemma2', {'hidden_act': ..., 'num_attention_heads': 6}, 'pruned_gemma2'),
   ('phi3', {'rope_scaling': LONG}, 'phi3'),
   ('phi3', {'num_attention_heads': 2, 'rope_scaling': LONG}, 'llama'),
 ]
@@ -565,6 +567,13 @@ def test_an_export_is_of_a_type_that_stock_tools_load(
   hf = _changed({'model_type': model_type, **sizes, **keys})
   found = hf_config(config_from_hf(hf), 'float32', 'auto', 'auto')
   assert found['model_type'] == expected
+
+
+def test_a_gemma_of_a_stock_type_has_heads_that_divide_its_width():
+  keys = {'model_type': 'gemma2', 'hidden_act': ..., 'head_dim': 8}
+  config = config_from_hf(_changed(keys))
+  with pytest.raises(UserError, match='refuses a gemma2 of 6 heads'):
+    hf_config(config, 'float32', 'uniform', 'auto')
 
 
 @pytest.mark.parametrize(

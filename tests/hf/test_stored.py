@@ -14,8 +14,10 @@ from safetensors.numpy import load_file
 import torch
 import transformers
 
+from lorapr_jax.errors import UserError
 from lorapr_jax.exporting.convert import convert
 from lorapr_jax.hf.adapter import read_adapter, write_adapter
+from lorapr_jax.hf.layout import hf_config
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
@@ -38,8 +40,8 @@ SIZES = {
   'pad_token_id': None,
   'tie_word_embeddings': False,
 }
-# Joined rows; heads whose rows are pairs.
-FAMILIES = ('phi3', 'ernie4_5')
+# Joined rows; heads whose rows are pairs; both, in a part of a head.
+FAMILIES = ('phi3', 'ernie4_5', 'glm4')
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 24))
 LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
 SOME = LoraConfig(rank=3, alpha=6.0, dropout=0.0, targets=('q_proj', 'up_proj'))
@@ -110,6 +112,10 @@ def test_out_comes_what_came_in(source, load, tmp_path):
 def test_a_mistral_is_made_of_it(source, load, tmp_path):
   model, folder = source
   config, params = load(folder)
+  if config.family == 'glm4':
+    with pytest.raises(UserError, match='use export.model_type=glm4'):
+      hf_config(config, 'float32', 'auto', 'mistral')
+    return
   export_model(tmp_path / 'out', params, config, model_type='mistral')
   mistral, info = transformers.MistralForCausalLM.from_pretrained(
     tmp_path / 'out', output_loading_info=True
