@@ -154,9 +154,9 @@ def test_generate_goes_on_with_the_likeliest_tokens(talking):
     (
       'tinny',
       {},
-      "no config 'tinny': .* default, llama, paper, smollm2_135m, tiny",
+      "no config 'tinny': .* default, models, paper, smollm2_135m, tiny",
     ),
-    ('configs/none.py', {}, 'default, llama, paper, smollm2_135m, tiny'),
+    ('configs/none.py', {}, 'default, models, paper, smollm2_135m, tiny'),
     ('elsewhere/tiny.py', {}, "no config 'elsewhere/tiny.py'"),
     ('tiny', {'purne': {}}, 'config.purne; did you mean config.prune'),
     ('tiny', {'prune': {'tarot': 1}}, 'did you mean config.prune.target'),

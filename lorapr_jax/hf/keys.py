@@ -145,7 +145,7 @@ def _check_supported(hf: Mapping[str, Any], family: Family) -> None:
       )
   _check_kinds(hf)
   key, names = family.activation_key, family.activations
-  if hf.get(key) not in (None, *names):
+  if hf.get(key, names[0]) not in names:
     raise UserError(
       f'config.json: {key} is {shown(hf[key])}; only "{names[0]}" is supported'
     )
