@@ -58,8 +58,9 @@ test-package: .venv/dev
 	$(BIN)/python -m pytest -m packaging
 
 # With the oldest versions that requirements.txt allows. Messages, pages, meshes,
-# benchmarks, the algebra of pruning and the longest runs are left to `test`.
-LEFT := errors cli pruning test_docs.py test_notebook.py test_benchmarks.py \
+# benchmarks, the algebra of pruning, the newest families and the longest runs are
+# left to `test`.
+LEFT := errors cli pruning families test_docs.py test_notebook.py test_benchmarks.py \
   training/test_shrinking.py training/test_phases.py training/test_processes.py
 test-lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest $(PAIRS) \

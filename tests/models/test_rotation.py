@@ -17,6 +17,7 @@ from lorapr_jax.models.rotation import (
   turn_queries,
 )
 
+TRANSFORMERS_5 = int(transformers.__version__.split('.')[0]) > 4
 HF = {
   'model_type': 'llama',
   'vocab_size': 96,
@@ -70,6 +71,8 @@ def _theirs(scaling, length):
 @pytest.mark.parametrize('length', [16, 100])
 @pytest.mark.parametrize('scaling', SCALINGS.values(), ids=SCALINGS)
 def test_frequencies_are_transformers(scaling, length):
+  if scaling and scaling['rope_type'] == 'longrope' and not TRANSFORMERS_5:
+    pytest.skip('transformers 4 reads the original length elsewhere')
   config = config_from_hf({**HF, 'rope_scaling': scaling})
   rope, positions = config.ropes[0], config.max_positions
   ours = rope_frequencies(config.rotated, rope, length, positions)

@@ -28,6 +28,8 @@ _KEPT = {
 }
 _SIZES = {
   'vocab_size': tiny.VOCAB_SIZE,
+  'bos_token_id': 1,
+  'eos_token_id': 0,
   'intermediate_size': 64,
   'num_hidden_layers': 3,
   'max_position_embeddings': 128,
