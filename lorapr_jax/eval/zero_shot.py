@@ -47,8 +47,6 @@ class TaskScore:
     errors: {name: standard error}, where there is one.
     by_question: {name: the score of each question, in order} of acc and
       acc_norm, so that two models can be compared question by question.
-    by_question: {name: the score of each question, in order} of accuracies, so
-      that two models can be compared question by question.
   """
 
   task: str
@@ -57,7 +55,7 @@ class TaskScore:
   documents: int
   metrics: dict[str, float]
   errors: dict[str, float]
-  by_question: dict[str, list[float]]
+  by_question: dict[str, tuple[float, ...]]
 
 
 def import_harness() -> ModuleType:
