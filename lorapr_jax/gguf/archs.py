@@ -73,8 +73,7 @@ class Arch:
       lacks.append('layers of unequal size')
     if self.tied is not None and self.tied != config.tie_embeddings:
       lacks.append('head of its own' if self.tied else 'tied embeddings')
-    widths = {shape.num_heads * config.head_dim for shape in config.layers}
-    if self.full_width and widths != {config.embed_dim}:
+    if self.full_width and not config.heads_fill_embed:
       lacks.append('heads that are not as wide as the embeddings together')
     if biases := [name for name in config.biases if name not in self.biases]:
       lacks.append(f'bias of {" and ".join(biases)}')

@@ -51,10 +51,7 @@ class Layers(NamedTuple):
   @classmethod
   def of(cls, config: ModelConfig) -> 'Layers':
     """Those of a model."""
-    all_layers = range(len(config.layers))
-    windows = config.windows or [None for _ in all_layers]
-    of_layer = config.rope_of_layer or [0 for _ in all_layers]
-    return cls(windows, [config.ropes[i] for i in of_layer])
+    return cls(config.layer_windows, config.layer_ropes)
 
   @property
   def local(self) -> Rope | None:

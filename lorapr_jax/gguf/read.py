@@ -24,9 +24,7 @@ from lorapr_jax.gguf.format import (
 )
 from lorapr_jax.gguf.header import Tensor, read_header
 from lorapr_jax.gguf.read_rope import with_rope
-from lorapr_jax.gguf.rope import (
-  TABLES,
-)
+from lorapr_jax.gguf.rope import TABLES
 from lorapr_jax.gguf.tokenizer import ROLES, TOKENS, write_tokenizer_files
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.stored import Rows, our_tensors, stored_shapes

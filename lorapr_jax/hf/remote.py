@@ -8,7 +8,7 @@ from pathlib import Path
 import re
 from typing import Any
 
-from lorapr_jax.models.families import REMOTE_CODE
+from lorapr_jax.models.families import PREFIX, REMOTE_CODE
 
 _FILES = Path(__file__).parent / 'remote_code'
 
@@ -36,7 +36,7 @@ def remote_code(model_type: str) -> dict[str, str]:
     r'\bLlama(?=Config|Model)': stock + text,
     'PrunedLlama': _class_name(model_type),
     r'\bLlama(?=ForCausalLM|\b)': stock,
-    'LLaMA': model_type.removeprefix('pruned_'),
+    'LLaMA': model_type.removeprefix(PREFIX),
   }
   files = {}
   for path in sorted(_FILES.glob('*.py')):

@@ -86,7 +86,10 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """A LLaMA-family model. Layers may differ in size once they are pruned."""
+  """A dense decoder-only model. Layers may differ in size once it is pruned.
+
+  The defaults are those of a LLaMA.
+  """
 
   vocab_size: int
   embed_dim: int
@@ -159,6 +162,17 @@ class ModelConfig:
     scalings = [rope.scaling for rope in self.ropes if rope]
     long = [x for x in scalings if isinstance(x, LongRope)]
     return {x.original_max_position_embeddings for x in long}
+
+  @property
+  def layer_windows(self) -> tuple[int | None, ...]:
+    """`windows` with an entry for each layer."""
+    return self.windows or (None,) * len(self.layers)
+
+  @property
+  def layer_ropes(self) -> tuple[Rope | None, ...]:
+    """How each layer turns."""
+    of_layer = self.rope_of_layer or (0,) * len(self.layers)
+    return tuple(self.ropes[i] for i in of_layer)
 
   @property
   def stacks(self) -> tuple[Stack, ...]:

@@ -183,13 +183,11 @@ class Family:
 
 def layer_keys(config: ModelConfig) -> dict[str, Any]:
   """The keys of a config.json that tell layers apart."""
-  num_layers = len(config.layers)
-  windows = config.windows or (None,) * num_layers
-  ropes = config.rope_of_layer or (0,) * num_layers
+  windows = config.layer_windows
   return {
     'sliding_window': next(filter(None, windows), None),
     'layer_types': [SLIDING if w else FULL for w in windows],
-    'no_rope_layers': [int(config.ropes[i] is not None) for i in ropes],
+    'no_rope_layers': [int(x is not None) for x in config.layer_ropes],
   }
 
 

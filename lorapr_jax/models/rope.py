@@ -15,7 +15,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Dynamic:
-  """Theta grows with the longest text, from the model's positions on."""
+  """Theta grows with a text's length, from the model's positions on."""
 
   factor: float
 
