@@ -29,7 +29,8 @@ import sys
 from typing import Any
 
 from benchmarks.results_figures import draw, draw_best
-from benchmarks.results_page import (
+from benchmarks.results_page import page
+from benchmarks.results_rows import (
   ADDITIONS,
   EVERYTHING,
   NEWS,
@@ -38,7 +39,6 @@ from benchmarks.results_page import (
   WINDOWS,
   Row,
   collect,
-  page,
 )
 import lorapr_jax as lp
 from lorapr_jax.data.demo import all_news_texts

@@ -6,7 +6,7 @@ import statistics
 from matplotlib.figure import Figure
 
 from benchmarks.peers import PEERS
-from benchmarks.results_page import (
+from benchmarks.results_rows import (
   ADDITIONS,
   NEWS,
   OURS,

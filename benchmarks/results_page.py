@@ -1,104 +1,19 @@
 """docs/results.md, from what the runs of compare.py came to."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-import dataclasses
 import statistics
-from typing import Any
 
 from benchmarks.peers import PEERS
-
-NEWS = 'held-out news'
-PAPER, OURS = "the paper's method", 'lorapr_jax'
-SEQ_LEN, WINDOWS = 128, 80
-# What may be added to the paper's method, one at a time, and its settings.
-ADDITIONS: dict[str, dict[str, Any]] = {
-  'own': {'prune.lora_gradient': 'own'},
-  'compensation': {'prune.compensate': 'ridge'},
-  'distillation': {'train.distill': 0.5, 'train.distill_top_k': 64},
-  'recovery': {'train.steps': 60, 'recover.steps': 40},
-}
-# The demo's config, which has what is best together, and what differs from it:
-# first of all the share of its steps that only measure.
-EVERYTHING = 'everything'
-TOGETHER: dict[str, dict[str, Any]] = {
-  EVERYTHING: {'prune.calibration_steps': 24},
-  'everything, no layer protected': {
-    'prune.calibration_steps': 24,
-    'prune.protect': 'none',
-  },
-  'everything, untrained': {
-    'prune.calibration_steps': 32,
-    'train.distill': 0.0,
-  },
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """Runs that differ by their seed alone.
-
-  Attributes:
-    percent: of the groups, a key of TARGETS.
-    order: prune.order.
-    criterion: prune.criterion.
-    seeds: train.seed of each run.
-    added: a key of ADDITIONS or TOGETHER; nothing is the paper's method.
-  """
-
-  percent: int
-  order: str
-  criterion: str
-  seeds: tuple[int, ...] = (0,)
-  added: str = ''
-
-  @property
-  def method(self) -> str:
-    """The criterion, and what is added."""
-    return ' + '.join(filter(None, (self.criterion, self.added)))
-
-  @property
-  def is_plain(self) -> bool:
-    """Whether it is what the others are compared with: LoRAPrune."""
-    plain = (self.order, self.method) == ('joint', 'lora')
-    return plain and self.percent > 0
-
-  @property
-  def is_best(self) -> bool:
-    """Whether it is the demo's config as it is."""
-    return self.added == EVERYTHING
-
-  @property
-  def leads(self) -> bool:
-    """Whether it is compared in tasks too."""
-    return self.is_plain or self.is_best
-
-  def name(self, seed: int) -> str:
-    """Of a run's workdir."""
-    method = self.method.replace(' + ', '+').replace(', ', '-')
-    method = method.replace(' ', '-')
-    return f'{self.order}-{method}-{self.percent}-seed{seed}'
-
-
-Results = dict[Row, list[dict[str, Any]]]
-
-
-def collect(
-  record: Mapping[str, Any], rows: Iterable[Row]
-) -> tuple[dict[str, float], Results, list[str]]:
-  """Of a record: the dense model, each row's runs, and which are missing.
-
-  Runs that were not measured on all of its texts are missing too.
-  """
-  results: Results = {}
-  missing = []
-  for row in rows:
-    for name in map(row.name, row.seeds):
-      run = record.get(name, {'perplexity': {}})
-      if record['texts'].keys() <= run['perplexity'].keys():
-        results.setdefault(row, []).append(run)
-      else:
-        missing.append(name)
-  return record['dense'], results, missing
+from benchmarks.results_rows import (
+  OURS,
+  PAPER,
+  SEQ_LEN,
+  WINDOWS,
+  Results,
+  Row,
+  markdown,
+)
+from benchmarks.results_tasks import Answers, section
 
 
 def spread(values: Sequence[float], form: str = '{:.1f}') -> str:
@@ -142,91 +57,7 @@ def lead(
     untrained = f'{OURS}, untrained'
     add(untrained, lambda row: here(row) and row.added.endswith('untrained'))
     add(OURS, lambda row: here(row) and row.is_best)
-  return _markdown(lines)
-
-
-Answers = Mapping[str, str]
-
-
-def accuracy(answers: Answers) -> float:
-  """The mean over tasks of the share of 1s."""
-  return statistics.mean(x.count('1') / len(x) for x in answers.values())
-
-
-def paired(ours: Answers, other: Answers) -> tuple[float, float]:
-  """By how much our accuracy is above another's, question by question.
-
-  Returns:
-    The mean over tasks of the mean difference d, and half of its 95% interval,
-    1.96 sqrt(sum_t var(d_t) / n_t) / tasks.
-  """
-  differences = [
-    [int(a) - int(b) for a, b in zip(ours[task], other[task], strict=True)]
-    for task in ours
-  ]
-  errors = [statistics.variance(d) / len(d) for d in differences]
-  mean = statistics.mean(map(statistics.mean, differences))
-  return mean, 1.96 * sum(errors) ** 0.5 / len(errors)
-
-
-def zero_shot(dense: Answers, results: Results) -> str:
-  """Accuracies in tasks, of the rows that have them."""
-  tasks = tuple(dense)
-  lines = [
-    (
-      '',
-      'parameters',
-      *tasks,
-      'mean',
-      'of dense',
-      'minus dense',
-      'minus paper',
-    ),
-    ('---',) * (6 + len(tasks)),
-  ]
-
-  def add(name: str, kept: float, answers: Answers, paper: Answers) -> None:
-    mean = accuracy(answers)
-    others = (
-      '{:+.1%} ± {:.1%}'.format(*paired(answers, x)) if x else ''
-      for x in (dense if answers is not dense else {}, paper)
-    )
-    each = (f'{x.count("1") / len(x):.1%}' for x in answers.values())
-    share = f'{mean / accuracy(dense):.1%}'
-    lines.append((name, f'{kept:.1%}', *each, f'{mean:.1%}', share, *others))
-
-  add('dense', 1.0, dense, {})
-  papers = {
-    row.percent: runs[0]['tasks']
-    for row, runs in results.items()
-    if row.is_plain and runs[0].get('tasks')
-  }
-  for row, runs in results.items():
-    if row.leads and (answers := runs[0].get('tasks')):
-      name = PAPER if row.is_plain else OURS
-      paper = {} if row.is_plain else papers.get(row.percent, {})
-      add(name, runs[0]['kept'], answers, paper)
-  return _markdown(lines)
-
-
-def _zero_shot_section(dense: Answers, results: Results) -> str:
-  if not dense:
-    return ''
-  count = len(next(iter(dense.values())))
-  return f"""
-## Zero-shot tasks
-
-Accuracy (lm_eval's `acc`) in {len(dense)} tasks of up to {count} questions, of
-the first seed. `of dense` is the mean accuracy as a share of the dense model's.
-The last two columns are mean differences, question by question, with their 95%
-intervals.
-
-{zero_shot(dense, results)}
-"""
-
-
-def _markdown(lines: Iterable[Sequence[str]]) -> str:
-  return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+  return markdown(lines)
 
 
 def apart() -> str:
@@ -266,7 +97,7 @@ def table(
         f'{max(run["memory"] for run in runs) / 1e9:.2f}',
       )
     )
-  return _markdown(lines)
+  return markdown(lines)
 
 
 def findings(results: Results, texts: Iterable[str]) -> str:
@@ -361,7 +192,7 @@ The texts:
 ```sh
 PYTHONPATH=. {command}
 ```
-{_zero_shot_section(answers, results)}
+{section(answers, results)}
 ## All runs
 
 The model has its three KV heads repeated to nine. LoRA has rank 8; its learning
