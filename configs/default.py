@@ -14,8 +14,8 @@ def get_config() -> config_dict.ConfigDict:
   config = config_dict.ConfigDict()
 
   config.model = config_dict.ConfigDict()
-  # The base: a Hugging Face folder of a llama, mistral, ministral or smollm3,
-  # or one that a run exported. Empty: random weights of the sizes below.
+  # The base: a Hugging Face folder of one of the families of docs/models.md, or
+  # one that a run exported. Empty: random weights of the sizes below.
   config.model.path = ''
   # The sizes of a model with random weights: the keys of a config.json.
   config.model.sizes = config_dict.ConfigDict()

@@ -166,7 +166,13 @@ def family_table() -> str:
 
 
 def _pruned(model_type: str, heads: int) -> ModelConfig:
-  """A model of four layers with so many heads."""
+  """A model of four layers with so many heads.
+
+  Its windows are those of published models: where only some layers have one, or
+  `layer_types` says which, there are windows.
+  """
+  row = FAMILIES[model_type]
+  windows = row.has_layer_types and 'use_sliding_window' not in row.absent
   return config_from_hf(
     {
       'model_type': model_type,
@@ -178,7 +184,7 @@ def _pruned(model_type: str, heads: int) -> ModelConfig:
       'num_key_value_heads': 1,
       'intermediate_size': 128,
       'query_pre_attn_scalar': 16,
-      'sliding_window': None,
+      **({} if windows else {'sliding_window': None}),
     }
   )
 
