@@ -56,7 +56,7 @@ def _alone(params, pairs, config):
   @jax.jit
   def log_p(ids):
     hidden = decoder.hidden_states(params, ids[None], config)
-    return jax.nn.log_softmax(decoder.logits(params, hidden[0], CONFIG))
+    return jax.nn.log_softmax(decoder.logits(params, hidden[0], config))
 
   scores = []
   for context, continuation in pairs:
