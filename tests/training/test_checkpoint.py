@@ -173,21 +173,23 @@ def damages(content):
 
 
 def test_any_damage_to_the_arrays_is_seen_or_changes_nothing(folder, base):
-  results, shapes = [], jax.eval_shape(lambda: new_state(COMPUTE))
+  seen, shapes = {}, jax.eval_shape(lambda: new_state(COMPUTE))
   for path in (folder / '37').rglob('d/*'):
     content = path.read_bytes()
+    seen[path] = 0
     for damaged in damages(content):
       path.unlink() if damaged is None else path.write_bytes(damaged)
       try:
         state = checkpoint.restore(folder, 37, shapes, base.places.state)
       except Damaged:
-        results.append('seen')
+        seen[path] += 1
       else:
         assert_same(state, state_at(37))
-        results.append('unharmed')
       path.write_bytes(content)
-  # Some of the files have been superseded by others beside them.
-  assert results.count('seen') > 15
+  # Some of the files have been superseded by others, and how many there are
+  # depends on how the writer's threads ran; the largest holds the arrays: gone,
+  # empty and cut short are seen at the least.
+  assert seen[max(seen, key=lambda path: path.stat().st_size)] >= 3
   assert_same(
     checkpoint.read_state(folder.parent, folder.name)['lora'],
     state_at(37).lora,
