@@ -10,6 +10,8 @@ import functools
 import math
 from typing import Any, TypeVar
 
+from ml_collections import config_dict
+
 from lorapr_jax.data.packing import PACKINGS
 from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
@@ -228,4 +230,6 @@ def read_section(kind: type[Section], given: Mapping[str, Any]) -> Section:
     UserError: naming the key whose value is impossible.
   """
   names = [field.name for field in dataclasses.fields(kind)]
+  if isinstance(given, config_dict.ConfigDict):
+    given = given.to_dict()  # What is nested, too.
   return kind(**{name: given[name] for name in names if name in given})

@@ -7,6 +7,7 @@ import transformers
 from configs import models
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models.families import FAMILIES
+from lorapr_jax.settings.run import split_config
 
 
 @pytest.mark.parametrize('name', models.SIZES)
@@ -19,6 +20,9 @@ def test_parameters_are_counted_as_transformers_counts_them(name):
   model.tie_weights()
   theirs = sum({id(p): p.numel() for p in model.parameters()}.values())
   assert config_from_hf(keys).num_parameters == theirs
+  # As a run reads them.
+  settings = split_config(models.get_config(name))
+  assert settings.compute.config.num_parameters == theirs
   # The name ends with the billions that its publisher speaks of.
   billions = float(name.rpartition('-')[2].removesuffix('b'))
   assert theirs / 1e9 == pytest.approx(billions, rel=0.12)
