@@ -1,4 +1,4 @@
-"""What LLaMAs of all sizes take on slices of TPUs, and whether they fit.
+"""What models of all sizes take on slices of TPUs, and whether they fit.
 
   JAX_PLATFORMS=cpu PYTHONPATH=. python benchmarks/fits.py --results fits.jsonl
 
@@ -24,6 +24,7 @@ from lorapr_jax.planning.topology import Topology
 from lorapr_jax.runtime.sharding import mesh_sizes
 
 SIZES = [name for name in models.SIZES if name.startswith('llama')]
+SIZES += ['qwen3-8b', 'gemma3-12b']
 TOPOLOGIES = ('v5e:2x4', 'v5e:8x8', 'v5p:2x2x1')
 # The base's dtype and the criterion.
 WAYS = (('bfloat16', 'lora'), ('int8', 'lora'), ('bfloat16', 'gradient'))

@@ -23,6 +23,7 @@ if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
   _COMPILED = tempfile.TemporaryDirectory(prefix='xla-')
   os.environ['JAX_COMPILATION_CACHE_DIR'] = _COMPILED.name
 os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
+os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 # Tracing makes objects by the million, of which hardly any is garbage.
 gc.set_threshold(100_000, 50, 100)
 _FLAGS = os.environ.get('XLA_FLAGS', '')

@@ -29,7 +29,7 @@ SHORT = (
   '--config.train.steps=4 --config.train.batch_size=4 '
   '--config.train.micro_batch_size=4 --config.train.seq_len=16 '
   '--config.data.eval_windows=4 --config.prune.every=1 '
-  '--config.prune.calibration_steps=2 '
+  '--config.prune.calibration_steps=2 --config.lora.targets=q_proj,gate_proj '
   '--config.report.max_new_tokens=4'
 )
 SHORT_IN_PYTHON = (

@@ -10,6 +10,7 @@ DEVICES = '--xla_force_host_platform_device_count'
 # Most of a test's time is compiling, and LLVM takes a fifth of it longer to
 # make faster code of the same operations.
 FLAGS = '--xla_backend_optimization_level=0'
+FLAGS += ' --xla_llvm_disable_expensive_passes=true'
 # On a busy machine one of eight devices may come long after another; after
 # 40 s, which is the default, the process would be aborted.
 FLAGS += ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
@@ -19,11 +20,13 @@ FLAGS += ' --xla_cpu_collective_call_terminate_timeout_seconds=600'
 if __version_info__ <= (0, 11, 0):
   FLAGS += ' --xla_cpu_use_fusion_emitters=false'
   FLAGS += ' --xla_cpu_parallel_codegen_split_count=1'
-# Where JAX keeps what it compiles, and from which seconds on: conftest.py sets
-# both.
-CACHE = (
+# What conftest.py sets: where JAX keeps what it compiles and from which seconds
+# on; and that no operation says from which lines of Python it comes, since that
+# takes a twentieth of the time.
+JAX = (
   'JAX_COMPILATION_CACHE_DIR',
   'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS',
+  'JAX_TRACEBACK_IN_LOCATIONS_LIMIT',
 )
 
 
@@ -34,6 +37,6 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     'PYTHONPATH': f'{TESTS.parent}:{TESTS / "startup"}',
     'JAX_PLATFORMS': 'cpu',
     'XLA_FLAGS': f'{FLAGS} {DEVICES}={devices}',
-    **{name: os.environ[name] for name in CACHE},
+    **{name: os.environ[name] for name in JAX},
     **more,
   }

@@ -204,6 +204,7 @@ def test_a_run_on_an_int8_base_is_exported_again_as_it_was(capsys, tmp_path):
     np.testing.assert_array_equal(x, theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.mesh
 def test_a_profile_is_exported_as_it_was_planned(capsys, tmp_path):
   settings = {

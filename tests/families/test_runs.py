@@ -1,7 +1,7 @@
 """Whole runs, by pairwise cover of what models have and what runs do.
 
-In `make test` most features are met; in `make test-families` every feature
-with every setting, and every two settings.
+In `make test-families` every feature is met with every setting, and every two
+settings. `make test` has test_glm4.py, and cheaper tests of each feature.
 """
 
 import json
@@ -17,7 +17,7 @@ from lorapr_jax import train
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models import decoder
 from lorapr_jax.pruning.importance import CRITERIA
-from tests.families.cover import GROUPED, cover, pairs
+from tests.families.cover import GROUPED, pairs
 from tests.kinds import KINDS, save
 
 SETTINGS = {
@@ -109,21 +109,10 @@ def _can_meet(pair):
 
 
 RUNS = _runs()
-# Those with most features; cheaper tests have each of them.
-FEW = cover({run: HAS[run[0]] for run in RUNS})[:3]
 
 
-@pytest.mark.parametrize(
-  'case',
-  [
-    pytest.param(
-      case,
-      id=case[0],
-      marks=() if case in FEW else pytest.mark.families,
-    )
-    for case in RUNS
-  ],
-)
+@pytest.mark.families
+@pytest.mark.parametrize('case', RUNS, ids=lambda case: case[0])
 def test_a_run_prunes_as_asked_and_transformers_loads_it(
   case, add_tokenizer, load, tmp_path
 ):

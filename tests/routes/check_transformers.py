@@ -37,16 +37,17 @@ def main() -> None:
     for export, truth in exports(folder, 'hf'):
       check_folder(export, truth, results)
     for export, truth in exports(folder, 'family'):
-      if is_known(export):
+      if is_known(export.path):
         check_folder(export, truth, results)
     results = Results(folder, 'peft', 'transformers')
     for export, truth in exports(folder, 'peft'):
-      check_adapter(export, truth, results)
+      if is_known(Path(export.path) / 'base'):
+        check_adapter(export, truth, results)
 
 
-def is_known(export: Export) -> bool:
+def is_known(folder: str | Path) -> bool:
   """Whether this version of transformers is as new as a folder's family."""
-  config = json.loads((Path(export.path) / 'config.json').read_text())
+  config = json.loads((Path(folder) / 'config.json').read_text())
   return config['model_type'].removeprefix('pruned_') in CONFIG_MAPPING
 
 

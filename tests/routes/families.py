@@ -9,12 +9,14 @@ import numpy as np
 import tiny
 
 from lorapr_jax.errors import UserError
-from lorapr_jax.exporting.model import Description, Weights
+from lorapr_jax.exporting.model import Description, Weights, merge
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load
+from lorapr_jax.models.config import LoraConfig
 from lorapr_jax.models.families import FAMILIES
+from lorapr_jax.models.trees import init_lora
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
 from lorapr_jax.pruning.shrink import kept_groups, shrunk_config
@@ -26,6 +28,7 @@ _KEPT = {
   'equal': {KV_HEADS: (1, 1, 1), CHANNELS: (32, 32, 32)},
   'unequal': {KV_HEADS: (1, 2, 1), CHANNELS: (32, 64, 32)},
 }
+_LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 _SIZES = {
   'vocab_size': tiny.VOCAB_SIZE,
   'bos_token_id': 1,
@@ -54,10 +57,13 @@ def make_exports(folder: Path, text: Path) -> Iterator[Export]:
 def _exports(base: Path, path: Path, keep) -> Iterator[Export]:
   """The routes that hold the model; why others do not is printed."""
   model, weights = _pruned(base, keep)
-  for route in (
+  routes = [
     Route('hf', path),
     Route('gguf', path.with_suffix('.gguf'), dtype='f32'),
-  ):
+  ]
+  if model.config.is_uniform:  # What adapters are over does not change them.
+    routes.append(Route('peft', path.with_name(f'{path.name}-peft')))
+  for route in routes:
     try:
       write(route, model, weights)
     except UserError as reason:
@@ -67,16 +73,19 @@ def _exports(base: Path, path: Path, keep) -> Iterator[Export]:
       continue
     yield Export(
       name=f'{path.name}, {route.kind}',
-      kind='gguf' if route.kind == 'gguf' else 'family',
+      kind='family' if route.kind == 'hf' else route.kind,
       path=str(route.path),
       truth=str(path),
-      remote_code=any(path.glob('*.py')),
+      remote_code=any(route.path.rglob('*.py')),
       dtype='f32' if route.kind == 'gguf' else 'float32',
     )
 
 
 def _pruned(base: Path, keep) -> tuple[Description, Weights]:
-  """A model without the groups of which random scores think least."""
+  """A model without the groups of which random scores think least.
+
+  It has random adapters.
+  """
   loaded = load(base)
   config, params = loaded.config, loaded.params
   stacks = tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
@@ -92,4 +101,9 @@ def _pruned(base: Path, keep) -> tuple[Description, Weights]:
     before=config,
     kept=kept,
   )
-  return model, Weights(cut_params(params, kept, config))
+  lora = jax.tree.map(
+    lambda x: rng.normal(size=x.shape, scale=0.1).astype(x.dtype),
+    init_lora(jax.random.key(0), model.config, _LORA),
+  )
+  params = cut_params(params, kept, config)
+  return model, merge(params, lora, _LORA, unmerged=True)

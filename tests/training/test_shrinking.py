@@ -37,7 +37,13 @@ CASES = {
     (),
   ),
   'int8': (
-    ('model.base_dtype=int8', 'prune.compensate=none'),
+    (
+      *('model.base_dtype=int8', 'prune.compensate=none'),
+      *('recover.steps=2', 'prune.layer_profile=2,3'),
+      # Of which the mesh leaves no choice.
+      *('model.sizes.num_key_value_heads=8', 'prune.heads_multiple_of=2'),
+      'prune.channels_multiple_of=2',
+    ),
     ('mesh.data=2', 'mesh.tensor=2'),
   ),
   'queries': (
@@ -48,11 +54,12 @@ CASES = {
     ('mesh.data=2', 'mesh.sequence=2'),
   ),
 }
-# int8 has what kv_heads has, and more.
+# int8 has what kv_heads has, and more; tests/pruning/test_shrink.py has single
+# queries, tests/families whole runs, and repaired runs are cut short below.
 MARKS = {
   'kv_heads': (pytest.mark.slow, pytest.mark.mesh),
+  'mha': pytest.mark.slow,
   'int8': pytest.mark.mesh,
-  # tests/pruning/test_shrink.py has single queries, tests/families whole runs.
   'queries': (pytest.mark.slow, pytest.mark.mesh),
 }
 
