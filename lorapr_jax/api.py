@@ -172,7 +172,7 @@ def export(
   # Imported here: no other function needs it.
   from lorapr_jax.exporting import sources
   from lorapr_jax.exporting.routes import Route
-  from lorapr_jax.hf.write import parse_size
+  from lorapr_jax.runtime.sizes import parse_size
   from lorapr_jax.settings.sections import ROUTES
 
   if format not in ROUTES:

@@ -4,8 +4,9 @@ from lorapr_jax.cli.arguments import Parser, print_json
 from lorapr_jax.exporting import sources
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.hf.layout import LAYOUTS, MODEL_TYPES
-from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
+from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES
 from lorapr_jax.runtime.paths import path_of
+from lorapr_jax.runtime.sizes import parse_size
 from lorapr_jax.runtime.terminal import say
 from lorapr_jax.settings.sections import ROUTES
 

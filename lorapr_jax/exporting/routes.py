@@ -15,8 +15,9 @@ from lorapr_jax.hf.layout import (
 )
 from lorapr_jax.hf.shards import MAX_SHARD_BYTES
 from lorapr_jax.hf.stored import Storage
-from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES, parse_size
+from lorapr_jax.hf.write import DTYPES, GGUF_DTYPES
 from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.runtime.sizes import parse_size
 from lorapr_jax.settings.sections import ExportSettings
 
 # A GGUF's names of the dtypes that NumPy has too.

@@ -5,7 +5,6 @@ The folder has its name, or its config.json, once it is complete.
 
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-import re
 from typing import Any
 
 import jax
@@ -54,31 +53,6 @@ COPIED = (
   'NOTICE*',
   'USE_POLICY*',
 )
-_UNITS = {
-  **{'B': 1, 'KB': 10**3, 'MB': 10**6, 'GB': 10**9},
-  **{'KiB': 2**10, 'MiB': 2**20, 'GiB': 2**30},
-}
-
-
-def parse_size(key: str, text: str) -> int:
-  """Bytes: '300MB' is 300,000,000, '1.5GiB' is 1,610,612,736.
-
-  Args:
-    key: the setting that the text belongs to, for the error.
-    text: a number and a unit.
-
-  Raises:
-    UserError: if it is no size, or less than one byte.
-  """
-  match = re.fullmatch(r'(\d+(?:\.\d+)?) ?(\w+)', text.strip())
-  number, unit = match.groups() if match else (0, '')
-  size = int(float(number) * _UNITS.get(unit, 0))
-  if size < 1:
-    raise UserError(
-      f'{key} is {text!r}: a number and one of {", ".join(_UNITS)} is '
-      'expected, such as 5GB'
-    )
-  return size
 
 
 def hf_tensors(

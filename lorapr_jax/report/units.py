@@ -2,21 +2,13 @@
 
 import math
 
-
-def _scaled(value: float, unit: str) -> str:
-  power = min(int(math.log10(max(value, 1)) // 3), 5)
-  number = f'{value / 1000**power:{"#.3g" if power else ".0f"}}'.rstrip('.')
-  return f'{number} {" kMGTP"[power].strip()}{unit}'
-
-
-def size(value: float) -> str:
-  """Bytes: 538 MB."""
-  return _scaled(value, 'B')
+from lorapr_jax.runtime.sizes import scaled
+from lorapr_jax.runtime.sizes import size as size
 
 
 def operations(value: float) -> str:
   """Floating-point operations: 269 MFLOP."""
-  return _scaled(value, 'FLOP')
+  return scaled(value, 'FLOP')
 
 
 def count(value: float) -> str:

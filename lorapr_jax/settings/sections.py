@@ -17,7 +17,8 @@ from lorapr_jax.data.sources import parse_mixture, parse_spec
 from lorapr_jax.data.templates import Template
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.write import DTYPES as EXPORT_DTYPES
-from lorapr_jax.hf.write import GGUF_DTYPES, parse_size
+from lorapr_jax.hf.write import GGUF_DTYPES
+from lorapr_jax.runtime.sizes import parse_size
 
 LR_SCHEDULES = ('linear', 'cosine', 'constant')
 ROUTES = ('hf', 'gguf', 'peft')

@@ -27,7 +27,7 @@ from lorapr_jax.exporting.write import write
 from lorapr_jax.gguf.read import open_gguf
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.hf.place import place_params
-from lorapr_jax.hf.write import hf_tensors, parse_size
+from lorapr_jax.hf.write import hf_tensors
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.rope import Rope
@@ -244,7 +244,7 @@ def test_a_weight_beyond_float16_is_named(pruned, tmp_path):
 
 def test_shards_are_as_small_as_asked(pruned, tmp_path):
   model, weights = pruned()
-  small = parse_size('max_shard_size', '20KB')
+  small = 20_000
   write(Route('hf', tmp_path / 'one'), model, weights)
   many = Route('hf', tmp_path / 'many', max_shard_bytes=small)
   assert write(many, model, weights)['max_logit_difference'] == 0.0
@@ -252,30 +252,6 @@ def test_shards_are_as_small_as_asked(pruned, tmp_path):
   for path in (tmp_path / 'many').glob('*.safetensors'):
     assert sum(x.nbytes for x in load_file(path).values()) <= small
   assert_same_tensors(tmp_path / 'one', tmp_path / 'many')
-
-
-@pytest.mark.parametrize(
-  'text, size',
-  [
-    ('5GB', 5 * 10**9),
-    ('300MB', 3 * 10**8),
-    (' 1.5 GiB ', 3 * 2**29),
-    ('2KB', 2000),
-    ('64KiB', 65536),
-    ('7B', 7),
-  ],
-)
-def test_sizes_are_read(text, size):
-  assert parse_size('export.max_shard_size', text) == size
-
-
-@pytest.mark.parametrize(
-  'text', ['', '5', 'GB', '5 gigs', '-5GB', '0.1B', '5G']
-)
-def test_what_is_no_size_is_refused(text):
-  with pytest.raises(UserError) as error:
-    parse_size('export.max_shard_size', text)
-  assert f'export.max_shard_size is {text!r}' in str(error.value)
 
 
 # --- GGUF and PEFT.
