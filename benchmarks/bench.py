@@ -22,8 +22,6 @@ from importlib.metadata import version
 import json
 import os
 from pathlib import Path
-import platform
-import re
 import statistics
 import subprocess
 import sys
@@ -42,6 +40,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.runtime.files import read_json, write_text
+from lorapr_jax.runtime.processor import processor
 from lorapr_jax.settings.run import split_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -177,16 +176,6 @@ and export in the same process.
 
 ![Tokens a second](figures/bench.svg)
 """
-
-
-def processor() -> str:
-  """The processor's name, as Linux has it."""
-  try:
-    text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-  except FileNotFoundError:
-    return platform.processor() or platform.machine()
-  found = re.search(r'^model name\s*:\s*(.*)$', text, re.MULTILINE)
-  return found[1] if found else platform.machine()
 
 
 def draw(results: dict[str, dict[str, Any]]) -> Figure:

@@ -1,8 +1,6 @@
 """What settings come to on the devices of a run, or why they cannot."""
 
 from collections.abc import Sequence
-from pathlib import Path
-import re
 from typing import Any
 
 import jax
@@ -10,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
 from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.runtime.processor import cpuinfo
 from lorapr_jax.settings.sections import TrainSettings
 
 
@@ -29,12 +28,7 @@ def resolve_matmul_dtype(name: str, activations: Any, platform: str) -> Any:
 
 def _cpu_flags() -> frozenset[str]:
   """What Linux says that the processor can do; empty elsewhere."""
-  try:
-    text = Path('/proc/cpuinfo').read_text(encoding='utf-8')
-  except FileNotFoundError:
-    return frozenset()
-  flags = re.search(r'^flags\s*:(.*)$', text, re.MULTILINE)
-  return frozenset(flags[1].split()) if flags else frozenset()
+  return frozenset(cpuinfo('flags').split())
 
 
 def resolve_loss_chunk(
