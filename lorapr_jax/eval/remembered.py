@@ -1,5 +1,6 @@
-"""Perplexities of base models, measured once for each model and text."""
+"""Figures that are measured once, and then read from the cache."""
 
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -20,6 +21,31 @@ from lorapr_jax.runtime.files import cache_dir, read_sealed, write_sealed
 _FORMAT = 3
 
 _log = logging.getLogger(__name__)
+
+
+def remembered(
+  what: str, parts: Mapping[str, Any], measure: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+  """What `measure` gives, from the cache if it was measured before.
+
+  Args:
+    what: the figure's name, and its folder's in the cache.
+    parts: all that the figure depends on, as JSON can hold it.
+    measure: gives it, as JSON can hold it.
+  """
+  key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+  path = cache_dir() / what / f'{key}.json'
+  if path.exists():
+    try:
+      return read_sealed(path)
+    except UserError as error:
+      _log.warning('%s: the %s is measured again', error, what)
+  result = measure()
+  # The cache may be full, or another run may write the same: go on without it.
+  with contextlib.suppress(OSError):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_sealed(path, result)
+  return result
 
 
 def remembered_perplexity(
@@ -45,16 +71,9 @@ def remembered_perplexity(
     'attention': compute.attention,
     'jax': (jax.__version__, jax.default_backend()),
   }
-  key = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
-  path = cache_dir() / 'perplexity' / f'{key}.json'
-  if path.exists():
-    try:
-      return Perplexity(**read_sealed(path) | {'data': held_out.data})
-    except UserError as error:
-      _log.warning('%s: the perplexity is measured again', error)
-  result = held_out.perplexity(params, compute)
-  # The cache may be full, or another run may write the same: go on without it.
-  with contextlib.suppress(OSError):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_sealed(path, dataclasses.asdict(result))
-  return result
+  found = remembered(
+    'perplexity',
+    parts,
+    lambda: dataclasses.asdict(held_out.perplexity(params, compute)),
+  )
+  return Perplexity(**found | {'data': held_out.data})

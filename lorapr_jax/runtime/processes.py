@@ -1,5 +1,6 @@
 """The processes of a run: how they find each other, and which one writes."""
 
+from collections.abc import Callable
 import hashlib
 import importlib.util
 import itertools
@@ -171,6 +172,33 @@ def check_same(settings: Any) -> None:
       'settings differ between processes: start all of them with the same '
       'command, code and files'
     )
+
+
+def from_first(make: Callable[[], Any]) -> Any:
+  """What the first process makes, on all of them; the others wait for it.
+
+  It is what JSON can hold.
+
+  Raises:
+    UserError: on all processes, if the first raises one.
+  """
+  if count() == 1:
+    return make()
+  made = {}
+  if is_first():
+    try:
+      made = {'value': make()}
+    except UserError as error:
+      made = {'error': str(error)}
+  text = np.frombuffer(json.dumps(made).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.int32(len(text)))
+  padded = np.zeros(max(lengths), np.uint8)
+  padded[: len(text)] = text
+  first = multihost_utils.process_allgather(padded)[0][: lengths[0]]
+  made = json.loads(bytes(first))
+  if 'error' in made:
+    raise UserError(made['error'])
+  return made['value']
 
 
 def to_host(x: Any) -> np.ndarray:

@@ -42,6 +42,30 @@ COMMAND = (
 )
 
 
+# Each prints what the first one made, and what went wrong there.
+MADE = """
+import sys
+from lorapr_jax.errors import UserError
+from lorapr_jax.runtime import processes
+address, index = sys.argv[1:]
+processes.connect(address, 2, int(index))
+print(processes.from_first(lambda: {'kept': [1, 2], 'by': int(index)}))
+def fail():
+  raise UserError('no room' if processes.is_first() else 'not asked')
+try:
+  processes.from_first(fail)
+except UserError as error:
+  print(error)
+"""
+
+
+def free_address():
+  """Where the processes may meet."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    return f'localhost:{free.getsockname()[1]}'
+
+
 class Run:
   """The processes of one start of a run."""
 
@@ -50,9 +74,7 @@ class Run:
     settings = SETTINGS | {f'mesh.{axis}': n for axis, n in mesh.items()}
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
     self.metrics = workdir / 'metrics.jsonl'
-    with socket.socket() as free:
-      free.bind(('localhost', 0))
-      address = f'localhost:{free.getsockname()[1]}'
+    address = free_address()
     self._logs, self.processes = [], []
     for index in range(count):
       more = []
@@ -191,6 +213,24 @@ def test_processes_that_would_not_do_the_same_end_at_once(tmp_path):
   for error in run.errors():
     assert 'error: settings differ between processes' in error
   assert not (tmp_path / 'run').exists()
+
+
+def test_what_the_first_process_makes_all_have():
+  address = free_address()
+  both = [
+    subprocess.Popen(
+      [sys.executable, '-c', MADE, address, str(index)],
+      cwd=ROOT,
+      env=environment(1),
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for index in (0, 1)
+  ]
+  for process in both:
+    printed = process.communicate(timeout=300)[0].splitlines()
+    # Collectives on CPUs print lines of their own.
+    assert printed[-2:] == ["{'kept': [1, 2], 'by': 0}", 'no room']
 
 
 @pytest.mark.parametrize(
