@@ -29,6 +29,12 @@ def _sizes(model_type: str, *sizes: int, **more) -> dict:
   }
 
 
+def _llama3(*sizes: int) -> dict:
+  return _sizes(
+    'llama', *sizes, 128256, max_position_embeddings=8192, rope_theta=5e5
+  )
+
+
 def _qwen3(*sizes: int, **more) -> dict:
   return _sizes(
     'qwen3',
@@ -64,8 +70,8 @@ SIZES = {
   'llama-13b': _sizes('llama', 5120, 40, 40, 40, 13824, 32000),
   'llama-30b': _sizes('llama', 6656, 60, 52, 52, 17920, 32000),
   'llama-65b': _sizes('llama', 8192, 80, 64, 64, 22016, 32000),
-  'llama3-8b': _sizes('llama', 4096, 32, 32, 8, 14336, 128256),
-  'llama3-70b': _sizes('llama', 8192, 80, 64, 8, 28672, 128256),
+  'llama3-8b': _llama3(4096, 32, 32, 8, 14336),
+  'llama3-70b': _llama3(8192, 80, 64, 8, 28672),
   'mistral-7b': _sizes(
     'mistral',
     *(4096, 32, 32, 8, 14336, 32768),
