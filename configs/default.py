@@ -141,8 +141,8 @@ def get_config() -> config_dict.ConfigDict:
   # Under prune_then_tune and none, the first N steps only measure importance.
   config.prune.calibration_steps = 10
   # The share to remove, in the unit below; 0: nothing is pruned, and LoRA
-  # trains alone.
-  config.prune.target = 0.5
+  # trains alone. Unset: 0.5, where neither fit nor speedup says how much.
+  config.prune.target = config_dict.placeholder(float)
   # The share of heads to remove, where it differs from target.
   config.prune.heads_target = config_dict.placeholder(float)
   # The share of channels to remove, where it differs from target.
@@ -150,6 +150,27 @@ def get_config() -> config_dict.ConfigDict:
   # What target is a share of: groups (the heads and channels of the layers that
   # are not protected) or params (all parameters of the model).
   config.prune.unit = 'groups'
+  # In place of target: the largest model is kept whose weights and KV cache
+  # take no more than this, in all: a number and B, KB, MB, GB, KiB, MiB or GiB,
+  # such as 8GB. Heads and channels share the cut as with unit=params.
+  config.prune.fit = ''
+  # With fit: the tokens of a text in the KV cache; 0: as many as the model has
+  # positions. A layer with a window keeps no more than its window.
+  config.prune.fit_context = 0
+  # With fit: how many texts there are in the KV cache.
+  config.prune.fit_batch = 1
+  # With fit: the dtype of weights and cache: float32, bfloat16, float16 or
+  # int8. With int8 each projection is int8 values and a float32 scale for each
+  # output, and all else is bfloat16.
+  config.prune.fit_dtype = 'bfloat16'
+  # In place of target: the largest model is kept that runs so many times as
+  # fast as the dense one, such as 1.5, by the command benchmark on the first
+  # device of the run. Up to six sizes with random weights are timed before the
+  # run, and remembered (docs/targets.md).
+  config.prune.speedup = config_dict.placeholder(float)
+  # With speedup: what is to be so fast: decode (each token after the first) or
+  # prefill (the prompt).
+  config.prune.speedup_of = 'decode'
   # Which heads are pruned: kv_groups (KV heads, each with its query heads),
   # queries (query heads, as many under every KV head) or none.
   config.prune.heads = 'kv_groups'

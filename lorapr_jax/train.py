@@ -39,6 +39,7 @@ from lorapr_jax.runtime.workdir import (
   check_workdir,
   claim_workdir,
 )
+from lorapr_jax.settings.files import read_run_json
 from lorapr_jax.settings.run import split_config
 from lorapr_jax.training.base import Base, Places, kept_of
 from lorapr_jax.training.batches import Batches, load_held_out
@@ -56,6 +57,17 @@ def _lock(
   if processes.is_first():
     return holding(workdir, display.print)
   return contextlib.nullcontext(lambda: None)
+
+
+def _measured(
+  config: config_dict.ConfigDict, workdir: Path
+) -> dict[str, list[int]] | None:
+  """The counts that this run measured when it began; None if it is new."""
+  check_workdir(workdir, {'config': config.to_dict()})
+  path = workdir / RUN_FILE
+  if not path.exists():
+    return None
+  return read_run_json(path)['resolved']['keep']
 
 
 def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
@@ -78,7 +90,11 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
   workdir = path_of(workdir)
 
   # --- Config: every mistake that shows without reading weights or text.
-  settings = split_config(config)
+  processes.check_same(config.to_dict())
+  measured = None
+  if config.prune.speedup is not None:
+    measured = processes.from_first(lambda: _measured(config, workdir))
+  settings = split_config(config, measured=measured)
   folder, compute, plan = settings.model.folder, settings.compute, settings.plan
   data, train, dense = settings.data, settings.train, settings.compute.config
   places = Places.of(

@@ -9,7 +9,12 @@ from lorapr_jax.cli.arguments import (
   print_tables,
 )
 from lorapr_jax.errors import UserError, check_least
-from lorapr_jax.eval.benchmark import benchmark
+from lorapr_jax.eval.benchmark import (
+  NEW_TOKENS,
+  PROMPT_TOKENS,
+  REPEATS,
+  benchmark,
+)
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.runtime.terminal import say
 
@@ -22,9 +27,11 @@ def main(argv: list[str]) -> None:
   parser.add_argument(
     '--batch_sizes', default='1,4', help='sequences, comma-separated'
   )
-  parser.add_argument('--prompt_tokens', type=int, default=128)
-  parser.add_argument('--new_tokens', type=int, default=32)
-  parser.add_argument('--repeats', type=int, default=7, help='timed turns')
+  parser.add_argument('--prompt_tokens', type=int, default=PROMPT_TOKENS)
+  parser.add_argument('--new_tokens', type=int, default=NEW_TOKENS)
+  parser.add_argument(
+    '--repeats', type=int, default=REPEATS, help='timed turns'
+  )
   parser.add_dtype()
   parser.add_json()
   args = parser.parse_args(argv)

@@ -14,6 +14,7 @@ from lorapr_jax.settings.files import (
   check_key,
   find_config,
   find_removed,
+  read_config,
 )
 
 
@@ -22,8 +23,9 @@ def parse_flags(
 ) -> tuple[config_dict.ConfigDict, str]:
   """The config with its overrides, and the workdir, from a command's flags.
 
-  In a flag of data.template or data.response, which a shell passes on as it is
-  written, \\n is a line end and \\t a tab; after a backslash they are not.
+  A setting that is unset by default is unset again by KEY=None. In a flag of
+  data.template or data.response, which a shell passes on as it is written, \\n
+  is a line end and \\t a tab; after a backslash they are not.
 
   Raises:
     UserError: for an unknown flag or key, a value of a wrong type, or a config
@@ -37,9 +39,13 @@ def parse_flags(
   check_config(values.config, _config_flag(argv))
   for arg in overrides:
     check_key(values.config, _name(arg))
-  values, rest = _parse(argv)
+  unset = [arg for arg in overrides if _unsets(arg)]
+  values, rest = _parse([arg for arg in argv if arg not in unset])
   if rest:
     raise UserError(f'{command} takes flags only, not {rest[0]!r}')
+  for arg in unset:
+    _, section, key = _name(arg).split('.')
+    values.config[section][key] = None
   for key in ('template', 'response'):
     if f'--config.data.{key}' in map(_name, overrides):
       values.config.data[key] = _unescaped(values.config.data[key])
@@ -49,6 +55,14 @@ def parse_flags(
 def _name(flag: str) -> str:
   """--config.KEY of --config.KEY=VALUE; one dash is as good as two."""
   return '--' + flag.lstrip('-').partition('=')[0]
+
+
+def _unsets(flag: str) -> bool:
+  """Whether it is KEY=None, of a setting that is unset by default."""
+  _, section, *keys = _name(flag).split('.')
+  defaults = read_config('default')[section]
+  found = len(keys) == 1 and defaults.get(keys[0], '') is None
+  return found and flag.endswith('=None')
 
 
 def _unescaped(text: str) -> str:

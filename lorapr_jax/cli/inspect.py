@@ -1,15 +1,18 @@
 """inspect: what is pruned together, and what a target would leave."""
 
+import dataclasses
 from typing import Any
 
 from rich.table import Table
 
 from lorapr_jax.cli.arguments import Parser, print_json, print_tables
 from lorapr_jax.errors import UserError
+from lorapr_jax.eval.speedup import plan_targets
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.fit import Footprint
 from lorapr_jax.pruning.groups import (
   CHANNELS,
   KV_HEADS,
@@ -20,7 +23,7 @@ from lorapr_jax.pruning.groups import (
   member_parameters,
   protected_layers,
 )
-from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.terminal import say
 from lorapr_jax.settings.files import read_config
 
@@ -36,12 +39,12 @@ def main(argv: list[str]) -> None:
     '--config', help='a config with model.sizes, such as models:qwen3-8b'
   )
   parser.add_argument('--dtype', choices=tuple(_BYTES), default='bfloat16')
-  defaults = vars(Targets()) | {'target': None, 'channels': 'true'}
+  defaults = vars(Targets()) | {'channels': 'true'}
   del defaults['tensor_parallel']
   for name, default in defaults.items():
     parser.add_argument(
       f'--{name}',
-      type=float if name.endswith('target') else type(default),
+      type=float if default is None else type(default),
       default=default,
       choices=('true', 'false') if name == 'channels' else None,
       help=f'prune.{name}',
@@ -49,12 +52,15 @@ def main(argv: list[str]) -> None:
   parser.add_json()
   args = parser.parse_args(argv)
   given = {name: getattr(args, name) for name in defaults}
-  asked = (args.target, args.heads_target, args.channels_target)
-  given |= {'channels': args.channels == 'true', 'target': args.target or 0.0}
+  given |= {'channels': args.channels == 'true'}
   targets = Targets(**given)
+  shares = (args.target, args.heads_target, args.channels_target)
+  asked = targets.by_size or any(share is not None for share in shares)
+  if args.target is None and not targets.by_size:
+    targets = dataclasses.replace(targets, target=0.0)
   config = _sizes(args.config) if args.config else load_config(args.model)
   report = describe(config, args.protect, _BYTES[args.dtype])
-  if any(value is not None for value in asked):
+  if asked:
     report['plan'] = describe_plan(config, targets, _BYTES[args.dtype])
   if args.json:
     print_json(report)
@@ -99,7 +105,7 @@ def describe_plan(
   config: ModelConfig, targets: Targets, bytes_each: int
 ) -> dict[str, Any]:
   """What a target would leave, asked and reached."""
-  plan = plan_pruning(config, targets)
+  plan = plan_targets(config, targets)
   return {
     'kept_per_layer': plan.keep,
     'kept_by_depth': plan.kept_by_depth,
@@ -107,7 +113,11 @@ def describe_plan(
     'bytes': bytes_each * plan.pruned_config.num_parameters,
     'target': plan.targets_by_kind(),
     'achieved': plan.sparsity(plan.keep),
-  }
+  } | (
+    {'fit': targets.room.footprint(plan.pruned_config)._asdict()}
+    if targets.fit
+    else {}
+  )
 
 
 def show(report: dict[str, Any]) -> None:
@@ -139,6 +149,8 @@ def show(report: dict[str, Any]) -> None:
     say(
       f'left: {plan["parameters"]:,} parameters, {plan["bytes"] / 1e6:,.1f} MB'
     )
+    if 'fit' in plan:
+      say(f'served: {Footprint(**plan["fit"])}')
     for group, kept in plan['kept_by_depth'].items():
       if len(kept) == 1:
         text = f'{kept[0][0]} kept in each layer not protected'

@@ -12,6 +12,9 @@ from lorapr_jax.models.cost import (
   kv_cache_bytes_per_token,
 )
 
+# What the command takes where nothing else is asked for.
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 128, 32, 7
+
 
 def benchmark(
   folders: Mapping[str, str],
@@ -101,7 +104,17 @@ def compare(
     median = statistics.median(values)
     row[name] = {'seconds': median, 'tokens_per_second': tokens / median}
   if 'against' in seconds:
-    pairs = zip(seconds['model'], seconds['against'], strict=True)
-    row['speedup'] = statistics.median(theirs / ours for ours, theirs in pairs)
+    row['speedup'] = speedup(times, phase)
     row['flops_ratio'] = flops['against'] / flops['model']
   return row
+
+
+def speedup(
+  times: Mapping[str, Mapping[str, Sequence[float]]], phase: str
+) -> float:
+  """How many times as fast as `against` the `model` is in a phase.
+
+  It is the median over the turns, each with its own quotient.
+  """
+  pairs = zip(times['model'][phase], times['against'][phase], strict=True)
+  return statistics.median(theirs / ours for ours, theirs in pairs)

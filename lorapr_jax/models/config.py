@@ -244,6 +244,14 @@ class ModelConfig:
     norms = ('D' for _ in self.norms)
     return self._count(shape, (*biases, *norms, *self.qk_norms.values()))
 
+  def quantized_numbers(self, shape: LayerShape) -> tuple[int, int]:
+    """The int8 values, and their scales, in a block of this shape."""
+    letters = [ProjectionLetters.of(SPECS[n]) for n in self.quantized]
+    return (
+      self._count(shape, (x.weight for x in letters)),
+      self._count(shape, (x.outputs for x in letters)),
+    )
+
   def _count(self, shape: LayerShape, tensors: Iterable[str]) -> int:
     """The numbers in tensors of these letters."""
     sizes = self.sizes(shape)
@@ -254,5 +262,7 @@ class ModelConfig:
     """The number of weights of the model; tied embeddings count once."""
     embeddings = self.vocab_size * self.embed_dim
     embeddings *= 1 if self.tie_embeddings else 2
-    blocks = sum(self.layer_parameters(shape) for shape in self.layers)
+    blocks = sum(
+      n * self.layer_parameters(shape) for _, n, shape in self.stacks
+    )
     return embeddings + blocks + self.embed_dim

@@ -44,10 +44,39 @@ def pass_flops_per_token(config: ModelConfig, seq_len: int) -> float:
   return layers + 2.0 * sum(a * a + b * b for a, b in inputs)
 
 
-def kv_cache_bytes_per_token(config: ModelConfig, bytes_each: int) -> int:
-  """What generation keeps of every token: a key and a value a KV head.
+# Of a scale of int8 weights, which is float32.
+_SCALE_BYTES = 4
 
-  A number in the cache takes `bytes_each`.
+
+def weight_bytes(config: ModelConfig, bytes_each: int) -> int:
+  """What all weights take; tied embeddings are there once.
+
+  A number takes `bytes_each`. In a projection that the config says is
+  quantised it takes one byte, and each output a scale beside it.
   """
-  kv_heads = sum(layer.num_kv_heads for layer in config.layers)
-  return 2 * kv_heads * config.head_dim * bytes_each
+  total = config.num_parameters * bytes_each
+  for _, layers, shape in config.stacks:
+    values, scales = config.quantized_numbers(shape)
+    total += layers * (values * (1 - bytes_each) + scales * _SCALE_BYTES)
+  return total
+
+
+def kv_cache_bytes(
+  config: ModelConfig, batch: int, context: int, bytes_each: int
+) -> int:
+  """What serving keeps of `batch` texts of `context` tokens each.
+
+  That is a key and a value a KV head, of every token that a layer still sees:
+  a layer with a window keeps no more than its window. A number takes
+  `bytes_each`.
+  """
+  kept = sum(
+    shape.num_kv_heads * min(context, window or context)
+    for shape, window in zip(config.layers, config.layer_windows, strict=True)
+  )
+  return 2 * config.head_dim * batch * kept * bytes_each
+
+
+def kv_cache_bytes_per_token(config: ModelConfig, bytes_each: int) -> int:
+  """What generation keeps of every token; see `kv_cache_bytes`."""
+  return kv_cache_bytes(config, 1, 1, bytes_each)

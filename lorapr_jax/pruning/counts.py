@@ -76,6 +76,11 @@ def round_share(choice: Choice, target: float) -> int:
   )
 
 
+def finest_of(choices: Sequence[Choice]) -> Choice:
+  """The group with the finest steps, which makes up what others are off by."""
+  return min(choices, key=lambda c: c.multiple / c.size)
+
+
 def solve_parameters(
   config: ModelConfig, layers: int, choices: Sequence[Choice], target: float
 ) -> dict[str, int]:
@@ -109,7 +114,7 @@ def solve_parameters(
     )
   # `removed` is linear in the share: one division solves it.
   share = Fraction(target) / Fraction(removed({c.group: 0 for c in choices}))
-  finest = min(choices, key=lambda c: c.multiple / c.size)
+  finest = finest_of(choices)
 
   def distance(kept: Mapping[str, int]) -> float:
     return abs(removed(kept) - target)

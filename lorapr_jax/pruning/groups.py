@@ -25,6 +25,7 @@ CHOICES = {
   'unit': ('groups', 'params'),
   'heads': tuple(HEAD_GROUPS),
   'protect': ('reference', 'none'),
+  'speedup_of': ('decode', 'prefill'),
 }
 
 

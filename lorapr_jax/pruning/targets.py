@@ -1,6 +1,6 @@
 """Targets to counts: how many of each group every layer keeps."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import itertools
 import math
@@ -8,6 +8,7 @@ import math
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.counts import Choice, round_share, solve_parameters
+from lorapr_jax.pruning.fit import Room, check_amount, solve_fit
 from lorapr_jax.pruning.groups import (
   CHANNELS,
   CHOICES,
@@ -26,14 +27,23 @@ from lorapr_jax.pruning.profile import Profile, parse_profile, spread
 class Targets:
   """What to prune and how much: the `prune.*` keys of configs/default.py.
 
+  How much goes is said by one of `target`, `fit` and `speedup`; where none is
+  set, by a target of 0.5.
+
   `tensor_parallel` is the size of the mesh axis that splits KV heads and
   channels: what is kept must still divide by it.
   """
 
-  target: float = 0.5
+  target: float | None = None
   heads_target: float | None = None
   channels_target: float | None = None
   unit: str = 'groups'
+  fit: str = ''
+  fit_context: int = Room.context
+  fit_batch: int = Room.batch
+  fit_dtype: str = Room.dtype
+  speedup: float | None = None
+  speedup_of: str = 'decode'
   heads: str = 'kv_groups'
   channels: bool = True
   protect: str = 'reference'
@@ -45,10 +55,14 @@ class Targets:
   def __post_init__(self):
     for key, choices in CHOICES.items():
       choose(f'prune.{key}', getattr(self, key), choices)
-    for key in ('target', 'heads_target', 'channels_target'):
-      value = getattr(self, key)
+    keys = ('target', 'heads_target', 'channels_target')
+    shares = {f'prune.{key}': getattr(self, key) for key in keys}
+    for key, value in shares.items():
       if value is not None and not 0.0 <= value < 1.0:
-        raise UserError(f'prune.{key} is {value}: it must be in [0, 1)')
+        raise UserError(f'{key} is {value}: it must be in [0, 1)')
+    check_amount(shares, self.fit, self.speedup)
+    if self.fit:
+      self.room  # noqa: B018  It checks its keys.
     for key in ('heads_multiple_of', 'channels_multiple_of'):
       if getattr(self, key) < 1:
         raise UserError(
@@ -67,10 +81,25 @@ class Targets:
         'prune.heads_target and prune.channels_target'
       )
 
+  @property
+  def by_size(self) -> bool:
+    """Whether a size of the whole model is asked for, not shares of groups."""
+    return bool(self.fit) or self.speedup is not None
+
+  @property
+  def room(self) -> Room:
+    """What the model has to fit in, where `fit` is set."""
+    return Room(self.fit, self.fit_context, self.fit_batch, self.fit_dtype)
+
+  @property
+  def share(self) -> float:
+    """`target`, or what it is where nothing says how much."""
+    return 0.5 if self.target is None else self.target
+
   def of(self, group: str) -> float:
     """The share of this group's members to remove, under unit=groups."""
     own = getattr(self, f'{kind(group)}_target')
-    return self.target if own is None else own
+    return self.share if own is None else own
 
   @property
   def profile(self) -> Profile:
@@ -129,6 +158,56 @@ class PruningPlan:
     """The count of a group in each layer before pruning."""
     return [group_size(self.config, s, group) for s in self.config.layers]
 
+  def alike(self, kept: Mapping[str, int]) -> ModelConfig:
+    """The sizes where each layer that is not protected keeps so many."""
+    layers = frozenset(self.prunable_layers)
+    keep = {
+      group: tuple(
+        count if i in layers else size
+        for i, size in enumerate(self.sizes(group))
+      )
+      for group, count in kept.items()
+    }
+    return with_kept(self.config, keep)
+
+  def by_layer(self, choice: Choice, kept: int) -> tuple[int, ...] | None:
+    """What each layer keeps, where `kept` is the mean of those not protected.
+
+    None where the profile takes more of a layer than it can lose.
+    """
+    layers = self.prunable_layers
+    counts = spread(choice.counts, kept, len(layers), self.targets.profile)
+    if counts is None:
+      return None
+    of_layer = dict(zip(layers, counts, strict=True))
+    return tuple(
+      of_layer.get(i, choice.size) for i in range(len(self.config.layers))
+    )
+
+  def keeping(
+    self, choices: Sequence[Choice], kept: Mapping[str, int]
+  ) -> 'PruningPlan':
+    """The plan by which so many of each group stay in a layer, on average.
+
+    Raises:
+      UserError: if the profile takes more of a layer than it can lose.
+    """
+    keep = {}
+    for choice in choices:
+      count = kept[choice.group]
+      if count == choice.size:
+        continue
+      counts = self.by_layer(choice, count)
+      if counts is None:
+        raise UserError(
+          f'prune.layer_profile={self.targets.layer_profile} takes more of the '
+          f'{kind(choice.group)} of a layer than it can lose: of '
+          f'{choice.size}, {choice.size - count} go on average and at least '
+          f'{choice.fewest} stay; choose shares that differ less, or prune less'
+        )
+      keep[choice.group] = counts
+    return dataclasses.replace(self, keep=keep)
+
   def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
     """Counts when a share `progress` of the ramp is done; exact at 1.
 
@@ -161,8 +240,10 @@ class PruningPlan:
 
   def targets_by_kind(self) -> dict[str, float | None]:
     """What was asked for, in the units of `sparsity`; None if not asked."""
+    if self.targets.by_size:
+      return {'heads': None, 'channels': None, 'params': None}
     if self.targets.unit == 'params':
-      return {'heads': None, 'channels': None, 'params': self.targets.target}
+      return {'heads': None, 'channels': None, 'params': self.targets.share}
     asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
@@ -212,13 +293,35 @@ def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
   prunes fewer, at least one is kept. unit=params: heads get the share at which
   heads and channels, pruned alike, would meet the target; channels, which are
   finer, then make up the difference. Where they cannot, the counts of heads
-  that come nearest. A profile moves counts between layers; of each group as
-  many go in all.
+  that come nearest. fit: in the same way by bytes, never more than there are. A
+  profile moves counts between layers; of each group as many go in all. What
+  `speedup` comes to is measured: eval/speedup.py.
 
   Raises:
     UserError: if a target that is not zero prunes nothing, or a share of the
-      parameters or of a layer is beyond what can be pruned, or the model's
-      layers are not all of the same size.
+      parameters or of a layer is beyond what can be pruned, or the model fits
+      as it is, or cannot, or its layers are not all of the same size.
+  """
+  if targets.speedup is not None:
+    raise ValueError('what a speed-up comes to is measured')
+  plan, choices = empty_plan(config, targets)
+  if targets.fit:
+    return _fitting(plan, choices)
+  if targets.unit == 'groups':
+    kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
+  else:
+    layers = len(plan.prunable_layers)
+    kept = solve_parameters(config, layers, choices, targets.share)
+  return plan.keeping(choices, kept)
+
+
+def empty_plan(
+  config: ModelConfig, targets: Targets
+) -> tuple[PruningPlan, list[Choice]]:
+  """A plan in which nothing goes, and the counts that each group may have.
+
+  Raises:
+    UserError: for a model of which nothing can be pruned.
   """
   if not config.is_uniform:
     raise UserError(
@@ -236,33 +339,18 @@ def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
       f'prune.layer_profile has {shares} shares for the {layers} layers that '
       'are pruned: give at most one for each'
     )
-  choices = [_choice(config, targets, group) for group in targets.groups]
-  if targets.unit == 'groups':
-    kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
-  else:
-    kept = solve_parameters(config, layers, choices, targets.target)
-  keep = {c.group: _by_layer(plan, c, kept[c.group]) for c in choices}
-  return dataclasses.replace(
-    plan, keep={group: counts for group, counts in keep.items() if counts}
-  )
+  return plan, [_choice(config, targets, group) for group in targets.groups]
 
 
-def _by_layer(
-  plan: PruningPlan, choice: Choice, kept: int
-) -> tuple[int, ...] | None:
-  """Counts by layer, by the profile; None where nothing is pruned."""
-  if kept == choice.size:
-    return None
-  layers, targets = plan.prunable_layers, plan.targets
-  counts = spread(choice.counts, kept, len(layers), targets.profile)
-  if counts is None:
-    raise UserError(
-      f'prune.layer_profile={targets.layer_profile} takes more of the '
-      f'{kind(choice.group)} of a layer than it can lose: of {choice.size}, '
-      f'{choice.size - kept} go on average and at least {choice.fewest} stay; '
-      'choose shares that differ less, or a lower target'
-    )
-  of_layer = dict(zip(layers, counts, strict=True))
-  return tuple(
-    of_layer.get(i, choice.size) for i in range(len(plan.config.layers))
-  )
+def _fitting(plan: PruningPlan, choices: Sequence[Choice]) -> PruningPlan:
+  """The plan of the largest model that fits."""
+  room = plan.targets.room
+  most = room.bytes
+  while True:
+    kept = solve_fit(plan.config, choices, plan.alike, room, most)
+    found = plan.keeping(choices, kept)
+    # A profile may leave heads in layers without a window, which cache more.
+    over = room.footprint(found.pruned_config).total - room.bytes
+    if over <= 0:
+      return found
+    most -= over

@@ -166,6 +166,14 @@ def print_plan(
         f'{group}: kept of {size:,}, from the first layers not protected to '
         f'the last: {counts}'
       )
+  if plan.targets.fit:
+    taken = plan.targets.room.footprint(plan.pruned_config)
+    show(f'what is left fits in {plan.targets.fit} (prune.fit): {taken}')
+  if plan.targets.speedup is not None:
+    show(
+      f'what is left was measured to {plan.targets.speedup_of} at least '
+      f'{plan.targets.speedup} times as fast (prune.speedup)'
+    )
   if (loops := len(plan.pruned_config.stacks)) > 3:
     show(f'what is left has {loops} stacks of equal layers, each compiled')
   show(

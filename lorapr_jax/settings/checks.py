@@ -110,6 +110,12 @@ def check_export(export: ExportSettings, planned: PlannedModel) -> None:
   final = exported_sizes(export, planned.config, planned.plan)
   resolve_layout(final, export.layout)
   if planned.plan and export.layout == 'padded':
+    if planned.plan.targets.by_size:
+      raise UserError(
+        'export.layout=padded stores the sizes before the cut, which '
+        'prune.fit and prune.speedup are to make smaller: use '
+        'export.layout=auto'
+      )
     check_padded(planned.config, planned.plan.pruned_config)
   resolve_model_type(final, export.layout, export.model_type)
 

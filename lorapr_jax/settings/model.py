@@ -9,8 +9,11 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import MeshError, UserError, choose
+from lorapr_jax.eval.speedup import plan_targets
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.compute import DTYPES, resolve_dtype
@@ -23,7 +26,7 @@ from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import Criterion
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
+from lorapr_jax.pruning.targets import PruningPlan, Targets
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.sections import read_section
@@ -106,10 +109,16 @@ class PruneSettings:
   criterion: str = Criterion.name
   order: str = 'joint'
   calibration_steps: int = 10
-  target: float = Targets.target
+  target: float | None = Targets.target
   heads_target: float | None = Targets.heads_target
   channels_target: float | None = Targets.channels_target
   unit: str = Targets.unit
+  fit: str = Targets.fit
+  fit_context: int = Targets.fit_context
+  fit_batch: int = Targets.fit_batch
+  fit_dtype: str = Targets.fit_dtype
+  speedup: float | None = Targets.speedup
+  speedup_of: str = Targets.speedup_of
   heads: str = Targets.heads
   channels: bool = Targets.channels
   every: int = 10
@@ -198,16 +207,18 @@ class PlannedModel(NamedTuple):
 def plan_model(
   config: Mapping[str, Any],
   tensor_parallel: int,
-  platform: str | None = None,
+  devices: Sequence[jax.Device] = (),
   keep: Mapping[str, Sequence[int]] | None = None,
+  measured: Mapping[str, Sequence[int]] | None = None,
 ) -> PlannedModel:
   """The model of a config; no weights are read.
 
   Args:
     config: its sections model, lora and prune are read.
     tensor_parallel: the size of the mesh axis that splits heads.
-    platform: of the devices; None: of the default ones.
+    devices: of the run; empty: the default ones.
     keep: that of a run's plan; None: it is planned.
+    measured: as of `plan_targets`.
 
   Raises:
     UserError: naming the key whose value is impossible.
@@ -225,7 +236,7 @@ def plan_model(
       )
   targets = prune.targets(tensor_parallel)
   if keep is None:
-    plan = plan_pruning(sizes, targets)
+    plan = plan_targets(sizes, targets, devices, measured)
     _check_plan(plan, prune, lora)
   else:
     counts = {group: tuple(n) for group, n in keep.items()}
@@ -244,7 +255,9 @@ def plan_model(
     dataclasses.replace(sizes, quantized=quantized),
     lora,
     plan,
-    resolve_dtype('model.base_dtype', dtype, platform),
+    resolve_dtype(
+      'model.base_dtype', dtype, devices[0].platform if devices else None
+    ),
   )
 
 

@@ -3,7 +3,7 @@
 Nothing here reads weights or text: a mistake stops a run before any work.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -125,37 +125,46 @@ class RunSettings:
 
 
 def split_config(
-  config: config_dict.ConfigDict, devices: Sequence[jax.Device] | None = None
+  config: config_dict.ConfigDict,
+  devices: Sequence[jax.Device] | None = None,
+  measured: Mapping[str, Sequence[int]] | None = None,
 ) -> RunSettings:
-  """Splits and checks a config, of a run on these devices; None: on all.
+  """Splits and checks a config.
+
+  Args:
+    config: see configs/default.py.
+    devices: of the run; None: all.
+    measured: as of `plan_targets`.
 
   Raises:
     UserError: naming the key whose value is impossible.
   """
   devices = tuple(devices or jax.devices())
-  platform = devices[0].platform
   axes = dataclasses.asdict(read_section(MeshSettings, config.mesh))
   mesh = mesh_sizes(**axes, devices=len(devices))
-  planned = plan_model(config, mesh['tensor'], platform)
   train = read_section(TrainSettings, config.train)
   recover = read_section(RecoverSettings, config.recover)
   data = read_section(DataSettings, config.data)
   check_text(data, train, recover)
+  export = read_section(ExportSettings, config.export)
+  log = read_section(LogSettings, config.log)
+  report = read_section(ReportSettings, config.report)
+  # Last of what needs no plan: it may take minutes.
+  planned = plan_model(config, mesh['tensor'], devices, measured=measured)
   length = data.eval_seq_len or train.seq_len
   data = dataclasses.replace(data, eval_seq_len=length)
   compute = _compute(planned, train, mesh, devices)
   check_lengths(data, train, compute, mesh, devices)
   check_teacher(train, planned)
   pruning = _pruning(planned, train, data.train)
-  export = read_section(ExportSettings, config.export)
   check_export(export, planned)
   return RunSettings(
     model=planned.settings,
     data=data,
     train=train,
     export=export,
-    log=read_section(LogSettings, config.log),
-    report=read_section(ReportSettings, config.report),
+    log=log,
+    report=report,
     base_dtype=planned.base_dtype,
     compute=compute,
     plan=planned.plan,

@@ -7,6 +7,7 @@ import pytest
 
 from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.cli.main import main
+from lorapr_jax.eval import speedup
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.targets import Targets, plan_pruning
@@ -155,6 +156,48 @@ def test_json_has_what_a_target_would_leave(
     assert found['achieved']['params'] == pytest.approx(0.3, abs=0.005)
 
 
+def test_json_and_people_have_what_fits(capsys, folder):
+  args = ['--fit', '300KB', '--fit_context', '100', '--fit_batch', '2']
+  found = inspect(capsys, folder, *args)['plan']
+  targets = Targets(fit='300KB', fit_context=100, fit_batch=2)
+  plan = plan_pruning(CONFIG, targets)
+  per_layer = {g: list(counts) for g, counts in plan.keep.items()}
+  assert found['kept_per_layer'] == per_layer
+  heads = sum(shape.num_kv_heads for shape in plan.pruned_config.layers)
+  assert found['fit'] == {
+    'weights_bytes': found['bytes'],
+    'kv_cache_bytes': 2 * 100 * 2 * 2 * heads * 8,
+    'dtype': 'bfloat16',
+    'batch': 2,
+    'context': 100,
+  }
+  assert sum(found['fit'][f'{x}_bytes'] for x in ('weights', 'kv_cache')) <= 3e5
+  assert found['target'] == {'heads': None, 'channels': None, 'params': None}
+  assert main(['inspect', '--model', str(folder), *args]) == 0
+  out = capsys.readouterr().out
+  served = targets.room.footprint(plan.pruned_config)
+  assert f'served: {served}' in out
+
+
+def test_a_speed_up_is_measured_here_too(capsys, folder, monkeypatch, tmp_path):
+  monkeypatch.setenv('LORAPR_CACHE', str(tmp_path / 'cache'))
+
+  def times(models, *_):
+    # A token takes as long as the model has parameters.
+    return {
+      name: {'decode': [config.num_parameters]}
+      for name, config in models.items()
+    }
+
+  monkeypatch.setattr(speedup, '_times', times)
+  assert main(['inspect', '--model', str(folder), '--speedup', '1.5']) == 0
+  out, err = capsys.readouterr()
+  [left] = re.findall(r'left: ([0-9,]+) parameters', out)
+  faster = CONFIG.num_parameters / int(left.replace(',', ''))
+  assert 1.5 <= faster < 1.6
+  assert f'{left} of {CONFIG.num_parameters:,} parameters: ' in err
+
+
 def test_people_see_couplings_counts_bytes_and_the_plan(
   capsys, monkeypatch, folder
 ):
@@ -201,6 +244,9 @@ def test_a_model_that_is_pruned_already_is_shown_layer_by_layer(
   'args, message',
   [
     (['--target', '1.2'], 'prune.target is 1.2: it must be in [0, 1)'),
+    (['--fit', '8 GX'], "prune.fit is '8 GX': a number and one of B, KB"),
+    (['--fit', '8GB', '--target', '0.5'], 'prune.target and prune.fit are set'),
+    (['--fit', '8GB'], 'the model fits as it is'),
     (['--target', 'half'], "--target: invalid float value: 'half'"),
     (['--target', '0.001'], 'the nearest that works is 0.25'),
     (['--heads', 'all'], "prune.heads is 'all'"),

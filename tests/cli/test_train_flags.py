@@ -55,6 +55,8 @@ def flat(tree, prefix=''):
     ('train.learning_rate=3e-4', 3e-4),
     ('prune.target=0', 0.0),
     ('prune.heads_target=0.25', 0.25),
+    ('prune.speedup=2', 2.0),
+    ('prune.fit=8GB', '8GB'),
     ('prune.channels=false', False),
     ('prune.norm=True', True),
     ('prune.heads=queries', 'queries'),
@@ -69,6 +71,22 @@ def test_an_override_has_the_type_of_its_setting(override, expected):
   found = flat(parse(f'--config.{override}').to_dict())
   assert found == flat(parse().to_dict()) | {key: expected}
   assert type(found[key]) is type(expected)
+
+
+def test_a_setting_is_unset_again_by_none():
+  set_in_a_file = (
+    '--config.prune.target=0.25',
+    '--config.prune.heads_target=1',
+  )
+  unset = ('--config.prune.target=None', '-config.prune.heads_target=None')
+  assert parse(*set_in_a_file, *unset) == parse()
+  # It is a word elsewhere.
+  assert parse('--config.log.wandb=None').log.wandb == 'None'
+  with pytest.raises(UserError, match='train.steps=None'):
+    parse('--config.train.steps=None')
+  demo = [f'--config={CONFIGS}/smollm2_135m.py', '--workdir=somewhere']
+  config, _ = parse_flags([*demo, *unset, '--config.prune.fit=1GB'])
+  assert config.prune.target is config.prune.heads_target is None
 
 
 def test_the_processs_own_arguments_do_not_matter(monkeypatch):

@@ -70,6 +70,34 @@ CASES = [
   # Pruning.
   tiny_override('prune.target=1.2'),
   tiny_override('prune.calibration_steps=0'),
+  tiny_override('prune.fit=8 GX'),
+  tiny_override('prune.fit=8GB', 'of a model that fits as it is'),
+  tiny_override('prune.fit=30KB', 'less than the embeddings take'),
+  tiny_override('prune.fit=100KB', 'less than the smallest model takes'),
+  Case(
+    '`--config.prune.fit=300KB --config.prune.target=0.5`',
+    with_argv(*train_tiny('prune.fit=300KB', 'prune.target=0.5')),
+  ),
+  *(
+    Case(
+      f'`--config.prune.fit=300KB --config.{more}`',
+      with_argv(*train_tiny('prune.fit=300KB', more)),
+    )
+    for more in (
+      'prune.fit_context=129',
+      'export.layout=padded',
+    )
+  ),
+  tiny_override('prune.speedup=0.5'),
+  Case(
+    '`--config.prune.speedup=2 --config.prune.channels_multiple_of=128 '
+    '--config.prune.heads=none`',
+    with_argv(
+      *train_tiny(
+        'prune.speedup=2', 'prune.channels_multiple_of=128', 'prune.heads=none'
+      )
+    ),
+  ),
   Case(
     '`--config.prune.target=0 --config.prune.order=none`',
     with_argv(*train_tiny('prune.target=0', 'prune.order=none')),

@@ -1,6 +1,7 @@
 """What a run says before it begins and at its end."""
 
 from configs import tiny
+from lorapr_jax.eval import speedup
 from lorapr_jax.report import summary
 from lorapr_jax.settings.run import split_config
 
@@ -85,3 +86,20 @@ def test_the_table_has_no_negative_nothing(capsys):
   assert 'latency: prefill of 128 tokens, batch size 1\n' in out
   error = 'error left by repairs, on other tokens of'
   assert f'{error} a: 70%\n{error} b: not measured\n' in out
+
+
+def test_a_plan_says_what_it_has_to_come_to(monkeypatch):
+  lines = plan_of(fit='300KB', fit_context=100)
+  [line] = [line for line in lines if 'prune.fit' in line]
+  assert line == (
+    'what is left fits in 300KB (prune.fit): 257 kB of weights and 41.6 kB of '
+    'KV cache, in bfloat16, for a text of 100 tokens'
+  )
+  assert lines[-1].startswith('params to remove: ')
+  assert 'target' not in ''.join(lines[-3:])
+  monkeypatch.setattr(speedup, 'measured_speedup', lambda *_: 2.0)
+  lines = plan_of(speedup=1.5, speedup_of='prefill')
+  assert (
+    'what is left was measured to prefill at least 1.5 times as fast '
+    '(prune.speedup)'
+  ) in lines

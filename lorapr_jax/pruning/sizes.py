@@ -1,0 +1,35 @@
+"""The sizes between a model and the smallest that is left of it."""
+
+from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.pruning.fit import largest_within
+from lorapr_jax.pruning.targets import PruningPlan, Targets, empty_plan
+
+
+def plan_sizes(
+  config: ModelConfig, targets: Targets, number: int
+) -> list[PruningPlan]:
+  """Plans of at most `number` sizes, the largest first, the smallest last.
+
+  Heads and channels share the cut as under unit=params. The sizes are an equal
+  number of parameters apart, as nearly as counts allow; the model itself is
+  none of them. Where a profile takes more of a layer than it can lose, there is
+  no plan.
+
+  Raises:
+    UserError: for a model of which nothing can be pruned.
+  """
+  plan, choices = empty_plan(config, targets)
+  most = config.num_parameters
+  least = plan.alike({c.group: c.fewest for c in choices}).num_parameters
+  found = {}
+  for i in range(1, number + 1):
+    kept = largest_within(
+      choices,
+      lambda kept: plan.alike(kept).num_parameters,
+      most - (most - least) * i // number,
+    )
+    if all(plan.by_layer(c, kept[c.group]) for c in choices):
+      smaller = plan.keeping(choices, kept)
+      if smaller.keep:
+        found[tuple(kept.items())] = smaller
+  return list(found.values())
