@@ -92,6 +92,14 @@ def resolve_model_type(
   )
 
 
+def heads_must_divide(config: ModelConfig) -> bool:
+  """Whether no type with layers of one size has just any number of heads.
+
+  transformers refuses a Gemma whose hidden size is not a multiple of it.
+  """
+  return all(EXPORTED[name].heads_divide_embed for name in _held(config))
+
+
 def stored_family(config: ModelConfig, layout: str, model_type: str) -> Family:
   """The family whose tensors an export has, by one of LAYOUTS, MODEL_TYPES."""
   model_type = resolve_model_type(config, layout, model_type)

@@ -19,6 +19,7 @@ class Choice(NamedTuple):
     multiple: what every smaller count divides by.
     because: the settings that say so, such as `mesh.tensor=2`; '' for 1.
     instead: a setting under which other heads could go; '' if there is none.
+    allowed: those that a smaller count must be of; None: all.
   """
 
   group: str
@@ -26,25 +27,29 @@ class Choice(NamedTuple):
   multiple: int
   because: str = ''
   instead: str = ''
+  allowed: frozenset[int] | None = None
 
   @property
   def fewest(self) -> int:
     """The least count."""
-    return min(self.multiple, self.size)
+    return self.counts[0]
 
   @property
   def counts(self) -> list[int]:
     """All counts, ascending."""
     below = range(self.multiple, self.size, self.multiple)
-    return [*below, self.size]
+    allowed = below if self.allowed is None else self.allowed
+    return [*(count for count in below if count in allowed), self.size]
 
   def nearest(self, kept: Fraction) -> int:
-    """The multiple nearest to `kept`, at least one of them; a tie keeps more.
+    """The count nearest to `kept`, at least one of them; a tie keeps more.
 
-    `size` where that multiple is not less than `size`: nothing is pruned.
+    `size` counts as the multiple that it is or that is next to it: nothing is
+    pruned.
     """
-    multiples = range(self.multiple, self.size + self.multiple, self.multiple)
-    return min(self.size, min(multiples, key=lambda c: (abs(c - kept), -c)))
+    *below, size = self.counts
+    counts = [*below, -(-size // self.multiple) * self.multiple]
+    return min(size, min(counts, key=lambda c: (abs(c - kept), -c)))
 
 
 def round_share(choice: Choice, target: float) -> int:

@@ -31,7 +31,8 @@ class Targets:
   set, by a target of 0.5.
 
   `tensor_parallel` is the size of the mesh axis that splits KV heads and
-  channels: what is kept must still divide by it.
+  channels: what is kept must still divide by it. `heads_divide` is what the
+  query heads that are kept must divide, for a format of export; 0: nothing.
   """
 
   target: float | None = None
@@ -51,6 +52,7 @@ class Targets:
   heads_multiple_of: int = 1
   channels_multiple_of: int = 1
   tensor_parallel: int = 1
+  heads_divide: int = 0
 
   def __post_init__(self):
     for key, choices in CHOICES.items():
@@ -274,14 +276,24 @@ def _choice(config: ModelConfig, targets: Targets, group: str) -> Choice:
     asked['mesh.tensor'] = targets.tensor_parallel
     if group == KV_HEADS and shape.queries_per_kv > 1:
       instead = 'prune.heads=queries'
-  multiple = multiple_of(config, targets, group)
-  because = (f'{name}={value}' for name, value in asked.items() if value > 1)
+  multiple, size = (
+    multiple_of(config, targets, group),
+    group_size(config, shape, group),
+  )
+  because = [f'{name}={value}' for name, value in asked.items() if value > 1]
+  because, allowed = because if multiple > 1 else [], None
+  if targets.heads_divide and group != CHANNELS:
+    each = shape.num_heads // size
+    whole = targets.heads_divide
+    allowed = frozenset(n for n in range(1, size) if whole % (n * each) == 0)
+    because.append(f'export.layout=uniform, whose heads divide {whole}')
   return Choice(
     group,
-    group_size(config, shape, group),
+    size,
     multiple,
-    because=' and '.join(because) if multiple > 1 else '',
+    because=' and '.join(because),
     instead=instead,
+    allowed=allowed,
   )
 
 

@@ -15,6 +15,7 @@ from lorapr_jax.axes import LORA_TARGETS
 from lorapr_jax.errors import MeshError, UserError, choose
 from lorapr_jax.eval.speedup import plan_targets
 from lorapr_jax.hf.config import config_from_hf
+from lorapr_jax.hf.layout import heads_must_divide
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.compute import DTYPES, resolve_dtype
 from lorapr_jax.models.config import LoraConfig, ModelConfig
@@ -29,7 +30,7 @@ from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.sharding import divisors
-from lorapr_jax.settings.sections import read_section
+from lorapr_jax.settings.sections import ExportSettings, read_section
 
 ORDERS = ('joint', 'prune_then_tune', 'none')
 INT8 = 'int8'
@@ -156,11 +157,13 @@ class PruneSettings:
         'positive'
       )
 
-  def targets(self, tensor_parallel: int) -> Targets:
-    """How much is pruned; `tensor_parallel` divides the counts that stay."""
+  def targets(self, tensor_parallel: int, heads_divide: int = 0) -> Targets:
+    """How much is pruned; the arguments are as of `Targets`."""
     names = {field.name for field in dataclasses.fields(Targets)}
     asked = {name: x for name, x in vars(self).items() if name in names}
-    return Targets(tensor_parallel=tensor_parallel, **asked)
+    return Targets(
+      tensor_parallel=tensor_parallel, heads_divide=heads_divide, **asked
+    )
 
   def ranking(self) -> Criterion:
     """How groups are ranked."""
@@ -214,7 +217,7 @@ def plan_model(
   """The model of a config; no weights are read.
 
   Args:
-    config: its sections model, lora and prune are read.
+    config: its sections model, lora and prune are read, and export's layout.
     tensor_parallel: the size of the mesh axis that splits heads.
     devices: of the run; empty: the default ones.
     keep: that of a run's plan; None: it is planned.
@@ -234,7 +237,9 @@ def plan_model(
         f'{shape.num_kv_heads} KV heads of the model: '
         f'{divisors(shape.num_kv_heads, tensor_parallel)} would do'
       )
-  targets = prune.targets(tensor_parallel)
+  export = read_section(ExportSettings, config['export'])
+  uniform = export.layout == 'uniform' and heads_must_divide(sizes)
+  targets = prune.targets(tensor_parallel, sizes.embed_dim * uniform)
   if keep is None:
     plan = plan_targets(sizes, targets, devices, measured)
     _check_plan(plan, prune, lora)

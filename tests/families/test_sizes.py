@@ -30,3 +30,22 @@ def test_parameters_are_counted_as_transformers_counts_them(name):
 
 def test_the_models_are_of_families_that_are_there():
   assert {keys['model_type'] for keys in models.SIZES.values()} <= {*FAMILIES}
+
+
+@pytest.mark.parametrize(
+  'name, target, heads',
+  [
+    # 2,560 is a multiple of 4, not of 6; 3,840 of 12, not of 14.
+    ('gemma3-4b', 0.3, 4),
+    ('gemma3-12b', 0.15, 12),
+    ('qwen3-8b', 0.15, 28),
+  ],
+)
+def test_heads_of_a_uniform_folder_are_as_many_as_its_type_takes(
+  name, target, heads
+):
+  config = models.get_config(name)
+  config.prune.update(target=target, protect='none')
+  config.export.layout = 'uniform'
+  shape = split_config(config).exported.layers[0]
+  assert shape.num_heads == heads
