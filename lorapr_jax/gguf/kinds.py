@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from lorapr_jax.hf.rope import is_positive
-from lorapr_jax.models.config import MOST, ModelConfig
+from lorapr_jax.models.config import MOST, ModelConfig, kind_fields
 from lorapr_jax.models.rope import Rope
 
 WINDOW = 'attention.sliding_window'
@@ -27,14 +27,15 @@ class Kinds(NamedTuple):
     always: whether some layer must have one.
     local: OWN_THETA or SAME_THETA; None: a window changes no rotation.
     turns: whether layer i turns; None: all do.
-    says_turns: whether the file says which layers turn.
+    by_layer: whether llama.cpp reads from the file which layers have a window,
+      and which turn; else they have these places.
   """
 
   period: int | None = None
   always: bool = False
   local: str | None = None
   turns: Callable[[int], bool] | None = None
-  says_turns: bool = False
+  by_layer: bool = False
 
 
 class Layers(NamedTuple):
@@ -59,16 +60,6 @@ class Layers(NamedTuple):
     pairs = zip(self.windows, self.ropes, strict=True)
     return next((rope for window, rope in pairs if window), None)
 
-  def fields(self, base: Rope) -> dict[str, Any]:
-    """The fields of a ModelConfig that say this; `base` is its first rope."""
-    ropes = list(dict.fromkeys((base, *self.ropes)))
-    several = len(ropes) > 1
-    return {
-      'windows': tuple(self.windows) if any(self.windows) else (),
-      'ropes': tuple(ropes),
-      'rope_of_layer': tuple(map(ropes.index, self.ropes)) if several else (),
-    }
-
 
 def kinds_lack(config: ModelConfig, kinds: Kinds) -> str | None:
   """What of a model's layers is of no such kind, in words."""
@@ -78,11 +69,23 @@ def kinds_lack(config: ModelConfig, kinds: Kinds) -> str | None:
     return 'sliding window'
   if len(sizes) > 1:
     return 'windows of several sizes'
+  slides = [window is not None for window in layers.windows]
+  if (
+    sizes
+    and not kinds.by_layer
+    and slides != _places(kinds.period, len(slides))
+  ):
+    return 'windows in such layers'
   turns = [rope is not None for rope in layers.ropes]
   local = layers.local or base
   if list(layers.ropes) != _ropes(kinds, base, local, layers.windows, turns):
     return 'layers that turn in such ways'
   return None
+
+
+def _places(period: int, num_layers: int) -> list[bool]:
+  """By layer, whether it is not the last of a period."""
+  return [(i + 1) % period > 0 for i in range(num_layers)]
 
 
 def _ropes(
@@ -107,7 +110,7 @@ def _ropes(
     rope = Rope(theta) if window and kinds.local else base
     if kinds.turns is not None and not kinds.turns(i):
       rope = None
-    ropes.append(None if kinds.says_turns and not turns[i] else rope)
+    ropes.append(None if kinds.by_layer and not turns[i] else rope)
   return ropes
 
 
@@ -123,7 +126,7 @@ def kind_keys(config: ModelConfig, kinds: Kinds) -> dict[str, Any]:
     keys[WINDOW], keys[SLIDING] = _ENDLESS, [True for _ in layers.windows]
   if kinds.local == OWN_THETA:
     keys[LOCAL_THETA] = float((layers.local or config.ropes[0]).theta)
-  if kinds.says_turns:
+  if kinds.by_layer:
     keys[TURNING] = [rope is not None for rope in layers.ropes]
   return keys
 
@@ -150,7 +153,7 @@ def read_kinds(
       if type(slides) is not int or slides < 1:
         raise ValueError(f'{SLIDING} is no number of layers')
       has_any = window is not None or kinds.always
-      slides = [has_any and (i + 1) % slides > 0 for i in range(num_layers)]
+      slides = [has_any and x for x in _places(slides, num_layers)]
     _check_flags(SLIDING, slides, num_layers)
     if any(slides) and (type(window) is not int or not 0 < window <= MOST):
       raise ValueError(f'{WINDOW} is no number of tokens')
@@ -159,13 +162,13 @@ def read_kinds(
     if type(theta) is not float or not is_positive(theta):
       raise ValueError(f'{LOCAL_THETA} is no positive number')
     local = Rope(theta)
-  if kinds.says_turns:
+  if kinds.by_layer:
     turns = keys.pop(TURNING, [True] * num_layers)
     _check_flags(TURNING, turns, num_layers)
   is_seen = any(slides) and window < _ENDLESS
   windows = [window if slide and is_seen else None for slide in slides]
   ropes = _ropes(kinds, base, local, windows, turns)
-  return Layers(windows, ropes).fields(base)
+  return kind_fields(base, windows, ropes)
 
 
 def _check_flags(key: str, flags: Any, num_layers: int) -> None:

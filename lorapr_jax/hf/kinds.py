@@ -5,7 +5,7 @@ from typing import Any
 
 from lorapr_jax.errors import UserError, short
 from lorapr_jax.hf.rope import is_positive, rope_from_hf, rope_to_hf
-from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.models.config import ModelConfig, kind_fields
 from lorapr_jax.models.family import FULL, SLIDING, Family, layer_keys
 from lorapr_jax.models.rope import Rope
 
@@ -46,21 +46,16 @@ def kinds_from_hf(
   windows = tuple(window if x else None for x in slides)
   rotary_dim = _rotary_dim(hf, family, head_dim)
   pairs = rotary_dim // 2
-  ropes = [_rope(hf, family, FULL, pairs)]
-  of_layer = []
+  base, ropes = _rope(hf, family, FULL, pairs), []
   for i, slide in enumerate(slides):
-    rope = ropes[0]
+    rope = base
     if family.turns is not None and not family.turns(hf, i):
       rope = None
     elif slide and family.local_theta is not None:
       rope = _rope(hf, family, SLIDING, pairs)
-    if rope not in ropes:
-      ropes.append(rope)
-    of_layer.append(ropes.index(rope))
+    ropes.append(rope)
   return {
-    'windows': windows if any(windows) else (),
-    'ropes': tuple(ropes),
-    'rope_of_layer': tuple(of_layer) if len(ropes) > 1 else (),
+    **kind_fields(base, windows, ropes),
     'rotary_dim': None if rotary_dim == head_dim else rotary_dim,
   }
 

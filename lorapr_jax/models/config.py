@@ -1,10 +1,10 @@
 """A model in numbers and flags, and its adapters. Letters: axes.py."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorapr_jax.axes import (
   LORA_TARGETS,
@@ -53,6 +53,27 @@ class Stack(NamedTuple):
   start: int
   size: int
   shape: LayerShape
+
+
+def kind_fields(
+  base: Rope | None,
+  windows: Sequence[int | None],
+  ropes: Sequence[Rope | None],
+) -> dict[str, Any]:
+  """The fields of a ModelConfig that tell its layers apart.
+
+  Args:
+    base: the first of its `ropes`, whether or not a layer turns so.
+    windows: how many tokens each layer sees; None: all before it.
+    ropes: how each layer turns; None: not at all.
+  """
+  all_ropes = list(dict.fromkeys((base, *ropes)))
+  several = len(all_ropes) > 1
+  return {
+    'windows': tuple(windows) if any(windows) else (),
+    'ropes': tuple(all_ropes),
+    'rope_of_layer': tuple(map(all_ropes.index, ropes)) if several else (),
+  }
 
 
 @dataclasses.dataclass(frozen=True)

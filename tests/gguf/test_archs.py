@@ -112,9 +112,9 @@ _QKV = ('q_proj', 'k_proj', 'v_proj')
       'olmo2',
       {
         'head_dim': 8,
-        'windows': (8, 8, None),
+        'windows': (8, 8, 8, None),
         'ropes': (Rope(500.0, Yarn(16, 4.0, 1.3)), Rope(500.0)),
-        'rope_of_layer': (1, 1, 0),
+        'rope_of_layer': (1, 1, 1, 0),
       },
     ),
     ('gemma2', 'gemma', {'norms': NORMS, **_CAPS}),
@@ -141,6 +141,23 @@ def test_features_come_back(arch, kind, changes, random_params, tmp_path):
   layers = config.layers[:1] * len(by_layer or config.layers)
   config = dataclasses.replace(config, layers=layers, **changes)
   assert_comes_back(config, arch, random_params, tmp_path)
+
+
+@pytest.mark.parametrize(
+  'arch, changes',
+  [
+    ('gemma2', {**_CAPS, 'windows': (8, None, None, 8)}),
+    ('gemma3', {'qk_norm': 'head', 'windows': (8, 8, None, 8, 8)}),
+  ],
+)
+def test_windows_that_are_not_where_llama_cpp_puts_them_are_refused(
+  arch, changes
+):
+  config = sizes('gemma', unequal=False)
+  layers = config.layers[:1] * len(changes['windows'])
+  config = dataclasses.replace(config, norms=NORMS, layers=layers, **changes)
+  with pytest.raises(UserError, match=f'{arch} has no windows in such layers'):
+    architecture(config)
 
 
 @pytest.mark.parametrize('kind', ['qwen3', 'gemma'])
