@@ -147,8 +147,16 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.heads_target = config_dict.placeholder(float)
   # The share of channels to remove, where it differs from target.
   config.prune.channels_target = config_dict.placeholder(float)
+  # The share of whole layers to remove, of those that are not protected; 0:
+  # none. With prune.heads=none and prune.channels=False they go alone. With
+  # unit=params they are a part of what target says.
+  config.prune.layers_target = 0.0
+  # How whole layers are scored: loss (the loss on a few tokens if the layer is
+  # gone too, one layer after the other), cosine (1 - cos of its input and
+  # output) or sum (what criterion lora or gradient gives its weights).
+  config.prune.layers_criterion = 'loss'
   # What target is a share of: groups (the heads and channels of the layers that
-  # are not protected) or params (all parameters of the model).
+  # are not protected and stay) or params (all parameters of the model).
   config.prune.unit = 'groups'
   # In place of target: the largest model is kept whose weights and KV cache
   # take no more than this, in all: a number and B, KB, MB, GB, KiB, MiB or GiB,

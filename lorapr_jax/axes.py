@@ -33,6 +33,8 @@ AXIS_NAMES = {
   'V': 'vocab',
   'r': 'rank',
 }
+# The group of whole layers. Within a layer no tensor has the axis.
+LAYERS = AXIS_NAMES['L']
 
 
 # Each projection of a block: input, weight -> output.
@@ -82,6 +84,11 @@ class ProjectionLetters(NamedTuple):
 def group_axes(group: str) -> tuple[str, ...]:
   """The axis names of a group; the last is the one that is pruned."""
   return tuple(group.split(','))
+
+
+def member_axes(group: str) -> tuple[str, ...]:
+  """The axes of a group's array in one layer: none, of whole layers."""
+  return () if group == LAYERS else group_axes(group)
 
 
 def carries(axes: tuple[str, ...], group: str) -> bool:

@@ -110,7 +110,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     stop_ids(folder)
   metrics.check_writers(settings.log, workdir)
   if 'gguf' in settings.export.routes:
-    architecture(settings.exported)
+    for exported in settings.exported:
+      architecture(exported)
     vocabulary(folder, dense)
 
   console = PlainConsole(stderr=True, quiet=not processes.is_first())

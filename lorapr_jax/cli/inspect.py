@@ -23,6 +23,7 @@ from lorapr_jax.pruning.groups import (
   member_parameters,
   protected_layers,
 )
+from lorapr_jax.pruning.masks import without_layers
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.terminal import say
 from lorapr_jax.settings.files import read_config
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
   given |= {'channels': args.channels == 'true'}
   targets = Targets(**given)
   shares = (args.target, args.heads_target, args.channels_target)
+  shares += (args.layers_target or None,)
   asked = targets.by_size or any(share is not None for share in shares)
   if args.target is None and not targets.by_size:
     targets = dataclasses.replace(targets, target=0.0)
@@ -87,6 +89,7 @@ def describe(
     'bytes': bytes_each * config.num_parameters,
     'layers': len(config.layers),
     'protected_layers': sorted(protected_layers(len(config.layers), protect)),
+    'layer_bytes': [bytes_each * config.layer_parameters(s) for s in shapes],
     'groups': {
       group: {
         'kind': kind(group),
@@ -107,7 +110,8 @@ def describe_plan(
   """What a target would leave, asked and reached."""
   plan = plan_targets(config, targets)
   return {
-    'kept_per_layer': plan.keep,
+    'kept_per_layer': without_layers(plan.keep),
+    'kept_layers': len(config.layers) - len(plan.going),
     'kept_by_depth': plan.kept_by_depth,
     'parameters': plan.pruned_config.num_parameters,
     'bytes': bytes_each * plan.pruned_config.num_parameters,
@@ -127,6 +131,8 @@ def show(report: dict[str, Any]) -> None:
     f'{report["layers"]} layers; protected: '
     + (', '.join(map(str, report['protected_layers'])) or 'none')
   )
+  sizes = '/'.join(f'{size:,}' for size in sorted(set(report['layer_bytes'])))
+  say(f'a layer: {sizes} bytes')
   for group, entry in report['groups'].items():
     counts = sorted(set(entry['per_layer']))
     sizes = sorted(set(entry['bytes_each']))
@@ -151,6 +157,11 @@ def show(report: dict[str, Any]) -> None:
     )
     if 'fit' in plan:
       say(f'served: {Footprint(**plan["fit"])}')
+    if plan['kept_layers'] < report['layers']:
+      say(
+        f'layers: {plan["kept_layers"]} kept, of which protected: '
+        f'{len(report["protected_layers"])}'
+      )
     for group, kept in plan['kept_by_depth'].items():
       if len(kept) == 1:
         text = f'{kept[0][0]} kept in each layer not protected'

@@ -66,7 +66,8 @@ def _page(out: Path | None, workdirs: Sequence[str]) -> Path | None:
 
 
 def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
-  shares = 'parameters\nkept', 'heads\nremoved', 'channels\nremoved'
+  kinds = 'layers', 'heads', 'channels'
+  shares = ('parameters\nkept', *(f'{kind}\nremoved' for kind in kinds))
   costs = 'perplexity\n(dense)', 'latency\n(dense)', 'time'
   table = make_table(('run',), shares + costs)
   for entry in entries:
@@ -74,8 +75,7 @@ def _show(entries: list[dict[str, Any]], warnings: list[str]) -> None:
       entry['name'],
       f'{units.count(entry["params_pruned"])}\n'
       f'{units.share(entry["params_kept"])}',
-      units.share(entry['heads_removed']),
-      units.share(entry['channels_removed']),
+      *(units.share(entry[f'{kind}_removed']) for kind in kinds),
       _pair(entry['perplexity'], lambda measured: f'{measured["value"]:.2f}'),
       _pair(entry['latency'], units.milliseconds),
       units.duration(entry['seconds']),

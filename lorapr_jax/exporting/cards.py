@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.pruning.targets import PruningPlan
@@ -18,17 +19,21 @@ def pruning_report(
   """The contents of pruning.json.
 
   `kept` is by layer, in the base's numbering; query heads are listed by KV
-  head. `base` is its name, hash and sizes; `settings` are of the method.
+  head, and a layer that is gone is null. `base` is its name, hash and sizes;
+  `settings` are of the method.
   """
   return {
     'base': base,
     'sparsity': sparsity_report(plan, kept),
-    'kept': [
-      {group: indices.tolist() for group, indices in layer.items()}
-      for layer in kept
-    ],
+    'kept': [_kept_of(layer) for layer in kept],
     'settings': settings,
   }
+
+
+def _kept_of(layer: Mapping[str, Any]) -> dict[str, Any] | None:
+  if LAYERS in layer and not layer[LAYERS].size:
+    return None
+  return {g: x.tolist() for g, x in layer.items() if g != LAYERS}
 
 
 def model_card(
@@ -43,11 +48,14 @@ def model_card(
     f'{share["achieved"]:.1%} of the {kind}'
     for kind, share in pruning['sparsity'].items()
   )
+  of = 'the layers that were pruned'
+  if LAYERS in pruning['sparsity']:
+    of = 'the layers that were pruned and stay'
   zeros = '\nWhat was removed is stored as zeros.' if padded else ''
   name = one_line(pruning['base']['name'])
   return f"""{_header(name, 'transformers')}
 {name}, pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403): {shares} removed
-(heads and channels as shares of the layers that were pruned), which leaves
+(heads and channels as shares of {of}), which leaves
 {sizes.num_parameters:,} parameters. What was kept is in pruning.json.{zeros}
 
 ```python

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lorapr_jax.exporting.cards import pruning_report
-from lorapr_jax.hf.config import config_to_hf
+from lorapr_jax.hf.config import model_to_hf
 from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import dequantized
@@ -75,7 +75,7 @@ def describe_run(
   origin = {
     'name': name,
     'sha256': sha256,
-    'config': config_to_hf(config),
+    'config': model_to_hf(config),
   }
   return Description(
     name=name,

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from ml_collections import config_dict
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError, short
 from lorapr_jax.exporting.model import (
   Description,
@@ -17,7 +18,7 @@ from lorapr_jax.exporting.model import (
 )
 from lorapr_jax.exporting.routes import Route
 from lorapr_jax.exporting.write import write
-from lorapr_jax.hf.config import config_to_hf
+from lorapr_jax.hf.config import config_from_hf, config_to_hf
 from lorapr_jax.hf.files import content_hash
 from lorapr_jax.hf.load import (
   Model,
@@ -132,8 +133,10 @@ def _check_keep(
 ) -> None:
   for group, counts in keep.items():
     most = [shape_of(group, layer)[-1:] for layer in sizes.layers]
+    least = 0 if group == LAYERS else 1
     if len(counts) != len(most) or any(
-      (count,) > size for count, size in zip(counts, most, strict=True)
+      count < least or (count,) > size
+      for count, size in zip(counts, most, strict=True)
     ):
       raise UserError(
         f'{path}: resolved.keep.{short(group)} is not of the model of this run'
@@ -218,6 +221,8 @@ def _cut_of(
   if not cut.layers:
     return None, None
   before = dataclasses.replace(config, layers=cut.layers)
+  if len(cut.layers) != len(config.layers):
+    before = _with_kinds_of(cut.contents['base']['config'], before, path)
   # A padded export has the sizes before the cut.
   if config not in (before, shrunk_config(before, cut.kept)):
     raise UserError(
@@ -225,3 +230,19 @@ def _cut_of(
       'config.json has'
     )
   return before, cut.kept
+
+
+def _with_kinds_of(
+  hf: dict[str, Any], before: ModelConfig, path: Path
+) -> ModelConfig:
+  """Sizes with the windows and rotations that a config.json has."""
+  try:
+    whole = config_from_hf(hf)
+  except UserError as error:
+    raise UserError(f'{path}: base.{error}') from None
+  return dataclasses.replace(
+    before,
+    windows=whole.windows,
+    ropes=whole.ropes,
+    rope_of_layer=whole.rope_of_layer,
+  )

@@ -15,7 +15,7 @@ from lorapr_jax.models.config import (
   LayerShape,
   ModelConfig,
 )
-from lorapr_jax.models.families import PREFIX, family_of
+from lorapr_jax.models.families import PREFIX, family_of, name_of
 from lorapr_jax.models.family import Family
 
 # Of these a null does not mean what it means that they are absent: as many KV
@@ -160,6 +160,11 @@ def config_to_hf(
       if shape != top
     }
   return hf
+
+
+def model_to_hf(config: ModelConfig) -> dict[str, Any]:
+  """What `config_from_hf` reads as a model of these sizes."""
+  return {'model_type': name_of(config), **config_to_hf(config)}
 
 
 def layers_from_hf(hf: Mapping[str, Any]) -> tuple[LayerShape, ...]:

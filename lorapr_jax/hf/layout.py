@@ -45,8 +45,8 @@ def check_padded(before: ModelConfig, after: ModelConfig) -> None:
   Raises:
     UserError: if a norm over all heads would count those that are gone.
   """
-  heads = ([shape.num_heads for shape in x.layers] for x in (before, after))
-  if before.qk_norm == 'heads' and len({*map(tuple, heads)}) > 1:
+  heads = ({shape.num_heads for shape in x.layers} for x in (before, after))
+  if before.qk_norm == 'heads' and set.difference(*reversed([*heads])):
     raise UserError(
       'export.layout=padded cannot hold this model without some of its heads: '
       'its norms of queries and keys would count their zeros. Use '
@@ -110,7 +110,13 @@ def _held(config: ModelConfig) -> list[str]:
   """The families that a model can be exported as; its own is the first."""
   own = row_of(config.family).exported_as or config.family
   names = sorted(EXPORTED, key=lambda name: name != own)
-  return [name for name in names if EXPORTED[name].holds(config)]
+  held = [name for name in names if EXPORTED[name].holds(config)]
+  if not held:
+    raise UserError(
+      f'no config.json can say which layers of this {own} have a window and '
+      'which turn, once so many are gone: use a lower prune.layers_target'
+    )
+  return held
 
 
 def hf_config(

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from lorapr_jax.axes import PROJECTIONS, Axes, ProjectionLetters
+from lorapr_jax.axes import LAYERS, PROJECTIONS, Axes, ProjectionLetters
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.config import (
   AFTER_ATTENTION,
@@ -23,6 +23,7 @@ from lorapr_jax.models.config import (
 )
 from lorapr_jax.models.kinds import with_window
 from lorapr_jax.models.layers import (
+  ALIVE,
   BLOCK,
   LoRAEinsum,
   dropout,
@@ -138,6 +139,9 @@ class MLP(_Part):
 class Block(nn.Module):
   """One decoder layer over tokens, (N, D) or (B, T, D).
 
+  Where there is the variable `layers` of the collection ALIVE, what the layer
+  adds to the stream is multiplied by it: with 0 the layer hands on its input.
+
   Attributes:
     config: the model's numbers and flags.
     shape: the layer's sizes.
@@ -174,13 +178,18 @@ class Block(nn.Module):
       h = _activation(self._normed(BEFORE_ATTENTION, x))
       attend = with_window(self.attend, window)
       out = Attention(*sizes, attend, name='self_attn')(h, rotation)
-      out = self._normed(AFTER_ATTENTION, out)
-      x = x + scaled(out, self.config.residual_scale)
+      x = x + self._added(self._normed(AFTER_ATTENTION, out))
     if 'mlp' in parts:
       h = _activation(self._normed(BEFORE_MLP, x))
       out = self._normed(AFTER_MLP, MLP(*sizes, name='mlp')(h))
-      x = x + scaled(out, self.config.residual_scale)
+      x = x + self._added(out)
     return x
+
+  def _added(self, out: Array) -> Array:
+    out = scaled(out, self.config.residual_scale)
+    if not self.has_variable(ALIVE, LAYERS):
+      return out
+    return out * self.get_variable(ALIVE, LAYERS).astype(out.dtype)
 
   def _normed(self, name: str, x: Array) -> Array:
     """x through one of NORMS, or as it is where the block has not that one."""

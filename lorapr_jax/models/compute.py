@@ -1,6 +1,6 @@
 """How a model is run: dtypes, XLA's options, one batch on a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any
@@ -91,8 +91,9 @@ def run_model(
   mesh: Mesh | None = None,
   segments: Array | None = None,
   matmul_dtype: Any = None,
+  run: Callable[..., Any] = decoder.hidden_states,
   **model: Any,
-) -> Array:
+) -> Any:
   """Runs `decoder.hidden_states` on a batch.
 
   Args:
@@ -103,7 +104,8 @@ def run_model(
     segments: (B, T): numbers of the documents that share a window, in runs.
       Attention and positions stay within one; None: a window is one text.
     matmul_dtype: of the products' operands; None: as settings.dtype.
-    **model: lora, masks, dropout_key, scan_layers.
+    run: it, or `decoder.through_layers`.
+    **model: what else it takes: lora, masks, dropout_key, scan_layers.
   """
   attend = choose_attention(
     settings.attention,
@@ -118,7 +120,7 @@ def run_model(
     model['valid'] = segments > 0
     model['positions'] = segment_positions(segments)
     attend = functools.partial(attend, segments=segments)
-  return decoder.hidden_states(
+  return run(
     params,
     tokens,
     settings.config,

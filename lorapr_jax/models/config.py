@@ -195,6 +195,19 @@ class ModelConfig:
     of_layer = self.rope_of_layer or (0,) * len(self.layers)
     return tuple(self.ropes[i] for i in of_layer)
 
+  def of_layers(self, layers: Sequence[int]) -> 'ModelConfig':
+    """The model of these of its layers alone."""
+    windows, ropes = self.layer_windows, self.layer_ropes
+    return dataclasses.replace(
+      self,
+      layers=tuple(self.layers[i] for i in layers),
+      **kind_fields(
+        self.ropes[0],
+        [windows[i] for i in layers],
+        [ropes[i] for i in layers],
+      ),
+    )
+
   @property
   def stacks(self) -> tuple[Stack, ...]:
     """Runs of equal layers, in order; each is one scan in the forward pass."""

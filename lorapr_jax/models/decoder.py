@@ -10,6 +10,7 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.models.attention import ACTIVATION, causal_attention
 from lorapr_jax.models.block import Block
 from lorapr_jax.models.config import LoraConfig, ModelConfig, Stack
@@ -42,10 +43,25 @@ REMAT_POLICIES = {
 
 
 def hidden_states(
+  params: Any, tokens: Array, config: ModelConfig, **how: Any
+) -> Array:
+  """The last layer's normalised output, (B, T, D), computed in `dtype`.
+
+  The arguments are those of `through_layers`.
+  """
+  x, _ = through_layers(params, tokens, config, **how)
+  x = rms_norm(config).apply({'params': params['norm']}, x)
+  return x.reshape(*tokens.shape, -1)
+
+
+def through_layers(
   params: Any,
   tokens: Array,
   config: ModelConfig,
   *,
+  start: Array | None = None,
+  observe: Callable[[Array, Array], Any] | None = None,
+  skips: bool = False,
   positions: Array | None = None,
   lengths: Array | None = None,
   attend: Callable[..., Array] = causal_attention,
@@ -59,13 +75,18 @@ def hidden_states(
   flat: bool = True,
   dtype: Any = jnp.float32,
   matmul_dtype: Any = None,
-) -> Array:
-  """The last layer's normalised output, (B, T, D), computed in `dtype`.
+) -> tuple[Array, Any]:
+  """The last layer's output, (N, D) or (B, T, D), and what was observed.
 
   Args:
     params: the frozen base.
     tokens: (B, T) ids.
     config: the sizes, of which `config.stacks` follows the trees.
+    start: the first layer's input; None: the tokens' embeddings.
+    observe: (a layer's input, its output) -> what is to come back of it, with
+      all layers of the model in front; None: nothing.
+    skips: whether a layer that is masked as a whole is left out, not computed
+      and multiplied by 0: for passes without gradients.
     positions: (B, T): where each token stands in its text; None: a row is one
       text.
     lengths: as of `rope_rotation`.
@@ -91,16 +112,18 @@ def hidden_states(
   axes = block_axes(config.dequantized, lora_config)
   table = params['embed_tokens']['weight']
   tokens = tokens.reshape(B * T) if flat else tokens
-  x = embedded(table, tokens, config, dtype, valid)
+  x, seen = start, []
+  if x is None:
+    x = embedded(table, tokens, config, dtype, valid)
   for i, stack in enumerate(config.stacks):
     layers = {'params': _squeezed(params['stacks'][i]), 'lora': lora[i]}
     keys = _dropout_keys(dropout_key, stack)
     inputs = (layers, masks[i], keys, kinds(config, stack, T))
     block = Block(config, stack.shape, lora_config, matmul_dtype, attend)
-    layer = _layer(block, axes, rotation)
-    x = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
-  norm = rms_norm(config)
-  return norm.apply({'params': params['norm']}, x).reshape(B, T, -1)
+    layer = _layer(block, axes, rotation, observe, skips)
+    x, found = _run_stack(layer, x, inputs, stack.size, remat, scan_layers)
+    seen.append(found)
+  return x, jax.tree.map(lambda *stacks: jnp.concatenate(stacks), *seen)
 
 
 def embedded(
@@ -142,8 +165,8 @@ def _run_stack(
   size: int,
   remat: str,
   scan_layers: bool,
-) -> Array:
-  """x through the layers of a stack, rematerialised."""
+) -> tuple[Array, Any]:
+  """x through the layers of a stack, rematerialised; what was observed."""
   # Without a loop around them XLA would find both computations of a block, and
   # keep what they share. The barriers against that cost time, and where all is
   # kept there is nothing to compute twice.
@@ -152,7 +175,7 @@ def _run_stack(
     policy=REMAT_POLICIES[remat],
     prevent_cse=not scan_layers and remat != 'none',
   )
-  return jax.lax.scan(layer, x, inputs, unroll=1 if scan_layers else size)[0]
+  return jax.lax.scan(layer, x, inputs, unroll=1 if scan_layers else size)
 
 
 def _squeezed(stack: Any) -> Any:
@@ -168,10 +191,16 @@ def _squeezed(stack: Any) -> Any:
   return jax.tree.map(squeeze, stack, is_leaf=is_quantized)
 
 
-def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
+def _layer(
+  block: Block,
+  axes: Any,
+  rotation: Rotation,
+  observe: Callable[[Array, Array], Any] | None,
+  skips: bool,
+) -> Callable[..., Any]:
   sizes = block.config.sizes(block.shape)
 
-  def layer(x, inputs):
+  def run(x, inputs):
     trees, masks, key, kind = inputs
     params = jax.tree.map(
       lambda weight, axes: weight.reshape([sizes[a] for a in axes]),
@@ -182,7 +211,15 @@ def _layer(block: Block, axes: Any, rotation: Rotation) -> Callable[..., Any]:
     variables = masked(trees, masks, axes, block.config, block.shape)
     rngs = None if key is None else {'dropout': key}
     turn, window = rotation.of(kind.rope), kind.window
-    return block.apply(variables, x, turn, window=window, rngs=rngs), None
+    return block.apply(variables, x, turn, window=window, rngs=rngs)
+
+  def layer(x, inputs):
+    masks = inputs[1]
+    if skips and LAYERS in masks:
+      out = jax.lax.cond(masks[LAYERS] > 0, run, lambda x, _: x, x, inputs)
+    else:
+      out = run(x, inputs)
+    return out, observe(x, out) if observe else None
 
   return layer
 

@@ -469,5 +469,10 @@ BIAS_KEYS = sorted({key for x in FAMILIES.values() for key in x.bias_keys})
 
 def family_of(config: ModelConfig) -> Family:
   """The model's own, or the first that holds it."""
-  own = row_of(config.family)
-  return next(x for x in (own, *FAMILIES.values()) if x.holds(config))
+  return FAMILIES[name_of(config)]
+
+
+def name_of(config: ModelConfig) -> str:
+  """The name of `family_of`."""
+  names = (config.family or 'llama', *FAMILIES)
+  return next(name for name in names if FAMILIES[name].holds(config))

@@ -17,6 +17,7 @@ from jax import Array
 import jax.numpy as jnp
 
 from lorapr_jax.axes import (
+  LAYERS,
   PROJECTIONS,
   Axes,
   ProjectionLetters,
@@ -78,7 +79,8 @@ def masked(
   """A block's variables where groups are masked; one layer.
 
   A norm over all heads takes its mean over those that are alive, so that it is
-  what it is once the others are cut.
+  what it is once the others are cut. A layer that is masked as a whole adds
+  nothing (models/block.py).
 
   Args:
     trees: {'params', 'lora'}.
@@ -90,6 +92,7 @@ def masked(
   variables = {
     name: apply_masks(tree, masks, axes[name]) for name, tree in trees.items()
   }
+  alive = {}
   if masks and config.qk_norm == 'heads':
     sizes = config.sizes(shape)
     heads = {
@@ -97,8 +100,10 @@ def masked(
       for name, letters in config.qk_norms.items()
     }
     ones = jax.tree.map(lambda x: jnp.ones([sizes[a] for a in x]), heads)
-    variables[ALIVE] = {'self_attn': apply_masks(ones, masks, heads)}
-  return variables
+    alive['self_attn'] = apply_masks(ones, masks, heads)
+  if LAYERS in masks:
+    alive[LAYERS] = masks[LAYERS]
+  return variables | ({ALIVE: alive} if alive else {})
 
 
 def logical_axes(

@@ -79,8 +79,9 @@ def loop_functions(
 ) -> Iterator[LoopFunction]:
   """The functions that the loop of a run's first phase calls.
 
-  They are step, importance, the pass of a pruning event if it has one,
-  optimiser and evaluation. The ranking of groups is left out.
+  They are step, importance, the choice of layers and the pass of a pruning
+  event if it has them, optimiser and evaluation. The ranking of groups is left
+  out.
 
   Raises:
     UserError: for a mistake in the config, before anything is lowered.
@@ -109,8 +110,11 @@ def loop_functions(
     shapes.beside(state.lora, state.masks, batch),
   )
   if pruning:
-    yield _importance(functions, shapes, pruning.criterion.needs_base_grads)
-  if pruning and pruning.passes:
+    grads = pruning.averages and pruning.criterion.needs_base_grads
+    yield _importance(functions, shapes, grads)
+  if pruning and pruning.layer_events:
+    yield _choice(functions, shapes, pruning)
+  if pruning and pruning.goes_through_layers:
     yield _event(functions, shapes, pruning)
   ok = _replicated(jax.ShapeDtypeStruct((), jnp.bool_), places)
   yield LoopFunction(
@@ -148,13 +152,35 @@ def _importance(
   )
 
 
+def _choice(
+  functions: Functions, shapes: Shapes, pruning: Pruning
+) -> LoopFunction:
+  base, state, _, _ = shapes
+  texts = _texts(shapes, pruning)
+  keep = _replicated(jax.ShapeDtypeStruct((), jnp.int32), base.places)
+  return LoopFunction(
+    'choice of layers',
+    functions.prune.choose_layers.lower(
+      *(base.params, state.lora, state.masks, state.importance, keep),
+      (texts,) * (pruning.pass_batches if pruning.passes else 0),
+    ),
+    shapes.beside(state.lora, state.masks, state.importance, texts),
+  )
+
+
+def _texts(shapes: Shapes, pruning: Pruning) -> Any:
+  """A batch that an event reads."""
+  texts = {name: x for name, x in shapes.batch.items() if name != 'teacher'}
+  if len(pruning.texts) > 1:
+    texts['sources'] = texts['tokens']
+  return texts
+
+
 def _event(
   functions: Functions, shapes: Shapes, pruning: Pruning
 ) -> LoopFunction:
   state, params = shapes.state, shapes.base.params
-  texts = {name: x for name, x in shapes.batch.items() if name != 'teacher'}
-  if len(pruning.texts) > 1:
-    texts['sources'] = texts['tokens']
+  texts = _texts(shapes, pruning)
   return LoopFunction(
     'pruning event',
     functions.prune.prune_layers.lower(

@@ -5,6 +5,7 @@ from fractions import Fraction
 import math
 from typing import NamedTuple
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import kind, member_parameters
@@ -86,16 +87,35 @@ def finest_of(choices: Sequence[Choice]) -> Choice:
   return min(choices, key=lambda c: c.multiple / c.size)
 
 
+def layers_left(layers: int, target: float) -> int:
+  """How many of so many layers are left where the share `target` of them goes.
+
+  Raises:
+    UserError: if none would be left, or a target that is not zero removes none.
+  """
+  if layers > 1 and 2 * layers * (1 - Fraction(repr(target))) < 1:
+    raise UserError(
+      f'prune.layers_target={target} would leave none of the {layers} layers '
+      f'that are not protected; the nearest that works is {1 - 1 / layers:.6f}'
+    )
+  return round_share(Choice(LAYERS, layers, 1), target)
+
+
 def solve_parameters(
-  config: ModelConfig, layers: int, choices: Sequence[Choice], target: float
+  config: ModelConfig,
+  layers: int,
+  choices: Sequence[Choice],
+  target: float,
+  gone: int = 0,
 ) -> dict[str, int]:
   """The counts with which a share of all parameters goes: unit=params.
 
   Every group gets the count nearest to the share at which all groups, pruned
   alike, would meet the target. The group with the finest steps then makes up
   the difference. Where it cannot, the counts of another group that come
-  nearest are taken. The layers of `config` are equal, and `layers` of them are
-  pruned. Gives {group: the count in each of these}.
+  nearest are taken. The layers of `config` are equal, `layers` of them are
+  pruned, and `gone` others go as a whole. Gives {group: the count in each of
+  those that are pruned}.
 
   Raises:
     UserError: if the target is beyond what can be pruned, or is not zero and
@@ -103,13 +123,21 @@ def solve_parameters(
   """
   dense, shape = config.num_parameters, config.layers[0]
   cost = {c.group: member_parameters(config, shape, c.group) for c in choices}
+  whole = gone * config.layer_parameters(shape)
+  if whole > target * dense:
+    raise UserError(
+      f'prune.layers_target alone takes {whole / dense:.4f} of the parameters, '
+      f'and prune.target={target} is the share of all that go: lower the one '
+      'or raise the other'
+    )
 
   def removed(kept: Mapping[str, float]) -> float:
     # Every projection is linear in each group's count, so that this holds for
     # counts that are not whole too.
-    gone = sum((c.size - kept[c.group]) * cost[c.group] for c in choices)
-    return layers * gone / dense
+    each = sum((c.size - kept[c.group]) * cost[c.group] for c in choices)
+    return (layers * each + whole) / dense
 
+  already = Fraction(removed({c.group: c.size for c in choices}))
   most = removed({c.group: c.fewest for c in choices})
   if target > most:
     raise UserError(
@@ -118,7 +146,8 @@ def solve_parameters(
       'one of each group is kept, embeddings and protected layers stay)'
     )
   # `removed` is linear in the share: one division solves it.
-  share = Fraction(target) / Fraction(removed({c.group: 0 for c in choices}))
+  rest = Fraction(removed({c.group: 0 for c in choices})) - already
+  share = (Fraction(target) - already) / rest
   finest = finest_of(choices)
 
   def distance(kept: Mapping[str, int]) -> float:
@@ -138,7 +167,7 @@ def solve_parameters(
       for count in reversed(c.counts)
     ]
     kept = min([kept, *others], key=distance)
-  if target and all(kept[c.group] == c.size for c in choices):
+  if target and not gone and all(kept[c.group] == c.size for c in choices):
     below = finest.counts[-2] if len(finest.counts) > 1 else finest.fewest
     least = removed(kept | {finest.group: below})
     raise UserError(

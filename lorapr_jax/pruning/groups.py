@@ -5,6 +5,8 @@ of the group's axes:
   kv_heads                 a KV head with all its query heads
   kv_heads,queries_per_kv  one query head; every KV head keeps as many
   mlp                      a channel of the feed-forward network
+Whole layers are the group `layers`: its members are the layers of the model,
+and what goes with one is all of its tensors.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lorapr_jax.axes import carries, group_axes
+from lorapr_jax.axes import LAYERS, carries, group_axes
 from lorapr_jax.models.config import LayerShape, ModelConfig
 
 KV_HEADS, QUERIES, CHANNELS = 'kv_heads', 'kv_heads,queries_per_kv', 'mlp'
@@ -30,13 +32,16 @@ CHOICES = {
 
 
 def kind(group: str) -> str:
-  """'heads' or 'channels'."""
-  return 'channels' if group == CHANNELS else 'heads'
+  """'heads', 'channels' or 'layers'."""
+  return {CHANNELS: 'channels', LAYERS: 'layers'}.get(group, 'heads')
 
 
 def group_size(config: ModelConfig, shape: LayerShape, group: str) -> int:
-  """How many members are ranked against each other."""
-  return config.sizes(shape)[group_axes(group)[-1]]
+  """How many members a layer has that are ranked against each other.
+
+  Whole layers are ranked against each other: each is the one of its own.
+  """
+  return 1 if group == LAYERS else config.sizes(shape)[group_axes(group)[-1]]
 
 
 def protected_layers(num_layers: int, protect: str) -> frozenset[int]:
@@ -49,25 +54,32 @@ def protected_layers(num_layers: int, protect: str) -> frozenset[int]:
 def with_kept(
   config: ModelConfig, keep: Mapping[str, tuple[int, ...]]
 ) -> ModelConfig:
-  """The sizes once every layer has only `keep` of each group."""
+  """The model once every layer has only `keep` of each group.
+
+  A layer that keeps 0 of `layers` is gone.
+  """
   fields = {
     KV_HEADS: 'num_kv_heads',
     QUERIES: 'queries_per_kv',
     CHANNELS: 'mlp_dim',
   }
+  counts = {field: keep[g] for g, field in fields.items() if g in keep}
   layers = tuple(
-    dataclasses.replace(
-      shape, **{fields[group]: int(kept[i]) for group, kept in keep.items()}
-    )
+    dataclasses.replace(shape, **{f: int(n[i]) for f, n in counts.items()})
     for i, shape in enumerate(config.layers)
   )
-  return dataclasses.replace(config, layers=layers)
+  smaller = dataclasses.replace(config, layers=layers)
+  if LAYERS not in keep:
+    return smaller
+  return smaller.of_layers([i for i, stays in enumerate(keep[LAYERS]) if stays])
 
 
 def member_parameters(
   config: ModelConfig, shape: LayerShape, group: str
 ) -> int:
   """The parameters of a layer that go with one member less."""
+  if group == LAYERS:
+    return config.layer_parameters(shape)
   size = group_size(config, shape, group)
   smaller = with_kept(
     dataclasses.replace(config, layers=(shape,)), {group: (size - 1,)}
@@ -83,5 +95,5 @@ def couplings(axes: Any, group: str) -> Iterator[tuple[str, tuple[str, ...]]]:
   `axes` are the axis names of a block's tensors.
   """
   for path, names in jax.tree_util.tree_leaves_with_path(axes):
-    if carries(names, group):
+    if group == LAYERS or carries(names, group):
       yield jax.tree_util.keystr(path, simple=True, separator='.'), names

@@ -12,7 +12,14 @@ import jax
 from jax import Array
 import jax.numpy as jnp
 
-from lorapr_jax.axes import PROJECTIONS, along_first, carries, group_axes
+from lorapr_jax.axes import (
+  LAYERS,
+  PROJECTIONS,
+  along_first,
+  apply_masks,
+  carries,
+  group_axes,
+)
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.lora import (
   FULL,
@@ -22,9 +29,13 @@ from lorapr_jax.models.lora import (
   terms_of,
 )
 from lorapr_jax.pruning.compensation import REPAIRED
+from lorapr_jax.pruning.masks import gated, without_layers
 
 # Of each input of a projection: the sum of squares over tokens; the variance.
 SQUARES, VARIANCES = 'squares', 'variances'
+# How whole layers are scored: the loss without one more; 1 - cos of input and
+# output; the sum of its elements' scores.
+LOSS, COSINE, SUM = 'loss', 'cosine', 'sum'
 
 
 class Signals(NamedTuple):
@@ -61,6 +72,7 @@ class Criterion:
     norm: whether each projection's group vector is divided by its L2 norm
       before projections are added.
     decay: of the moving average over steps (eq. 11).
+    layers: of whole layers: LOSS, COSINE or SUM.
   """
 
   name: str = 'lora'
@@ -68,9 +80,17 @@ class Criterion:
   lora_gradient: str = OWN
   norm: bool = True
   decay: float = 0.9
+  layers: str = LOSS
 
   def __post_init__(self):
     choose('prune.criterion', self.name, CRITERIA)
+    choose('prune.layers_criterion', self.layers, (LOSS, COSINE, SUM))
+    if self.layers == SUM and not self.averaged:
+      raise UserError(
+        'prune.layers_criterion=sum adds up what prune.criterion=lora or '
+        f'gradient averages over steps, and {self.name} does not: use loss or '
+        'cosine'
+      )
     choose('prune.score', self.score, ('abs', 'square'))
     choose(
       'prune.lora_gradient',
@@ -230,7 +250,8 @@ def group_scores(
   """Sums element scores over every axis but the group's (eq. 4).
 
   Masked groups count nothing, not even in the norm, so that a run that has
-  cut them away computes the same.
+  cut them away computes the same. A whole layer's score is the plain sum over
+  all elements, as layers are ranked against each other.
 
   Args:
     scores: from `element_scores`, or a layer's `block_sums`.
@@ -243,6 +264,10 @@ def group_scores(
     for name, leaf in projections.items():
       names = axes[part][name]['weight']
       for group, mask in masks.items():
+        if group == LAYERS:
+          # What carries other groups is masked with them.
+          elements = apply_masks(leaf['weight'], masks, names)
+          totals[group] += mask * jnp.sum(elements)
         if not carries(names, group):
           continue
         others = tuple(
@@ -265,11 +290,16 @@ def update_importance(
   """G_t = decay G_{t-1} + (1 - decay) Ghat_t, for each group (eq. 11).
 
   A masked group keeps the average that it had when it was masked: it is never
-  ranked again (`masks.select_masks`), and a report can show why it went.
+  ranked again (`masks.select_masks`), and a report can show why it went. So do
+  those of a layer that is gone, and layers that have no average.
   """
+  masks = gated(masks)
+  if criterion.layers != SUM:
+    masks = without_layers(masks)
   new = group_scores(scores, masks, axes, norm=criterion.norm)
   decay = criterion.decay
-  return {
+  averages = {
     g: jnp.where(masks[g] > 0, decay * old[g] + (1 - decay) * new[g], old[g])
-    for g in old
+    for g in masks
   }
+  return {**old, **averages}

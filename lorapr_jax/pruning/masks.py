@@ -1,11 +1,12 @@
 """Masks: which groups are alive. {group: array of 0 and 1}, by stack.
 
 A group is named by its axes, joined by commas: see pruning/groups.py. Arrays
-of a stack have `layers` in front of the group's axes. `axes` trees come in as
-arguments; they hold the axis names of each tensor, without `layers`.
+of a stack have `layers` in front of the group's axes, and of whole layers that
+axis alone. `axes` trees come in as arguments; they hold the axis names of each
+tensor, without `layers`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 import jax.numpy as jnp
 import numpy as np
 
-from lorapr_jax.axes import along_first, group_axes
+from lorapr_jax.axes import LAYERS, along_first, member_axes
 from lorapr_jax.models.config import ModelConfig
 
 
@@ -23,7 +24,7 @@ def initial_masks(
   """Everything alive. A stack is its number of layers and its axis sizes."""
   return tuple(
     {
-      group: jnp.ones((layers, *(sizes[axis] for axis in group_axes(group))))
+      group: jnp.ones((layers, *(sizes[axis] for axis in member_axes(group))))
       for group in groups
     }
     for layers, sizes in stacks
@@ -54,6 +55,60 @@ def select_mask(importance: Array, mask: Array, keep: Array) -> Array:
   return mask * (rank < along_first(keep, mask))
 
 
+def gated(masks: Mapping[str, Array]) -> dict[str, Array]:
+  """Masks in which nothing is alive of a layer that is gone.
+
+  Args:
+    masks: of one layer or of a stack.
+  """
+  if LAYERS not in masks:
+    return dict(masks)
+  layers = masks[LAYERS]
+  return {
+    group: mask if group == LAYERS else mask * along_first(layers, mask)
+    for group, mask in masks.items()
+  }
+
+
+def without_layers(tree: Mapping[str, Any]) -> dict[str, Any]:
+  """Of {group: ...}, all but whole layers."""
+  return {group: x for group, x in tree.items() if group != LAYERS}
+
+
+def staying(
+  masks: Mapping[str, Array], keep: Mapping[str, Array]
+) -> dict[str, Array]:
+  """How many members stay: of a layer that is gone, as many as there are.
+
+  Args:
+    masks: of a stack.
+    keep: {group: (L,)}: how many stay in a layer that is there.
+  """
+  keep = without_layers(keep)
+  if LAYERS not in masks:
+    return keep
+  return {
+    group: jnp.where(masks[LAYERS] > 0, counts, masks[group].shape[-1])
+    for group, counts in keep.items()
+  }
+
+
+def of_layers(stacks: Sequence[Mapping[str, Array]]) -> Array:
+  """What is known of whole layers, by layer of the model: (L,)."""
+  return jnp.concatenate([stack[LAYERS] for stack in stacks])
+
+
+def with_layers(
+  stacks: Sequence[Mapping[str, Array]], values: Array
+) -> tuple[dict[str, Array], ...]:
+  """The stacks with another `of_layers`."""
+  starts = np.cumsum([len(stack[LAYERS]) for stack in stacks])[:-1]
+  parts = jnp.split(values, starts)
+  return tuple(
+    {**stack, LAYERS: part} for stack, part in zip(stacks, parts, strict=True)
+  )
+
+
 def alive_counts(
   masks: tuple[Mapping[str, Array], ...],
 ) -> dict[str, tuple[int, ...]]:
@@ -64,7 +119,8 @@ def alive_counts(
   counts: dict[str, tuple[int, ...]] = {}
   for stack in masks:
     for group, mask in stack.items():
-      rows = np.asarray(mask).sum(axis=-1).reshape(len(mask), -1)
+      size = 1 if group == LAYERS else mask.shape[-1]
+      rows = np.asarray(mask).reshape(len(mask), -1, size).sum(axis=-1)
       alive = tuple(int(count) for count in rows[:, 0])
       counts[group] = counts.get(group, ()) + alive
   return counts

@@ -4,9 +4,12 @@ The masks do not depend on them. A run may have several, so that most of its
 steps are taken by a smaller model, or none: then the cut is at the end.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
@@ -86,10 +89,21 @@ class Milestones:
   @functools.cached_property
   def maskings(self) -> tuple[int, ...]:
     """The steps at which there are fewer alive than before."""
-    found, before = [], self.plan.keep_at(0.0)
+    return self._steps_with_fewer(lambda alive: alive)
+
+  @functools.cached_property
+  def layer_maskings(self) -> tuple[int, ...]:
+    """The steps at which whole layers are masked."""
+    return self._steps_with_fewer(lambda alive: alive.get(LAYERS))
+
+  def _steps_with_fewer(
+    self, of: Callable[[dict[str, tuple[int, ...]]], Any]
+  ) -> tuple[int, ...]:
+    """The steps at which what counts of those alive changes."""
+    found, before = [], of(self.plan.keep_at(0.0))
     for step in range(self.schedule.total_steps):
       if self.schedule.is_pruning_step(step):
-        alive = self.plan.keep_at(self.schedule.progress(step))
+        alive = of(self.plan.keep_at(self.schedule.progress(step)))
         if alive != before:
           found.append(step)
         before = alive

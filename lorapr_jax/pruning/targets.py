@@ -5,9 +5,15 @@ import dataclasses
 import itertools
 import math
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.pruning.counts import Choice, round_share, solve_parameters
+from lorapr_jax.pruning.counts import (
+  Choice,
+  layers_left,
+  round_share,
+  solve_parameters,
+)
 from lorapr_jax.pruning.fit import Room, check_amount, solve_fit
 from lorapr_jax.pruning.groups import (
   CHANNELS,
@@ -20,6 +26,7 @@ from lorapr_jax.pruning.groups import (
   protected_layers,
   with_kept,
 )
+from lorapr_jax.pruning.masks import without_layers
 from lorapr_jax.pruning.profile import Profile, parse_profile, spread
 
 
@@ -38,6 +45,7 @@ class Targets:
   target: float | None = None
   heads_target: float | None = None
   channels_target: float | None = None
+  layers_target: float = 0.0
   unit: str = 'groups'
   fit: str = ''
   fit_context: int = Room.context
@@ -59,7 +67,8 @@ class Targets:
       choose(f'prune.{key}', getattr(self, key), choices)
     keys = ('target', 'heads_target', 'channels_target')
     shares = {f'prune.{key}': getattr(self, key) for key in keys}
-    for key, value in shares.items():
+    layers = {'prune.layers_target': self.layers_target}
+    for key, value in (shares | layers).items():
       if value is not None and not 0.0 <= value < 1.0:
         raise UserError(f'{key} is {value}: it must be in [0, 1)')
     check_amount(shares, self.fit, self.speedup)
@@ -71,16 +80,37 @@ class Targets:
           f'prune.{key} is {getattr(self, key)}: it must be at least 1'
         )
     parse_profile(self.layer_profile)
-    if self.heads == 'none' and not self.channels:
+    if not self.groups:
       raise UserError(
         'prune.heads is none and prune.channels is false: there is nothing '
         'to prune; for tuning alone use prune.target=0'
       )
+    if self.layers_target:
+      self._check_layers()
     own = {self.heads_target, self.channels_target}
     if self.unit == 'params' and own != {None}:
       raise UserError(
         'prune.unit=params takes prune.target alone: leave out '
         'prune.heads_target and prune.channels_target'
+      )
+
+  def _check_layers(self) -> None:
+    if self.by_size:
+      raise UserError(
+        'prune.fit and prune.speedup choose heads and channels: leave out '
+        'prune.layers_target'
+      )
+    if len({*self.profile}) > 1:
+      raise UserError(
+        f'prune.layer_profile={self.layer_profile} does not go with '
+        f'prune.layers_target={self.layers_target}, under which it is not '
+        'known which layers stay: leave the profile out'
+      )
+    if self.unit == 'params' and self.groups == (LAYERS,):
+      raise UserError(
+        'prune.unit=params takes from heads or channels what '
+        'prune.layers_target leaves of prune.target, and neither is pruned: '
+        'use prune.unit=groups'
       )
 
   @property
@@ -112,7 +142,8 @@ class Targets:
   def groups(self) -> tuple[str, ...]:
     """The groups that are to be pruned."""
     heads = HEAD_GROUPS[self.heads]
-    return ((heads,) if heads else ()) + ((CHANNELS,) if self.channels else ())
+    pruned = {LAYERS: self.layers_target, heads: heads, CHANNELS: self.channels}
+    return tuple(group for group, is_pruned in pruned.items() if is_pruned)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +154,10 @@ class PruningPlan:
     config: the model before pruning.
     targets: what was asked for.
     keep: {group: the number kept in each layer}. For query heads it counts
-      those under one KV head. Groups that lose nothing are absent.
+      those under one KV head. Groups that lose nothing are absent. A layer of
+      which 0 of `layers` is kept goes as a whole: how many these are is known,
+      but which is not before the run, and all of `prunable_layers` are alike.
+      So they stand for those that will go, and in this order.
   """
 
   config: ModelConfig
@@ -134,6 +168,11 @@ class PruningPlan:
   def pruned_config(self) -> ModelConfig:
     """The sizes at the end."""
     return with_kept(self.config, self.keep)
+
+  @property
+  def within_layers(self) -> bool:
+    """Whether groups within layers go, not whole layers alone."""
+    return bool(without_layers(self.keep))
 
   @property
   def multiples(self) -> dict[str, int]:
@@ -149,9 +188,12 @@ class PruningPlan:
 
   @property
   def kept_by_depth(self) -> dict[str, list[tuple[int, int]]]:
-    """(count, layers that keep it) in order, of the layers not protected."""
+    """(count, layers that keep it) in order, of the layers not protected.
+
+    Of the groups within layers.
+    """
     found = {}
-    for group, kept in self.keep.items():
+    for group, kept in without_layers(self.keep).items():
       counts = itertools.groupby(kept[i] for i in self.prunable_layers)
       found[group] = [(count, len(list(run))) for count, run in counts]
     return found
@@ -194,7 +236,7 @@ class PruningPlan:
     Raises:
       UserError: if the profile takes more of a layer than it can lose.
     """
-    keep = {}
+    keep = dict(self.keep)
     for choice in choices:
       count = kept[choice.group]
       if count == choice.size:
@@ -217,41 +259,98 @@ class PruningPlan:
     does, from the largest target that ends in n. Half of 9 heads ends in 4,
     and the k-th goes where 9 s(t) reaches k.
     """
-    return {
+
+    def removed(most: int) -> int:
+      return min(most, math.floor(progress * (most + 0.5)))
+
+    keep = {
       group: tuple(
-        size - min(size - k, math.floor(progress * (size - k + 0.5)))
+        size - removed(size - k)
         for size, k in zip(self.sizes(group), kept, strict=True)
       )
       for group, kept in self.keep.items()
     }
+    if LAYERS in keep:
+      gone = self.going[: removed(len(self.going))]
+      layers = range(len(self.config.layers))
+      keep[LAYERS] = tuple(int(i not in gone) for i in layers)
+    return keep
+
+  @property
+  def going(self) -> list[int]:
+    """The layers that stand for those that go, in their order."""
+    return [i for i, kept in enumerate(self.keep.get(LAYERS, ())) if not kept]
+
+  def layers_in(self, count: int) -> list[int]:
+    """The layers that stand for those of arrays with so many."""
+    layers = range(len(self.config.layers))
+    gone = self.going[: len(layers) - count]
+    return [i for i in layers if i not in gone]
+
+  def protected_in(self, count: int) -> list[bool]:
+    """Of arrays with so many layers, which ones are protected."""
+    prunable = set(self.prunable_layers)
+    return [i not in prunable for i in self.layers_in(count)]
+
+  def counts_in(
+    self, keep: Mapping[str, tuple[int, ...]], count: int
+  ) -> dict[str, tuple[int, ...]]:
+    """Of counts by layer, those of arrays with so many layers."""
+    layers = self.layers_in(count)
+    return {group: tuple(n[i] for i in layers) for group, n in keep.items()}
 
   def sparsity(self, keep: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
     """The share of groups of each kind, and of all parameters, that is gone.
 
     Groups are those of the layers that are not protected, whether or not they
-    have lost any. A kind that is not pruned has lost 0.
+    have lost any; heads and channels are those of the layers that are left. A
+    kind that is not pruned has lost 0; `layers` are there if they are pruned.
+
+    Args:
+      keep: counts by layer of the model, or of those that are in the arrays.
     """
     result = {'heads': 0.0, 'channels': 0.0}
+    keep = self._of_all(keep)
+    stay = keep.get(LAYERS, (1,) * len(self.config.layers))
     for group, kept in keep.items():
       sizes, layers = self.sizes(group), self.prunable_layers
+      if group != LAYERS:
+        layers = [i for i in layers if stay[i]]
       total, left = (sum(x[i] for i in layers) for x in (sizes, kept))
       result[kind(group)] = 1 - left / total
     parameters = with_kept(self.config, keep).num_parameters
     result['params'] = 1 - parameters / self.config.num_parameters
     return result
 
+  def _of_all(
+    self, keep: Mapping[str, tuple[int, ...]]
+  ) -> dict[str, tuple[int, ...]]:
+    """Counts by layer of the model: nothing of those that are in no array."""
+    there = self.layers_in(len(next(iter(keep.values()), self.config.layers)))
+    places = {i: place for place, i in enumerate(there)}
+    layers = range(len(self.config.layers))
+    return {
+      group: tuple(n[places[i]] if i in places else 0 for i in layers)
+      for group, n in keep.items()
+    }
+
   def targets_by_kind(self) -> dict[str, float | None]:
     """What was asked for, in the units of `sparsity`; None if not asked."""
     if self.targets.by_size:
       return {'heads': None, 'channels': None, 'params': None}
+    layers = self.targets.layers_target
+    own = {LAYERS: layers} if layers else {}
     if self.targets.unit == 'params':
-      return {'heads': None, 'channels': None, 'params': self.targets.share}
+      whole = {'heads': None, 'channels': None, 'params': self.targets.share}
+      return whole | own
     asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
 
 def multiple_of(config: ModelConfig, targets: Targets, group: str) -> int:
   """What the count of a group that stays must divide by."""
+  if group == LAYERS:
+    return 1
   if group == CHANNELS:
     return math.lcm(targets.channels_multiple_of, targets.tensor_parallel)
   if group == KV_HEADS:
@@ -319,11 +418,18 @@ def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
   plan, choices = empty_plan(config, targets)
   if targets.fit:
     return _fitting(plan, choices)
+  layers = len(plan.prunable_layers)
+  if targets.layers_target:
+    gone = layers - layers_left(layers, targets.layers_target)
+    going = plan.prunable_layers[-gone:]
+    stay = tuple(int(i not in going) for i in range(len(config.layers)))
+    plan = dataclasses.replace(plan, keep={LAYERS: stay})
   if targets.unit == 'groups':
     kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
   else:
-    layers = len(plan.prunable_layers)
-    kept = solve_parameters(config, layers, choices, targets.share)
+    gone = len(plan.going)
+    args = layers - gone, choices, targets.share, gone
+    kept = solve_parameters(config, *args)
   return plan.keeping(choices, kept)
 
 
@@ -351,7 +457,8 @@ def empty_plan(
       f'prune.layer_profile has {shares} shares for the {layers} layers that '
       'are pruned: give at most one for each'
     )
-  return plan, [_choice(config, targets, group) for group in targets.groups]
+  groups = [group for group in targets.groups if group != LAYERS]
+  return plan, [_choice(config, targets, group) for group in groups]
 
 
 def _fitting(plan: PruningPlan, choices: Sequence[Choice]) -> PruningPlan:

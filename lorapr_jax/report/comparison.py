@@ -21,12 +21,17 @@ def entries(runs: Sequence[Run]) -> list[dict[str, Any]]:
       'params_kept': run.summary['params_pruned'] / run.summary['params_dense'],
       'heads_removed': run.summary['sparsity']['heads']['achieved'],
       'channels_removed': run.summary['sparsity']['channels']['achieved'],
+      'layers_removed': _layers_removed(run),
       'perplexity': run.summary['perplexity'] or None,
       'latency': run.summary['latency'],
       'seconds': sum(run.summary['seconds'].values()),
     }
     for name, run in zip(names, runs, strict=True)
   ]
+
+
+def _layers_removed(run: Run) -> float:
+  return run.summary['sparsity'].get('layers', {'achieved': 0.0})['achieved']
 
 
 def warnings(compared: Sequence[dict[str, Any]]) -> list[str]:

@@ -94,9 +94,12 @@ class Display(contextlib.AbstractContextManager):
     )
     if left := self._left.seconds():
       cost += f'  {units.duration(left)} left'
+    layers = ''
+    if 'layers_sparsity' in record:
+      layers = f'layers {record["layers_sparsity"]:.1%}, '
     self._lines = [
       quality,
-      f'pruned: heads {record["heads_sparsity"]:.1%}, '
+      f'pruned: {layers}heads {record["heads_sparsity"]:.1%}, '
       f'channels {record["channels_sparsity"]:.1%}, '
       f'parameters {1 - record["params_kept"]:.1%}',
       cost,

@@ -25,6 +25,7 @@ WANDB_FILE = 'wandb.json'
 _SECTIONS = {
   'heads_sparsity': 'prune',
   'channels_sparsity': 'prune',
+  'layers_sparsity': 'prune',
   'params_kept': 'prune',
   'perplexity': 'eval',
   'seconds': 'speed',

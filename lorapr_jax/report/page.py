@@ -7,18 +7,31 @@ from pathlib import Path
 import shlex
 from typing import Any
 
+import numpy as np
+
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.report import comparison, kept_map, plots, units
-from lorapr_jax.report.run import Run, read_run
+from lorapr_jax.report.run import Run, Scores, read_run
 
 _TEMPLATES = Path(__file__).parent / 'templates'
-_NAMES = {KV_HEADS: 'KV heads', QUERIES: 'query heads', CHANNELS: 'channels'}
+_NAMES = {
+  LAYERS: 'layers',
+  KV_HEADS: 'KV heads',
+  QUERIES: 'query heads',
+  CHANNELS: 'channels',
+}
 _TITLES = {
   'hf': 'Hugging Face folder',
   'gguf': 'GGUF file',
   'peft': 'LoRA adapter over the pruned base',
 }
-_KINDS = {'heads': 'heads', 'channels': 'channels', 'params': 'parameters'}
+_KINDS = {
+  'layers': 'layers',
+  'heads': 'heads',
+  'channels': 'channels',
+  'params': 'parameters',
+}
 
 
 def render_report(workdir: str | Path) -> str:
@@ -36,6 +49,7 @@ def render_report(workdir: str | Path) -> str:
     targets=[
       {'kind': name, **summary['sparsity'][kind]}
       for kind, name in _KINDS.items()
+      if kind in summary['sparsity']
     ],
     before_after=_before_after(summary),
     curves=_curves(run),
@@ -168,6 +182,7 @@ def _kept(run: Run) -> list[dict[str, Any]]:
       'name': _NAMES[group],
       'title': _title(_NAMES[group]),
       'total': kept.shape[1],
+      'whole': group == LAYERS,
       'binned': kept.shape[1] > kept_map.MAX_COLUMNS,
       'layers': [
         {'first': first, 'last': last, 'count': int(kept[first].sum())}
@@ -187,7 +202,7 @@ def _importance(run: Run) -> list[dict[str, Any]]:
   result = []
   for i, (group, scores) in enumerate(run.scores.items()):
     name = _NAMES[group]
-    ratios = plots.over_cut_line(scores)
+    ratios = plots.over_cut_line(_ranked(group, scores))
     entry = {'title': _title(name), 'bands': '', 'histogram': '', 'above': 0.0}
     if len(ratios['cut']) and len(ratios['kept']):
       entry['bands'] = plots.importance_bands(f'bands-{i}', name, scores)
@@ -195,6 +210,14 @@ def _importance(run: Run) -> list[dict[str, Any]]:
       entry['above'] = float((ratios['cut'] > 1).mean())
     result.append(entry)
   return result
+
+
+def _ranked(group: str, scores: Mapping[int, Scores]) -> Mapping[int, Scores]:
+  """The same in the rows that are ranked: all layers are one."""
+  if group != LAYERS:
+    return scores
+  columns = zip(*scores.values(), strict=True)
+  return {0: Scores(*(np.concatenate(x, axis=1) for x in columns))}
 
 
 def _warnings(summary: Mapping[str, Any]) -> list[str]:

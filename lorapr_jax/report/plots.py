@@ -62,7 +62,7 @@ def loss(records: Records) -> str:
 
 
 def sparsity(records: Records) -> str:
-  """Plots the shares of heads, channels and parameters that are removed."""
+  """Plots the shares that are removed, of parameters and of each kind."""
 
   def draw(axes):
     from matplotlib.ticker import PercentFormatter
@@ -70,6 +70,7 @@ def sparsity(records: Records) -> str:
     lines = (
       ('channels_sparsity', CUT, '-'),
       ('heads_sparsity', KEPT, '--'),
+      ('layers_sparsity', INK, '-'),
     )
     for key, color, style in lines:
       steps, values = _series(records, key)
@@ -147,14 +148,14 @@ def over_cut_line(scores: Mapping[int, Scores]) -> dict[str, np.ndarray]:
 
   As many groups are above the cut line as were kept. The line is the geometric
   mean of the two values on either side of it. Values that are not positive have
-  no logarithm and are left out.
+  no logarithm and are left out, and so are rows of which all was kept or cut.
   """
   found: dict[str, list[np.ndarray]] = {'kept': [], 'cut': []}
   for values, mask in scores.values():
     for row, kept in zip(values, mask, strict=True):
       count = int(kept.sum())
       ranked = np.sort(row)[::-1]
-      if count == len(row) or not ranked[count] > 0:
+      if count in (0, len(row)) or not ranked[count] > 0:
         continue
       line = np.sqrt(ranked[count - 1] * ranked[count])
       for name, chosen in (('kept', kept), ('cut', ~kept)):

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError, short
 from lorapr_jax.hf.config import layers_from_hf
 from lorapr_jax.models.config import LayerShape
@@ -14,12 +15,18 @@ from lorapr_jax.runtime.files import LARGE, read_json
 from lorapr_jax.runtime.forms import SHARE, TEXT, Maybe, check_form
 
 _SHARES = {'target': Maybe(SHARE), 'achieved': SHARE}
-SPARSITY = {'heads': _SHARES, 'channels': _SHARES, 'params': _SHARES}
+SPARSITY = {
+  'heads': _SHARES,
+  'channels': _SHARES,
+  'params': _SHARES,
+  'layers?': _SHARES,
+}
 _FORM = {
   'base': {'name': TEXT, 'sha256': Maybe(TEXT)},
   'sparsity': SPARSITY,
-  # Of the indices, of which there may be millions, `_indices` sees to.
-  'kept': [{}],
+  # A layer that is gone is null. Of the indices, of which there may be
+  # millions, `_indices` sees to.
+  'kept': [Maybe({})],
 }
 
 
@@ -30,7 +37,8 @@ class PruningFile(NamedTuple):
     contents: all of it.
     layers: the sizes of each layer before the cut; () if an older version wrote
       the file, without them.
-    kept: what the cut kept of these layers; () with them.
+    kept: what the cut kept of these layers, with LAYERS if any is gone; () with
+      them.
   """
 
   contents: dict[str, Any]
@@ -58,17 +66,32 @@ def read_pruning(path: Path) -> PruningFile:
     raise UserError(
       f'{path}: kept has {len(kept)} layers, and base.config {len(layers)}'
     )
-  arrays = tuple(
-    {
-      group: _indices(indices, group, shape, f'{path}: kept.{i}')
-      for group, indices in layer.items()
-    }
-    for i, (layer, shape) in enumerate(zip(kept, layers, strict=False))
-  )
-  for i, layer in enumerate(arrays):
-    if layer.keys() != arrays[0].keys():
-      raise UserError(f'{path}: kept.{i} has other groups than kept.0')
-  return PruningFile(contents, layers, arrays)
+  return PruningFile(contents, layers, _kept(kept, layers, path))
+
+
+def _kept(
+  found: list[dict[str, Any] | None], layers: tuple[LayerShape, ...], path: Path
+) -> Kept:
+  """What the file says of each layer; `found` is [] or has all of them."""
+  there = [i for i, layer in enumerate(found) if layer is not None]
+  if found and not there:
+    raise UserError(f'{path}: kept has no layer that is there')
+  arrays: list[dict[str, np.ndarray]] = []
+  for i, layer in enumerate(found):
+    if layer is None:
+      empty = (shape_of(group, layers[i]) for group in found[there[0]])
+      nothing = [np.zeros((*shape[:-1], 0), int) for shape in empty]
+      layer = dict(zip(found[there[0]], nothing, strict=True))
+    elif layer.keys() != found[there[0]].keys():
+      raise UserError(f'{path}: kept.{i} has other groups than kept.{there[0]}')
+    else:
+      where = f'{path}: kept.{i}'
+      layer = {g: _indices(x, g, layers[i], where) for g, x in layer.items()}
+    arrays.append(layer)
+  if len(there) < len(found):
+    for i, layer in enumerate(arrays):
+      layer[LAYERS] = np.arange(int(i in there))
+  return tuple(arrays)
 
 
 def shape_of(group: str, layer: LayerShape) -> tuple[int, ...]:
@@ -77,6 +100,7 @@ def shape_of(group: str, layer: LayerShape) -> tuple[int, ...]:
     KV_HEADS: (layer.num_kv_heads,),
     QUERIES: (layer.num_kv_heads, layer.queries_per_kv),
     CHANNELS: (layer.mlp_dim,),
+    LAYERS: (1,),
   }.get(group, ())
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError, first_line, short
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
 from lorapr_jax.report.pruning_file import SPARSITY, read_pruning, shape_of
@@ -95,6 +96,7 @@ _RECORD = {
   'loss': MEASURED,
   'heads_sparsity': SHARE,
   'channels_sparsity': SHARE,
+  'layers_sparsity?': SHARE,
   'params_kept': SHARE,
   'perplexity?': _PERPLEXITY,
 }
@@ -238,7 +240,7 @@ def _read_scores(path: Path) -> dict[str, dict[int, Scores]]:
     values, mask = (tensors.get(f'{of}.{x}') for x in ('importance', 'mask'))
     if not (
       found
-      and found[3] in (KV_HEADS, QUERIES, CHANNELS)
+      and found[3] in (KV_HEADS, QUERIES, CHANNELS, LAYERS)
       and values is not None
       and mask is not None
       and values.dtype == mask.dtype == np.float32

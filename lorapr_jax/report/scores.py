@@ -20,8 +20,9 @@ def write_scores(
   """Writes the importance and the mask of every group, in float32.
 
   The tensors are `layers.{i}.{group}.importance`, as in the state, and
-  `layers.{i}.{group}.mask` (1 kept, 0 cut), in the shape of the group's axes. A
-  group that was cut has the importance of the step at which it was masked.
+  `layers.{i}.{group}.mask` (1 kept, 0 cut), in the shape of the group's axes,
+  or one number of a whole layer. A group that was cut has the importance of the
+  step at which it was masked.
 
   Args:
     path: the file. An old one is replaced: a run that is repeated from its last
@@ -37,5 +38,6 @@ def write_scores(
       for group, stacked in tree.items():
         for layer, values in enumerate(np.asarray(stacked), stack.start):
           if layer in wanted:
-            tensors[f'layers.{layer}.{group}.{name}'] = values.copy()
+            values = np.atleast_1d(values).copy()
+            tensors[f'layers.{layer}.{group}.{name}'] = values
   write_bytes(path, save(tensors))

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.eval.perplexity import Perplexity
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import (
@@ -83,7 +84,8 @@ def sparsity_report(
 ) -> dict[str, Any]:
   """{heads, channels, params: {target, achieved}}, as shares removed.
 
-  If `kept` is empty, what the plan leaves counts.
+  `layers` is there too where whole layers go. If `kept` is empty, what the plan
+  leaves counts.
   """
   if plan is None:
     none = {'target': 0.0, 'achieved': 0.0}
@@ -125,6 +127,7 @@ def sparsity_entry(
   return {
     'heads_sparsity': gone['heads'],
     'channels_sparsity': gone['channels'],
+    **({'layers_sparsity': gone[LAYERS]} if LAYERS in gone else {}),
     'params_kept': 1 - gone['params'],
   }
 
@@ -153,7 +156,13 @@ def print_plan(
     show('nothing is pruned (prune.target=0)')
     return
   plan, criterion = pruning.plan, pruning.criterion
-  protected = len(config.layers) - len(plan.prunable_layers)
+  prunable = len(plan.prunable_layers)
+  protected = len(config.layers) - prunable
+  if plan.going:
+    show(
+      f'layers: {prunable - len(plan.going)} of the {prunable} not protected '
+      f'kept, chosen by prune.layers_criterion={criterion.layers}'
+    )
   for group, kept in plan.kept_by_depth.items():
     size = group_size(config, config.layers[0], group)
     if len(kept) == 1:
@@ -185,7 +194,7 @@ def print_plan(
   show(f'masked groups are cut out {before}after the last step')
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
-  if criterion.needs_base_grads:
+  if pruning.averages and criterion.needs_base_grads:
     bytes_more = 4 * sum(config.layer_parameters(s) for s in config.layers)
     show(
       f'prune.criterion={criterion.name} keeps gradients of the base '

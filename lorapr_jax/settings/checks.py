@@ -4,6 +4,7 @@ import math
 
 import jax
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.data.sources import parse_mixture
 from lorapr_jax.errors import MeshError, UserError
 from lorapr_jax.hf.layout import (
@@ -14,6 +15,7 @@ from lorapr_jax.hf.layout import (
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.kernels import unfit
+from lorapr_jax.pruning.groups import with_kept
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.model import PlannedModel
@@ -107,8 +109,6 @@ def check_teacher(train: TrainSettings, planned: PlannedModel) -> None:
 
 def check_export(export: ExportSettings, planned: PlannedModel) -> None:
   """The layout and type must hold what will be left."""
-  final = exported_sizes(export, planned.config, planned.plan)
-  resolve_layout(final, export.layout)
   if planned.plan and export.layout == 'padded':
     if planned.plan.targets.by_size:
       raise UserError(
@@ -117,11 +117,36 @@ def check_export(export: ExportSettings, planned: PlannedModel) -> None:
         'export.layout=auto'
       )
     check_padded(planned.config, planned.plan.pruned_config)
-  resolve_model_type(final, export.layout, export.model_type)
+  for final in exported_sizes(export, planned.config, planned.plan):
+    resolve_layout(final, export.layout)
+    resolve_model_type(final, export.layout, export.model_type)
 
 
 def exported_sizes(
   export: ExportSettings, config: ModelConfig, plan: PruningPlan | None
-) -> ModelConfig:
-  """The sizes of what will be exported of a model of these."""
-  return plan.pruned_config if plan and export.layout != 'padded' else config
+) -> list[ModelConfig]:
+  """What may be exported of a model of these sizes."""
+  return outcomes(plan) if plan and export.layout != 'padded' else [config]
+
+
+def outcomes(plan: PruningPlan) -> list[ModelConfig]:
+  """What may be left: one model, unless layers differ that may go.
+
+  A file can have windows or rotations at fixed places, or ask that some layer
+  has one. So these stand for all choices: the first layers go, the last ones,
+  and of each kind as many as can.
+  """
+  config, layers = plan.config, plan.prunable_layers
+  kinds = [*zip(config.layer_windows, config.layer_ropes, strict=True)]
+  if not plan.going or len({kinds[i] for i in layers}) == 1:
+    return [plan.pruned_config]
+  orders = [layers, layers[::-1]]
+  for kind in dict.fromkeys(kinds):
+    orders.append([i for i in layers if kinds[i] == kind])
+    orders[-1] += [i for i in layers if kinds[i] != kind]
+  found = []
+  for order in orders:
+    gone = order[: len(plan.going)]
+    stay = tuple(int(i not in gone) for i in range(len(kinds)))
+    found.append(with_kept(config, {**plan.keep, LAYERS: stay}))
+  return list(dict.fromkeys(found))

@@ -11,8 +11,8 @@ from ml_collections import config_dict
 from lorapr_jax.errors import UserError
 from lorapr_jax.runtime.files import LARGE, read_json
 from lorapr_jax.runtime.forms import (
-  COUNT,
   FLAG,
+  INDEX,
   INTEGER,
   NUMBER,
   TEXT,
@@ -44,7 +44,7 @@ _DTYPES = 'float32', 'bfloat16', 'float16'
 _RESOLVED = {
   'base_dtype': Leaf('a dtype', lambda x: x in _DTYPES),
   'model': {},
-  'keep': Each([COUNT]),
+  'keep': Each([INDEX]),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from lorapr_jax.axes import LORA_TARGETS
+from lorapr_jax.axes import LAYERS, LORA_TARGETS
 from lorapr_jax.errors import MeshError, UserError, choose
 from lorapr_jax.eval.speedup import plan_targets
 from lorapr_jax.hf.config import config_from_hf
@@ -25,7 +25,7 @@ from lorapr_jax.models.lora import INPUTS, terms_of
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE
 from lorapr_jax.pruning.groups import couplings, kind
-from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.importance import SUM, Criterion
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan, Targets
 from lorapr_jax.runtime.paths import path_of
@@ -113,6 +113,8 @@ class PruneSettings:
   target: float | None = Targets.target
   heads_target: float | None = Targets.heads_target
   channels_target: float | None = Targets.channels_target
+  layers_target: float = Targets.layers_target
+  layers_criterion: str = Criterion.layers
   unit: str = Targets.unit
   fit: str = Targets.fit
   fit_context: int = Targets.fit_context
@@ -173,6 +175,7 @@ class PruneSettings:
       lora_gradient=self.lora_gradient,
       norm=self.norm,
       decay=self.decay,
+      layers=self.layers_criterion,
     )
 
   @property
@@ -251,7 +254,8 @@ def plan_model(
   dtype, quantized = settings.base_dtype, ()
   if dtype == INT8:
     # A repair would be rounded to int8 each time.
-    kept = REPAIRED.values() if prune.repairs and plan else ()
+    repairs = prune.repairs and plan and plan.within_layers
+    kept = REPAIRED.values() if repairs else ()
     dtype = 'auto'
     quantized = tuple(name for name in LORA_TARGETS if name not in kept)
   return PlannedModel(
@@ -280,6 +284,8 @@ def _check_plan(
     return
   adapters = block_axes(plan.config, lora)['lora']
   for group in plan.keep:
+    if group == LAYERS and prune.layers_criterion != SUM:
+      continue
     paths = [path.split('.') for path, _ in couplings(adapters, group)]
     targets = f'lora.targets {",".join(lora.targets)}'
     if not paths:

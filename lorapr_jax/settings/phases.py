@@ -5,7 +5,7 @@ import functools
 
 import optax
 
-from lorapr_jax.pruning.importance import Criterion
+from lorapr_jax.pruning.importance import SUM, Criterion
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import PruningPlan
@@ -50,10 +50,28 @@ class Pruning:
     return Milestones(self.plan, self.schedule)
 
   @property
-  def passes(self) -> tuple[int, ...]:
-    """The steps at which tokens go through the layers, to measure or repair."""
+  def averages(self) -> bool:
+    """Whether scores are averaged over the steps."""
+    ranked = self.plan.within_layers or self.criterion.layers == SUM
+    return self.criterion.averaged and ranked
+
+  @property
+  def goes_through_layers(self) -> bool:
+    """Whether events measure or repair groups within layers."""
     without = self.criterion.averaged and not self.repairs
-    return () if without else self.milestones.maskings
+    return self.plan.within_layers and not without
+
+  @property
+  def layer_events(self) -> tuple[int, ...]:
+    """The steps at which whole layers are masked."""
+    return self.milestones.layer_maskings
+
+  @property
+  def passes(self) -> tuple[int, ...]:
+    """The steps whose events read tokens, to measure or repair."""
+    if self.goes_through_layers:
+      return self.milestones.maskings
+    return () if self.criterion.layers == SUM else self.layer_events
 
   @property
   def pass_batches(self) -> int:
@@ -112,23 +130,23 @@ class Phase:
   @property
   def learns(self) -> bool:
     """Whether gradients are needed, for the adapters or for the scores."""
-    scores = self.pruning and self.pruning.criterion.averaged
-    return self.peak > 0 or bool(scores)
+    return self.peak > 0 or bool(self.pruning and self.pruning.averages)
 
   def compiling(self, first: int) -> frozenset[int]:
     """The steps from `first` on whose calls compile.
 
     The first one, those before which is cut, and after each of these the first
-    with a pass.
+    with a pass, and the first at which layers are masked.
     """
     if self.pruning is None:
       return frozenset([first])
     sizes = [first, *(cut for cut in self.pruning.cuts if cut > first)]
-    passes = [
-      next((step for step in self.pruning.passes if step >= size), first)
+    events = [
+      next((step for step in steps if step >= size), first)
+      for steps in (self.pruning.passes, self.pruning.layer_events)
       for size in sizes
     ]
-    return frozenset(sizes + passes)
+    return frozenset(sizes + events)
 
 
 def make_phases(

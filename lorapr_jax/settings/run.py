@@ -104,8 +104,8 @@ class RunSettings:
     return self.phases[0].pruning
 
   @property
-  def exported(self) -> ModelConfig:
-    """The sizes of what will be exported."""
+  def exported(self) -> list[ModelConfig]:
+    """What may be exported: which layers go is chosen in the run."""
     return exported_sizes(self.export, self.compute.config, self.plan)
 
   def resolved(self) -> dict[str, Any]:
@@ -246,17 +246,20 @@ def _pruning(
     return None
   own = prune.compensate_data
   texts = tuple(spec.text for _, spec in parse_mixture(own or text))
-  pruning = Pruning(*(plan, schedule, criterion, prune.repairs, 1, texts, own))
+  # What a layer that goes adds to the stream is in nobody's inputs.
+  repairs = prune.repairs and plan.within_layers
+  pruning = Pruning(*(plan, schedule, criterion, repairs, 1, texts, own))
   if own and not pruning.passes:
     raise UserError(
-      f'prune.compensate_data is {own!r}, but with prune.compensate=none and '
+      f'prune.compensate_data is {own!r}, but with '
+      f'prune.compensate={prune.compensate} and '
       f'prune.criterion={criterion.name} no text is measured or repaired on: '
       'leave it empty'
     )
   batches = prune.compensate_batches or _event_batches(pruning, prune, train)
   pruning = dataclasses.replace(pruning, batches=batches)
   micro_batches = train.batch_size // train.micro_batch_size
-  fits = pruning.repairs or criterion.name == OBS
+  fits = plan.within_layers and (pruning.repairs or criterion.name == OBS)
   if fits and pruning.pass_batches * micro_batches < 2:
     raise UserError(
       'a pruning event keeps one micro-batch out of what it is fitted to, and '

@@ -5,11 +5,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lorapr_jax.axes import Axes, group_axes
+from lorapr_jax.axes import Axes, member_axes
 from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import repaired_of, with_repaired
-from lorapr_jax.pruning.masks import by_stack, select_masks
+from lorapr_jax.pruning.masks import (
+  by_stack,
+  gated,
+  select_masks,
+  without_layers,
+)
 from lorapr_jax.pruning.shrink import Kept, pad, shrink
 from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.phases import Pruning
@@ -66,7 +71,8 @@ def cut_adapters(
 def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
   """{'masks', 'importance'} of all groups, those cut on the way included.
 
-  `config` has the sizes before the first cut.
+  `config` has the sizes before the first cut. Of a layer that is gone, all
+  groups are masked.
   """
   kept = kept_of(state.whole['masks'])
   if not kept:
@@ -76,7 +82,8 @@ def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
   @jax.jit
   def widen(masks: Any, importance: Any, whole: dict[str, Any]) -> Any:
     masks, importance = (
-      pad(stacks, axes, kept, config) for stacks in (masks, importance)
+      pad(stacks, axes, kept, config)
+      for stacks in (tuple(map(gated, masks)), importance)
     )
     importance = jax.tree.map(
       lambda there, now, before: jnp.where(there > 0, now, before),
@@ -97,8 +104,9 @@ def cut_on_the_way(
   Where sizes are rounded up, the most important masked groups stay too. The
   larger weights are deleted.
   """
-  counts = pruning.milestones.present(step)
   config, axes = base.compute.config, _axes_of_groups(state)
+  counts = pruning.milestones.present(step)
+  counts = pruning.plan.counts_in(counts, len(config.layers))
   present = _present(state.importance, state.masks, by_stack(counts, config))
   kept, kept_before = kept_of(present), kept_of(state.whole['masks'])
   lora_axes = block_axes(config, base.compute.lora)['lora']
@@ -133,12 +141,23 @@ def cut_on_the_way(
 
 @jax.jit
 def _present(importance: Any, masks: Any, counts: Any) -> Any:
-  """Masks of `counts` groups: those that are alive, then the best of others."""
-  order = jax.tree.map(
-    lambda scores, mask: jnp.where(mask > 0, jnp.inf, scores), importance, masks
-  )
-  return select_masks(order, jax.tree.map(jnp.ones_like, masks), counts)
+  """Masks of `counts` groups: those that are alive, then the best of others.
+
+  Layers that are masked as a whole all go.
+  """
+
+  def of_stack(importance: Any, masks: Any, counts: Any) -> Any:
+    within = without_layers(masks)
+    order = jax.tree.map(
+      lambda scores, mask: jnp.where(mask > 0, jnp.inf, scores),
+      without_layers(importance),
+      within,
+    )
+    ones, counts = jax.tree.map(jnp.ones_like, within), without_layers(counts)
+    return gated(masks | select_masks(order, ones, counts))
+
+  return tuple(map(of_stack, importance, masks, counts))
 
 
 def _axes_of_groups(state: TrainState) -> dict[str, Axes]:
-  return {group: Axes(group_axes(group)) for group in state.masks[0]}
+  return {group: Axes(member_axes(group)) for group in state.masks[0]}

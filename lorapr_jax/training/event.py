@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import jax
 from jax import Array
 import jax.numpy as jnp
+import numpy as np
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.models.compute import Compute, compiler_options
 from lorapr_jax.models.kinds import kinds
 from lorapr_jax.pruning.compensation import (
@@ -15,9 +17,15 @@ from lorapr_jax.pruning.compensation import (
   without_repaired,
 )
 from lorapr_jax.pruning.importance import Criterion
-from lorapr_jax.pruning.masks import by_stack, select_masks
+from lorapr_jax.pruning.masks import (
+  by_stack,
+  select_masks,
+  staying,
+  without_layers,
+)
 from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.training.base import Base, Places
+from lorapr_jax.training.layer_choice import make_choose_layers
 from lorapr_jax.training.layer_pass import Carry, LayerPass, embedded
 from lorapr_jax.training.prune_part import Layer, PartPruning
 from lorapr_jax.training.state import TrainState
@@ -46,31 +54,51 @@ class PruningEvent(NamedTuple):
 
   Attributes:
     pruning: what is masked when, and how.
+    choose_layers: from `make_choose_layers`; None: no layer goes as a whole.
     select: (importance, masks, counts) -> masks, where that is all.
     prune_layers: from `make_prune_layers`, where tokens are needed.
   """
 
   pruning: Pruning
+  choose_layers: Callable[..., Any] | None
   select: Callable[..., Any]
   prune_layers: Callable[..., Pruned]
 
   @classmethod
   def of(cls, pruning: Pruning, base: Base) -> 'PruningEvent':
     """For the size of `base`."""
-    select = jax.jit(select_masks, out_shardings=base.places.state)
-    how = base.compute, pruning.criterion, pruning.repairs, base.places
-    return cls(pruning, select, make_prune_layers(*how, len(pruning.texts)))
+    compute, criterion, places = base.compute, pruning.criterion, base.places
+    select = jax.jit(select_within_layers, out_shardings=places.state)
+    choose_layers = None
+    if LAYERS in pruning.plan.keep:
+      protected = pruning.plan.protected_in(len(compute.config.layers))
+      choose_layers = make_choose_layers(
+        compute, criterion.layers, protected, places
+      )
+    how = compute, criterion, pruning.repairs, places
+    prune_layers = make_prune_layers(*how, len(pruning.texts))
+    return cls(pruning, choose_layers, select, prune_layers)
 
   def __call__(
     self, state: TrainState, base: Base, step: int, batches: Sequence[Any]
   ) -> tuple[TrainState, Base]:
     """State and base after the event, which measures and repairs on `batches`.
 
-    `state` has the importance of this step. The repaired weights are donated.
+    `state` has the importance of this step. The layers that go as a whole are
+    chosen first; then groups, of those that stay. The repaired weights are
+    donated.
     """
-    keep = self.pruning.plan.keep_at(self.pruning.schedule.progress(step))
-    counts = by_stack(keep, base.compute.config)
-    if step not in self.pruning.passes:
+    pruning, config = self.pruning, base.compute.config
+    keep = pruning.plan.keep_at(pruning.schedule.progress(step))
+    keep = pruning.plan.counts_in(keep, len(config.layers))
+    counts = by_stack(keep, config)
+    if step in pruning.layer_events:
+      masks, importance = self.choose_layers(
+        *(base.params, state.lora, state.masks, state.importance),
+        *(np.int32(sum(keep[LAYERS])), tuple(batches)),
+      )
+      state = state.replace(masks=masks, importance=importance)
+    if not pruning.goes_through_layers or step not in pruning.passes:
       masks = self.select(state.importance, state.masks, counts)
       return state.replace(masks=masks), base
     pruned = self.prune_layers(
@@ -84,6 +112,16 @@ class PruningEvent(NamedTuple):
       **repair_of(pruned.errors, state.unrepaired),
     )
     return state, base._replace(params=params)
+
+
+def select_within_layers(importance: Any, masks: Any, counts: Any) -> Any:
+  """`select_masks` by stack, in which layers that are gone stay as they are."""
+  return tuple(
+    mask | select_masks(without_layers(scores), without_layers(mask), keep)
+    for scores, mask, keep in zip(
+      importance, masks, map(staying, masks, counts), strict=True
+    )
+  )
 
 
 @jax.jit
@@ -142,7 +180,7 @@ def make_prune_layers(
         Carry(x, repaired[i]),
         Layer(
           *(index, stack.start + index, kinds(config, stack, T), trees),
-          *(masks[i], importance[i], counts[i]),
+          *(masks[i], importance[i], staying(masks[i], counts[i])),
         ),
       )
       weights.append(new)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Sharding
 
 from lorapr_jax.axes import (
+  LAYERS,
   PROJECTIONS,
   along_first,
   apply_masks,
@@ -123,7 +124,10 @@ class LayerPass:
         new = masked(trees, after, axes, *shapes)
         inputs = self.read(part, new, x, layer.kind)
       out = self.write(part, apply_masks(own, after, names), inputs[name])
-      x += added(settings.config, part, params, out)
+      new = added(settings.config, part, params, out)
+      if LAYERS in layer.masks:
+        new *= layer.masks[LAYERS].astype(new.dtype)
+      x += new
     return Carry(x, stacks), (after, importance, errors)
 
   def read(

@@ -32,7 +32,7 @@ class Functions(NamedTuple):
   ) -> 'Functions':
     """For the size of `base`."""
     place, pruning = base.places.state, phase.pruning
-    criterion = pruning and pruning.criterion
+    criterion = pruning.criterion if pruning and pruning.averages else None
     base_grads = criterion and criterion.needs_base_grads
     return cls(
       steps.make_lora_gradients(

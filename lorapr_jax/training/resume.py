@@ -62,7 +62,8 @@ def _compute_at(phase: Phase, compute: Compute, step: int) -> Compute:
   if not (phase.pruning and phase.pruning.cuts):
     return compute
   sizes = phase.pruning.milestones.size_at(step, phase.pruning.cuts)
-  config = dataclasses.replace(compute.config, layers=sizes.layers)
+  quantized = compute.config.quantized
+  config = dataclasses.replace(sizes, quantized=quantized)
   return dataclasses.replace(compute, config=config)
 
 

@@ -141,7 +141,7 @@ def make_update_importance(
   exist at a time; on NVIDIA GPUs a kernel sums them up and there are none
   (pruning/block_sums.py). Where the gradients or the new scores are not finite,
   the old average stays and `ok` is False. It also stays where the criterion is
-  not averaged, or None because nothing is masked. The old one is donated.
+  not averaged, or None because no average is needed. The old one is donated.
   """
   average_stack = None
   if criterion and criterion.averaged:

@@ -254,7 +254,7 @@ def test_a_model_that_is_pruned_already_is_shown_layer_by_layer(
     (['--protect', 'last'], 'last'),
     (['--target', '0.5', '--unit', 'flops'], "prune.unit is 'flops'"),
     (['--target', '0.99', '--unit', 'params'], 'beyond what can be pruned'),
-    (['--layers', '3'], 'unrecognized arguments: --layers 3'),
+    (['--blocks', '3'], 'unrecognized arguments: --blocks 3'),
     (['--model', 'nowhere'], 'nowhere is not a folder'),
   ],
 )

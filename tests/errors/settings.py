@@ -117,6 +117,24 @@ CASES = [
   tiny_override('prune.layer_profile=1,-1'),
   tiny_override('prune.layer_profile=1,1,1,1', 'of a model with 4 layers'),
   tiny_override('prune.layer_profile=0,1,3', 'with prune.target=0.5'),
+  tiny_override('prune.layers_target=0.9', 'of a model with 4 layers'),
+  tiny_override('prune.layers_criterion=depth'),
+  *(
+    Case(
+      f'`--config.prune.layers_target=0.4 {flags}`',
+      with_argv(*train_tiny('prune.layers_target=0.4'), *flags.split()),
+    )
+    for flags in (
+      '--config.prune.layer_profile=1,2',
+      '--config.prune.fit=400KB',
+      '--config.prune.unit=params --config.prune.target=0.1',
+      '--config.prune.unit=params --config.prune.heads=none '
+      '--config.prune.channels=False',
+      '--config.prune.criterion=obs --config.prune.layers_criterion=sum',
+      '--config.model.sizes.model_type=gemma2 --config.export.format=hf,gguf '
+      '--config.prune.target=0',
+    )
+  ),
   tiny_override('train.distill=2'),
   tiny_override('train.distill_top_k=-1'),
   Case(

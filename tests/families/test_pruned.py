@@ -8,25 +8,39 @@ import pytest
 import torch
 import transformers
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LoraConfig
 from lorapr_jax.models.lora import merge_lora
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
+from lorapr_jax.pruning.masks import (
+  by_stack,
+  initial_masks,
+  select_masks,
+  with_layers,
+  without_layers,
+)
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from tests.families.cover import FILES, GROUPED, each, pairs
 from tests.kinds import KINDS
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40))
 LORA = LoraConfig(rank=2, alpha=3.0, dropout=0.0)
-# What each layer keeps of 2 KV heads, 2 queries of each, and 48 channels.
+# What each layer keeps of 2 KV heads, 2 queries of each, and 48 channels; where
+# 0 of its layers, it is gone.
 KEPT = {
   ('kv_heads', 'equal'): {KV_HEADS: (1, 1, 1), CHANNELS: (32, 32, 32)},
   ('kv_heads', 'unequal'): {KV_HEADS: (1, 2, 1), CHANNELS: (40, 48, 24)},
   ('queries', 'equal'): {QUERIES: (1, 1, 1), CHANNELS: (32, 32, 32)},
   ('queries', 'unequal'): {QUERIES: (2, 1, 1), CHANNELS: (24, 48, 24)},
+  ('layers', 'equal'): {LAYERS: (1, 0, 1)},
+  ('layers', 'unequal'): {
+    LAYERS: (0, 1, 1),
+    KV_HEADS: (1, 2, 1),
+    CHANNELS: (40, 48, 24),
+  },
 }
 
 # Every family; and every feature, and every way in which files are laid out,
@@ -54,7 +68,15 @@ def _masks(config, keep):
   masks = initial_masks(tuple(keep), stacks)
   rng = np.random.default_rng(0)
   scores = jax.tree.map(lambda x: rng.normal(size=x.shape), masks)
-  return jax.jit(select_masks)(scores, masks, by_stack(keep, config))
+  inside, scores, counts = (
+    tuple(map(without_layers, x))
+    for x in (masks, scores, by_stack(keep, config))
+  )
+  inside = jax.jit(select_masks)(scores, inside, counts)
+  masks = tuple(a | b for a, b in zip(masks, inside, strict=True))
+  if LAYERS not in keep:
+    return masks
+  return with_layers(masks, np.asarray(keep[LAYERS], np.float32))
 
 
 def _cut(params, lora, kept, config):
@@ -79,14 +101,15 @@ def test_masked_is_cut_is_merged_is_the_export(
   config, params = load(save_hf(kind))
   lora = random_lora(config, LORA)
   keep = {
-    group: kept[: len(config.layers)]
+    group: kept[-len(config.layers) :]
     for group, kept in KEPT[heads, layers].items()
   }
   masks = _masks(config, keep)
   masked = np.asarray(_logits(params, lora, config, masks))
   kept = kept_groups(masks)
   small = shrunk_config(config, kept)
-  assert small.is_uniform == (layers == 'equal')
+  assert small.is_uniform == (len(small.layers) == 1 or layers == 'equal')
+  assert len(small.layers) == sum(keep.get(LAYERS, [1] * len(config.layers)))
   cut, small_lora, merged = _cut(params, lora, kept, config)
   bound = 1e-4 * np.abs(masked).max()
   found = _logits(cut, small_lora, small)
@@ -97,7 +120,7 @@ def test_masked_is_cut_is_merged_is_the_export(
   model, info = transformers.AutoModelForCausalLM.from_pretrained(
     out,
     dtype=torch.float32,
-    trust_remote_code=layers == 'unequal',
+    trust_remote_code=not small.is_uniform,
     attn_implementation='eager',
     output_loading_info=True,
   )

@@ -47,5 +47,5 @@ def test_heads_of_a_uniform_folder_are_as_many_as_its_type_takes(
   config = models.get_config(name)
   config.prune.update(target=target, protect='none')
   config.export.layout = 'uniform'
-  shape = split_config(config).exported.layers[0]
+  shape = split_config(config).exported[0].layers[0]
   assert shape.num_heads == heads

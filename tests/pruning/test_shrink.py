@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lorapr_jax.axes import Axes, apply_masks, group_axes, take_kept
+from lorapr_jax.axes import (
+  LAYERS,
+  Axes,
+  along_first,
+  apply_masks,
+  member_axes,
+  take_kept,
+)
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.decoder import hidden_states, logits
 from lorapr_jax.models.lora import merge_lora
@@ -20,7 +27,16 @@ from lorapr_jax.pruning.importance import (
   element_scores,
   update_importance,
 )
-from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
+from lorapr_jax.pruning.masks import (
+  by_stack,
+  gated,
+  initial_masks,
+  of_layers,
+  select_mask,
+  select_masks,
+  with_layers,
+  without_layers,
+)
 from lorapr_jax.pruning.shrink import kept_groups, pad, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets, plan_pruning
 from lorapr_jax.training.steps import make_optimizer
@@ -48,6 +64,12 @@ CASES = {
   'heads_alone': (MHA, dict(protect='none', channels=False)),
   'channels_alone': (MHA, dict(protect='none', heads='none')),
   'a_protected_layer': (GQA, dict()),
+  'layers_alone': (
+    DEEP,
+    dict(layers_target=0.5, heads='none', channels=False),
+  ),
+  'layers_and_groups': (GQA, dict(layers_target=0.4, protect='none')),
+  'layers_and_queries': (DEEP, dict(layers_target=0.3, heads='queries')),
   'nothing': (GQA, dict(target=0.0)),
 }
 
@@ -64,7 +86,19 @@ def random_masks(config, keep, seed=0):
   stacks = tuple((s.size, config.sizes(s.shape)) for s in config.stacks)
   masks = initial_masks(tuple(keep), stacks)
   importance = randomise(masks, seed)
-  return select_masks(importance, masks, by_stack(keep, config))
+  chosen = tuple(
+    mask | select_masks(*map(without_layers, (scores, mask, counts)))
+    for scores, mask, counts in zip(
+      importance, masks, by_stack(keep, config), strict=True
+    )
+  )
+  if LAYERS not in keep:
+    return chosen
+  # The first and the last one are protected in some cases.
+  scores = of_layers(importance).at[jnp.array([0, -1])].set(9.0)
+  left = jnp.asarray(sum(keep[LAYERS]))
+  left = select_mask(scores, of_layers(masks), left)
+  return with_layers(chosen, left)
 
 
 @pytest.fixture
@@ -124,6 +158,7 @@ def test_masked_is_shrunk_is_padded_is_merged(case, make_model):
 
   small = shrunk_config(config, kept)
   assert small == plan.pruned_config
+  assert len(small.layers) == sum(plan.keep.get(LAYERS, [1] * len(kept)))
   shrunk = cut(params, lora, kept, config)
   assert_close(run(shrunk[0], small, shrunk[1]), expected)
   assert_close(run(merged(*shrunk), small), expected)
@@ -219,8 +254,12 @@ def test_fewer_queries_leave_keys_and_values_alone(make_model):
 
 @pytest.mark.parametrize(
   'config, options',
-  [(GQA, dict(heads='queries', protect='none')), (DEEP, dict(target=0.5))],
-  ids=['queries', 'protected'],
+  [
+    (GQA, dict(heads='queries', protect='none')),
+    (DEEP, dict(target=0.5)),
+    (DEEP, dict(layers_target=0.5, heads='queries')),
+  ],
+  ids=['queries', 'protected', 'layers'],
 )
 def test_every_tree_of_the_state_is_cut_and_padded_alike(
   config, options, make_model
@@ -230,7 +269,7 @@ def test_every_tree_of_the_state_is_cut_and_padded_alike(
   kept = kept_groups(masks)
   _, lora = make_model(config)
   moments = make_optimizer(1e-3).init(lora)[0]
-  group_tree = {group: Axes(group_axes(group)) for group in keep}
+  group_tree = {group: Axes(member_axes(group)) for group in keep}
   for axes, trees in (
     (AXES['lora'], (lora, randomise(moments.mu, 3), randomise(moments.nu, 4))),
     (group_tree, (masks, randomise(masks, 5))),
@@ -241,13 +280,23 @@ def test_every_tree_of_the_state_is_cut_and_padded_alike(
     for stacks in trees:
       small = to_small(stacks)
       padded = to_full(small)
-      masked = tuple(apply(*both) for both in zip(stacks, masks, strict=True))
+      # Of a layer that is gone, nothing comes back.
+      alive = [
+        (jax.tree.map(_whole(m), s), gated(m))
+        for s, m in zip(stacks, masks, strict=True)
+      ]
+      masked = tuple(apply(*both) for both in alive)
       jax.tree.map(np.testing.assert_array_equal, padded, masked)
       jax.tree.map(np.testing.assert_array_equal, to_small(padded), small)
       assert sum(x.size for x in jax.tree.leaves(small)) < sum(
         x.size for x in jax.tree.leaves(stacks)
       )
   assert all(np.all(x == 1) for x in jax.tree.leaves(to_small(masks)))
+
+
+def _whole(masks):
+  """What layers that are gone as a whole lose."""
+  return lambda x: x * along_first(masks.get(LAYERS, jnp.ones(len(x))), x)
 
 
 def test_take_kept_takes_the_named_members():
@@ -289,7 +338,7 @@ def test_importance_goes_on_after_a_cut_as_if_only_masked(heads, make_model):
   kept = kept_groups(masks)
   params, lora = make_model(GQA)
   grads = randomise(lora, 6)
-  group_tree = {group: Axes(group_axes(group)) for group in plan.keep}
+  group_tree = {group: Axes(member_axes(group)) for group in plan.keep}
   importance = randomise(masks, 7)
 
   @jax.jit

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 from lorapr_jax.cli.main import main
 from lorapr_jax.hf.load import load, load_config
 from lorapr_jax.models.decoder import hidden_states, logits
+from lorapr_jax.pruning.masks import without_layers
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.training.checkpoint import read_state
 from lorapr_jax.training.event import PruningEvent
@@ -45,6 +46,13 @@ CASES = {
       'prune.channels_multiple_of=2',
     ),
     ('mesh.data=2', 'mesh.tensor=2'),
+  ),
+  'layers': (
+    (
+      *('prune.layers_target=0.34', 'model.sizes.num_hidden_layers=7'),
+      *('model.base_dtype=int8', 'prune.criterion=obs'),
+    ),
+    (),
   ),
   'queries': (
     (
@@ -87,7 +95,8 @@ def smallest_gap(events):
   """Between what was masked and what stayed, over all events of a run."""
   gaps = []
   for stacks in events:
-    for group, masks in stacks[-1][0].items():
+    # Layers are measured in the event.
+    for group, masks in without_layers(stacks[-1][0]).items():
       scores, before = (stack[0][group] for stack in stacks[:2])
       rows = (-1, masks.shape[-1])
       stayed = np.where(masks > 0, scores, np.inf).reshape(rows).min(axis=-1)
