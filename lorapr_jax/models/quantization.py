@@ -5,9 +5,13 @@ its inputs over 127.5, so that no weight is off by more than half of it.
 Products are of the weight dequantised. A projection's weight is a
 `qwix.QArray`, a node of the trees in which it stands, and so are its axes,
 shapes and shardings: what goes by axis names knows values and scales.
+
+In int4, which is measured and neither trained nor saved, a scale is of a block
+of neighbouring inputs.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -16,6 +20,9 @@ import jax.numpy as jnp
 from qwix import QArray, dequantize, quantize
 
 from lorapr_jax.axes import SPECS, Axes, ProjectionLetters
+
+# Of weights in int4 that share a scale; llama.cpp's have as many.
+BLOCK = 32
 
 
 def is_quantized(node: Any) -> bool:
@@ -31,23 +38,37 @@ def quantized_axes(name: str) -> QArray:
   return QArray(values, scales, qtype=jnp.int8)
 
 
-def quantized(weight: Array, name: str) -> QArray:
-  """Quantises a projection's weight, of one layer or with layers in front."""
+def quantized(weight: Array, name: str, qtype: Any = jnp.int8) -> QArray:
+  """Quantises a projection's weight, of one layer or with layers in front.
+
+  Args:
+    weight: of the projection `name`.
+    name: such as q_proj.
+    qtype: int8: the inputs of an output share a scale, in float32. int4: at
+      most BLOCK neighbours of the last axis of inputs do, in bfloat16.
+  """
   letters = ProjectionLetters.of(SPECS[name])
   first = weight.ndim - len(letters.weight)
-  inputs = range(first, first + len(letters.inputs))
+  inputs, blocks, scale = [*range(first, first + len(letters.inputs))], {}, None
+  if qtype == jnp.int4:
+    inputs, scale = inputs[-1:], jnp.bfloat16
+    blocks = {inputs[0]: math.gcd(BLOCK, weight.shape[inputs[0]])}
   return quantize(
     weight.astype(jnp.float32),
-    jnp.int8,
+    qtype,
     channelwise_axes=[i for i in range(weight.ndim) if i not in inputs],
+    tiled_axes=blocks,
+    scale_dtype=scale,
   )
 
 
-def quantized_like(params: Any, like: Any) -> Any:
+def quantized_like(params: Any, like: Any, qtype: Any = jnp.int8) -> Any:
   """Quantises the weights that `like`, a tree of axes, says are quantised."""
 
   def quantize_one(path: Any, like: Any, weight: Array) -> Any:
-    return quantized(weight, path[-2].key) if is_quantized(like) else weight
+    if not is_quantized(like):
+      return weight
+    return quantized(weight, path[-2].key, qtype)
 
   return jax.tree_util.tree_map_with_path(
     quantize_one, like, params, is_leaf=is_quantized

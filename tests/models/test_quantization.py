@@ -16,6 +16,7 @@ from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import LayerShape, LoraConfig, ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import (
+  BLOCK,
   dequantized,
   is_quantized,
   quantized,
@@ -85,6 +86,23 @@ def test_each_output_has_the_scale_of_its_largest_input(layers):
   np.testing.assert_allclose(
     np.float32(dense['x']), weight, atol=1.0 + 0.01, rtol=0.01
   )
+
+
+@pytest.mark.parametrize('name', ['o_proj', 'up_proj'])
+def test_in_int4_a_block_of_neighbours_has_a_scale(name):
+  # Two layers of K 2, G 1, H 64, D 3; or of D 64, F 3.
+  shape = {'o_proj': (2, 2, 1, 64, 3), 'up_proj': (2, 64, 3)}[name]
+  weight = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+  found = quantized(jnp.asarray(weight), name, jnp.int4)
+  assert found.qvalue.dtype == jnp.int4 and found.scale.dtype == jnp.bfloat16
+  blocks = np.abs(weight).reshape(*shape[:-2], 2, BLOCK, 3)
+  expected = blocks.max(axis=-2) / 7.5
+  np.testing.assert_allclose(np.float32(found.scale), expected, rtol=2**-8)
+  dense = dequantized(found, jnp.float32)
+  # Half a step; a whole one at 7.5, which becomes 7, and what is rounded.
+  step = expected[..., None, :]
+  error = np.abs(dense - weight).reshape(blocks.shape)
+  assert (error < np.where(blocks > 7 * step, 0.55, 0.5) * step * 1.03).all()
 
 
 @pytest.mark.parametrize('names', [LORA_TARGETS, ('q_proj', 'down_proj')])
