@@ -13,6 +13,18 @@ class MeshError(UserError):
   """A size of the model or of a batch that the mesh does not divide."""
 
 
+class TargetError(UserError):
+  """A share of the parameters that no counts come to.
+
+  Attributes:
+    nearest: the share that they can come to, and lose.
+  """
+
+  def __init__(self, message: str, nearest: float):
+    super().__init__(message)
+    self.nearest = nearest
+
+
 class Stopped(Exception):
   """Work that a signal stopped in good order: says where.
 

@@ -60,7 +60,7 @@ def run(tmp_path_factory):
 
   def run(folder, command):
     command = command.replace('\\\n', ' ')
-    if 'train.py' in command:
+    if 'train.py' in command or 'lorapr_jax explore' in command:
       command = f'{command.rstrip()} {SHORT}'
     own = {'LORAPR_CACHE': str(cache)}
     spelling = next(filter(command.startswith, (*SPELLINGS, PYTHON)), None)

@@ -23,7 +23,7 @@ FLOORS = (
   ('settings', 'gguf'),
   ('report',),
   ('training',),
-  ('exporting', 'planning'),
+  ('exporting', 'planning', 'exploring'),
   ('train',),
   ('api',),
   ('cli',),

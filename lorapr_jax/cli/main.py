@@ -23,6 +23,7 @@ COMMANDS = {
   'report': 'the page of a finished run, or several runs compared',
   'plan': 'what a run would need on TPUs that need not be there',
   'inspect': 'what is pruned together, and what a target would leave',
+  'explore': 'every size of a model at a glance, before a run',
 }
 
 # Packages behind gs:// and the like, whose errors are not all OSErrors.

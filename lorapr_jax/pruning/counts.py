@@ -6,7 +6,7 @@ import math
 from typing import NamedTuple
 
 from lorapr_jax.axes import LAYERS
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import TargetError, UserError
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import kind, member_parameters
 
@@ -118,7 +118,7 @@ def solve_parameters(
   those that are pruned}.
 
   Raises:
-    UserError: if the target is beyond what can be pruned, or is not zero and
+    TargetError: if the target is beyond what can be pruned, or is not zero and
       prunes nothing.
   """
   dense, shape = config.num_parameters, config.layers[0]
@@ -140,10 +140,12 @@ def solve_parameters(
   already = Fraction(removed({c.group: c.size for c in choices}))
   most = removed({c.group: c.fewest for c in choices})
   if target > most:
-    raise UserError(
+    nearest = math.floor(most * 1e4) / 1e4
+    raise TargetError(
       f'prune.target={target} of the parameters is beyond what can be pruned; '
-      f'the nearest that works is {math.floor(most * 1e4) / 1e4:.4f} (at least '
-      'one of each group is kept, embeddings and protected layers stay)'
+      f'the nearest that works is {nearest:.4f} (at least one of each group is '
+      'kept, embeddings and protected layers stay)',
+      nearest,
     )
   # `removed` is linear in the share: one division solves it.
   rest = Fraction(removed({c.group: 0 for c in choices})) - already
@@ -169,9 +171,10 @@ def solve_parameters(
     kept = min([kept, *others], key=distance)
   if target and not gone and all(kept[c.group] == c.size for c in choices):
     below = finest.counts[-2] if len(finest.counts) > 1 else finest.fewest
-    least = removed(kept | {finest.group: below})
-    raise UserError(
+    nearest = math.floor(removed(kept | {finest.group: below}) * 1e6) / 1e6
+    raise TargetError(
       f'prune.target={target} of the parameters rounds to nothing pruned; the '
-      f'nearest that works is {math.floor(least * 1e6) / 1e6:.6f}, or 0'
+      f'nearest that works is {nearest:.6f}, or 0',
+      nearest,
     )
   return kept

@@ -42,7 +42,7 @@ def render_report(workdir: str | Path) -> str:
   """
   run = read_run(workdir)
   summary = run.summary
-  return _render(
+  return render(
     'report.html.jinja',
     summary=summary,
     verdict=_verdict(summary),
@@ -76,7 +76,7 @@ def render_comparison(workdirs: Sequence[str | Path]) -> str:
       value = entry['perplexity']['pruned']['value']
       points.append((str(number), entry['params_kept'], value))
       dense.add((1.0, entry['perplexity']['dense']['value']))
-  return _render(
+  return render(
     'comparison.html.jinja',
     entries=compared,
     warnings=comparison.warnings(compared),
@@ -84,7 +84,8 @@ def render_comparison(workdirs: Sequence[str | Path]) -> str:
   )
 
 
-def _render(template: str, **context: Any) -> str:
+def render(template: str, **context: Any) -> str:
+  """The page that a template makes of what it is given."""
   import jinja2
 
   environment = jinja2.Environment(

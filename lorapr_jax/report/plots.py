@@ -97,14 +97,15 @@ def perplexity(
     axes.plot([last_step], [pruned], 'D', color=CUT, ms=6)
     seen = np.array([dense, pruned, *values[np.isfinite(values)]])
     if seen.max() > 8 * seen.min():
-      _log_axis(axes)
+      log_axis(axes)
     axes.set_xlim(0)
     _step_axis(axes)
 
   return figure('perplexity', 'Perplexity over steps', draw)
 
 
-def _log_axis(axes: Any) -> None:
+def log_axis(axes: Any) -> None:
+  """Makes the vertical axis logarithmic, with few marks."""
   from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
   axes.set_yscale('log')
@@ -136,7 +137,7 @@ def importance_bands(
       at = np.arange(levels.shape[1])
       axes.fill_between(at, levels[0], levels[2], color=color, alpha=0.2, lw=0)
       axes.plot(at, levels[1], 'o-', color=color, ms=3)
-    _log_axis(axes)
+    log_axis(axes)
     axes.set_xlabel('layer')
     axes.xaxis.set_major_locator(locator())
 
@@ -218,7 +219,7 @@ def perplexity_against_size(
       )
     values = [value for *_, value in (*points, *dense)]
     if max(values) > 8 * min(values):
-      _log_axis(axes)
+      log_axis(axes)
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel('parameters kept')
     axes.margins(0.1)

@@ -45,12 +45,11 @@ def _is_command(value: Any) -> bool:
 
 
 _COMMAND = Leaf('a command line', _is_command)
-_PERPLEXITY = Leaf(
-  'a number above 0', lambda x: MEASURED.holds(x) and not x <= 0
-)
+_ABOVE_0 = Leaf('a number above 0', lambda x: MEASURED.holds(x) and not x <= 0)
 _PAIR = {'dense': POSITIVE, 'pruned': POSITIVE}
-_MEASURED = {
-  'value': _PERPLEXITY,
+# A perplexity, and what it was measured on.
+PERPLEXITY = {
+  'value': _ABOVE_0,
   'data': TEXT,
   'seq_len': COUNT,
   'windows': COUNT,
@@ -74,7 +73,7 @@ _SUMMARY = {
   'flops_per_token': {**_PAIR, 'seq_len': COUNT},
   'kv_cache_bytes_per_token': _PAIR,
   'sparsity': SPARSITY,
-  'perplexity': Each(_MEASURED),
+  'perplexity': Each(PERPLEXITY),
   'latency': {**_PAIR, 'batch_size': COUNT, 'seq_len': COUNT},
   'generations': [{'prompt': TEXT, 'dense': TEXT, 'pruned': TEXT}],
   'seconds': Each(NUMBER),
@@ -98,7 +97,7 @@ _RECORD = {
   'channels_sparsity': SHARE,
   'layers_sparsity?': SHARE,
   'params_kept': SHARE,
-  'perplexity?': _PERPLEXITY,
+  'perplexity?': _ABOVE_0,
 }
 
 
@@ -151,7 +150,7 @@ def read_run(workdir: str | Path) -> Run:
     workdir=workdir,
     config=read_run_json(workdir / RUN_FILE)['config'],
     summary=summary,
-    metrics=_read_metrics(workdir / METRICS_FILE),
+    metrics=read_lines(workdir / METRICS_FILE, _RECORD),
     kept=_read_kept(workdir / PRUNING_FILE),
     scores=_read_scores(workdir / IMPORTANCE_FILE),
   )
@@ -165,7 +164,7 @@ def _read_summary(workdir: Path) -> dict[str, Any]:
     config = read_run_json(workdir / RUN_FILE)['config']
     check_form(config, _STEPS, workdir / RUN_FILE, 'config')
     steps = _planned_steps(config)
-    metrics = _read_metrics(workdir / METRICS_FILE)
+    metrics = read_lines(workdir / METRICS_FILE, _RECORD)
     done = metrics[-1]['step'] + 1 if metrics else 0
     raise UserError(
       f'{workdir} holds a run that is not finished: step {done} of {steps} is '
@@ -189,7 +188,12 @@ def _planned_steps(config: dict[str, Any]) -> int:
   return steps + config['recover']['steps']
 
 
-def _read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, form: Any) -> list[dict[str, Any]]:
+  """The lines of a file, each a JSON object of this form; [] without a file.
+
+  Raises:
+    UserError: naming the line that is not.
+  """
   if not path.exists():
     return []
   # After the last line end there may be a line that a killed run cut short.
@@ -201,7 +205,7 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
       f'{path} has a line that is not JSON: {first_line(error)}'
     ) from None
   for number, record in enumerate(records, 1):
-    check_form(record, _RECORD, path, f'line {number}')
+    check_form(record, form, path, f'line {number}')
   return records
 
 

@@ -63,6 +63,10 @@ def _inspect(*more):
   return argv
 
 
+def _explore(*more):
+  return with_argv('explore', TINY, *more)
+
+
 def _own_failing_task(place):
   argv = _own_task(place)
   place.write('NONE.jsonl', '{"q": "word", "ways": ["word"], "answer": 0}\n')
@@ -195,6 +199,32 @@ CASES = [
     varies=CHOICES,
   ),
   Case('`inspect --layers 3`, an unknown flag', _inspect('--layers', '3')),
+  Case(
+    '`explore` without `--data`',
+    with_argv('explore', TINY, '--config.data.train='),
+  ),
+  Case('`explore` without `--eval`', _explore('--config.data.eval=')),
+  Case('`explore --sizes 0.9,1`', _explore('--sizes', '0.9,1')),
+  Case('`explore --sizes half`', _explore('--sizes', 'half')),
+  Case(
+    '`explore --sizes 0.9,0.1`, less than must stay',
+    _explore('--sizes', '0.9,0.1'),
+  ),
+  Case('`explore --tokens 10`', _explore('--tokens', '10')),
+  Case(
+    '`explore --context 999`, more than the model has positions',
+    _explore('--context', '999'),
+  ),
+  Case(
+    '`explore --latency`, of a model with few positions', _explore('--latency')
+  ),
+  Case(
+    '`explore --latency` on several devices', _explore('--latency'), devices=8
+  ),
+  Case(
+    '`explore --config.model.base_dtype=int8`',
+    _explore('--config.model.base_dtype=int8'),
+  ),
   Case('`plan` without `--topology`', with_argv('plan', TINY)),
   Case('`plan --topology=v7x:2x2`', _plan('--topology=v7x:2x2')),
   Case(

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from lorapr_jax.exploring.page import render_exploration
 from lorapr_jax.report.page import render_comparison, render_report
+from tests.report.explored import RESULT
 
 _PATH = Path(__file__).with_name('chromium.py')
 _SPEC = importlib.util.spec_from_file_location('chromium', _PATH)
@@ -39,6 +41,7 @@ def pages(finished_run, tmp_path_factory):
   texts = {
     'report': render_report(finished_run),
     'comparison': render_comparison([finished_run, finished_run]),
+    'explored': render_exploration(RESULT, {}),
   }
   folder = tmp_path_factory.mktemp('pages')
   paths = {name: folder / f'{name}.html' for name in texts}
@@ -55,7 +58,7 @@ def messages(browser):
 
 @pytest.mark.parametrize('theme', ['light', 'dark'])
 @pytest.mark.parametrize('width', [1200, 390, 320])
-@pytest.mark.parametrize('name', ['report', 'comparison'])
+@pytest.mark.parametrize('name', ['report', 'comparison', 'explored'])
 def test_a_page_is_quiet_and_fits(browser, pages, name, width, theme):
   browser.open(pages[name], width=width, theme=theme)
   assert browser.evaluate('document.querySelectorAll("svg").length') > 0

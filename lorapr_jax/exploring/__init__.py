@@ -1,0 +1,1 @@
+"""Every size of a model at a glance, before it is pruned to one."""
