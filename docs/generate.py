@@ -24,8 +24,9 @@ from lorapr_jax.hf.layout import resolve_model_type
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.families import FAMILIES
 from lorapr_jax.pruning.groups import CHANNELS
+from lorapr_jax.pruning.plan import plan_pruning
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.files import write_text
 
 DOCS = Path(__file__).parent

@@ -20,7 +20,10 @@ from lorapr_jax.runtime.terminal import say
 # What stands for a flag of the config.
 _SHORT = {'model': 'model.path', 'data': 'data.train', 'eval': 'data.eval'}
 # What the command that prunes sets itself.
-_OWN = ('target', 'heads_target', 'channels_target', 'unit', 'fit', 'speedup')
+_OWN = (
+  *('target', 'heads_target', 'channels_target', 'layers_target'),
+  *('unit', 'fit', 'speedup'),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -104,6 +107,8 @@ def command(flags: list[str], config: Any, folder: Any) -> list[str]:
     if config.prune[key] is not None
   ]
   unset += ['--config.prune.fit='] if config.prune.fit else []
+  if config.prune.layers_target:
+    unset.append('--config.prune.layers_target=0')
   name = folder.name if folder else 'random'
   return ['python', 'train.py', *kept, f'--workdir=runs/{name}-pruned', *unset]
 

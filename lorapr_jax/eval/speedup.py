@@ -26,8 +26,9 @@ from lorapr_jax.models.compute import Compute, resolve_dtype
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.pruning.fit import nothing_smaller
+from lorapr_jax.pruning.plan import PruningPlan, plan_pruning
 from lorapr_jax.pruning.sizes import plan_sizes
-from lorapr_jax.pruning.targets import PruningPlan, Targets, plan_pruning
+from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime import processes
 from lorapr_jax.runtime.processor import describe
 from lorapr_jax.runtime.terminal import say

@@ -12,7 +12,7 @@ from lorapr_jax.eval.benchmark import NEW_TOKENS, PROMPT_TOKENS
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.importance import OBS
-from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.settings.model import INT8
 from lorapr_jax.settings.run import RunSettings, split_config
 
@@ -31,6 +31,7 @@ _SETTINGS = {
     'target': 0.0,
     'heads_target': None,
     'channels_target': None,
+    'layers_target': 0.0,
     'fit': '',
     'speedup': None,
   },

@@ -7,8 +7,8 @@ import yaml
 
 from lorapr_jax.axes import LAYERS
 from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.shrink import Kept
-from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.report.summary import sparsity_report
 from lorapr_jax.runtime.terminal import one_line
 

@@ -12,8 +12,8 @@ from lorapr_jax.models.config import LoraConfig, ModelConfig
 from lorapr_jax.models.lora import merge_adapters
 from lorapr_jax.models.quantization import dequantized
 from lorapr_jax.models.trees import block_axes
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.shrink import Kept, pad, shrunk_config
-from lorapr_jax.pruning.targets import PruningPlan
 
 
 @dataclasses.dataclass(frozen=True)

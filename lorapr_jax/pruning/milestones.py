@@ -14,8 +14,8 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.groups import with_kept
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import PruningPlan
 
 END, AUTO = 'end', 'auto'
 # What a cut on the way costs, in steps at full size: it is compiled anew. The

@@ -20,8 +20,8 @@ from lorapr_jax.models.cost import (
   kv_cache_bytes_per_token,
 )
 from lorapr_jax.pruning.groups import group_size
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.shrink import Kept
-from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.runtime.terminal import PlainConsole, say
 from lorapr_jax.settings.phases import Pruning
 

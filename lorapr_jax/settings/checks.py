@@ -16,7 +16,7 @@ from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.kernels import unfit
 from lorapr_jax.pruning.groups import with_kept
-from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.model import PlannedModel
 from lorapr_jax.settings.sections import (

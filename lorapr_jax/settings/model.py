@@ -26,8 +26,9 @@ from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import SUM, Criterion
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import PruningPlan, Targets
+from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.sharding import divisors
 from lorapr_jax.settings.sections import ExportSettings, read_section

@@ -7,8 +7,8 @@ import optax
 
 from lorapr_jax.pruning.importance import SUM, Criterion
 from lorapr_jax.pruning.milestones import Milestones
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.sections import (
   DataSettings,
   RecoverSettings,

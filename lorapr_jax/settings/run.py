@@ -22,7 +22,7 @@ from lorapr_jax.models.cost import (
 )
 from lorapr_jax.pruning.importance import OBS
 from lorapr_jax.pruning.milestones import parse_shrink
-from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 from lorapr_jax.settings.checks import (
   check_export,

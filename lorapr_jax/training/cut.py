@@ -15,8 +15,8 @@ from lorapr_jax.pruning.masks import (
   select_masks,
   without_layers,
 )
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.shrink import Kept, pad, shrink
-from lorapr_jax.pruning.targets import PruningPlan
 from lorapr_jax.settings.phases import Pruning
 from lorapr_jax.training.base import Base, kept_of
 from lorapr_jax.training.state import TrainState

@@ -10,7 +10,7 @@ from lorapr_jax.errors import Stopped
 from lorapr_jax.eval.perplexity import HeldOut
 from lorapr_jax.pruning.compensation import repaired_of
 from lorapr_jax.pruning.masks import alive_counts
-from lorapr_jax.pruning.targets import PruningPlan
+from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.runtime import interrupt, processes

@@ -21,7 +21,8 @@ from lorapr_jax.pruning.groups import (
   group_size,
   protected_layers,
 )
-from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.targets import Targets
 
 
 def model(layers, kv_heads, queries, mlp, vocab=50, embed=24, head=4, tie=True):

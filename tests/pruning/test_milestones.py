@@ -15,8 +15,9 @@ from lorapr_jax.pruning.milestones import (
   Milestones,
   parse_shrink,
 )
+from lorapr_jax.pruning.plan import plan_pruning
 from lorapr_jax.pruning.schedule import PruneSchedule
-from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.pruning.targets import Targets
 
 CONFIG = ModelConfig(
   vocab_size=11,

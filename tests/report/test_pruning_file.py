@@ -11,8 +11,9 @@ from lorapr_jax.exporting.cards import pruning_report
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.groups import CHANNELS, QUERIES
+from lorapr_jax.pruning.plan import plan_pruning
 from lorapr_jax.pruning.shrink import shrunk_config
-from lorapr_jax.pruning.targets import Targets, plan_pruning
+from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.report.pruning_file import read_pruning
 
 CONFIG = ModelConfig(16, 8, 4, (LayerShape(2, 3, 4),) * 4)

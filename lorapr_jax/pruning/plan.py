@@ -1,0 +1,306 @@
+"""The plan of a run: how many of each group every layer keeps."""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import itertools
+import math
+
+from lorapr_jax.axes import LAYERS
+from lorapr_jax.errors import UserError
+from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.pruning.counts import (
+  Choice,
+  layers_left,
+  round_share,
+  solve_parameters,
+)
+from lorapr_jax.pruning.fit import solve_fit
+from lorapr_jax.pruning.groups import (
+  group_size,
+  kind,
+  protected_layers,
+  with_kept,
+)
+from lorapr_jax.pruning.masks import without_layers
+from lorapr_jax.pruning.profile import spread
+from lorapr_jax.pruning.targets import Targets, choice_of, multiple_of
+
+
+@dataclasses.dataclass(frozen=True)
+class PruningPlan:
+  """What will be left: counts by group and layer.
+
+  Attributes:
+    config: the model before pruning.
+    targets: what was asked for.
+    keep: {group: the number kept in each layer}. For query heads it counts
+      those under one KV head. Groups that lose nothing are absent. A layer of
+      which 0 of `layers` is kept goes as a whole: how many these are is known,
+      but which is not before the run, and all of `prunable_layers` are alike.
+      So they stand for those that will go, and in this order.
+  """
+
+  config: ModelConfig
+  targets: Targets
+  keep: dict[str, tuple[int, ...]]
+
+  @property
+  def pruned_config(self) -> ModelConfig:
+    """The sizes at the end."""
+    return with_kept(self.config, self.keep)
+
+  @property
+  def within_layers(self) -> bool:
+    """Whether groups within layers go, not whole layers alone."""
+    return bool(without_layers(self.keep))
+
+  @property
+  def multiples(self) -> dict[str, int]:
+    """What the counts of each group divide by."""
+    return {g: multiple_of(self.config, self.targets, g) for g in self.keep}
+
+  @property
+  def prunable_layers(self) -> list[int]:
+    """The layers that are not protected."""
+    layers = range(len(self.config.layers))
+    protected = protected_layers(len(layers), self.targets.protect)
+    return [i for i in layers if i not in protected]
+
+  @property
+  def kept_by_depth(self) -> dict[str, list[tuple[int, int]]]:
+    """(count, layers that keep it) in order, of the layers not protected.
+
+    Of the groups within layers.
+    """
+    found = {}
+    for group, kept in without_layers(self.keep).items():
+      counts = itertools.groupby(kept[i] for i in self.prunable_layers)
+      found[group] = [(count, len(list(run))) for count, run in counts]
+    return found
+
+  def sizes(self, group: str) -> list[int]:
+    """The count of a group in each layer before pruning."""
+    return [group_size(self.config, s, group) for s in self.config.layers]
+
+  def alike(self, kept: Mapping[str, int]) -> ModelConfig:
+    """The sizes where each layer that is not protected keeps so many."""
+    layers = frozenset(self.prunable_layers)
+    keep = {
+      group: tuple(
+        count if i in layers else size
+        for i, size in enumerate(self.sizes(group))
+      )
+      for group, count in kept.items()
+    }
+    return with_kept(self.config, keep)
+
+  def by_layer(self, choice: Choice, kept: int) -> tuple[int, ...] | None:
+    """What each layer keeps, where `kept` is the mean of those not protected.
+
+    None where the profile takes more of a layer than it can lose.
+    """
+    layers = self.prunable_layers
+    counts = spread(choice.counts, kept, len(layers), self.targets.profile)
+    if counts is None:
+      return None
+    of_layer = dict(zip(layers, counts, strict=True))
+    return tuple(
+      of_layer.get(i, choice.size) for i in range(len(self.config.layers))
+    )
+
+  def keeping(
+    self, choices: Sequence[Choice], kept: Mapping[str, int]
+  ) -> 'PruningPlan':
+    """The plan by which so many of each group stay in a layer, on average.
+
+    Raises:
+      UserError: if the profile takes more of a layer than it can lose.
+    """
+    keep = dict(self.keep)
+    for choice in choices:
+      count = kept[choice.group]
+      if count == choice.size:
+        continue
+      counts = self.by_layer(choice, count)
+      if counts is None:
+        raise UserError(
+          f'prune.layer_profile={self.targets.layer_profile} takes more of the '
+          f'{kind(choice.group)} of a layer than it can lose: of '
+          f'{choice.size}, {choice.size - count} go on average and at least '
+          f'{choice.fewest} stay; choose shares that differ less, or prune less'
+        )
+      keep[choice.group] = counts
+    return dataclasses.replace(self, keep=keep)
+
+  def keep_at(self, progress: float) -> dict[str, tuple[int, ...]]:
+    """Counts when a share `progress` of the ramp is done; exact at 1.
+
+    The k-th group of n goes at k / (n + 1/2): rounded down, as the reference
+    does, from the largest target that ends in n. Half of 9 heads ends in 4,
+    and the k-th goes where 9 s(t) reaches k.
+    """
+
+    def removed(most: int) -> int:
+      return min(most, math.floor(progress * (most + 0.5)))
+
+    keep = {
+      group: tuple(
+        size - removed(size - k)
+        for size, k in zip(self.sizes(group), kept, strict=True)
+      )
+      for group, kept in self.keep.items()
+    }
+    if LAYERS in keep:
+      gone = self.going[: removed(len(self.going))]
+      layers = range(len(self.config.layers))
+      keep[LAYERS] = tuple(int(i not in gone) for i in layers)
+    return keep
+
+  @property
+  def going(self) -> list[int]:
+    """The layers that stand for those that go, in their order."""
+    return [i for i, kept in enumerate(self.keep.get(LAYERS, ())) if not kept]
+
+  def layers_in(self, count: int) -> list[int]:
+    """The layers that stand for those of arrays with so many."""
+    layers = range(len(self.config.layers))
+    gone = self.going[: len(layers) - count]
+    return [i for i in layers if i not in gone]
+
+  def protected_in(self, count: int) -> list[bool]:
+    """Of arrays with so many layers, which ones are protected."""
+    prunable = set(self.prunable_layers)
+    return [i not in prunable for i in self.layers_in(count)]
+
+  def counts_in(
+    self, keep: Mapping[str, tuple[int, ...]], count: int
+  ) -> dict[str, tuple[int, ...]]:
+    """Of counts by layer, those of arrays with so many layers."""
+    layers = self.layers_in(count)
+    return {group: tuple(n[i] for i in layers) for group, n in keep.items()}
+
+  def sparsity(self, keep: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
+    """The share of groups of each kind, and of all parameters, that is gone.
+
+    Groups are those of the layers that are not protected, whether or not they
+    have lost any; heads and channels are those of the layers that are left. A
+    kind that is not pruned has lost 0; `layers` are there if they are pruned.
+
+    Args:
+      keep: counts by layer of the model, or of those that are in the arrays.
+    """
+    result = {'heads': 0.0, 'channels': 0.0}
+    keep = self._of_all(keep)
+    stay = keep.get(LAYERS, (1,) * len(self.config.layers))
+    for group, kept in keep.items():
+      sizes, layers = self.sizes(group), self.prunable_layers
+      if group != LAYERS:
+        layers = [i for i in layers if stay[i]]
+      total, left = (sum(x[i] for i in layers) for x in (sizes, kept))
+      result[kind(group)] = 1 - left / total
+    parameters = with_kept(self.config, keep).num_parameters
+    result['params'] = 1 - parameters / self.config.num_parameters
+    return result
+
+  def _of_all(
+    self, keep: Mapping[str, tuple[int, ...]]
+  ) -> dict[str, tuple[int, ...]]:
+    """Counts by layer of the model: nothing of those that are in no array."""
+    there = self.layers_in(len(next(iter(keep.values()), self.config.layers)))
+    places = {i: place for place, i in enumerate(there)}
+    layers = range(len(self.config.layers))
+    return {
+      group: tuple(n[places[i]] if i in places else 0 for i in layers)
+      for group, n in keep.items()
+    }
+
+  def targets_by_kind(self) -> dict[str, float | None]:
+    """What was asked for, in the units of `sparsity`; None if not asked."""
+    if self.targets.by_size:
+      return {'heads': None, 'channels': None, 'params': None}
+    layers = self.targets.layers_target
+    own = {LAYERS: layers} if layers else {}
+    if self.targets.unit == 'params':
+      whole = {'heads': None, 'channels': None, 'params': self.targets.share}
+      return whole | own
+    asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
+    return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
+
+
+def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
+  """Turns targets into counts (design of the rule: docs/method.md).
+
+  unit=groups: of each kind, the share `target` is removed from every layer
+  that is not protected; what is kept is rounded to the nearest multiple, a tie
+  prunes fewer, at least one is kept. unit=params: heads get the share at which
+  heads and channels, pruned alike, would meet the target; channels, which are
+  finer, then make up the difference. Where they cannot, the counts of heads
+  that come nearest. fit: in the same way by bytes, never more than there are. A
+  profile moves counts between layers; of each group as many go in all. What
+  `speedup` comes to is measured: eval/speedup.py.
+
+  Raises:
+    UserError: if a target that is not zero prunes nothing, or a share of the
+      parameters or of a layer is beyond what can be pruned, or the model fits
+      as it is, or cannot, or its layers are not all of the same size.
+  """
+  if targets.speedup is not None:
+    raise ValueError('what a speed-up comes to is measured')
+  plan, choices = empty_plan(config, targets)
+  if targets.fit:
+    return _fitting(plan, choices)
+  layers = len(plan.prunable_layers)
+  if targets.layers_target:
+    gone = layers - layers_left(layers, targets.layers_target)
+    going = plan.prunable_layers[-gone:]
+    stay = tuple(int(i not in going) for i in range(len(config.layers)))
+    plan = dataclasses.replace(plan, keep={LAYERS: stay})
+  if targets.unit == 'groups':
+    kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
+  else:
+    gone = len(plan.going)
+    args = layers - gone, choices, targets.share, gone
+    kept = solve_parameters(config, *args)
+  return plan.keeping(choices, kept)
+
+
+def empty_plan(
+  config: ModelConfig, targets: Targets
+) -> tuple[PruningPlan, list[Choice]]:
+  """A plan in which nothing goes, and the counts that each group may have.
+
+  Raises:
+    UserError: for a model of which nothing can be pruned.
+  """
+  if not config.is_uniform:
+    raise UserError(
+      'this model has layers of different sizes (it is pruned already): '
+      'pruning starts from a model whose layers are equal'
+    )
+  plan = PruningPlan(config, targets, {})
+  if not plan.prunable_layers:
+    raise UserError(
+      f'all {len(config.layers)} layers are protected: use prune.protect=none'
+    )
+  shares, layers = len(targets.profile), len(plan.prunable_layers)
+  if shares > layers:
+    raise UserError(
+      f'prune.layer_profile has {shares} shares for the {layers} layers that '
+      'are pruned: give at most one for each'
+    )
+  groups = [group for group in targets.groups if group != LAYERS]
+  return plan, [choice_of(config, targets, group) for group in groups]
+
+
+def _fitting(plan: PruningPlan, choices: Sequence[Choice]) -> PruningPlan:
+  """The plan of the largest model that fits."""
+  room = plan.targets.room
+  most = room.bytes
+  while True:
+    kept = solve_fit(plan.config, choices, plan.alike, room, most)
+    found = plan.keeping(choices, kept)
+    # A profile may leave heads in layers without a window, which cache more.
+    over = room.footprint(found.pruned_config).total - room.bytes
+    if over <= 0:
+      return found
+    most -= over
