@@ -1,5 +1,6 @@
 """The functions of `import lorapr_jax as lp`, for notebooks and scripts."""
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -66,13 +67,14 @@ def prune(
     name = str(config)
     config = read_config(name)
   check_config(config, name)
-  config = config.copy_and_resolve_references()
+  config = copy.deepcopy(config)  # Unset keys know their types.
   for section, settings in sections.items():
     check_key(config, f'config.{section}')
     if not isinstance(settings, dict):
       raise UserError(f'config.{section} is {settings!r}: give a dict of keys')
     for key, value in settings.items():
       _set(config, section, key, value)
+  config = config.copy_and_resolve_references()
   return PrunedRun(train.run(config, workdir), path_of(workdir))
 
 

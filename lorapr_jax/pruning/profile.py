@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from fractions import Fraction
 
-from lorapr_jax.errors import UserError
+from lorapr_jax.errors import UserError, short
 
 Profile = tuple[Fraction, ...]
 
@@ -20,8 +20,8 @@ def parse_profile(text: str) -> Profile:
     shares = ()
   if not sum(shares) or min(shares) < 0:
     raise UserError(
-      f'prune.layer_profile is {text!r}: shares of what is removed, from the '
-      'first layers to the last, none below 0, such as 0.5,1,1.5'
+      f'prune.layer_profile is {short(repr(text))}: shares of what is removed, '
+      'from the first layers to the last, none below 0, such as 0.5,1,1.5'
     )
   return shares
 

@@ -198,7 +198,7 @@ CASES = [
     _inspect('--channels', 'maybe'),
     varies=CHOICES,
   ),
-  Case('`inspect --layers 3`, an unknown flag', _inspect('--layers', '3')),
+  Case('`inspect --blocks 3`, an unknown flag', _inspect('--blocks', '3')),
   Case(
     '`explore` without `--data`',
     with_argv('explore', TINY, '--config.data.train='),

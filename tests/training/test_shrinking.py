@@ -40,17 +40,14 @@ CASES = {
   'int8': (
     (
       *('model.base_dtype=int8', 'prune.compensate=none'),
-      *('recover.steps=2', 'prune.layer_profile=2,3'),
-      # Of which the mesh leaves no choice.
-      *('model.sizes.num_key_value_heads=8', 'prune.heads_multiple_of=2'),
-      'prune.channels_multiple_of=2',
+      'recover.steps=2',
     ),
     ('mesh.data=2', 'mesh.tensor=2'),
   ),
   'layers': (
     (
       *('prune.layers_target=0.34', 'model.sizes.num_hidden_layers=7'),
-      *('model.base_dtype=int8', 'prune.criterion=obs'),
+      *('model.base_dtype=int8', 'prune.compensate=none'),
     ),
     (),
   ),
@@ -67,6 +64,7 @@ CASES = {
 MARKS = {
   'kv_heads': (pytest.mark.slow, pytest.mark.mesh),
   'mha': pytest.mark.slow,
+  'layers': pytest.mark.slow,
   'int8': pytest.mark.mesh,
   'queries': (pytest.mark.slow, pytest.mark.mesh),
 }
