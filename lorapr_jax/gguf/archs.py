@@ -249,7 +249,7 @@ ARCHS = {
   # Its head's softmax has a sink.
   'granite_swa': dataclasses.replace(
     _GRANITE,
-    kinds=Kinds(period=1, always=True, by_layer=True),
+    kinds=Kinds(period=1, always=True, says_turns=True),
     sinks=True,
   ),
   'deci': dataclasses.replace(_LLAMA, per_layer=True),

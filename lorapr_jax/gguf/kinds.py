@@ -27,15 +27,14 @@ class Kinds(NamedTuple):
     always: whether some layer must have one.
     local: OWN_THETA or SAME_THETA; None: a window changes no rotation.
     turns: whether layer i turns; None: all do.
-    by_layer: whether llama.cpp reads from the file which layers have a window,
-      and which turn; else they have these places.
+    says_turns: whether the file says which layers turn.
   """
 
   period: int | None = None
   always: bool = False
   local: str | None = None
   turns: Callable[[int], bool] | None = None
-  by_layer: bool = False
+  says_turns: bool = False
 
 
 class Layers(NamedTuple):
@@ -69,23 +68,11 @@ def kinds_lack(config: ModelConfig, kinds: Kinds) -> str | None:
     return 'sliding window'
   if len(sizes) > 1:
     return 'windows of several sizes'
-  slides = [window is not None for window in layers.windows]
-  if (
-    sizes
-    and not kinds.by_layer
-    and slides != _places(kinds.period, len(slides))
-  ):
-    return 'windows in such layers'
   turns = [rope is not None for rope in layers.ropes]
   local = layers.local or base
   if list(layers.ropes) != _ropes(kinds, base, local, layers.windows, turns):
     return 'layers that turn in such ways'
   return None
-
-
-def _places(period: int, num_layers: int) -> list[bool]:
-  """By layer, whether it is not the last of a period."""
-  return [(i + 1) % period > 0 for i in range(num_layers)]
 
 
 def _ropes(
@@ -110,7 +97,7 @@ def _ropes(
     rope = Rope(theta) if window and kinds.local else base
     if kinds.turns is not None and not kinds.turns(i):
       rope = None
-    ropes.append(None if kinds.by_layer and not turns[i] else rope)
+    ropes.append(None if kinds.says_turns and not turns[i] else rope)
   return ropes
 
 
@@ -126,7 +113,7 @@ def kind_keys(config: ModelConfig, kinds: Kinds) -> dict[str, Any]:
     keys[WINDOW], keys[SLIDING] = _ENDLESS, [True for _ in layers.windows]
   if kinds.local == OWN_THETA:
     keys[LOCAL_THETA] = float((layers.local or config.ropes[0]).theta)
-  if kinds.by_layer:
+  if kinds.says_turns:
     keys[TURNING] = [rope is not None for rope in layers.ropes]
   return keys
 
@@ -153,7 +140,7 @@ def read_kinds(
       if type(slides) is not int or slides < 1:
         raise ValueError(f'{SLIDING} is no number of layers')
       has_any = window is not None or kinds.always
-      slides = [has_any and x for x in _places(slides, num_layers)]
+      slides = [has_any and (i + 1) % slides > 0 for i in range(num_layers)]
     _check_flags(SLIDING, slides, num_layers)
     if any(slides) and (type(window) is not int or not 0 < window <= MOST):
       raise ValueError(f'{WINDOW} is no number of tokens')
@@ -162,7 +149,7 @@ def read_kinds(
     if type(theta) is not float or not is_positive(theta):
       raise ValueError(f'{LOCAL_THETA} is no positive number')
     local = Rope(theta)
-  if kinds.by_layer:
+  if kinds.says_turns:
     turns = keys.pop(TURNING, [True] * num_layers)
     _check_flags(TURNING, turns, num_layers)
   is_seen = any(slides) and window < _ENDLESS

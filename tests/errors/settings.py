@@ -131,8 +131,6 @@ CASES = [
       '--config.prune.unit=params --config.prune.heads=none '
       '--config.prune.channels=False',
       '--config.prune.criterion=obs --config.prune.layers_criterion=sum',
-      '--config.model.sizes.model_type=gemma2 --config.export.format=hf,gguf '
-      '--config.prune.target=0',
     )
   ),
   tiny_override('train.distill=2'),

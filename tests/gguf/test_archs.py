@@ -143,23 +143,6 @@ def test_features_come_back(arch, kind, changes, random_params, tmp_path):
   assert_comes_back(config, arch, random_params, tmp_path)
 
 
-@pytest.mark.parametrize(
-  'arch, changes',
-  [
-    ('gemma2', {**_CAPS, 'windows': (8, None, None, 8)}),
-    ('gemma3', {'qk_norm': 'head', 'windows': (8, 8, None, 8, 8)}),
-  ],
-)
-def test_windows_that_are_not_where_llama_cpp_puts_them_are_refused(
-  arch, changes
-):
-  config = sizes('gemma', unequal=False)
-  layers = config.layers[:1] * len(changes['windows'])
-  config = dataclasses.replace(config, norms=NORMS, layers=layers, **changes)
-  with pytest.raises(UserError, match=f'{arch} has no windows in such layers'):
-    architecture(config)
-
-
 @pytest.mark.parametrize('kind', ['qwen3', 'gemma'])
 def test_another_scale_of_attention_is_in_the_norm_of_queries(
   kind, random_params, tmp_path
