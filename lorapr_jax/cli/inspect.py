@@ -41,7 +41,8 @@ def main(argv: list[str]) -> None:
   )
   parser.add_argument('--dtype', choices=tuple(_BYTES), default='bfloat16')
   defaults = vars(Targets()) | {'channels': 'true'}
-  del defaults['tensor_parallel']
+  for derived in 'tensor_parallel', 'heads_divide':
+    del defaults[derived]
   for name, default in defaults.items():
     parser.add_argument(
       f'--{name}',

@@ -1,5 +1,6 @@
 """inspect: couplings, counts, bytes, and what a target would leave."""
 
+import dataclasses
 import json
 import re
 
@@ -12,6 +13,7 @@ from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.plan import plan_pruning
 from lorapr_jax.pruning.targets import Targets
+from lorapr_jax.settings.model import PruneSettings
 
 CONFIG = ModelConfig(
   vocab_size=96,
@@ -267,3 +269,11 @@ def test_a_mistake_is_one_line_and_exit_status_one(
   assert out == ''
   assert err.startswith('error: ') and err.count('\n') == 1
   assert message in err
+
+
+def test_its_flags_are_settings(capsys):
+  with pytest.raises(SystemExit):
+    main(['inspect', '--help'])
+  found = set(re.findall(r'prune\.(\w+)', capsys.readouterr().out))
+  settings = {field.name for field in dataclasses.fields(PruneSettings)}
+  assert {'target', 'fit', 'layers_target'} <= found <= settings
