@@ -1,6 +1,6 @@
 """How many of each group a layer keeps, from the share that is to go."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 import math
 from typing import NamedTuple
@@ -101,6 +101,35 @@ def layers_left(layers: int, target: float) -> int:
   return round_share(Choice(LAYERS, layers, 1), target)
 
 
+def _nearest_counts(
+  choices: Sequence[Choice],
+  first: Mapping[str, int],
+  distance: Callable[[Mapping[str, int]], float],
+  near: float,
+) -> dict[str, int]:
+  """The counts of least distance: `first`, but for the finest group.
+
+  Where that one cannot come as near as it should, another group's count is
+  changed as well.
+  """
+  finest = finest_of(choices)
+
+  def complete(coarse: Mapping[str, int]) -> dict[str, int]:
+    counts = ({**coarse, finest.group: n} for n in reversed(finest.counts))
+    return min(counts, key=distance)
+
+  kept = complete(first)
+  if distance(kept) <= near:
+    return kept
+  others = [
+    complete({**kept, c.group: count})
+    for c in choices
+    if c is not finest
+    for count in reversed(c.counts)
+  ]
+  return min([kept, *others], key=distance)
+
+
 def solve_parameters(
   config: ModelConfig,
   layers: int,
@@ -151,24 +180,12 @@ def solve_parameters(
   rest = Fraction(removed({c.group: 0 for c in choices})) - already
   share = (Fraction(target) - already) / rest
   finest = finest_of(choices)
-
-  def distance(kept: Mapping[str, int]) -> float:
-    return abs(removed(kept) - target)
-
-  def complete(coarse: Mapping[str, int]) -> dict[str, int]:
-    counts = ({**coarse, finest.group: n} for n in reversed(finest.counts))
-    return min(counts, key=distance)
-
-  kept = complete({c.group: c.nearest(c.size * (1 - share)) for c in choices})
-  step = layers * finest.multiple * cost[finest.group] / dense
-  if distance(kept) > step / 2:  # The finest cannot make up the difference.
-    others = [
-      complete({**kept, c.group: count})
-      for c in choices
-      if c is not finest
-      for count in reversed(c.counts)
-    ]
-    kept = min([kept, *others], key=distance)
+  kept = _nearest_counts(
+    choices,
+    {c.group: c.nearest(c.size * (1 - share)) for c in choices},
+    lambda kept: abs(removed(kept) - target),
+    layers * finest.multiple * cost[finest.group] / dense / 2,
+  )
   if target and not gone and all(kept[c.group] == c.size for c in choices):
     below = finest.counts[-2] if len(finest.counts) > 1 else finest.fewest
     nearest = math.floor(removed(kept | {finest.group: below}) * 1e6) / 1e6

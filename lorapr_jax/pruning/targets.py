@@ -164,12 +164,10 @@ def choice_of(config: ModelConfig, targets: Targets, group: str) -> Choice:
     asked['mesh.tensor'] = targets.tensor_parallel
     if group == KV_HEADS and shape.queries_per_kv > 1:
       instead = 'prune.heads=queries'
-  multiple, size = (
-    multiple_of(config, targets, group),
-    group_size(config, shape, group),
-  )
-  because = [f'{name}={value}' for name, value in asked.items() if value > 1]
-  because, allowed = because if multiple > 1 else [], None
+  multiple = multiple_of(config, targets, group)
+  size, allowed, because = group_size(config, shape, group), None, []
+  if multiple > 1:
+    because = [f'{name}={value}' for name, value in asked.items() if value > 1]
   if targets.heads_divide and group != CHANNELS:
     each = shape.num_heads // size
     whole = targets.heads_divide
