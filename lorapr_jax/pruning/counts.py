@@ -1,5 +1,6 @@
 """How many of each group a layer keeps, from the share that is to go."""
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 import math
@@ -50,7 +51,14 @@ class Choice(NamedTuple):
     """
     *below, size = self.counts
     counts = [*below, -(-size // self.multiple) * self.multiple]
-    return min(size, min(counts, key=lambda c: (abs(c - kept), -c)))
+    return min(size, counts[nearest(counts, kept)])
+
+
+def nearest(counts: Sequence[int], value: Fraction) -> int:
+  """The index of the nearest of ascending counts; of two, the larger one's."""
+  above = min(bisect.bisect_left(counts, value), len(counts) - 1)
+  below = max(above - 1, 0)
+  return below if value - counts[below] < counts[above] - value else above
 
 
 def round_share(choice: Choice, target: float) -> int:

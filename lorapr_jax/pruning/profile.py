@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from lorapr_jax.errors import UserError, short
+from lorapr_jax.pruning.counts import nearest
 
 Profile = tuple[Fraction, ...]
 
@@ -59,21 +60,18 @@ def spread(
   ideals = [size - (size - kept) * num_layers * w / weight for w in profile]
   if min(ideals) < counts[0]:
     return None
-  nearest = [
-    min(range(len(counts)), key=lambda i: (abs(counts[i] - ideal), -i))
-    for ideal in ideals
-  ]
-  layers = [[counts[i]] * n for i, n in zip(nearest, lengths, strict=True)]
+  taken = [nearest(counts, ideal) for ideal in ideals]
+  layers = [[counts[i]] * n for i, n in zip(taken, lengths, strict=True)]
   excess = sum(map(sum, layers)) - num_layers * kept
   sign = 1 if excess > 0 else -1
   rounding = [
-    sign * (counts[i] - ideal) for i, ideal in zip(nearest, ideals, strict=True)
+    sign * (counts[i] - ideal) for i, ideal in zip(taken, ideals, strict=True)
   ]
   for block in sorted(range(len(profile)), key=lambda b: -rounding[b]):
     if rounding[block] <= 0:
       break
-    other = counts[nearest[block] - sign]
-    step = abs(other - counts[nearest[block]])
+    other = counts[taken[block] - sign]
+    step = abs(other - counts[taken[block]])
     moved = min(lengths[block], round(abs(excess) / step))
     layers[block][:moved] = [other] * moved
     excess -= sign * moved * step
