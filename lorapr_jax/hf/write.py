@@ -69,7 +69,7 @@ def hf_tensors(
   for key_path, leaf in jax.tree_util.tree_leaves_with_path(params):
     path, layers = locate(key_path, config.stacks)
     if layers is None:
-      places[hf_name(path)] = leaf, (), None
+      places[hf_name(path)] = leaf, None, None
       continue
     letters = letters_of(path)
     for row, layer in enumerate(layers):
@@ -77,10 +77,17 @@ def hf_tensors(
 
   def tensor_of(name: str) -> np.ndarray:
     leaf, row, letters = places[name]
-    return to_hf_layout(to_host(leaf[row]), letters)
+    x = leaf if row is None else _of_row(leaf, row)
+    return to_hf_layout(to_host(x), letters)
 
   for name, x in stored_tensors(tensor_of, places, config, storage):
     yield name, _cast(name, x, dtype)
+
+
+@jax.jit
+def _of_row(stack: jax.Array, row: int) -> jax.Array:
+  """One layer of a stack; which one is no part of what is compiled."""
+  return jax.lax.dynamic_index_in_dim(stack, row, keepdims=False)
 
 
 def _cast(name: str, x: np.ndarray, dtype: Any) -> np.ndarray:

@@ -1,6 +1,8 @@
 """The base: the weights at one size, and where they lie on the mesh."""
 
+from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -140,14 +142,19 @@ def cut_params(
     places = zip(*map(structure.flatten_up_to, stacks), strict=True)
   smaller = []
   for tensor, names, place in zip(tensors, axes, places, strict=True):
-    cut = jax.jit(
-      lambda stacks, names=names: shrink(stacks, names, kept, config),
-      out_shardings=place,
-    )
-    smaller.append(cut(tensor))
+    smaller.append(_cut(names, config, place)(tensor, kept))
     if delete:
       jax.block_until_ready(smaller[-1])
       for stack in tensor:
         stack.delete()
   stacks = zip(*smaller, strict=True)
   return {**params, 'stacks': tuple(map(structure.unflatten, stacks))}
+
+
+@functools.cache
+def _cut(names: Any, config: ModelConfig, places: Any) -> Callable[..., Any]:
+  """The compiled (stacks, kept) -> smaller stacks, of tensors of these axes."""
+  return jax.jit(
+    lambda stacks, kept: shrink(stacks, names, kept, config),
+    out_shardings=places,
+  )

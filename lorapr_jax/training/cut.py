@@ -1,5 +1,6 @@
 """The cut: what is masked leaves a run's arrays, on the way or at the end."""
 
+import functools
 from typing import Any
 
 import jax
@@ -62,10 +63,15 @@ def cut_adapters(
   lora: Any, kept: Kept, config: ModelConfig, lora_config: LoraConfig
 ) -> Any:
   """Smaller adapters; the same where nothing is cut."""
-  if not kept:
-    return lora
+  return _cut_adapters(lora, kept, config, lora_config) if kept else lora
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'lora_config'))
+def _cut_adapters(
+  lora: Any, kept: Kept, config: ModelConfig, lora_config: LoraConfig
+) -> Any:
   axes = block_axes(config, lora_config)['lora']
-  return jax.jit(lambda stacks: shrink(stacks, axes, kept, config))(lora)
+  return shrink(lora, axes, kept, config)
 
 
 def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
@@ -74,26 +80,26 @@ def widened(state: TrainState, config: ModelConfig) -> dict[str, Any]:
   `config` has the sizes before the first cut. Of a layer that is gone, all
   groups are masked.
   """
-  kept = kept_of(state.whole['masks'])
-  if not kept:
-    return state.whole
-  axes = _axes_of_groups(state)
+  kept, now = kept_of(state.whole['masks']), (state.masks, state.importance)
+  return _widened(*now, state.whole, kept, config) if kept else state.whole
 
-  @jax.jit
-  def widen(masks: Any, importance: Any, whole: dict[str, Any]) -> Any:
-    masks, importance = (
-      pad(stacks, axes, kept, config)
-      for stacks in (tuple(map(gated, masks)), importance)
-    )
-    importance = jax.tree.map(
-      lambda there, now, before: jnp.where(there > 0, now, before),
-      whole['masks'],
-      importance,
-      whole['importance'],
-    )
-    return {'masks': masks, 'importance': importance}
 
-  return widen(state.masks, state.importance, state.whole)
+@functools.partial(jax.jit, static_argnames='config')
+def _widened(
+  masks: Any, importance: Any, whole: Any, kept: Kept, config: ModelConfig
+) -> dict[str, Any]:
+  axes = _axes_of_groups(masks)
+  masks, importance = (
+    pad(stacks, axes, kept, config)
+    for stacks in (tuple(map(gated, masks)), importance)
+  )
+  importance = jax.tree.map(
+    lambda there, now, before: jnp.where(there > 0, now, before),
+    whole['masks'],
+    importance,
+    whole['importance'],
+  )
+  return {'masks': masks, 'importance': importance}
 
 
 def cut_on_the_way(
@@ -104,7 +110,7 @@ def cut_on_the_way(
   Where sizes are rounded up, the most important masked groups stay too. The
   larger weights are deleted.
   """
-  config, axes = base.compute.config, _axes_of_groups(state)
+  config, axes = base.compute.config, _axes_of_groups(state.masks)
   counts = pruning.milestones.present(step)
   counts = pruning.plan.counts_in(counts, len(config.layers))
   present = _present(state.importance, state.masks, by_stack(counts, config))
@@ -129,9 +135,7 @@ def cut_on_the_way(
     )
 
   before = pruning.plan.config
-  there = jax.jit(lambda present: pad(present, axes, kept_before, before))(
-    present
-  )
+  there = _padded(present, kept_before, before)
   known = widened(state, before)['importance']
   state = jax.jit(smaller, out_shardings=base.places.state)(state)
   state = state.replace(whole={'masks': there, 'importance': known})
@@ -159,5 +163,10 @@ def _present(importance: Any, masks: Any, counts: Any) -> Any:
   return tuple(map(of_stack, importance, masks, counts))
 
 
-def _axes_of_groups(state: TrainState) -> dict[str, Axes]:
-  return {group: Axes(member_axes(group)) for group in state.masks[0]}
+@functools.partial(jax.jit, static_argnames='config')
+def _padded(masks: Any, kept: Kept, config: ModelConfig) -> Any:
+  return pad(masks, _axes_of_groups(masks), kept, config)
+
+
+def _axes_of_groups(masks: Any) -> dict[str, Axes]:
+  return {group: Axes(member_axes(group)) for group in masks[0]}
