@@ -6,6 +6,7 @@ differentiated, never donated, never in the state, but for what repair.py does.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -52,9 +53,27 @@ def make_lora_gradients(
   of the base, {'base_grads': the gradients of `projections(params)`}, in
   float32, clipped as `grads`. Without `learns` gradients are zeros.
   """
-  mesh, more_sharding = mesh_of(out_sharding), {}
+  more_sharding = {}
   if base_sharding is not None:
     more_sharding['base_grads'] = projections(base_sharding['stacks'])
+  places, structure = jax.tree.flatten(more_sharding)
+  return _gradients(settings, out_sharding, learns, tuple(places), structure)
+
+
+@functools.cache
+def _gradients(
+  settings: Compute,
+  out_sharding: Sharding,
+  learns: bool,
+  places: tuple[Sharding, ...],
+  structure: Any,
+) -> Callable[..., Any]:
+  """`make_lora_gradients`, compiled once for all runs of a process.
+
+  `places` are the leaves of a tree of `structure`: the shardings of `more`.
+  """
+  mesh = mesh_of(out_sharding)
+  more_sharding = jax.tree.unflatten(structure, places)
 
   def gradients(params, lora, masks, batch, key):
     # Without a target there is no mean: what is not finite changes nothing.
@@ -117,16 +136,13 @@ def _summed(
     return jax.tree.map(jnp.add, total, new), None
 
   keys = jax.random.split(key, batch['tokens'].shape[0])
-  first = jax.tree.map(lambda x: x[0], (batch, keys))
-  # A gradient has the shape of its array: the backward pass is traced once.
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, jnp.float32),
-    (jax.eval_shape(loss, trained, *first), trained),
-  )
-  total, _ = jax.lax.scan(accumulate, zeros, (batch, keys))
+  # A gradient has the shape of its array: nothing is traced to know it.
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), trained)
+  total, _ = jax.lax.scan(accumulate, (jnp.float32(0), zeros), (batch, keys))
   return total
 
 
+@functools.cache
 def make_update_importance(
   settings: Compute,
   criterion: importance_lib.Criterion | None,

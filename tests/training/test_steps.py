@@ -373,7 +373,8 @@ def test_every_function_compiles_once_while_the_model_is_pruned(
   functions, state, random_params
 ):
   params = jax.device_put(random_params(CONFIG), _device())
-  before = SELECT._cache_size()
+  compiled = *functions, SELECT
+  before = [function._cache_size() for function in compiled]
   keeps = [
     None,
     {'kv_heads': (2, 2), 'mlp': (20, 20)},
@@ -386,8 +387,8 @@ def test_every_function_compiles_once_while_the_model_is_pruned(
     losses.append(loss)
   assert len(set(losses)) == 4
   assert alive_counts(state.masks) == keeps[-1]
-  assert [function._cache_size() for function in functions] == [1, 1, 1]
-  assert SELECT._cache_size() == before + 1
+  for function, size in zip(compiled, before, strict=True):
+    assert function._cache_size() <= size + 1
 
 
 def test_training_lowers_the_loss(functions, state, random_params):
