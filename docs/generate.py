@@ -351,7 +351,7 @@ def write_reference(folder: Path) -> None:
     for module in pkgutil.iter_modules(lorapr_jax.__path__, 'lorapr_jax.')
     if not module.name.endswith('__main__')
   ]
-  pdoc.render.configure(docformat='google')
+  pdoc.render.configure(docformat='google', show_source=False)
   pdoc.pdoc('lorapr_jax', *modules, output_directory=folder)
 
 
