@@ -114,7 +114,7 @@ def random_params():
     def draw(path, leaf):
       mean = 1.0 if 'norm' in jax.tree_util.keystr(path) else 0.0
       drawn = rng.normal(mean, 0.3, leaf.shape).astype(leaf.dtype)
-      return jax.numpy.asarray(drawn)
+      return jax.device_put(drawn)
 
     shapes = param_shapes(config, jax.numpy.dtype(dtype))
     return jax.tree_util.tree_map_with_path(draw, shapes)
@@ -136,7 +136,7 @@ def random_lora():
       lambda key: init_lora(key, config, lora_config), jax.random.key(0)
     )
     return jax.tree.map(
-      lambda leaf: jax.numpy.asarray(
+      lambda leaf: jax.device_put(
         rng.normal(0, 0.3, leaf.shape).astype(np.float32)
       ),
       shapes,

@@ -16,7 +16,11 @@ from tests.xla_flags import environment
 ROOT = Path(__file__).parent.parent
 # One device, whatever the other tests simulate: as a user's process would.
 COMMAND = [sys.executable, 'train.py', '--config=configs/tiny.py']
-SETTINGS = ['--config.train.log_every=1', '--config.train.checkpoint_every=30']
+SETTINGS = [
+  *('--config.train.log_every=1', '--config.train.checkpoint_every=30'),
+  *('--config.train.batch_size=8', '--config.train.micro_batch_size=4'),
+  '--config.lora.targets=q_proj,down_proj',
+]
 TIMING = ('seconds', 'tokens_per_second')
 
 

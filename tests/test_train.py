@@ -90,7 +90,7 @@ def test_the_log_has_every_field_and_follows_the_ramp(undisturbed):
   assert channels == sorted(channels)
   # Warm-up, and the end of the ramp at 54 of 60 steps.
   assert channels[5] == 0.0 and channels[44] < 0.5 and channels[54] == 0.5
-  assert records[-1]['tokens'] == 60 * 16 * 32
+  assert records[-1]['tokens'] == 60 * 8 * 32
   assert records[0]['lr'] == pytest.approx(1e-2)
 
 

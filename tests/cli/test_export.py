@@ -63,6 +63,7 @@ def make_run(folder, sizes=None, **settings):
     steps=6, batch_size=8, seq_len=16, checkpoint_every=2, checkpoints_kept=3
   )
   config.prune.every = 2
+  config.report.max_new_tokens = 4
   config.update_from_flattened_dict(settings)
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('LORAPR_CACHE', str(folder / 'cache'))

@@ -3,8 +3,9 @@
 The rest of the matrix is marked `families`, for `make test-families`.
 """
 
-from collections.abc import Hashable, Iterable, Mapping, Set
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Set
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -67,6 +68,15 @@ def _param(case: Hashable, needed: bool):
   values = case if isinstance(case, tuple) else (case,)
   marks = () if needed else pytest.mark.families
   return pytest.param(*values, id='-'.join(values), marks=marks)
+
+
+def few(*sides: Iterable[Any]) -> Iterator[Any]:
+  """All combinations as parameters; those with nothing new are marked slow."""
+  met: set[tuple[int, Any]] = set()
+  for values in itertools.product(*sides):
+    new = set(enumerate(values)) - met
+    met |= new
+    yield pytest.param(*values, marks=() if new else pytest.mark.slow)
 
 
 def pairs(*items: Iterable[str]) -> set[frozenset[str]]:

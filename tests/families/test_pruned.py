@@ -23,7 +23,7 @@ from lorapr_jax.pruning.masks import (
   without_layers,
 )
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
-from tests.families.cover import FILES, GROUPED, each, pairs
+from tests.families.cover import FILES, GROUPED, each
 from tests.kinds import KINDS
 
 TOKENS = np.random.default_rng(0).integers(0, 96, (2, 40))
@@ -43,13 +43,11 @@ KEPT = {
   },
 }
 
-# Every family; and every feature, and every way in which files are laid out,
-# with each kind of head and of layers.
+# Every family, every feature, every way in which files are laid out, and each
+# kind of head with each kind of layers.
 CASES = {
-  (kind, *how): pairs(
-    {*KINDS[kind].features, *({*FILES} & GROUPED[kind])}, *([x] for x in how)
-  )
-  | {KINDS[kind].keys['model_type']}
+  (kind, *how): {*KINDS[kind].features, *({*FILES} & GROUPED[kind])}
+  | {KINDS[kind].keys['model_type'], how}
   for kind in GROUPED
   for how in KEPT
 }

@@ -23,6 +23,7 @@ from lorapr_jax.models.kernels import (
   with_each_window,
 )
 from lorapr_jax.runtime import sharding
+from tests.families.cover import few
 
 B, T, H = 2, 256, 64
 
@@ -61,11 +62,15 @@ _interpreted = functools.partial(splash_attention, interpret=True)
 
 
 # Numbers of heads as pruning leaves them: odd ones too.
-@pytest.mark.parametrize('heads', [(3, 1), (1, 3), (2, 2), (5, 1)])
 @pytest.mark.parametrize(
-  ('packed', 'cap'), [(False, None), (True, None), (True, 2.0)]
+  ('heads', 'packed_and_cap'),
+  few(
+    [(3, 1), (1, 3), (2, 2), (5, 1)],
+    [(False, None), (True, None), (True, 2.0)],
+  ),
 )
-def test_splash_is_causal_attention(heads, packed, cap):
+def test_splash_is_causal_attention(heads, packed_and_cap):
+  packed, cap = packed_and_cap
   arrays = _inputs(*heads, jnp.float32)
   segments = _segments() if packed else None
   results = (
@@ -105,19 +110,18 @@ def _on_one_device(length, packed):
 
 @pytest.mark.mesh
 @pytest.mark.parametrize(
-  ('kernel', 'sizes', 'length'),
+  ('packed', 'kernel', 'sizes', 'length'),
   [
-    (_interpreted, {'data': 2, 'fsdp': 2, 'tensor': 2}, T),
+    (True, _interpreted, {'data': 2, 'fsdp': 2, 'tensor': 2}, T),
     # At least 128 queries on each device.
-    (_interpreted, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
-    (_interpreted, {'tensor': 2, 'sequence': 4}, 2 * T),
-    (causal_attention, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
-    (causal_attention, {'sequence': 8}, T),
+    (False, _interpreted, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
+    (True, _interpreted, {'tensor': 2, 'sequence': 4}, 2 * T),
+    (True, causal_attention, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
+    (False, causal_attention, {'sequence': 8}, T),
   ],
 )
-@pytest.mark.parametrize('packed', [False, True])
 def test_attention_on_a_mesh_is_that_of_one_device(
-  kernel, sizes, length, packed
+  packed, kernel, sizes, length
 ):
   devices = jax.devices()[: math.prod(sizes.values())]
   mesh = sharding.make_mesh(sizes, devices)

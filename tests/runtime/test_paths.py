@@ -153,6 +153,7 @@ def test_all_but_the_workdir_may_lie_elsewhere(
     },
     train={'steps': 4, 'batch_size': 8, 'seq_len': 16},
     prune={'every': 2},
+    report={'max_new_tokens': 4},
   )
   assert run.summary['base']['sha256'] == content_hash(near)
   exported = lp.export(run, memory / 'hf', max_shard_size='50KB')
@@ -249,6 +250,7 @@ def test_a_run_in_gs_that_was_killed_goes_on_as_undisturbed(
     *('--config.train.steps=24', '--config.prune.every=3'),
     *('--config.train.log_every=1', '--config.train.checkpoint_every=5'),
     *('--config.lora.targets=q_proj,down_proj', '--config.data.eval='),
+    *('--config.train.batch_size=8', '--config.train.micro_batch_size=4'),
   ]
   env = store | {'LORAPR_CACHE': str(tmp_path / 'cache')}
   killed = start('gs://bucket/run', settings, **env)

@@ -62,7 +62,9 @@ def test_as_many_layers_go_as_asked(shrunk):
   )
 
 
-@pytest.mark.parametrize('cut, after', [(0, 0), (0, 2)])
+@pytest.mark.parametrize(
+  'cut, after', [pytest.param(0, 0, marks=pytest.mark.slow), (0, 2)]
+)
 def test_a_run_cut_short_goes_on_bit_for_bit(shrunk, tmp_path, cut, after):
   last = cuts_of(shrunk)[cut] + after
   workdir = cut_short(shrunk, tmp_path / 'run', last)

@@ -49,6 +49,7 @@ from lorapr_jax.pruning.masks import initial_masks
 from lorapr_jax.runtime import sharding
 from lorapr_jax.training.base import Places
 from lorapr_jax.training.event import make_prune_layers, repair_of
+from tests.families.cover import few
 
 LORA_CRITERION = Criterion()
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
@@ -340,9 +341,11 @@ def test_the_next_layer_sees_what_the_masks_leave(qk_norm):
   np.testing.assert_allclose(found, first['weight'], rtol=1e-4, atol=1e-5)
 
 
-@BASES
-@pytest.mark.parametrize('targets', [LORA.targets, ('q_proj', 'up_proj')])
-def test_a_layer_is_repaired_behind_those_before_it_that_were(targets, config):
+@pytest.mark.parametrize(
+  ('config', 'targets'),
+  few((CONFIG, BIASED, OTHER), (LORA.targets, ('q_proj', 'up_proj'))),
+)
+def test_a_layer_is_repaired_behind_those_before_it_that_were(config, targets):
   """Layer 1's down_proj against NumPy, on what repaired layer 0 hands on."""
   adapters = dataclasses.replace(LORA, targets=targets)
   params, lora = random_model(config)
@@ -597,9 +600,10 @@ def test_the_scores_of_fluctuation_are_flaps(group):
   np.testing.assert_array_equal(kept, ~lowest)
 
 
-@pytest.mark.parametrize('name', ['activation', 'fluctuation', 'obs'])
-@pytest.mark.parametrize('group', DOUBLES)
-def test_documents_that_share_a_row_are_measured_as_if_alone(group, name):
+@pytest.mark.parametrize(
+  ('name', 'group'), few(['activation', 'fluctuation', 'obs'], DOUBLES)
+)
+def test_documents_that_share_a_row_are_measured_as_if_alone(name, group):
   params, lora = random_model(BIASED)
   before, _ = masks_of(group)
   packed, alone = packed_and_alone()

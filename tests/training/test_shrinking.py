@@ -25,6 +25,9 @@ RUN = [
   *('--config.prune.every=3', '--config.lora.dropout=0.0'),
   *('--config.train.log_every=1', '--config.data.eval='),
 ]
+# So that less is traced and compiled. The first is cut by its outputs, the
+# second by its inputs.
+FEW = '--config.lora.targets=q_proj,down_proj'
 # Settings of both runs, and the mesh of the one that is cut on the way.
 CASES = {
   # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
@@ -40,7 +43,7 @@ CASES = {
   'int8': (
     (
       *('model.base_dtype=int8', 'prune.compensate=none'),
-      'recover.steps=2',
+      *('recover.steps=2', FEW.removeprefix('--config.')),
     ),
     ('mesh.data=2', 'mesh.tensor=2'),
   ),
@@ -157,9 +160,6 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(
       assert ours[key] == theirs[key]
 
 
-# So that less is traced and compiled. The first is cut by its outputs, the
-# second by its inputs.
-FEW = '--config.lora.targets=q_proj,down_proj'
 SHRINK = [
   *(*RUN, FEW, '--config.prune.shrink=0.3,0.7'),
   *('--config.train.checkpoint_every=1', '--config.train.checkpoints_kept=100'),
