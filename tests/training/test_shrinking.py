@@ -24,6 +24,7 @@ RUN = [
   f'--config.train.steps={STEPS}',
   *('--config.prune.every=3', '--config.lora.dropout=0.0'),
   *('--config.train.log_every=1', '--config.data.eval='),
+  *('--config.train.batch_size=8', '--config.train.micro_batch_size=8'),
 ]
 # So that less is traced and compiled. The first is cut by its outputs, the
 # second by its inputs.
