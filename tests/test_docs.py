@@ -52,9 +52,9 @@ def blocks(page):
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
-  """Runs a command in a sandbox: as a shell would once for each spelling.
+  """Runs a command in a sandbox: in this process, with the same arguments.
 
-  The others run in this process, with the same arguments.
+  A shell says once that each spelling of ours is a command.
   """
   started = set()
   cache = tmp_path_factory.mktemp('cache')
@@ -66,10 +66,13 @@ def run(tmp_path_factory):
     own = {'LORAPR_CACHE': str(cache)}
     spelling = next(filter(command.startswith, (*SPELLINGS, PYTHON)), None)
     alone = spelling is None or command.startswith(PLAN)
-    if alone or spelling not in started:
+    if alone or (spelling == PYTHON and PYTHON not in started):
       started.add(spelling)
       start(folder, command, own)
       return
+    if spelling not in started:
+      started.add(spelling)
+      start(folder, f'{spelling}--help', own)
     with pytest.MonkeyPatch.context() as patch:
       patch.chdir(folder)
       patch.setenv('LORAPR_CACHE', own['LORAPR_CACHE'])
