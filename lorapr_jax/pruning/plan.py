@@ -70,11 +70,12 @@ class PruningPlan:
   def kept_by_depth(self) -> dict[str, list[tuple[int, int]]]:
     """(count, layers that keep it) in order, of the layers not protected.
 
-    Of the groups within layers.
+    Of the groups within layers, in those that stay.
     """
-    found = {}
+    found, gone = {}, self.going
+    layers = [i for i in self.prunable_layers if i not in gone]
     for group, kept in without_layers(self.keep).items():
-      counts = itertools.groupby(kept[i] for i in self.prunable_layers)
+      counts = itertools.groupby(kept[i] for i in layers)
       found[group] = [(count, len(list(run))) for count, run in counts]
     return found
 

@@ -60,7 +60,7 @@ def test_heads_and_channels_are_of_the_layers_that_stay():
   targets = Targets(layers_target=0.5, heads='none')
   plan = plan_pruning(SMOLLM2, targets)
   assert plan.sparsity(plan.keep)['channels'] == 0.5
-  assert plan.kept_by_depth == {CHANNELS: [(768, 26)]}
+  assert plan.kept_by_depth == {CHANNELS: [(768, 13)]}
   sizes = [layer.mlp_dim for layer in plan.pruned_config.layers]
   assert sizes == [1536] * 3 + [768] * 13 + [1536]
   assert plan.targets_by_kind() == {
