@@ -66,6 +66,7 @@ def make_window_losses(
       mesh=sharding.mesh_of(place),
       lora=lora,
       masks=masks,
+      skips=True,
     )
     return jnp.sum(each, axis=1)
 
