@@ -44,6 +44,12 @@ def main(argv: list[str]) -> None:
     help='shares of the parameters that stay (default: %(default)s)',
   )
   parser.add_argument(
+    '--ways',
+    default='width,depth',
+    help='ways to each size: width (heads and channels), depth (whole layers), '
+    'both (default: %(default)s)',
+  )
+  parser.add_argument(
     '--tokens',
     type=int,
     help="to measure and repair on; default: those of the config's calibration",
@@ -68,6 +74,7 @@ def main(argv: list[str]) -> None:
   config, _ = parse_flags([*flags, '--workdir=none'], 'explore')
   asked = ask(
     config,
+    args.ways.split(','),
     _shares(args.sizes),
     tokens=args.tokens,
     context=args.context,
@@ -144,6 +151,9 @@ def show(result: dict[str, Any]) -> None:
       f'times on {timed["device"]}: of a prompt of {timed["prompt_tokens"]} '
       'tokens, and of a token that follows; x: faster than the dense model by'
     )
+  if result['left_out']:
+    names = ', '.join(result['left_out'])
+    say(f'left out, as its way does not come to it: {names}')
   say(
     f'measured in {units.duration(result["seconds"])}',
     result['verdict'],

@@ -1,23 +1,26 @@
 """What is explored: ways, sizes, and what each leaves. No weights are read."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 import dataclasses
-from typing import Any, NamedTuple
+import itertools
+from typing import Any
 
 import jax.numpy as jnp
 from ml_collections import config_dict
 
-from lorapr_jax.errors import TargetError, UserError
+from lorapr_jax.axes import LAYERS
+from lorapr_jax.errors import UserError, choose
 from lorapr_jax.eval.benchmark import NEW_TOKENS, PROMPT_TOKENS
+from lorapr_jax.exploring.ways import WAYS, Dense, Settings, Size, split_sizes
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.pruning.groups import group_size
+from lorapr_jax.pruning.groups import group_size, with_kept
 from lorapr_jax.pruning.importance import OBS
 from lorapr_jax.pruning.plan import PruningPlan
-from lorapr_jax.settings.model import INT8
-from lorapr_jax.settings.run import RunSettings, split_config
+from lorapr_jax.pruning.profile import parse_profile
+from lorapr_jax.settings.model import INT8, ModelSettings
+from lorapr_jax.settings.run import RunSettings
+from lorapr_jax.settings.sections import read_section
 
-# The ways to a size, by name: the `prune.*` settings that each takes.
-WAYS: Mapping[str, Mapping[str, Any]] = {'width': {}}
 # What is measured of the dense model: itself, and what a user may do instead.
 DENSE, QUANTIZED = 'dense', {'int8': jnp.int8, 'int4': jnp.int4}
 # Each size is chosen and repaired at once, and nothing is trained.
@@ -40,36 +43,16 @@ _SETTINGS = {
 }
 
 
-class Size(NamedTuple):
-  """One model that is measured.
-
-  Attributes:
-    way: of WAYS, DENSE, or one of QUANTIZED.
-    share: of the dense model's parameters.
-  """
-
-  way: str
-  share: float = 1.0
-
-  @property
-  def name(self) -> str:
-    """As people see it: width 0.7, or int8."""
-    return f'{self.way} {self.share:g}' if self.way in WAYS else self.way
-
-  @property
-  def target(self) -> float:
-    """`prune.target` under prune.unit=params."""
-    return round(1 - self.share, 9)
-
-
 @dataclasses.dataclass(frozen=True)
 class Asked:
   """What is explored, all of it checked.
 
   Attributes:
     config: the run's settings, whatever the size.
-    settings: what follows from them, at the first size.
+    settings: what follows from them, at one of the sizes: one that repairs, if
+      any does.
     plans: what each size leaves, by way and from the largest down.
+    left_out: the names of sizes that one way has and another has not.
     context: tokens of the KV cache that is shown.
     latency: whether the sizes are timed.
   """
@@ -77,6 +60,7 @@ class Asked:
   config: dict[str, Any]
   settings: RunSettings
   plans: dict[Size, PruningPlan]
+  left_out: tuple[str, ...]
   context: int
   latency: bool
 
@@ -112,22 +96,45 @@ class Asked:
     train = self.settings.train
     return len(self.batches) * train.batch_size * train.seq_len
 
-  def counts(self, size: Size) -> dict[str, tuple[int, ...]]:
-    """How many of each kind a size keeps by layer, of all that is pruned.
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """Those that are pruned at any size.
 
-    It has the groups that lose nothing too, so that sizes differ in counts
-    alone.
+    The arrays of all sizes are alike, so that what runs is compiled once.
     """
-    plan = self.plans[size]
+    found = (
+      group for plan in self.plans.values() for group in plan.targets.groups
+    )
+    return tuple(dict.fromkeys(found))
+
+  def counts(self, size: Size) -> dict[str, tuple[int, ...]]:
+    """How many of each of the groups a size keeps, by layer."""
+    keep = self.plans[size].keep
     return {
-      group: plan.keep.get(group)
+      group: keep.get(group)
       or tuple(group_size(self.dense, s, group) for s in self.dense.layers)
-      for group in plan.targets.groups
+      for group in self.groups
     }
+
+  def asks(self, size: Size) -> Settings:
+    """The `prune.*` settings of a size."""
+    dense = Dense.of(self.dense, self.config['prune']['protect'])
+    return WAYS[size.way](dense, size.share)
+
+  def left(self, size: Size, gone: Sequence[int]) -> ModelConfig:
+    """The sizes of what is left of a size, whose layers that go are known."""
+    if size not in self.plans:
+      return self.dense
+    keep = self.plans[size].keep
+    if LAYERS in keep:
+      layers = range(len(self.dense.layers))
+      keep = {**keep, LAYERS: tuple(int(i not in gone) for i in layers)}
+    return with_kept(self.dense, keep)
 
 
 def ask(
   config: config_dict.ConfigDict,
+  ways: Sequence[str],
   shares: Sequence[float],
   *,
   tokens: int | None = None,
@@ -138,6 +145,7 @@ def ask(
 
   Args:
     config: as of a run. Its own target and order do not count.
+    ways: of WAYS.
     shares: of the parameters that stay.
     tokens: to measure and repair on, rounded down to micro-batches; None: those
       of the config's calibration.
@@ -147,6 +155,8 @@ def ask(
   Raises:
     UserError: naming the flag or key whose value is impossible.
   """
+  for way in ways:
+    choose('--ways', way, WAYS)
   if not shares or not all(0 < share < 1 for share in shares):
     raise UserError(
       f'--sizes is {",".join(map(str, shares))}: shares of the parameters that '
@@ -161,18 +171,18 @@ def ask(
       'model.base_dtype is int8: the dense model is measured in int8 beside '
       'the sizes, which are of the model as it is: use model.base_dtype=auto'
     )
+  _check_profile(config.prune.layer_profile, ways)
   config = config.copy_and_resolve_references()
   for section, keys in _SETTINGS.items():
     for key, value in keys.items():
       config[section][key] = value
   if tokens is not None:
     _set_tokens(config, tokens)
-  settings, plans = None, {}
-  for way, changes in WAYS.items():
-    for share in sorted(set(shares), reverse=True):
-      size = Size(way, share)
-      found = _split(config, changes, size)
-      settings, plans[size] = settings or found, found.plan
+  model = read_section(ModelSettings, config.model).read_sizes()
+  dense = Dense.of(model, config.prune.protect)
+  ways = [way for way in WAYS if way in ways]
+  found = split_sizes(config, dense, ways, shares)
+  settings = max(found.values(), key=lambda x: x.plan.within_layers)
   longest = settings.compute.config.longest
   context = min(4096, longest) if context is None else context
   if not 1 <= context <= longest:
@@ -182,7 +192,19 @@ def ask(
     )
   if latency:
     _check_timing(settings, longest)
-  return Asked(config.to_dict(), settings, plans, context, latency)
+  plans = {size: x.plan for size, x in found.items()}
+  asked = itertools.starmap(Size, itertools.product(ways, shares))
+  left_out = tuple(size.name for size in asked if size not in plans)
+  return Asked(config.to_dict(), settings, plans, left_out, context, latency)
+
+
+def _check_profile(profile: str, ways: Sequence[str]) -> None:
+  if len({*parse_profile(profile)}) > 1 and {*ways} != {'width'}:
+    raise UserError(
+      f'prune.layer_profile is {profile}, which is of widths, and where layers '
+      'go as a whole it is not known which stay: give --ways=width, or leave '
+      'the profile out'
+    )
 
 
 def _set_tokens(config: config_dict.ConfigDict, tokens: int) -> None:
@@ -198,22 +220,6 @@ def _set_tokens(config: config_dict.ConfigDict, tokens: int) -> None:
     )
   train.batch_size = train.micro_batch_size
   prune.calibration_steps = prune.compensate_batches = tokens // each
-
-
-def _split(
-  config: config_dict.ConfigDict, way: Mapping[str, Any], size: Size
-) -> RunSettings:
-  """The settings of a run to a size."""
-  config = config.copy_and_resolve_references()
-  for key, value in {**way, 'target': size.target}.items():
-    config.prune[key] = value
-  try:
-    return split_config(config)
-  except TargetError as error:
-    raise UserError(
-      f'--sizes: {size.share:g} of the parameters cannot be reached by '
-      f'{size.way}; the nearest that can is {1 - error.nearest:g}'
-    ) from None
 
 
 def _check_timing(settings: RunSettings, longest: int) -> None:

@@ -6,14 +6,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lorapr_jax.exploring.asked import DENSE, QUANTIZED, WAYS
+from lorapr_jax.exploring.asked import DENSE, QUANTIZED
+from lorapr_jax.exploring.ways import WAYS
 from lorapr_jax.report import svg, units
 from lorapr_jax.report.page import render
 from lorapr_jax.report.plots import log_axis
 
 # In what a way is drawn, by the names of the style sheet.
 _COLORS = {'kept': svg.KEPT, 'cut': svg.CUT, 'ink': svg.INK}
-ROLES = dict(zip(WAYS, _COLORS, strict=False))
+_ROLES = dict(zip(WAYS, _COLORS, strict=True))
 
 Row = Mapping[str, Any]
 
@@ -41,13 +42,19 @@ def render_exploration(
   return render(
     'explore.html.jinja',
     result=result,
-    roles=ROLES,
+    roles=_roles(result['rows']),
     figures=[
       {'title': x.label, 'marks': x == BYTES, 'svg': draw(x, result['rows'])}
       for x in _figures(result)
     ],
     config_json=json.dumps(config, indent=2, ensure_ascii=False),
   )
+
+
+def _roles(rows: Sequence[Row]) -> dict[str, str]:
+  """What each way that rows have is drawn in."""
+  ways = {row['way'] for row in rows}
+  return {way: role for way, role in _ROLES.items() if way in ways}
 
 
 BYTES = Against(
@@ -93,7 +100,7 @@ def draw(against: Against, rows: Sequence[Row]) -> str:
   def drawn(axes: Any) -> None:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    for way, role in ROLES.items():
+    for way, role in _roles(rows).items():
       axes.plot(*points(DENSE, way).T, 'o-', color=_COLORS[role], ms=4)
     axes.plot(*points(DENSE).T, 'o', color=svg.DENSE, mfc='none', ms=9)
     for kind in QUANTIZED:

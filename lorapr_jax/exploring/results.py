@@ -4,10 +4,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from lorapr_jax.exploring.asked import Size
+from lorapr_jax.exploring.ways import Size
 from lorapr_jax.report.run import PERPLEXITY, read_lines
 from lorapr_jax.runtime.files import write_text
-from lorapr_jax.runtime.forms import NUMBER, POSITIVE, SHARE, TEXT, Maybe
+from lorapr_jax.runtime.forms import (
+  INDEX,
+  NUMBER,
+  POSITIVE,
+  SHARE,
+  TEXT,
+  Maybe,
+)
 
 SIZES_FILE, RESULT_FILE, PAGE_FILE = (
   *('explored.jsonl', 'explored.json', 'explored.html'),
@@ -19,6 +26,7 @@ _LINE = {
   'perplexity': PERPLEXITY,
   'repair': {},
   'latency': Maybe({'prefill': _TIME, 'decode': _TIME}),
+  'gone': [INDEX],
   'seconds': NUMBER,
 }
 

@@ -119,6 +119,7 @@ def _measured(
       held_out,
       tuple(read),
       inputs.sha256,
+      max((line['gone'] for line in results.values()), key=len, default=()),
     )
   for size in missing:
     line = results[size] = measurer.measure(size)

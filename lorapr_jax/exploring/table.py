@@ -11,14 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from lorapr_jax.eval.benchmark import NEW_TOKENS, PROMPT_TOKENS
-from lorapr_jax.exploring.asked import (
-  QUANTIZED,
-  WAYS,
-  Asked,
-  Size,
-)
+from lorapr_jax.exploring.asked import QUANTIZED, Asked
 from lorapr_jax.exploring.measure import quantized_base
 from lorapr_jax.exploring.results import Results
+from lorapr_jax.exploring.ways import WAYS, Settings, Size
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import kv_cache_bytes
 from lorapr_jax.models.trees import param_shapes
@@ -46,22 +42,21 @@ def describe(
     'repaired_on': {'data': asked.text, 'tokens': asked.tokens},
     'timed_on': _timed_on() if asked.latency else None,
     'rows': rows,
+    'left_out': list(asked.left_out),
     'verdict': verdict(rows),
     'chosen': chosen['name'],
-    'command': shlex.join([*command, *settings(chosen)]),
+    'command': shlex.join(pruning(command, chosen['settings'])),
     'seconds': sum(row['seconds'] for row in rows),
   }
 
 
 def row(asked: Asked, size: Size, line: Mapping[str, Any]) -> dict[str, Any]:
   """What is known of one model."""
-  config, plan = asked.dense, asked.plans.get(size)
-  if plan:
-    config = plan.pruned_config
+  config, plan = asked.left(size, line['gone']), asked.plans.get(size)
   return {
     'name': size.name,
     **size._asdict(),
-    'target': size.target if plan else None,
+    'settings': asked.asks(size) if plan else None,
     'kept_by_depth': plan.kept_by_depth if plan else None,
     'parameters': config.num_parameters,
     'bytes': stored_bytes(config, asked.dtype, QUANTIZED.get(size.way)),
@@ -69,7 +64,8 @@ def row(asked: Asked, size: Size, line: Mapping[str, Any]) -> dict[str, Any]:
       config, 1, asked.context, asked.dtype.itemsize
     ),
     **{
-      key: line[key] for key in ('perplexity', 'repair', 'latency', 'seconds')
+      key: line[key]
+      for key in ('gone', 'perplexity', 'repair', 'latency', 'seconds')
     },
   }
 
@@ -92,21 +88,28 @@ def _bits(dtype: Any) -> int:
 def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
   """The smallest size that training can be hoped to make up for.
 
-  It is the smallest whose perplexity is at most twice the dense model's, or
-  where there is none the one of the least perplexity.
+  It is the smallest whose perplexity is at most twice the dense model's, and of
+  the ways to it the best. Where there is none, it is the one of the least
+  perplexity.
   """
   sizes = [row for row in rows if row['way'] in WAYS]
   most = _AFFORDABLE * rows[0]['perplexity']['value']
   affordable = [row for row in sizes if row['perplexity']['value'] <= most]
   if affordable:
-    return min(affordable, key=lambda row: row['parameters'])
+    return min(
+      affordable, key=lambda row: (row['share'], row['perplexity']['value'])
+    )
   return min(sizes, key=lambda row: row['perplexity']['value'])
 
 
-def settings(row: Mapping[str, Any]) -> list[str]:
-  """The flags of train.py that prune to a size."""
-  keys = {**WAYS[row['way']], 'unit': 'params', 'target': row['target']}
-  return [f'--config.prune.{key}={value}' for key, value in keys.items()]
+def pruning(command: Sequence[str], settings: Settings) -> list[str]:
+  """The words of a command with these `prune.*` settings.
+
+  They take the place of those that the command has.
+  """
+  flags = {f'--config.prune.{key}': value for key, value in settings.items()}
+  kept = [word for word in command if word.partition('=')[0] not in flags]
+  return [*kept, *(f'{flag}={value}' for flag, value in flags.items())]
 
 
 def verdict(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -20,12 +20,16 @@ from lorapr_jax.pruning.masks import of_layers, select_mask, with_layers
 from lorapr_jax.runtime.sharding import mesh_of
 from lorapr_jax.training.base import Places
 
-# The most tokens whose losses are compared, if one micro-batch is not more.
+# The most tokens whose losses a run compares.
 LOSS_TOKENS = 2**12
 
 
 def make_choose_layers(
-  compute: Compute, how: str, protected: Sequence[bool], places: Places
+  compute: Compute,
+  how: str,
+  protected: Sequence[bool],
+  places: Places,
+  tokens: int = LOSS_TOKENS,
 ) -> Callable[..., Any]:
   """The jitted choice of the layers that go:
 
@@ -42,6 +46,7 @@ def make_choose_layers(
     how: LOSS, COSINE or SUM, which reads no batches.
     protected: by layer, whether it stays in any case.
     places: for the size of the arrays.
+    tokens: the most whose losses are compared, if one micro-batch is not more.
   """
   place = places.state
 
@@ -57,7 +62,9 @@ def make_choose_layers(
         scores = jnp.where((mask > 0) & ~fixed, measured.turned(batch), old)
         new = select_mask(jnp.where(fixed, jnp.inf, scores), mask, keep)
       else:
-        new, scores = measured.greedy(_few(batch), mask, ~fixed, keep, old)
+        new, scores = measured.greedy(
+          _few(batch, tokens), mask, ~fixed, keep, old
+        )
     return with_layers(masks, new), with_layers(importance, scores)
 
   return jax.jit(
@@ -65,10 +72,10 @@ def make_choose_layers(
   )
 
 
-def _few(batch: Any) -> Any:
-  """Micro-batches of LOSS_TOKENS in all, at equal distances."""
+def _few(batch: Any, tokens: int) -> Any:
+  """Micro-batches of so many tokens in all, at equal distances."""
   count, *shape = batch['tokens'].shape
-  few = max(1, min(count, LOSS_TOKENS // (shape[0] * shape[1])))
+  few = max(1, min(count, tokens // (shape[0] * shape[1])))
   return jax.tree.map(lambda x: x[:: count // few][:few], batch)
 
 

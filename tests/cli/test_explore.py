@@ -8,46 +8,51 @@ import shlex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from lorapr_jax.axes import LORA_TARGETS
+from lorapr_jax.axes import LAYERS, LORA_TARGETS
 from lorapr_jax.cli.explore import command
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.cli.main import main
+from lorapr_jax.errors import TargetError
 from lorapr_jax.eval.benchmark import PROMPT_TOKENS
-from lorapr_jax.exploring.asked import Size
+from lorapr_jax.exploring.asked import ask
 from lorapr_jax.exploring.page import render_exploration
-from lorapr_jax.exploring.table import choose, stored_bytes, verdict
+from lorapr_jax.exploring.table import (
+  choose,
+  pruning,
+  stored_bytes,
+  verdict,
+)
+from lorapr_jax.exploring.ways import WAYS, Dense, Size, both, depth
 from lorapr_jax.hf.load import load_or_draw
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.cost import kv_cache_bytes_per_token, weight_bytes
-from lorapr_jax.models.trees import init_lora
-from lorapr_jax.pruning.compensation import (
-  repaired_of,
-  with_repaired,
-  without_repaired,
-)
-from lorapr_jax.pruning.masks import by_stack, initial_masks
+from lorapr_jax.pruning.masks import of_layers
 from lorapr_jax.report import units
 from lorapr_jax.settings.files import read_config
 from lorapr_jax.settings.run import split_config
-from lorapr_jax.training.base import Places, cut_params, kept_of
+from lorapr_jax.training.base import Base, Places, kept_of
 from lorapr_jax.training.batches import (
   Batches,
   device_batches,
   load_held_out,
 )
-from lorapr_jax.training.event import make_prune_layers
+from lorapr_jax.training.event import PruningEvent
+from lorapr_jax.training.state import init_state
 from tests.report.explored import RESULT
 from tests.report.test_page import check_alone
 
-# Room for what is timed; the calibration is short.
+# Room for what is timed; the calibration is short, and a layer small.
 TINY = [
   '--config=configs/tiny.py',
   '--config.model.sizes.max_position_embeddings=256',
-  '--config.prune.calibration_steps=3',
+  '--config.prune.calibration_steps=2',
+  '--config.model.sizes.num_hidden_layers=6',
 ]
 SIZES = 0.8, 0.6
+ALL_WAYS = f'--ways={",".join(WAYS)}'
 
 
 def explore(capsys, *arguments):
@@ -61,8 +66,8 @@ def explored(tmp_path_factory):
   """The folder of an exploration in which the sizes were timed."""
   folder = tmp_path_factory.mktemp('explored') / 'sizes'
   sizes = ','.join(map(str, SIZES))
-  flags = [f'--sizes={sizes}', '--latency', f'--workdir={folder}']
-  assert main(['explore', *TINY, *flags]) == 0
+  flags = [f'--sizes={sizes}', ALL_WAYS, '--latency']
+  assert main(['explore', *TINY, *flags, f'--workdir={folder}']) == 0
   return folder
 
 
@@ -75,11 +80,11 @@ def by_name(result):
   return {row['name']: row for row in result['rows']}
 
 
-def pruned_by_hand(share):
-  """(params, compute, held out) of a size: the event of a run, and its cut."""
-  flags = [*TINY, '--workdir=none', '--config.prune.unit=params']
-  flags += [f'--config.prune.target={round(1 - share, 3)}']
-  flags += ['--config.prune.criterion=obs', '--config.prune.order=none']
+def event_of_a_run(asked):
+  """What a run of these settings leaves: (base, held out)."""
+  flags = [*TINY, '--workdir=none']
+  own = {**asked, 'criterion': 'obs', 'order': 'none'}
+  flags += [f'--config.prune.{key}={value}' for key, value in own.items()]
   config, _ = parse_flags(flags)
   settings = split_config(config, jax.devices()[:1])
   compute, dense = settings.compute, settings.compute.config
@@ -90,40 +95,61 @@ def pruned_by_hand(share):
   params = load_or_draw(None, dense, places.base, settings.base_dtype, 0)
   loaded = Batches.load([data.train], None, dense.vocab_size, data, train)
   stream = loaded.streams[data.train]
-  with device_batches(stream, places.batch, loaded.rows, range(3)) as read:
+  with device_batches(stream, places.batch, loaded.rows, range(2)) as read:
     batches = tuple(read)
-  lora = init_lora(jax.random.key(0), dense, compute.lora)
-  masks = initial_masks(
-    tuple(pruning.plan.keep),
-    tuple((s.size, dense.sizes(s.shape)) for s in dense.stacks),
-  )
-  prune = make_prune_layers(compute, pruning.criterion, True, places)
-  pruned = prune(
-    *(repaired_of(params), without_repaired(params), lora, masks),
-    jax.tree.map(jnp.zeros_like, masks),
-    *(by_stack(pruning.plan.keep, dense), batches),
-  )
-  params = with_repaired(params, pruned.repaired)
-  small = cut_params(params, kept_of(pruned.masks), dense)
+  base = Base(params, compute, places)
+  groups = tuple(pruning.plan.keep)
+  state = init_state(jax.random.key(0), compute, groups, optax.identity())
+  [step] = pruning.passes
+  event = PruningEvent.of(pruning, base)
+  state, base = event(state, base, step, batches)
   held_out = load_held_out(None, dense.vocab_size, data, 8)
-  return small, settings.plan.pruned_config, compute, held_out
+  return base.cut(kept_of(state.masks)), state.masks, held_out
 
 
-@pytest.mark.parametrize('share', SIZES)
-def test_a_size_is_what_a_run_would_mask_repair_and_cut(result, share):
-  params, sizes, compute, held_out = pruned_by_hand(share)
-  cut = type(compute)(sizes, dtype=compute.dtype)
-  expected = held_out.perplexity(params, cut).perplexity
-  row = by_name(result)[f'width {share:g}']
+@pytest.mark.parametrize(
+  'name', ['width 0.8', 'width 0.6', 'depth 0.6', 'both 0.6']
+)
+def test_a_size_is_what_a_run_would_choose_mask_repair_and_cut(result, name):
+  row = by_name(result)[name]
+  base, masks, held_out = event_of_a_run(row['settings'])
+  sizes = base.compute.config
+  cut = type(base.compute)(sizes, dtype=base.compute.dtype)
+  expected = held_out.perplexity(base.params, cut).perplexity
   # Masked weights are zeros in the arrays; here they are gone.
   assert row['perplexity']['value'] == pytest.approx(expected, rel=1e-5)
   assert row['parameters'] == sizes.num_parameters
-  assert abs(row['parameters'] / result['rows'][0]['parameters'] - share) < 0.01
   assert row['bytes'] == 4 * sizes.num_parameters
   assert row['kv_cache_bytes'] == 256 * kv_cache_bytes_per_token(sizes, 4)
-  assert 0 < row['repair']['error_left']['synthetic:0?windows=512'] < 1
+  gone = np.flatnonzero(of_layers(masks) == 0) if LAYERS in masks[0] else []
+  assert sorted(row['gone']) == list(gone)
+  repaired = row['repair'].get('error_left', {})
+  if row['way'] == 'depth':
+    assert not repaired
+  else:
+    assert 0 < repaired['synthetic:0?windows=512'] < 1
   for phase in ('prefill', 'decode'):
     assert row['latency'][phase]['speedup'] > 0
+
+
+def test_a_way_takes_its_part_of_what_goes(result):
+  rows = by_name(result)
+  dense = rows['dense']['parameters']
+  layer = (64 * 192 + 3 * 64 * 128 + 2 * 64) / dense
+  for share in SIZES:
+    wide, deep, mixed = (rows[f'{way} {share:g}'] for way in WAYS)
+    kept = [row['parameters'] / dense for row in (wide, deep, mixed)]
+    assert kept == pytest.approx([share] * 3, abs=layer)
+    assert abs(kept[0] - share) < 0.01 and abs(kept[2] - share) < 0.01
+    # The fewest layers with which it is not above the size.
+    assert kept[1] <= share < kept[1] + layer
+    assert kept[1] == pytest.approx(1 - len(deep['gone']) * layer)
+    # The number of layers nearest to half, which is at least one.
+    half = (1 - share) / 2 / layer
+    assert len(mixed['gone']) == max(1, round(half))
+    assert wide['gone'] == []
+  # One is on the way to the other.
+  assert rows['depth 0.6']['gone'][:2] == rows['depth 0.8']['gone']
 
 
 def test_the_dense_model_stands_beside_itself_quantised(result):
@@ -170,20 +196,33 @@ def test_it_goes_on_and_takes_sizes_that_are_added(
     (folder / file).write_text((explored / file).read_text())
   lines = (folder / 'explored.jsonl').read_text().splitlines()
   assert [json.loads(line)['way'] for line in lines] == [
-    *('dense', 'int8', 'int4', 'width', 'width')
+    *('dense', 'int8', 'int4', 'width', 'width', 'depth', 'depth'),
+    *('both', 'both'),
   ]
-  # As a process that was killed leaves it.
-  (folder / 'explored.jsonl').write_text('\n'.join(lines[:4]) + '\n{"way": "w')
-  flags = ['--sizes=0.8,0.6', '--latency', f'--workdir={folder}', '--json']
+  # As a process that was killed leaves it, which had measured other sizes.
+  del lines[6], lines[4]
+  text = '\n'.join(lines[:-1]) + '\n{"way": "b'
+  (folder / 'explored.jsonl').write_text(text)
+  flags = [
+    '--sizes=0.8,0.6',
+    ALL_WAYS,
+    '--latency',
+    f'--workdir={folder}',
+    '--json',
+  ]
   status, out, err = explore(capsys, *flags)
-  assert status == 0 and re.fullmatch(r'width 0\.6: perplexity .* s\n', err)
+  assert status == 0
+  measured = ['width 0.6', 'depth 0.6', 'both 0.6']
+  assert [line.partition(':')[0] for line in err.splitlines()] == measured
   again = json.loads(out)
   old, new = by_name(result), by_name(again)
   assert old.keys() == new.keys()
-  for name in ('int8', 'int4', 'width 0.8'):
-    assert old[name] == new[name]
-  for name in ('dense', 'width 0.6'):  # Which were timed once more.
-    assert old[name]['perplexity'] == new[name]['perplexity']
+  for name, row in old.items():
+    if name in ('dense', *measured):  # Which were timed once more.
+      assert row['perplexity'] == new[name]['perplexity']
+      assert row['gone'] == new[name]['gone']
+    else:
+      assert row == new[name]
   assert json.loads((folder / 'explored.json').read_text()) == again
   # Nothing is left to measure: the weights are not even loaded.
   status, out, err = explore(capsys, *flags)
@@ -212,7 +251,7 @@ def test_the_page_holds_every_number(explored, result):
   expected = [
     'random weights, explored',
     result['verdict'],
-    '1,536 tokens of synthetic:0?windows=512',
+    '1,024 tokens of synthetic:0?windows=512',
     'synthetic:1?windows=32, 32 windows of 32 tokens',
     'float32, the cache of 256 tokens',
     f'A prompt has {PROMPT_TOKENS} tokens',
@@ -261,7 +300,7 @@ def test_the_command_prunes_to_the_size(result):
 
 def test_a_table_for_people(explored, capsys, result, monkeypatch):
   monkeypatch.setenv('COLUMNS', '120')
-  flags = ['--sizes=0.8,0.6', '--latency', f'--workdir={explored}']
+  flags = ['--sizes=0.8,0.6', ALL_WAYS, '--latency', f'--workdir={explored}']
   status, out, err = explore(capsys, *flags)
   assert (status, err) == (0, '')
   for row in result['rows']:
@@ -274,7 +313,7 @@ def test_a_table_for_people(explored, capsys, result, monkeypatch):
 
 def row(way, size, perplexity):
   return {
-    **Size(way)._asdict(),
+    **Size(way, size / 100)._asdict(),
     'name': f'{way} {size}',
     'parameters': size,
     'bytes': size,
@@ -303,6 +342,9 @@ def test_the_smallest_that_training_can_make_up_for_is_chosen():
   sizes = [row('width', 70, 15.0), row('width', 60, 20.0)]
   more = [row('width', 50, 20.1)]
   assert choose([dense, *sizes, *more])['name'] == 'width 60'
+  # Of ways to one size, the best.
+  depth = row('depth', 60, 19.0) | {'parameters': 61}
+  assert choose([dense, *sizes, depth])['name'] == 'depth 60'
   worse = [row('width', 70, 25.0), row('width', 60, 24.0)]
   assert choose([dense, *worse])['name'] == 'width 60'
 
@@ -315,10 +357,17 @@ def test_the_smallest_that_training_can_make_up_for_is_chosen():
     (['--sizes=half'], "--sizes is 'half'"),
     (
       ['--sizes=0.9,0.1'],
-      '0.1 of the parameters cannot be reached by width; the nearest that can '
-      'is 0.',
+      '0.1 of the parameters cannot be reached by width or depth; the '
+      'nearest that can is 0.',
     ),
-    (['--sizes=0.9999'], 'the nearest that can is 0.99'),
+    (['--sizes=0.9999', '--ways=width'], 'is 0.99'),
+    (['--sizes=0.9', '--ways=both'], 'is 0.84'),
+    (['--ways=wide'], "--ways is 'wide': choose from width, depth, both"),
+    (['--ways='], "--ways is ''"),
+    (
+      ['--config.prune.layer_profile=1,2'],
+      'prune.layer_profile is 1,2, which is of widths',
+    ),
     (['--config.data.eval='], 'data.eval is empty: give --eval'),
     (['--config.model.base_dtype=int8'], 'model.base_dtype is int8'),
     (['--context=257'], '--context is 257: from 1 to the 256 positions'),
@@ -339,7 +388,8 @@ def test_a_mistake_is_one_line(arguments, message, capsys):
 @pytest.mark.mesh
 def test_a_mesh_measures_what_one_device_does(capsys, result):
   mesh = ['--config.mesh.fsdp=4', '--config.mesh.tensor=2', '--json']
-  status, out, err = explore(capsys, '--sizes=0.6', *mesh)
+  flags = ['--sizes=0.6', '--ways=both', *mesh]
+  status, out, err = explore(capsys, *flags)
   assert status == 0, err
   for name, row in by_name(json.loads(out)).items():
     expected = by_name(result)[name]['perplexity']['value']
@@ -352,11 +402,46 @@ def test_several_devices_are_not_timed(capsys):
   assert status == 1 and '--latency times one device, and there are 8' in err
 
 
-def test_the_nearest_size_that_is_named_can_be_reached(capsys):
-  _, _, err = explore(capsys, '--sizes=0.1')
-  nearest = re.search(r'is (0\.\d+)\n', err)[1]
-  _, _, err = explore(capsys, f'--sizes={nearest}', '--context=999')
-  assert '--context' in err
+@pytest.mark.parametrize(
+  'way, share',
+  [('width', 0.1), ('depth', 0.1), ('both', 0.05), ('both', 0.99)],
+)
+def test_the_nearest_size_that_is_named_can_be_reached(way, share, capsys):
+  _, _, err = explore(capsys, f'--sizes={share}', f'--ways={way}')
+  nearest = re.search(rf'is (0\.\d+), by {way}\n', err)[1]
+  flags = [f'--sizes={nearest}', f'--ways={way}', '--context=999']
+  assert '--context' in explore(capsys, *flags)[2]
+
+
+def test_a_size_that_a_way_cannot_have_is_left_out():
+  config, _ = parse_flags([*TINY, '--workdir=none'])
+  asked = ask(config, list(WAYS), [0.6, 0.9])
+  assert asked.left_out == ('both 0.9',)
+  assert [size.name for size in asked.plans] == [
+    *('width 0.9', 'width 0.6', 'depth 0.9', 'depth 0.6', 'both 0.6')
+  ]
+
+
+def test_the_layers_of_a_model_without_protected_ones():
+  # Each layer has a tenth of the parameters, and all may go.
+  dense = Dense(parameters=1000, layer=100, layers=9)
+  assert depth(dense, 0.9)['layers_target'] == round(1 / 9, 6)
+  assert depth(dense, 0.85)['layers_target'] == round(2 / 9, 6)
+  assert depth(dense, 0.2)['layers_target'] == round(8 / 9, 6)
+  for share, gone in ((0.9, 1), (0.7, 2), (0.69, 2), (0.6, 2), (0.5, 3)):
+    assert both(dense, share)['layers_target'] == round(gone / 9, 6), share
+  for way, share, nearest in ((depth, 0.19, 0.8), (both, 0.91, 0.1)):
+    with pytest.raises(TargetError) as error:
+      way(dense, share)
+    assert error.value.nearest == nearest
+
+
+def test_settings_take_the_place_of_those_that_a_command_has():
+  words = ['python', 'train.py', '--config.prune.heads=queries', '--config=a']
+  assert pruning(words, {'heads': 'none', 'target': 0.5}) == [
+    *('python', 'train.py', '--config=a'),
+    *('--config.prune.heads=none', '--config.prune.target=0.5'),
+  ]
 
 
 def test_a_target_of_the_config_is_unset_in_the_command():

@@ -16,9 +16,8 @@ from lorapr_jax.pruning.groups import CHANNELS
 from lorapr_jax.pruning.importance import COSINE, LOSS, SUM
 from lorapr_jax.pruning.masks import initial_masks, of_layers, with_layers
 from lorapr_jax.runtime import sharding
-from lorapr_jax.training import layer_choice
 from lorapr_jax.training.base import Places
-from lorapr_jax.training.layer_choice import make_choose_layers
+from lorapr_jax.training.layer_choice import LOSS_TOKENS, make_choose_layers
 from tests.training.test_layer_pass import (
   LORA,
   OTHER,
@@ -51,15 +50,15 @@ def model(random_params, random_lora):
 
 
 @functools.cache
-def chooser(how, mesh):
+def chooser(how, mesh, most=LOSS_TOKENS):
   """What chooses, compiled once."""
   state, base = places_of(CONFIG, mesh)
   return make_choose_layers(
-    Compute(CONFIG, LORA), how, PROTECTED, Places(base, None, state)
+    Compute(CONFIG, LORA), how, PROTECTED, Places(base, None, state), most
   )
 
 
-def choose(model, how, keep, tokens, mesh=None, old=0.5, chooser=chooser):
+def choose(model, how, keep, tokens, mesh=None, old=0.5, most=LOSS_TOKENS):
   params, lora, masks = model
   state, base = places_of(CONFIG, mesh)
   params, (lora, masks) = jax.device_put((params, (lora, masks)), (base, state))
@@ -67,7 +66,7 @@ def choose(model, how, keep, tokens, mesh=None, old=0.5, chooser=chooser):
     rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
     tokens = jax.device_put(tokens, rows)
   importance = jax.tree.map(lambda x: jnp.full(x.shape, old), masks)
-  masks, importance = chooser(how, mesh)(
+  masks, importance = chooser(how, mesh, most)(
     params, lora, masks, importance, np.int32(keep), tokens
   )
   return np.asarray(of_layers(masks)), np.asarray(of_layers(importance))
@@ -122,12 +121,11 @@ def test_the_layer_goes_without_which_the_loss_is_least(model, packed):
   assert len(set(order)) == 3 and np.std(first) > 0.01
 
 
-def test_losses_are_of_few_tokens(model, monkeypatch):
+def test_losses_are_of_few_tokens(model):
   tokens = batches(2, B=2)
-  monkeypatch.setattr(layer_choice, 'LOSS_TOKENS', 50)
   # Of four micro-batches of 24 tokens, two.
   few = [{name: x[:1] for name, x in batch.items()} for batch in tokens]
-  _, scores = choose(model, LOSS, 4, tokens, chooser=chooser.__wrapped__)
+  _, scores = choose(model, LOSS, 4, tokens, most=50)
   without = [1, 0, 1, 0, 1, 1]
   np.testing.assert_allclose(
     scores[1], mean_loss(model, without, few), rtol=1e-4

@@ -1,0 +1,184 @@
+"""The ways to a size: by width, by depth, or by both."""
+
+from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from fractions import Fraction
+import itertools
+import math
+from typing import Any, NamedTuple
+
+from ml_collections import config_dict
+
+from lorapr_jax.errors import TargetError, UserError
+from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.pruning.groups import protected_layers
+from lorapr_jax.settings.run import RunSettings, split_config
+
+# The `prune.*` settings of a way.
+Settings = Mapping[str, Any]
+
+
+class Dense(NamedTuple):
+  """A model before pruning, whose layers are equal.
+
+  Attributes:
+    parameters: all of them.
+    layer: those of a layer.
+    layers: how many layers are not protected.
+  """
+
+  parameters: int
+  layer: int
+  layers: int
+
+  @classmethod
+  def of(cls, config: ModelConfig, protect: str) -> 'Dense':
+    """That of these sizes; `protect` is prune.protect."""
+    count = len(config.layers)
+    return cls(
+      config.num_parameters,
+      config.layer_parameters(config.layers[0]),
+      count - len(protected_layers(count, protect)),
+    )
+
+  def removed(self, share: float) -> Fraction:
+    """The layers that what goes would fill, where this share stays."""
+    # A Fraction of the decimal that was written.
+    return (1 - Fraction(repr(share))) * self.parameters / self.layer
+
+  def layers_target(self, gone: int) -> float:
+    """`prune.layers_target` by which so many go."""
+    return round(gone / self.layers, 6)
+
+  def share(self, gone: int) -> float:
+    """The share of the parameters that so many layers have."""
+    return gone * self.layer / self.parameters
+
+
+def width(_: Dense, share: float) -> Settings:
+  """Heads and channels go, as under unit=params."""
+  return {'unit': 'params', 'target': round(1 - share, 9)}
+
+
+def depth(dense: Dense, share: float) -> Settings:
+  """Whole layers go: the fewest with which no more than the share stays.
+
+  Raises:
+    TargetError: if none would be left of those that are not protected.
+  """
+  gone, most = math.ceil(dense.removed(share)), dense.layers - 1
+  if gone > most:
+    nearest = math.floor(dense.share(max(0, most)) * 1e6) / 1e6
+    raise TargetError(f'{gone} of {dense.layers} layers would go', nearest)
+  return {
+    'unit': 'groups',
+    'target': 0.0,
+    'heads': 'none',
+    'channels': False,
+    'layers_target': dense.layers_target(gone),
+  }
+
+
+def both(dense: Dense, share: float) -> Settings:
+  """Layers go for half of the parameters; heads and channels for the rest.
+
+  It is the number of layers that comes nearest to half, and at least one.
+
+  Raises:
+    TargetError: if that one has more than all that goes, or none can go.
+  """
+  removed = dense.removed(share)
+  if dense.layers < 2:
+    raise TargetError('no layer can go', 0.0)
+  if removed < 1:
+    nearest = math.ceil(dense.share(1) * 1e6) / 1e6
+    raise TargetError('a layer has more parameters than go', nearest)
+  half = math.floor(removed / 2 + Fraction(1, 2))
+  gone = max(1, min(half, dense.layers - 1))
+  return {**width(dense, share), 'layers_target': dense.layers_target(gone)}
+
+
+# By name; each gives settings, of the dense model and of the share that stays.
+WAYS: Mapping[str, Callable[[Dense, float], Settings]] = {
+  'width': width,
+  'depth': depth,
+  'both': both,
+}
+
+
+class Size(NamedTuple):
+  """One model that is measured.
+
+  Attributes:
+    way: of WAYS, or another form of the dense model, such as int8.
+    share: of the dense model's parameters.
+  """
+
+  way: str
+  share: float = 1.0
+
+  @property
+  def name(self) -> str:
+    """As people see it: width 0.7, or int8."""
+    return f'{self.way} {self.share:g}' if self.way in WAYS else self.way
+
+
+def split_sizes(
+  config: config_dict.ConfigDict,
+  dense: Dense,
+  ways: Sequence[str],
+  shares: Sequence[float],
+) -> dict[Size, RunSettings]:
+  """The settings of a run to each size, by way and from the largest down.
+
+  A size that a way cannot come to is left out.
+
+  Raises:
+    UserError: if none can come to a size, or what is common to all is wrong.
+  """
+  sizes = itertools.starmap(
+    Size, itertools.product(ways, sorted(set(shares), reverse=True))
+  )
+  found = {}
+  for size in sizes:
+    with contextlib.suppress(TargetError):
+      found[size] = _split(config, dense, size)
+  for share in shares:
+    those = [Size(way, share) for way in ways]
+    if found.keys().isdisjoint(those):
+      near = [_nearest(config, dense, size) for size in those]
+      nearest = min(near, key=lambda size: abs(size.share - share))
+      raise UserError(
+        f'--sizes: {share:g} of the parameters cannot be reached by '
+        f'{" or ".join(ways)}; the nearest that can is {nearest.share:g}, by '
+        f'{nearest.way}'
+      )
+  return found
+
+
+def _split(
+  config: config_dict.ConfigDict, dense: Dense, size: Size
+) -> RunSettings:
+  """The settings of a run to a size.
+
+  Raises:
+    TargetError: if its way cannot come to it.
+  """
+  config = config.copy_and_resolve_references()
+  config.prune.update(WAYS[size.way](dense, size.share))
+  return split_config(config)
+
+
+def _nearest(config: config_dict.ConfigDict, dense: Dense, size: Size) -> Size:
+  """The size nearest to one that its way cannot come to."""
+  # How much of the width can go depends on the layers that go, and these on
+  # the size: a few steps lead there.
+  for _ in range(20):
+    try:
+      _split(config, dense, size)
+      break
+    except TargetError as error:
+      size = size._replace(share=round(1 - error.nearest, 6))
+      if size.share == 1:
+        break
+  return size
