@@ -3,6 +3,7 @@
   PYTHONPATH=. python benchmarks/compare.py [--full] [--jobs 2]
     [--text 'PTB validation=file:ptb.valid.txt?lines' ...]
     [--tasks piqa,arc_easy [--include_path DIR]] [--known docs/results.json]
+    [--only '-(width|depth|both)-']
 
 Prunes SmolLM2-135M-Instruct with its KV heads repeated (benchmarks/make_mha.py;
 as many KV heads as heads, so that 20% and 50% of them can go) by every
@@ -10,40 +11,41 @@ criterion, order and addition of the list below, 100 steps of 8 x 128 tokens of
 news in file order: the setting in which the reference implementation was run
 (docs/method.md). After each run docs/results.md, its figure and results.json
 have what is known so far. What --out holds already is not run again, nor what
---known does, and a run that was cut short goes on. With --tasks the dense model
-and the first seeds of the paper's method and of the best are scored in tasks of
-lm_eval too.
+--known does, and a run that was cut short goes on. What is pruned by width, by
+depth and by both is timed beside the dense model too. With --tasks the dense
+model and the first seeds of the paper's method and of the best are scored in
+tasks of lm_eval too.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from datetime import date
 import itertools
 import json
 import os
 from pathlib import Path
+import re
 import shlex
 import subprocess
 import sys
 from typing import Any
 
+from benchmarks.compare_runs import answers, measure, score
 from benchmarks.results_figures import draw, draw_best
 from benchmarks.results_page import page
 from benchmarks.results_rows import (
   ADDITIONS,
   EVERYTHING,
   NEWS,
-  SEQ_LEN,
   TOGETHER,
-  WINDOWS,
   Row,
   collect,
 )
-import lorapr_jax as lp
 from lorapr_jax.data.demo import all_news_texts
 from lorapr_jax.data.sources import identity, parse_spec
 from lorapr_jax.errors import UserError
+from lorapr_jax.exploring.ways import WAYS, Dense
+from lorapr_jax.hf.load import load_config
 from lorapr_jax.pruning.importance import CRITERIA
 from lorapr_jax.runtime.files import (
   cache_dir,
@@ -87,6 +89,10 @@ ROWS = (
     Row(percent, 'joint', 'lora', (0, 1), added)
     for percent, added in itertools.product((20, 50), ADDITIONS)
   ),
+  *(
+    Row(percent, 'prune_then_tune', 'obs', (0,), EVERYTHING, way)
+    for percent, way in itertools.product((20, 34), WAYS)
+  ),
 )
 FULL = tuple(
   Row(percent, order, criterion, (0, 1, 2))
@@ -114,9 +120,24 @@ def make_model() -> Path:
   return copy
 
 
-def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
-  """The flags of a run."""
-  heads, channels = TARGETS[row.percent]
+def targets(row: Row, dense: Dense) -> dict[str, Any]:
+  """How much goes, as settings."""
+  if row.way:
+    own = {
+      'heads_target': None,
+      'channels_target': None,
+      **WAYS[row.way](dense, (100 - row.percent) / 100),
+    }
+  else:
+    heads, channels = TARGETS[row.percent]
+    own = {'heads_target': heads, 'channels_target': channels}
+  return {f'prune.{key}': value for key, value in own.items()}
+
+
+def arguments(
+  row: Row, seed: int, model: Path, train: Path, dense: Dense
+) -> list[str]:
+  """The flags of a run; `dense` is the model before it."""
   settings = {
     'model.path': model,
     'data.train': f'file:{train}',
@@ -127,9 +148,8 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
     'prune.order': row.order,
     'prune.criterion': row.criterion,
     'prune.heads': 'kv_groups',
-    'prune.heads_target': heads,
-    'prune.channels_target': channels,
     'report.prompts': '()',
+    **targets(row, dense),
   }
   config = 'configs/smollm2_135m.py'
   if row.added in TOGETHER:
@@ -141,83 +161,6 @@ def arguments(row: Row, seed: int, model: Path, train: Path) -> list[str]:
     f'--config={config}',
     *(f'--config.{key}={value}' for key, value in settings.items()),
   ]
-
-
-def prune(
-  workdir: Path, flags: Sequence[str], environment: Mapping[str, str]
-) -> None:
-  """A run from where it stands to its end; what it says lies beside it."""
-  command = [sys.executable, 'train.py', *flags, f'--workdir={workdir}']
-  log = workdir.with_suffix('.log')
-  with log.open('a', encoding='utf-8') as output:
-    done = subprocess.run(
-      command, cwd=ROOT, stdout=output, stderr=output, env=environment
-    )
-  if done.returncode:
-    raise UserError(f'{workdir.name} ended with an error: see {log}')
-
-
-def score(
-  folder: Path, texts: Mapping[str, str], known: Mapping[str, float]
-) -> dict[str, float]:
-  """{name: perplexity} of a folder on each text that is not known yet."""
-  return {
-    name: known.get(name)
-    or lp.evaluate(folder, spec, SEQ_LEN, max_windows=WINDOWS).perplexity
-    for name, spec in texts.items()
-  }
-
-
-def answers(
-  folder: Path,
-  tasks: Sequence[str],
-  include_path: Path | None,
-  known: Mapping[str, str],
-) -> dict[str, str]:
-  """{task: a 1 for each question that a folder answers right, else a 0}."""
-  missing = [task for task in tasks if task not in known]
-  if not missing:
-    return dict(known)
-  scores = lp.evaluate_tasks(folder, missing, include_path=include_path)
-  for score in scores:
-    if 'acc' not in score.by_question:
-      raise UserError(f'--tasks: {score.task} has no accuracy')
-  found = {score.task: score.by_question['acc'] for score in scores}
-  return {
-    **known,
-    **{
-      task: ''.join(str(int(x)) for x in values)
-      for task, values in found.items()
-    },
-  }
-
-
-def measure(
-  workdir: Path,
-  flags: Sequence[str],
-  texts: Mapping[str, str],
-  known: Mapping[str, Any],
-  environment: Mapping[str, str],
-  tasks: Sequence[str] = (),
-  include_path: Path | None = None,
-) -> dict[str, Any]:
-  """What one run came to; it is made if that is not known."""
-  perplexity, answered = known.get('perplexity', {}), known.get('tasks', {})
-  if texts.keys() <= perplexity.keys() and set(tasks) <= answered.keys():
-    return dict(known)
-  if not (workdir / 'summary.json').exists():
-    prune(workdir, flags, environment)
-  summary = read_json(workdir / 'summary.json')
-  export = workdir / 'export'
-  return {
-    'date': str(date.today()),
-    'kept': summary['params_pruned'] / summary['params_dense'],
-    'memory': summary['peak_memory_bytes'],
-    'speed': summary['tokens_per_second'],
-    'versions': summary['versions'],
-    'perplexity': score(export, texts, perplexity),
-    'tasks': answers(export, tasks, include_path, answered),
-  }
 
 
 def described(texts: Mapping[str, str]) -> dict[str, dict[str, str]]:
@@ -287,6 +230,9 @@ def parse_arguments() -> argparse.Namespace:
   parser.add_argument('--full', action='store_true', help='126 runs')
   parser.add_argument('--jobs', type=int, default=1, help='runs at a time')
   parser.add_argument(
+    '--only', default='', help='make no other runs than this pattern finds'
+  )
+  parser.add_argument(
     '--text', action='append', default=[], help='NAME=SPEC, to measure on too'
   )
   parser.add_argument(
@@ -321,6 +267,7 @@ def compare(args: argparse.Namespace) -> None:
       record = merged(read_json(known), record)
   record['dense'] = score(model, texts, record.get('dense', {}))
   tasks = args.tasks, args.include_path
+  sizes = Dense.of(load_config(model), 'reference')
   record['dense_tasks'] = answers(model, *tasks, record.get('dense_tasks', {}))
   # As many threads for each as it would get of the cores.
   threads = max(1, (os.cpu_count() or 1) // args.jobs)
@@ -330,14 +277,16 @@ def compare(args: argparse.Namespace) -> None:
       pool.submit(
         measure,
         out / row.name(seed),
-        arguments(row, seed, model, train),
+        arguments(row, seed, model, train, sizes),
         texts,
         record.get(row.name(seed), {}),
         environment,
-        *(tasks if row.leads and seed == row.seeds[0] else ()),
+        *(tasks if row.leads and seed == row.seeds[0] else ((), None)),
+        model if row.way else None,
       ): row.name(seed)
       for row in rows
       for seed in row.seeds
+      if re.search(args.only, row.name(seed))
     }
     try:
       for run in as_completed(runs):

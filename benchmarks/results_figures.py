@@ -34,6 +34,8 @@ def draw(dense: dict[str, float], results: Results) -> Figure:
   axes = figure.add_subplot()
   axes.plot([1.0], [dense[NEWS]], 'D', color='black', label='dense')
   for row, runs in results.items():
+    if row.way:
+      continue
     kept, values = runs[0]['kept'], [run['perplexity'][NEWS] for run in runs]
     mean = statistics.mean(values)
     errors = [[mean - min(values)], [max(values) - mean]]

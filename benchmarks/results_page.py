@@ -14,6 +14,7 @@ from benchmarks.results_rows import (
   markdown,
 )
 from benchmarks.results_tasks import Answers, section
+from benchmarks.results_ways import section as of_ways
 
 
 def spread(values: Sequence[float], form: str = '{:.1f}') -> str:
@@ -166,6 +167,8 @@ def page(
     f'- {name} is `{text["spec"]}`' for name, text in texts.items()
   )
   rest = ', '.join(missing) or 'none'
+  ways = {row: found for row, found in results.items() if row.way}
+  results = {row: found for row, found in results.items() if not row.way}
   return f"""# LoRAPrune beside the alternatives
 
 SmolLM2-135M-Instruct after 100 steps of 1,024 tokens of news. Perplexity is at
@@ -192,7 +195,7 @@ The texts:
 ```sh
 PYTHONPATH=. {command}
 ```
-{section(answers, results)}
+{section(answers, results)}{of_ways(dense, ways, list(texts))}
 ## All runs
 
 The model has its three KV heads repeated to nine. LoRA has rank 8; its learning

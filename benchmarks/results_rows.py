@@ -35,11 +35,13 @@ class Row:
   """Runs that differ by their seed alone.
 
   Attributes:
-    percent: of the groups, a key of TARGETS.
+    percent: of the groups, a key of TARGETS; with a way, of all parameters.
     order: prune.order.
     criterion: prune.criterion.
     seeds: train.seed of each run.
     added: a key of ADDITIONS or TOGETHER; nothing is the paper's method.
+    way: as of exploring.ways: what goes; nothing is heads and channels, equal
+      shares of the groups.
   """
 
   percent: int
@@ -47,6 +49,7 @@ class Row:
   criterion: str
   seeds: tuple[int, ...] = (0,)
   added: str = ''
+  way: str = ''
 
   @property
   def method(self) -> str:
@@ -62,7 +65,7 @@ class Row:
   @property
   def is_best(self) -> bool:
     """Whether it is the demo's config as it is."""
-    return self.added == EVERYTHING
+    return self.added == EVERYTHING and not self.way
 
   @property
   def leads(self) -> bool:
@@ -73,7 +76,8 @@ class Row:
     """Of a run's workdir."""
     method = self.method.replace(' + ', '+').replace(', ', '-')
     method = method.replace(' ', '-')
-    return f'{self.order}-{method}-{self.percent}-seed{seed}'
+    parts = self.order, method, self.way, str(self.percent), f'seed{seed}'
+    return '-'.join(filter(None, parts))
 
 
 Results = dict[Row, list[dict[str, Any]]]

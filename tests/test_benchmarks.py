@@ -9,17 +9,30 @@ import jax
 import numpy as np
 import pytest
 
+from benchmarks import compare_runs
 from lorapr_jax.cli.flags import parse_flags
+from lorapr_jax.exploring.ways import Dense
 from lorapr_jax.hf.load import load_config, load_params
 from lorapr_jax.hf.write import export_model
 from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import init_params, param_shapes
 from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.settings.model import ORDERS
+from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.settings.model import ORDERS, PruneSettings
+from lorapr_jax.settings.sections import read_section
 from tests.xla_flags import environment
 
 ROOT = Path(__file__).parent.parent
+# SmolLM2 with a KV head for each head.
+MHA = ModelConfig(
+  vocab_size=49152,
+  embed_dim=576,
+  head_dim=64,
+  layers=(LayerShape(9, 1, 1536),) * 30,
+  tie_embeddings=True,
+)
+DENSE = Dense.of(MHA, 'reference')
 
 
 def test_the_mha_copy_is_the_same_function(tmp_path):
@@ -68,10 +81,10 @@ def compare():
 
 def test_the_comparison_has_the_runs_that_it_should(compare):
   runs = [(row, seed) for row in compare.ROWS for seed in row.seeds]
-  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 42
+  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 48
   assert sum(len(row.seeds) for row in compare.FULL) == 126
   for row, seed in runs:
-    flags = compare.arguments(row, seed, 'MODEL', 'TRAIN')
+    flags = compare.arguments(row, seed, 'MODEL', 'TRAIN', DENSE)
     config, _ = parse_flags([*flags, '--workdir=DIR'])
     steps = config.train.steps + config.recover.steps
     assert steps * config.train.batch_size == 800
@@ -84,6 +97,9 @@ def test_the_comparison_has_the_runs_that_it_should(compare):
     ridge = everything or row.added == 'compensation'
     assert config.prune.compensate == ('ridge' if ridge else 'none')
     assert config.prune.order in ORDERS
+    if row.way:
+      check_way(row, config)
+      continue
     targets = config.prune.heads_target, config.prune.channels_target
     removed = {
       0: (0, 0),
@@ -92,6 +108,27 @@ def test_the_comparison_has_the_runs_that_it_should(compare):
       50: (4, 768),
     }[row.percent]
     assert (9 * targets[0], 1536 * targets[1]) == pytest.approx(removed)
+
+
+def check_way(row, config):
+  """As large as it says, by layers, by what is in them, or by both."""
+  targets = read_section(PruneSettings, config.prune).targets(1)
+  plan = plan_pruning(MHA, targets)
+  kept = plan.pruned_config.num_parameters / MHA.num_parameters
+  share = 1 - row.percent / 100
+  layer = MHA.layer_parameters(MHA.layers[0]) / MHA.num_parameters
+  within, gone = plan.within_layers, len(plan.going)
+  assert (within, gone > 0) == {
+    'width': (True, False),
+    'depth': (False, True),
+    'both': (True, True),
+  }[row.way]
+  if row.way == 'depth':
+    assert share - layer < kept <= share
+  else:
+    assert kept == pytest.approx(share, abs=2e-4)
+  if row.way == 'both':
+    assert gone * layer == pytest.approx((1 - share) / 2, abs=layer / 2)
 
 
 def a_run(news):
@@ -160,7 +197,7 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
 
 def test_the_comparison_says_what_it_has_not_run(compare):
   dense, results, missing = compare.collect(RECORD, compare.ROWS)
-  assert len(missing) == 42 - 7
+  assert len(missing) == 48 - 7
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
@@ -169,7 +206,41 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   # A run that is not measured on every text is missing too.
   record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
   more = compare.collect(record, compare.ROWS)
-  assert not more[1] and len(more[2]) == 42
+  assert not more[1] and len(more[2]) == 48
+
+
+def test_ways_are_compared_in_perplexity_and_time(compare):
+  times = {'model': 0.02, 'against': 0.05, 'speedup': 2.5}
+  depth = a_run(70.0) | {'kept': 0.797}
+  depth['times'] = {'prefill': times, 'decode': {**times, 'model': 0.025}}
+  name = 'prune_then_tune-obs+everything-depth-20-seed0'
+  results = compare.collect({**RECORD, name: depth}, compare.ROWS)
+  page = compare.page(*results[:2], TEXTS, results[2], 'python', {})
+  found = page.partition('## Width, depth, or both')[2].partition('## All')[0]
+  assert '| 100% | nothing | 40.0 | 50.0 |  | 50.0 |  |' in found
+  assert '| 79.7% | depth | 70.0 | 20.0 | x 2.50 | 25.0 | x 2.50 |' in found
+  # Its share is of the parameters: it is in no table of shares of groups.
+  without = compare.collect(RECORD, compare.ROWS)
+  before = compare.page(*without[:2], TEXTS, without[2], 'python', {})
+  assert '## Width' not in before
+  assert page.partition('## All')[2] == before.partition('## All')[2]
+  axes = compare.draw(*results[:2]).axes[0]
+  assert len(axes.get_legend_handles_labels()[1]) == 7
+
+
+def test_a_run_is_timed_beside_the_dense_model(monkeypatch):
+  def benchmark(folders, batch_sizes, **how):
+    assert folders == {'model': 'export', 'against': 'dense'}
+    assert batch_sizes == [1] and how['repeats'] > 1
+    times = {'seconds': 0.5, 'tokens_per_second': 2.0}
+    own = {'batch_size': 1, 'model': times, 'against': times, 'speedup': 1.1}
+    phases = ('prefill', 'decode')
+    return {'results': [{**own, 'phase': phase} for phase in phases]}
+
+  monkeypatch.setattr(compare_runs, 'benchmark', benchmark)
+  found = compare_runs.timed(Path('export'), Path('dense'))
+  own = {'model': 0.5, 'against': 0.5, 'speedup': 1.1}
+  assert found == {'prefill': own, 'decode': own}
 
 
 def test_models_are_compared_question_by_question(compare):
@@ -209,8 +280,12 @@ def test_another_text_needs_another_name(compare, tmp_path):
 def test_what_is_known_of_a_run_is_not_measured_again(compare, tmp_path):
   known = a_run(90.0)
   texts = {'held-out news': 'file:not-there.txt'}
-  run = compare.measure(tmp_path / 'not-there', [], texts, known, {})
-  assert run == known
+  folder = tmp_path / 'not-there'
+  assert compare.measure(folder, [], texts, known, {}) == known
+  known['times'] = {}
+  dense = tmp_path / 'dense'
+  found = compare.measure(folder, [], texts, known, {}, against=dense)
+  assert found == known
 
 
 def test_the_input_is_measured_beside_the_step(tmp_path):
