@@ -149,7 +149,8 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.channels_target = config_dict.placeholder(float)
   # The share of whole layers to remove, of those that are not protected; 0:
   # none. With prune.heads=none and prune.channels=False they go alone. With
-  # unit=params they are a part of what target says.
+  # unit=params they are a part of what target says; with fit or speedup, heads
+  # and channels of the layers that stay make up the rest.
   config.prune.layers_target = 0.0
   # How whole layers are scored: loss (the loss on a few tokens if the layer is
   # gone too, one layer after the other), cosine (1 - cos of its input and

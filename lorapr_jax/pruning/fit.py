@@ -146,7 +146,8 @@ def solve_fit(
   Args:
     config: the sizes before pruning.
     choices: the counts that each group may have.
-    sized: the sizes where the layers that are pruned keep so many of each.
+    sized: the sizes where the layers that are pruned keep so many of each,
+      and those that go as a whole have gone.
     room: what is counted.
     most: `room.bytes`, or less.
 
@@ -206,8 +207,7 @@ def largest_within(
   Args:
     choices: the counts that each group may have.
     size_of: the size with so many of each group: linear in every count.
-    most: at least the size with the fewest of each group, and less than that
-      with all.
+    most: at least the size with the fewest of each group.
   """
   finest = finest_of(choices)
   others = [c for c in choices if c is not finest]

@@ -84,7 +84,10 @@ class PruningPlan:
     return [group_size(self.config, s, group) for s in self.config.layers]
 
   def alike(self, kept: Mapping[str, int]) -> ModelConfig:
-    """The sizes where each layer that is not protected keeps so many."""
+    """The sizes where each layer that is not protected keeps so many.
+
+    Of a plan in which nothing goes within layers.
+    """
     layers = frozenset(self.prunable_layers)
     keep = {
       group: tuple(
@@ -93,7 +96,7 @@ class PruningPlan:
       )
       for group, count in kept.items()
     }
-    return with_kept(self.config, keep)
+    return with_kept(self.config, {**self.keep, **keep})
 
   def by_layer(self, choice: Choice, kept: int) -> tuple[int, ...] | None:
     """What each layer keeps, where `kept` is the mean of those not protected.
@@ -217,13 +220,11 @@ class PruningPlan:
 
   def targets_by_kind(self) -> dict[str, float | None]:
     """What was asked for, in the units of `sparsity`; None if not asked."""
-    if self.targets.by_size:
-      return {'heads': None, 'channels': None, 'params': None}
     layers = self.targets.layers_target
     own = {LAYERS: layers} if layers else {}
-    if self.targets.unit == 'params':
-      whole = {'heads': None, 'channels': None, 'params': self.targets.share}
-      return whole | own
+    if self.targets.by_size or self.targets.unit == 'params':
+      share = None if self.targets.by_size else self.targets.share
+      return {'heads': None, 'channels': None, 'params': share} | own
     asked = {kind(g): self.targets.of(g) for g in self.targets.groups}
     return {'heads': 0.0, 'channels': 0.0, 'params': None} | asked
 
@@ -247,31 +248,27 @@ def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
   """
   if targets.speedup is not None:
     raise ValueError('what a speed-up comes to is measured')
-  plan, choices = empty_plan(config, targets)
+  plan, choices = layers_plan(config, targets)
   if targets.fit:
     return _fitting(plan, choices)
-  layers = len(plan.prunable_layers)
-  if targets.layers_target:
-    gone = layers - layers_left(layers, targets.layers_target)
-    going = plan.prunable_layers[-gone:]
-    stay = tuple(int(i not in going) for i in range(len(config.layers)))
-    plan = dataclasses.replace(plan, keep={LAYERS: stay})
   if targets.unit == 'groups':
     kept = {c.group: round_share(c, targets.of(c.group)) for c in choices}
   else:
     gone = len(plan.going)
-    args = layers - gone, choices, targets.share, gone
+    layers = len(plan.prunable_layers) - gone
+    args = layers, choices, targets.share, gone
     kept = solve_parameters(config, *args)
   return plan.keeping(choices, kept)
 
 
-def empty_plan(
+def layers_plan(
   config: ModelConfig, targets: Targets
 ) -> tuple[PruningPlan, list[Choice]]:
-  """A plan in which nothing goes, and the counts that each group may have.
+  """A plan of whole layers alone, and the counts that other groups may have.
 
   Raises:
-    UserError: for a model of which nothing can be pruned.
+    UserError: for a model of which nothing can be pruned, or no such share of
+      the layers.
   """
   if not config.is_uniform:
     raise UserError(
@@ -289,6 +286,15 @@ def empty_plan(
       f'prune.layer_profile has {shares} shares for the {layers} layers that '
       'are pruned: give at most one for each'
     )
+  if targets.layers_target:
+    gone = layers - layers_left(layers, targets.layers_target)
+    # With the shortest windows: whichever go, what is left caches no more.
+    windows = config.layer_windows
+    order = sorted(
+      reversed(plan.prunable_layers), key=lambda i: windows[i] or math.inf
+    )
+    stay = tuple(int(i not in order[:gone]) for i in range(len(windows)))
+    plan = dataclasses.replace(plan, keep={LAYERS: stay})
   groups = [group for group in targets.groups if group != LAYERS]
   return plan, [choice_of(config, targets, group) for group in groups]
 

@@ -2,7 +2,7 @@
 
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.fit import largest_within
-from lorapr_jax.pruning.plan import PruningPlan, empty_plan
+from lorapr_jax.pruning.plan import PruningPlan, layers_plan
 from lorapr_jax.pruning.targets import Targets
 
 
@@ -13,21 +13,22 @@ def plan_sizes(
 
   Heads and channels share the cut as under unit=params. The sizes are an equal
   number of parameters apart, as nearly as counts allow; the model itself is
-  none of them. Where a profile takes more of a layer than it can lose, there is
-  no plan.
+  none of them, but where whole layers go, the model without these is. Where a
+  profile takes more of a layer than it can lose, there is no plan.
 
   Raises:
     UserError: for a model of which nothing can be pruned.
   """
-  plan, choices = empty_plan(config, targets)
-  most = config.num_parameters
+  plan, choices = layers_plan(config, targets)
+  most, first = plan.pruned_config.num_parameters, 0 if plan.keep else 1
   least = plan.alike({c.group: c.fewest for c in choices}).num_parameters
   found = {}
-  for i in range(1, number + 1):
+  steps = number - 1 + first
+  for i in range(first, steps + 1):
     kept = largest_within(
       choices,
       lambda kept: plan.alike(kept).num_parameters,
-      most - (most - least) * i // number,
+      most - (most - least) * i // steps,
     )
     if all(plan.by_layer(c, kept[c.group]) for c in choices):
       smaller = plan.keeping(choices, kept)

@@ -85,10 +85,10 @@ class Targets:
       )
 
   def _check_layers(self) -> None:
-    if self.by_size:
+    if self.by_size and self.groups == (LAYERS,):
       raise UserError(
-        'prune.fit and prune.speedup choose heads and channels: leave out '
-        'prune.layers_target'
+        'prune.fit and prune.speedup take from heads or channels what '
+        'prune.layers_target leaves, and neither is pruned: leave them out'
       )
     if len({*self.profile}) > 1:
       raise UserError(

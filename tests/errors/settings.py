@@ -126,7 +126,8 @@ CASES = [
     )
     for flags in (
       '--config.prune.layer_profile=1,2',
-      '--config.prune.fit=400KB',
+      '--config.prune.fit=400KB --config.prune.heads=none '
+      '--config.prune.channels=False',
       '--config.prune.unit=params --config.prune.target=0.1',
       '--config.prune.unit=params --config.prune.heads=none '
       '--config.prune.channels=False',

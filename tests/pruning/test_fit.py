@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from lorapr_jax.axes import LORA_TARGETS
+from lorapr_jax.axes import LAYERS, LORA_TARGETS
 from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_from_hf
 from lorapr_jax.models import cached
@@ -87,11 +87,13 @@ def model(layers, kv_heads, queries, mlp, windows=()):
   )
 
 
-def taken(config, keep, context, batch):
-  """Bytes in bfloat16, by hand."""
+def taken(config, keep, context, batch, gone=()):
+  """Bytes in bfloat16 without the layers that are gone, by hand."""
   D, H = config.embed_dim, config.head_dim
   weights, cache = config.vocab_size * D + D, 0
   for i, shape in enumerate(config.layers):
+    if i in gone:
+      continue
     K, G, F = shape.num_kv_heads, shape.queries_per_kv, shape.mlp_dim
     K = keep.get(KV_HEADS, {}).get(i, K)
     G = keep.get(QUERIES, {}).get(i, G)
@@ -124,11 +126,18 @@ MODELS = {
 @pytest.mark.parametrize('name', MODELS)
 @pytest.mark.parametrize('heads', ['kv_groups', 'queries', 'none'])
 @pytest.mark.parametrize(
-  'context, batch, multiple, tensor',
-  [(2, 1, 1, 1), (60, 1, 1, 1), (60, 9, 1, 1), (30, 1, 3, 2)],
+  'context, batch, multiple, tensor, layers',
+  [
+    (2, 1, 1, 1, 0.0),
+    (60, 1, 1, 1, 0.0),
+    (60, 9, 1, 1, 0.0),
+    (30, 1, 3, 2, 0.0),
+    (60, 9, 1, 1, 0.5),
+    (30, 1, 3, 2, 0.5),
+  ],
 )
 def test_the_largest_that_fits_among_all_counts(
-  name, heads, context, batch, multiple, tensor
+  name, heads, context, batch, multiple, tensor, layers
 ):
   config = MODELS[name]
   [shape] = set(config.layers)
@@ -142,15 +151,17 @@ def test_the_largest_that_fits_among_all_counts(
   channels = counts(shape.mlp_dim, channel_step)
 
   def bytes_of(h, c):
-    # Layer 2, the last, is protected.
+    # Layer 2, the last, is protected. Which other one goes, nobody knows.
     keep = {group: dict.fromkeys((0, 1), h), CHANNELS: dict.fromkeys((0, 1), c)}
-    return taken(config, keep, context, batch)
+    choices = [(0,), (1,)] if layers else [()]
+    return max(taken(config, keep, context, batch, gone) for gone in choices)
 
   every = {(h, c): bytes_of(h, c) for h in counts(size, step) for c in channels}
   dense, least = every[size, shape.mlp_dim], min(every.values())
-  assert Room('1B', context, batch).footprint(config).total == dense
+  whole = Room('1B', context, batch).footprint(config).total
+  assert (whole == dense) == (not layers)
   gone = dense - bytes_of(0 if heads != 'none' else size, 0)
-  for most in range(least, dense, max(1, (dense - least) // 40)):
+  for most in range(least, whole, max(1, (whole - least) // 40)):
     plan = plan_pruning(
       config,
       Targets(
@@ -160,8 +171,10 @@ def test_the_largest_that_fits_among_all_counts(
         heads=heads,
         channels_multiple_of=multiple,
         tensor_parallel=tensor,
+        layers_target=layers,
       ),
     )
+    assert len(plan.going) == (layers > 0)
     h, c = (
       plan.keep.get(g, (n,))[0]
       for g, n in ((group, size), (CHANNELS, shape.mlp_dim))
@@ -220,6 +233,18 @@ def test_nothing_is_asked_of_shares():
   )
 
 
+def test_where_layers_alone_are_enough_the_width_stays():
+  config = MODELS['gqa']
+  dense = Room('1B').footprint(config).total
+  one = Targets(fit=f'{dense - 1}B', layers_target=0.5)
+  plan = plan_pruning(config, one)
+  assert plan.keep == {LAYERS: (1, 0, 1)}
+  assert plan.targets_by_kind() == {
+    **dict.fromkeys(('heads', 'channels', 'params')),
+    'layers': 0.5,
+  }
+
+
 # --- What cannot be.
 
 
@@ -265,6 +290,10 @@ def test_multiples_that_leave_no_smaller_size_are_named():
     ({'target': 0.0, 'speedup': 2.0}, 'prune.target and prune.speedup are set'),
     ({'fit': '8GB', 'heads_target': 0.5}, 'prune.heads_target and prune.fit'),
     ({'speedup': 1.0}, 'prune.speedup is 1.0: it must be above 1'),
+    (
+      {'fit': '8GB', 'layers_target': 0.5, 'heads': 'none', 'channels': False},
+      'prune.fit and prune.speedup take from heads or channels what',
+    ),
     ({'speedup': math.inf}, 'prune.speedup is inf'),
     ({'speedup': math.nan}, 'prune.speedup is nan'),
     ({'speedup_of': 'both'}, "prune.speedup_of is 'both'.*decode, prefill"),
@@ -307,6 +336,20 @@ def test_sizes_are_those_of_shares_of_the_parameters(heads):
   # A share of the parameters gives the same counts, where it is reached.
   for plan, size in zip(plans[:-1], sizes, strict=False):
     share = Targets(target=1 - size / dense, unit='params', heads=heads)
+    assert plan_pruning(config, share).keep == plan.keep
+
+
+@pytest.mark.parametrize('heads', ['kv_groups', 'none'])
+def test_sizes_where_layers_go_begin_with_the_model_without_them(heads):
+  config, asked = model(5, 6, 3, 48), {'layers_target': 0.5, 'heads': heads}
+  plans = plan_sizes(config, Targets(speedup=1.5, **asked), 8)
+  sizes = [plan.pruned_config.num_parameters for plan in plans]
+  assert len(plans) == 8 and sizes == sorted(set(sizes), reverse=True)
+  assert plans[0].keep == {LAYERS: (1, 1, 0, 0, 1)}
+  assert plans[-1].keep[CHANNELS] == (1, 1, 1, 1, 48)
+  for plan, size in zip(plans[1:-1], sizes[1:], strict=False):
+    share = 1 - size / config.num_parameters
+    share = Targets(target=share, unit='params', **asked)
     assert plan_pruning(config, share).keep == plan.keep
 
 
