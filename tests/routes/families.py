@@ -28,6 +28,14 @@ _KEPT = {
   'equal': {KV_HEADS: (1, 1, 1), CHANNELS: (32, 32, 32)},
   'unequal': {KV_HEADS: (1, 2, 1), CHANNELS: (32, 64, 32)},
 }
+# The families whose windows llama.cpp puts where it likes, if the file does not
+# say where they are; and what of a kind a GGUF does not hold.
+_WINDOWS = {
+  'gemma2': {'query_pre_attn_scalar': 12},
+  'gemma3_text': {},
+  'olmo3': {'head_dim': 8, 'rope_scaling': None},
+}
+_ELSEWHERE = {'layer_types': ['full_attention'] * 2 + ['sliding_attention']}
 _LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 _SIZES = {
   'vocab_size': tiny.VOCAB_SIZE,
@@ -42,7 +50,8 @@ _SIZES = {
 def make_exports(folder: Path, text: Path) -> Iterator[Export]:
   """Writes a pruned model of each family by every route that holds it.
 
-  The runs of make_exports.py have llama and mistral already.
+  The runs of make_exports.py have llama and mistral already. Of some there is
+  one more, whose windows are where llama.cpp would have none.
   """
   for family in sorted(FAMILIES.keys() - {'llama', 'mistral'}):
     kind = next(
@@ -52,6 +61,17 @@ def make_exports(folder: Path, text: Path) -> Iterator[Export]:
     tiny.make_base(base, config_from_hf(KINDS[kind].keys | _SIZES), text)
     for layers, keep in _KEPT.items():
       yield from _exports(base, folder / f'{kind}-{layers}', keep)
+  yield from _exports_with_windows(folder, text)
+
+
+def _exports_with_windows(folder: Path, text: Path) -> Iterator[Export]:
+  """Models that lose channels alone, since not all may lose heads."""
+  for kind, more in _WINDOWS.items():
+    base = folder / f'{kind}-windows-base'
+    keys = KINDS[kind].keys | _SIZES | _ELSEWHERE | more
+    tiny.make_base(base, config_from_hf(keys), text)
+    keep = {CHANNELS: _KEPT['equal'][CHANNELS]}
+    yield from _exports(base, folder / f'{kind}-windows', keep)
 
 
 def _exports(base: Path, path: Path, keep) -> Iterator[Export]:
