@@ -3,7 +3,7 @@
   PYTHONPATH=. python benchmarks/compare.py [--full] [--jobs 2]
     [--text 'PTB validation=file:ptb.valid.txt?lines' ...]
     [--tasks piqa,arc_easy [--include_path DIR]] [--known docs/results.json]
-    [--only '-(width|depth|both)-']
+    [--only='-(width|depth|both)-']
 
 Prunes SmolLM2-135M-Instruct with its KV heads repeated (benchmarks/make_mha.py;
 as many KV heads as heads, so that 20% and 50% of them can go) by every
