@@ -61,7 +61,8 @@ test-package: .venv/dev
 # benchmarks, the algebra of pruning, the newest families and the longest runs are
 # left to `test`.
 LEFT := errors cli pruning families test_docs.py test_notebook.py test_benchmarks.py \
-  training/test_shrinking.py training/test_phases.py training/test_processes.py
+  training/test_shrinking.py training/test_phases.py training/test_processes.py \
+  training/test_ladder.py
 test-lowest: .venv-lowest/dev
 	.venv-lowest/bin/python -m pytest $(PAIRS) \
 	  -m 'not (mesh or $(ELSEWHERE))' $(LEFT:%=--ignore=tests/%)

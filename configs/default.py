@@ -140,6 +140,11 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.order = 'joint'
   # Under prune_then_tune and none, the first N steps only measure importance.
   config.prune.calibration_steps = 10
+  # Under prune_then_tune, with export.ladder: the steps that each of its sizes
+  # is trained for, such as 100,100; what is left of train.steps is the last
+  # size's. Empty: all sizes get an equal share of the steps after
+  # calibration_steps.
+  config.prune.rung_steps = ''
   # The share to remove, in the unit below; 0: nothing is pruned, and LoRA
   # trains alone. Unset: 0.5, where neither fit nor speedup says how much.
   config.prune.target = config_dict.placeholder(float)
@@ -273,6 +278,10 @@ def get_config() -> config_dict.ConfigDict:
   # The largest size of one weights file: a number and B, KB, MB, GB, KiB, MiB
   # or GiB.
   config.export.max_shard_size = '5GB'
+  # Sizes to export on the way, each to rungs/SHARE of the workdir: descending
+  # shares of the parameters that stay, such as 0.9,0.8, all above what the
+  # target leaves. Empty: the last size alone (docs/targets.md).
+  config.export.ladder = ''
 
   config.log = config_dict.ConfigDict()
   # Whether TensorBoard's files are written too, to workdir/tensorboard.

@@ -14,13 +14,21 @@ from ml_collections import config_dict
 from lorapr_jax.data.tokenizer import Tokenizer
 from lorapr_jax.eval.generation import check_prompt, stop_ids
 from lorapr_jax.eval.remembered import remembered_perplexity
-from lorapr_jax.exporting.model import describe_run, merge, model_name
+from lorapr_jax.exporting.ladder import Ladder
+from lorapr_jax.exporting.model import (
+  Description,
+  describe_run,
+  merge,
+  model_name,
+)
 from lorapr_jax.exporting.write import export_run
 from lorapr_jax.gguf.archs import architecture
 from lorapr_jax.gguf.vocabulary import vocabulary
 from lorapr_jax.hf.load import check_tensors, load_or_draw
 from lorapr_jax.hf.shards import Shards
 from lorapr_jax.hf.write import check_companions
+from lorapr_jax.pruning.plan import PruningPlan
+from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.report import metrics, summary
 from lorapr_jax.report.display import Display
 from lorapr_jax.report.page import render_report
@@ -46,6 +54,7 @@ from lorapr_jax.training.batches import Batches, load_held_out
 from lorapr_jax.training.cut import check_counts, finished, widened
 from lorapr_jax.training.inputs import reading
 from lorapr_jax.training.loop import train_phase
+from lorapr_jax.training.state import carried
 from lorapr_jax.training.teacher import remember_teacher
 from lorapr_jax.training.watch import Watch
 
@@ -148,14 +157,14 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     # state is small.
     display.start('load')
 
-    def load() -> Any:
+    def load() -> Base:
       params = load_or_draw(
         folder, dense, places.base, settings.base_dtype, train.seed
       )
       inputs.check_base()
-      return params
+      return Base(params, compute, places)
 
-    base = Base(load(), compute, places)
+    base = load()
     display.start('evaluate')
     measured = {}
     if held_out:
@@ -172,7 +181,19 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       batches = dataclasses.replace(batches, teacher=teacher)
 
     # --- Prune: groups are masked while LoRA trains, or at once. Where some are
-    # cut out on the way, what comes back is smaller than what went in.
+    # cut out on the way, what comes back is smaller than what went in. Rungs
+    # are exported on the way.
+    def describe(kept: Kept, plan: PruningPlan | None) -> Description:
+      return describe_run(
+        folder,
+        dense,
+        kept,
+        sha256=inputs.sha256,
+        dtype=settings.base_dtype.name,
+        plan=plan,
+        settings=identity['config']['prune'],
+      )
+
     watch = Watch(
       workdir,
       display,
@@ -184,12 +205,20 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       log=settings.log,
       check_lock=check_lock,
     )
-    run_phase = functools.partial(
-      train_phase, seed=train.seed, batches=batches, watch=watch
+    ladder = Ladder(
+      workdir, settings, describe, load, held_out, display, check_lock
     )
-    first, *later = settings.phases
-    state, base = run_phase(first, base)
-    skipped = int(state.skipped)
+    run_phase = functools.partial(
+      train_phase,
+      seed=train.seed,
+      batches=batches,
+      watch=watch,
+      leave=ladder.leave,
+    )
+    start, skipped = {}, 0
+    for phase in settings.until_cut:
+      state, base = run_phase(phase, base, start)
+      start, skipped = carried(state), skipped + int(state.skipped)
     repair = summary.repair_report(
       settings.pruning, int(state.unrepaired), state.error_left.tolist()
     )
@@ -202,15 +231,7 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     # --- Cut: what is left is smaller, and the larger base makes room.
     display.start('cut')
     groups = widened(state, dense)
-    model = describe_run(
-      folder,
-      dense,
-      kept_of(groups['masks']),
-      sha256=inputs.sha256,
-      dtype=settings.base_dtype.name,
-      plan=plan,
-      settings=identity['config']['prune'],
-    )
+    model = describe(kept_of(groups['masks']), plan)
     check_counts(plan, model.config)
     if plan and processes.is_first():
       path = workdir / IMPORTANCE_FILE
@@ -218,13 +239,13 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     lora, base = finished(state, base)
 
     # --- Tune: LoRA goes on, on the small arrays.
-    if later and held_out:
+    if settings.after_cut and held_out:
       display.start('evaluate')
       measured['cut'] = held_out.perplexity(
         base.params, base.compute, lora=lora
       )
-    for phase in later:
-      state, base = run_phase(phase, base, lora)
+    for phase in settings.after_cut:
+      state, base = run_phase(phase, base, {'lora': lora})
       lora, skipped = state.lora, skipped + int(state.skipped)
     interrupt.let_sigterm_end()
     if skipped:
@@ -240,7 +261,10 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     del base
     display.start('load')
     pruned = dataclasses.replace(compute, config=model.config)
-    models = {'dense': (load(), compute), 'pruned': (weights.merged, pruned)}
+    models = {
+      'dense': (load().params, compute),
+      'pruned': (weights.merged, pruned),
+    }
     display.start('evaluate')
     if held_out:
       measured['pruned'] = held_out.perplexity(*models['pruned'])
@@ -272,9 +296,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       ),
       'sparsity': summary.sparsity_report(plan),
       'repair': repair,
-      'cuts_on_the_way': list(
-        settings.pruning.cuts if settings.pruning else ()
-      ),
+      'cuts_on_the_way': settings.cuts,
+      'rungs': ladder.report(),
       **comparison,
       'seconds': display.seconds,
       'tokens_per_second': metrics.median_speed(workdir),

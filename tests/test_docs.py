@@ -23,6 +23,7 @@ ELSEWHERE = {
   'benchmarks/': 'by hand: it takes hours; see tests/test_benchmarks.py',
   'activate': 'a shell of its own',
   'import PeftModel': 'make test-export',
+  'export.ladder': 'tests/training/test_ladder.py: it needs more steps',
   '--speedup': 'tests/eval/test_speedup.py: a tiny model is hardly faster',
 }
 # So that a training takes seconds. The pages' own flags stay.

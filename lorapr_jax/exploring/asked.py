@@ -37,7 +37,9 @@ _SETTINGS = {
     'layers_target': 0.0,
     'fit': '',
     'speedup': None,
+    'rung_steps': '',
   },
+  'export': {'ladder': ''},
   'train': {'distill': 0.0},
   'recover': {'steps': 0, 'data': ''},
 }

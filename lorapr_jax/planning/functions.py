@@ -77,7 +77,7 @@ class Shapes(NamedTuple):
 def loop_functions(
   config: config_dict.ConfigDict, devices: Sequence[jax.Device]
 ) -> Iterator[LoopFunction]:
-  """The functions that the loop of a run's first phase calls.
+  """The functions that the loop calls in the phase that ends in the cut.
 
   They are step, importance, the choice of layers and the pass of a pruning
   event if it has them, optimiser and evaluation. The ranking of groups is left
@@ -88,7 +88,7 @@ def loop_functions(
   """
   settings = split_config(config, devices)
   compute, dtype = settings.compute, settings.base_dtype
-  train, data, phase = settings.train, settings.data, settings.phases[0]
+  train, data, phase = settings.train, settings.data, settings.until_cut[-1]
   if any(later.learns for later in settings.phases):
     # What learns after the cut is smaller: this bounds it.
     phase = dataclasses.replace(phase, peak=train.learning_rate)

@@ -14,8 +14,9 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.cost import forward_flops_per_token
 from lorapr_jax.pruning.groups import with_kept
+from lorapr_jax.pruning.ladder import Rung
 from lorapr_jax.pruning.plan import PruningPlan
-from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.schedule import Schedule
 
 END, AUTO = 'end', 'auto'
 # What a cut on the way costs, in steps at full size: it is compiled anew. The
@@ -51,10 +52,27 @@ class Milestones:
   Attributes:
     plan: what will be left.
     schedule: when groups are masked.
+    rungs: sizes that are met exactly on the way, the largest first.
   """
 
   plan: PruningPlan
-  schedule: PruneSchedule
+  schedule: Schedule
+  rungs: tuple[Rung, ...] = ()
+
+  def alive(self, step: int) -> dict[str, tuple[int, ...]]:
+    """Counts after the event of `step`, by group and layer.
+
+    -1: before the first step. They are those of the schedule, but no fewer than
+    a rung's up to its event, and no more from then on.
+    """
+    keep = self.plan.keep_at(self.schedule.progress(step))
+    for rung in self.rungs:
+      for group, own in rung.plan.keep.items():
+        if step <= rung.event:
+          keep[group] = tuple(map(max, keep[group], own))
+        if step >= rung.event:
+          keep[group] = tuple(map(min, keep[group], own))
+    return keep
 
   def present(self, step: int) -> dict[str, tuple[int, ...]]:
     """Counts in arrays that are cut just before `step`, by group and layer.
@@ -62,11 +80,9 @@ class Milestones:
     What is alive then, rounded up to what mesh and hardware need, with masked
     groups as the filler.
     """
-    schedule = self.schedule
+    schedule, multiples = self.schedule, self.plan.multiples
     past = (s for s in reversed(range(step)) if schedule.is_pruning_step(s))
-    masked, multiples = next(past, None), self.plan.multiples
-    progress = 0.0 if masked is None else schedule.progress(masked)
-    alive = self.plan.keep_at(progress)
+    alive = self.alive(next(past, -1))
     return {
       group: tuple(
         min(size, -(-count // multiples[group]) * multiples[group])
@@ -100,10 +116,10 @@ class Milestones:
     self, of: Callable[[dict[str, tuple[int, ...]]], Any]
   ) -> tuple[int, ...]:
     """The steps at which what counts of those alive changes."""
-    found, before = [], of(self.plan.keep_at(0.0))
+    found, before = [], of(self.alive(-1))
     for step in range(self.schedule.total_steps):
       if self.schedule.is_pruning_step(step):
-        alive = of(self.plan.keep_at(self.schedule.progress(step)))
+        alive = of(self.alive(step))
         if alive != before:
           found.append(step)
         before = alive

@@ -38,11 +38,14 @@ class PruningPlan:
       which 0 of `layers` is kept goes as a whole: how many these are is known,
       but which is not before the run, and all of `prunable_layers` are alike.
       So they stand for those that will go, and in this order.
+    share: of the parameters, of a rung on the way to the targets; None: it is
+      the plan of the targets.
   """
 
   config: ModelConfig
   targets: Targets
   keep: dict[str, tuple[int, ...]]
+  share: float | None = None
 
   @property
   def pruned_config(self) -> ModelConfig:
@@ -220,6 +223,13 @@ class PruningPlan:
 
   def targets_by_kind(self) -> dict[str, float | None]:
     """What was asked for, in the units of `sparsity`; None if not asked."""
+    if self.share is not None:
+      asked = {
+        'heads': None,
+        'channels': None,
+        'params': round(1 - self.share, 9),
+      }
+      return asked | {kind(g): None for g in self.keep if g == LAYERS}
     layers = self.targets.layers_target
     own = {LAYERS: layers} if layers else {}
     if self.targets.by_size or self.targets.unit == 'params':

@@ -1,4 +1,4 @@
-"""When groups are masked, and how many: the cubic ramp."""
+"""When groups are masked, and how many: the cubic ramp, or all at once."""
 
 import dataclasses
 import math
@@ -30,11 +30,6 @@ class PruneSchedule:
         'shares of the steps: neither negative, and less than 1 together'
       )
 
-  @classmethod
-  def once(cls, steps: int) -> 'PruneSchedule':
-    """The whole target at the last of so many steps."""
-    return cls(steps, every=steps, warmup=0.5, cooldown=0.0)
-
   @property
   def ramp_end(self) -> int:
     """The step at which the target is reached."""
@@ -62,3 +57,30 @@ class PruneSchedule:
     end = (1 - self.cooldown) * self.total_steps
     left = 1 - max(0.0, step - start) / (end - start)
     return 1.0 - left**3
+
+
+@dataclasses.dataclass(frozen=True)
+class AtOnce:
+  """Pruning at given steps, at the last of which the whole target is reached.
+
+  What is masked at the others, a ladder says (pruning/ladder.py).
+  """
+
+  total_steps: int
+  events: tuple[int, ...]
+
+  @property
+  def ramp_end(self) -> int:
+    """The step at which the target is reached."""
+    return self.events[-1]
+
+  def is_pruning_step(self, step: int) -> bool:
+    """Whether groups are masked at this step."""
+    return step in self.events
+
+  def progress(self, step: int) -> float:
+    """The share of the target that is due: 0, or 1."""
+    return float(step >= self.ramp_end)
+
+
+Schedule = PruneSchedule | AtOnce

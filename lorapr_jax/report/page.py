@@ -11,7 +11,7 @@ import numpy as np
 
 from lorapr_jax.axes import LAYERS
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.report import comparison, kept_map, plots, units
+from lorapr_jax.report import comparison, kept_map, plots, rungs, units
 from lorapr_jax.report.run import Run, Scores, read_run
 
 _TEMPLATES = Path(__file__).parent / 'templates'
@@ -42,6 +42,7 @@ def render_report(workdir: str | Path) -> str:
   """
   run = read_run(workdir)
   summary = run.summary
+  sizes = rungs.sizes(summary)
   return render(
     'report.html.jinja',
     summary=summary,
@@ -52,9 +53,12 @@ def render_report(workdir: str | Path) -> str:
       if kind in summary['sparsity']
     ],
     before_after=_before_after(summary),
+    sizes=sizes,
+    sizes_figure=rungs.curve(sizes),
     curves=_curves(run),
     kept=_kept(run),
     importance=_importance(run),
+    samples=rungs.samples(summary),
     warnings=_warnings(summary),
     total_seconds=sum(summary['seconds'].values()),
     exports=_exports(run),

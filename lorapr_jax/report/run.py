@@ -64,6 +64,16 @@ _EXPORT = {
 _MOST_MEMBERS = 2**28
 # What is read of a summary.json, of a run.json's config and of a line of
 # metrics.jsonl.
+_RUNG = {
+  'share': SHARE,
+  'steps': COUNT,
+  'params_pruned': COUNT,
+  'bytes': _PAIR,
+  'kv_cache_bytes_per_token': _PAIR,
+  'perplexity': {'pruned?': PERPLEXITY},
+  'generations': [{'prompt': TEXT, 'pruned': TEXT}],
+  'exports': {'hf': _EXPORT},
+}
 _SUMMARY = {
   'model': TEXT,
   'base': {'name': TEXT, 'sha256': Maybe(TEXT)},
@@ -84,6 +94,7 @@ _SUMMARY = {
   'versions': Each(TEXT),
   'command': _COMMAND,
   'repair?': {},
+  'rungs?': [_RUNG],
 }
 _STEPS = {
   'train': {'steps': INDEX},
@@ -174,7 +185,10 @@ def _read_summary(workdir: Path) -> dict[str, Any]:
   check_form(summary, _SUMMARY, path)
   if measured := summary['perplexity']:
     check_form(measured, {'dense': {}, 'pruned': {}}, path, 'perplexity')
-  # A run that is older does not say how its repairs went.
+  # A run that is older has no ladder, and does not say how its repairs went.
+  for rung in summary.setdefault('rungs', []):
+    form = {'pruned': {}} if measured else {}
+    check_form(rung['perplexity'], form, path, 'rungs.perplexity')
   if repair := summary.setdefault('repair', {}):
     check_form(repair, {'error_left': Each(Maybe(NUMBER))}, path, 'repair')
   return summary

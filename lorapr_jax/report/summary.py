@@ -189,7 +189,13 @@ def print_plan(
     f'{protected} of {len(config.layers)} layers protected (prune.protect); '
     f'{plan.pruned_config.num_parameters:,} parameters will be left'
   )
-  steps = ', '.join(map(str, pruning.cuts))
+  for rung in pruning.rungs:
+    show(
+      f'rung {rung.name} of export.ladder: '
+      f'{rung.plan.pruned_config.num_parameters:,} parameters, exported before '
+      f'step {pruning.first_step + rung.end}'
+    )
+  steps = ', '.join(str(pruning.first_step + cut) for cut in pruning.cuts)
   before = f'before steps {steps}, and ' if steps else ''
   show(f'masked groups are cut out {before}after the last step')
   for kind, share in sparsity_report(plan).items():
@@ -208,20 +214,44 @@ def _share(share: dict[str, float | None]) -> str:
   return f'{share["achieved"]:.2%}{goal}'
 
 
+def rung_line(rung: dict[str, Any]) -> str:
+  """A rung, as its file has it, for people."""
+  quality = ''
+  if rung['perplexity']:
+    quality = f', perplexity {rung["perplexity"]["pruned"]["value"]:.2f}'
+  return (
+    f'rung {rung["share"]}: {rung["params_pruned"]:,} parameters{quality}: '
+    f'{rung["exports"]["hf"]["path"]}'
+  )
+
+
 def print_summary(summary: dict[str, Any]) -> None:
-  """Prints the dense and the pruned model side by side, and what a run took."""
+  """Prints the dense and the pruned model side by side, and what a run took.
+
+  The rungs of a ladder are between them.
+  """
   table, notes = Table(title=f'{summary["model"]}, pruned'), []
-  for column in ('', 'dense', 'pruned', 'change'):
+  rungs = summary['rungs']
+  shares = [str(rung['share']) for rung in rungs]
+  for column in ('', 'dense', *shares, 'pruned', 'change'):
     table.add_column(column, justify='right' if column else 'left')
 
-  def row(name, dense, pruned, form):
+  def row(name, dense, pruned, form, between=()):
+    middle = map(form.format, between) if between else ['–'] * len(rungs)
     change = f'{pruned / dense - 1:+z.1%}'
-    table.add_row(name, form.format(dense), form.format(pruned), change)
+    table.add_row(
+      name, form.format(dense), *middle, form.format(pruned), change
+    )
 
-  row('parameters', summary['params_dense'], summary['params_pruned'], '{:,}')
+  sizes = [rung['params_pruned'] for rung in rungs]
+  row(
+    *('parameters', summary['params_dense'], summary['params_pruned']),
+    *('{:,}', sizes),
+  )
   if summary['perplexity']:
     dense, pruned = (summary['perplexity'][k] for k in ('dense', 'pruned'))
-    row('perplexity', dense['value'], pruned['value'], '{:.2f}')
+    values = [rung['perplexity']['pruned']['value'] for rung in rungs]
+    row('perplexity', dense['value'], pruned['value'], '{:.2f}', values)
     if cut := summary['perplexity'].get('cut'):
       row('... right after the cut', dense['value'], cut['value'], '{:.2f}')
     notes.append(
@@ -248,6 +278,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     f'training {summary["tokens_per_second"]:,.0f} tokens/s, peak memory '
     f'{summary["peak_memory_bytes"] / 1e9:.2f} GB'
   )
+  for rung in rungs:
+    say(rung_line(rung))
   for export in summary['exports'].values():
     say(
       f'export: {export["path"]} ({export["dtype"]}), read back, logits differ '

@@ -117,9 +117,10 @@ def check_export(export: ExportSettings, planned: PlannedModel) -> None:
         'export.layout=auto'
       )
     check_padded(planned.config, planned.plan.pruned_config)
-  for final in exported_sizes(export, planned.config, planned.plan):
-    resolve_layout(final, export.layout)
-    resolve_model_type(final, export.layout, export.model_type)
+  for plan in (*planned.ladder, planned.plan):
+    for size in exported_sizes(export, planned.config, plan):
+      resolve_layout(size, export.layout)
+      resolve_model_type(size, export.layout, export.model_type)
 
 
 def exported_sizes(

@@ -26,8 +26,9 @@ from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE
 from lorapr_jax.pruning.groups import couplings, kind
 from lorapr_jax.pruning.importance import SUM, Criterion
+from lorapr_jax.pruning.ladder import plan_ladder
 from lorapr_jax.pruning.plan import PruningPlan
-from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.schedule import AtOnce, PruneSchedule, Schedule
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.sharding import divisors
@@ -111,6 +112,7 @@ class PruneSettings:
   criterion: str = Criterion.name
   order: str = 'joint'
   calibration_steps: int = 10
+  rung_steps: str = ''
   target: float | None = Targets.target
   heads_target: float | None = Targets.heads_target
   channels_target: float | None = Targets.channels_target
@@ -184,11 +186,12 @@ class PruneSettings:
     """Whether what survives is repaired."""
     return self.compensate == RIDGE
 
-  def schedule(self, steps: int) -> PruneSchedule:
+  def schedule(self, steps: int) -> Schedule:
     """When groups are masked, in a run of so many steps with LoRA."""
     if self.order == 'joint':
       return PruneSchedule(steps, self.every, self.warmup, self.cooldown)
-    return PruneSchedule.once(self.calibration_steps)
+    steps = self.calibration_steps
+    return AtOnce(steps, (steps - 1,))
 
 
 class PlannedModel(NamedTuple):
@@ -201,6 +204,7 @@ class PlannedModel(NamedTuple):
     lora: the adapters'.
     plan: what will be left; None if nothing is pruned.
     base_dtype: of the weights that are not quantised.
+    ladder: what is left at each share of export.ladder.
   """
 
   settings: ModelSettings
@@ -209,6 +213,7 @@ class PlannedModel(NamedTuple):
   lora: LoraConfig
   plan: PruningPlan | None
   base_dtype: Any
+  ladder: tuple[PruningPlan, ...] = ()
 
 
 def plan_model(
@@ -221,10 +226,10 @@ def plan_model(
   """The model of a config; no weights are read.
 
   Args:
-    config: its sections model, lora and prune are read, and export's layout.
+    config: its sections model, lora, prune and export are read.
     tensor_parallel: the size of the mesh axis that splits heads.
     devices: of the run; empty: the default ones.
-    keep: that of a run's plan; None: it is planned.
+    keep: that of a run's plan, without its ladder; None: it is planned.
     measured: as of `plan_targets`.
 
   Raises:
@@ -250,6 +255,7 @@ def plan_model(
   else:
     counts = {group: tuple(n) for group, n in keep.items()}
     plan = PruningPlan(sizes, targets, counts)
+  ladder = plan_ladder(plan, export.shares if keep is None else ())
   if not plan.keep:
     plan = None
   dtype, quantized = settings.base_dtype, ()
@@ -268,6 +274,7 @@ def plan_model(
     resolve_dtype(
       'model.base_dtype', dtype, devices[0].platform if devices else None
     ),
+    ladder,
   )
 
 

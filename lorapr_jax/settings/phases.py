@@ -1,22 +1,26 @@
 """What a run consists of, by prune.order: prune, calibrate, tune, recover."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
+import itertools
 
 import optax
 
 from lorapr_jax.pruning.importance import SUM, Criterion
+from lorapr_jax.pruning.ladder import Rung
 from lorapr_jax.pruning.milestones import Milestones
 from lorapr_jax.pruning.plan import PruningPlan
-from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.schedule import Schedule
 from lorapr_jax.settings.sections import (
   DataSettings,
   RecoverSettings,
   TrainSettings,
 )
 
-# Of the phase that ends in the cut, and of those after it in their order.
-CHECKPOINTS = 'checkpoints'
+# Of the phase that ends in the cut, of the one before it where there is one,
+# and of those after it in their order.
+CHECKPOINTS, CHECKPOINTS_BEFORE = 'checkpoints', 'checkpoints-calibrate'
 CHECKPOINTS_AFTER_CUT = ('checkpoints-tune', 'checkpoints-recover')
 
 
@@ -33,21 +37,32 @@ class Pruning:
     texts: the specs that these batches are drawn from.
     data: the mixture of an event's own batches; empty: the newest batches.
     cuts: the steps before which masked groups are cut out of the arrays.
+    rungs: the sizes that are exported on the way.
+    first_step: the steps of the run before this phase.
+    first_pass: the passes of the run before this phase.
   """
 
   plan: PruningPlan
-  schedule: PruneSchedule
+  schedule: Schedule
   criterion: Criterion
   repairs: bool
   batches: int
   texts: tuple[str, ...] = ('',)
   data: str = ''
   cuts: tuple[int, ...] = ()
+  rungs: tuple[Rung, ...] = ()
+  first_step: int = 0
+  first_pass: int = 0
 
   @functools.cached_property
   def milestones(self) -> Milestones:
     """The sizes on the way."""
-    return Milestones(self.plan, self.schedule)
+    return Milestones(self.plan, self.schedule, self.rungs)
+
+  @functools.cached_property
+  def rung_before(self) -> dict[int, Rung]:
+    """The rungs, by the step before which each is exported."""
+    return {rung.end: rung for rung in self.rungs}
 
   @property
   def averages(self) -> bool:
@@ -79,15 +94,17 @@ class Pruning:
 
     Of the newest no more than there are at the first one.
     """
-    if self.data and self.passes:
+    if not self.passes:
+      return 0
+    if self.data:
       return self.batches
-    return min(self.batches, min(self.passes, default=-1) + 1)
+    return min(self.batches, self.first_step + min(self.passes) + 1)
 
   def own_batches(self, step: int) -> range:
     """The batches of `data` that the event of a step reads."""
     if not self.data or step not in self.passes:
       return range(0)
-    first = self.passes.index(step) * self.batches
+    first = (self.first_pass + self.passes.index(step)) * self.batches
     return range(first, first + self.batches)
 
 
@@ -106,6 +123,7 @@ class Phase:
       are.
     lr_schedule: one of LR_SCHEDULES.
     pruning: None where nothing is masked.
+    restarts: the steps at which the learning rate is at its peak again.
   """
 
   name: str
@@ -117,14 +135,23 @@ class Phase:
   peak: float
   lr_schedule: str
   pruning: Pruning | None = None
+  restarts: tuple[int, ...] = ()
 
   @property
   def learning_rate(self) -> optax.Schedule:
-    """By step: from the peak, down to 0 after the last step."""
+    """By step: from the peak, down to 0 after the last step.
+
+    It is so anew from each restart on.
+    """
+    ends = itertools.pairwise((0, *self.restarts, self.steps))
+    falling = [self._falling(end - begin) for begin, end in ends]
+    return optax.join_schedules(falling, self.restarts)
+
+  def _falling(self, steps: int) -> optax.Schedule:
     if self.lr_schedule == 'linear':
-      return optax.linear_schedule(self.peak, 0.0, self.steps)
+      return optax.linear_schedule(self.peak, 0.0, steps)
     if self.lr_schedule == 'cosine':
-      return optax.cosine_decay_schedule(self.peak, self.steps)
+      return optax.cosine_decay_schedule(self.peak, steps)
     return optax.constant_schedule(self.peak)
 
   @property
@@ -136,7 +163,8 @@ class Phase:
     """The steps from `first` on whose calls compile.
 
     The first one, those before which is cut, and after each of these the first
-    with a pass, and the first at which layers are masked.
+    with a pass, and the first at which layers are masked. Also those before
+    which a rung is exported.
     """
     if self.pruning is None:
       return frozenset([first])
@@ -146,17 +174,17 @@ class Phase:
       for steps in (self.pruning.passes, self.pruning.layer_events)
       for size in sizes
     ]
-    return frozenset(sizes + events)
+    return frozenset([*sizes, *events, *self.pruning.rung_before])
 
 
 def make_phases(
   order: str,
-  pruning: Pruning | None,
+  prunings: Sequence[Pruning],
   train: TrainSettings,
   recover: RecoverSettings,
   data: DataSettings,
 ) -> tuple[Phase, ...]:
-  """The phases of a run, in order. After the first comes the cut.
+  """The phases of a run, in order.
 
     joint            prune (train.steps), while LoRA trains
     prune_then_tune  calibrate (prune.calibration_steps), with untrained
@@ -165,26 +193,34 @@ def make_phases(
     none             calibrate
     and, with any of them, recover (recover.steps) on what is left.
 
+  After the last one that prunes comes the cut. With a ladder, tune prunes too.
   All take one batch a step, so that joint and prune_then_tune see the same
-  tokens. `order` is prune.order; `pruning` is what the first phase masks.
+  tokens. `order` is prune.order; `prunings` are what the first phases mask.
   """
   tune, recovery = CHECKPOINTS_AFTER_CUT
   rate, result = train.learning_rate, []
 
-  def add(name, folder, steps, rate, pruning=None, spec=data.train):
+  def add(
+    name, folder, steps, rate, pruning=None, spec=data.train, restarts=()
+  ):
     first = sum(phase.steps for phase in result)
     # Data of its own starts from its beginning; else the stream goes on.
     start = first if spec == data.train else 0
     args = (name, folder, first, steps, spec, start, rate, train.lr_schedule)
-    result.append(Phase(*args, pruning))
+    result.append(Phase(*args, pruning, restarts))
 
   if order == 'joint':
-    add('prune', CHECKPOINTS, train.steps, rate, pruning)
+    add('prune', CHECKPOINTS, train.steps, rate, *prunings)
   else:
-    calibration = pruning.schedule.total_steps
-    add('calibrate', CHECKPOINTS, calibration, 0.0, pruning)
-  if order == 'prune_then_tune':
-    add('tune', tune, train.steps - calibration, rate)
+    first, *rungs = prunings
+    calibration = first.schedule.total_steps
+    folder = CHECKPOINTS_BEFORE if rungs else CHECKPOINTS
+    add('calibrate', folder, calibration, 0.0, first)
+    for later in rungs:
+      ends, steps = later.schedule.events, later.schedule.total_steps
+      add('tune', CHECKPOINTS, steps, rate, later, restarts=ends)
+    if order == 'prune_then_tune' and not rungs:
+      add('tune', tune, train.steps - calibration, rate)
   if recover.steps:
     rate, spec = recover.learning_rate or rate, recover.data or data.train
     add('recover', recovery, recover.steps, rate, spec=spec)

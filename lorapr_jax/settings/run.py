@@ -11,17 +11,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import config_dict
 
-from lorapr_jax.data.sources import parse_mixture
-from lorapr_jax.errors import UserError
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.compute import Compute, resolve_dtype
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.models.cost import (
-  forward_flops_per_token,
-  pass_flops_per_token,
-)
-from lorapr_jax.pruning.importance import OBS
-from lorapr_jax.pruning.milestones import parse_shrink
 from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.runtime.sharding import make_mesh, mesh_sizes
 from lorapr_jax.settings.checks import (
@@ -39,10 +31,10 @@ from lorapr_jax.settings.devices import (
 from lorapr_jax.settings.model import (
   ModelSettings,
   PlannedModel,
-  PruneSettings,
   plan_model,
 )
 from lorapr_jax.settings.phases import Phase, Pruning, make_phases
+from lorapr_jax.settings.pruning import plan_prunings
 from lorapr_jax.settings.sections import (
   DataSettings,
   ExportSettings,
@@ -53,11 +45,6 @@ from lorapr_jax.settings.sections import (
   TrainSettings,
   read_section,
 )
-
-# What the passes of all pruning events may cost, as a share of the steps'
-# operations; and the most tokens of one, if two batches are not more.
-EVENT_SHARE = 0.25
-EVENT_TOKENS = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +57,8 @@ class RunSettings:
     base_dtype: of the frozen weights that are not quantised.
     compute: what the compiled functions are specialised to.
     plan: what will be left; None if nothing is pruned.
-    phases: in order. After the first comes the cut.
+    ladder: what is left at each share of export.ladder.
+    phases: in order.
     mesh_sizes: of the axes data, fsdp, sequence and tensor.
     devices: that the mesh is made of, all of one kind.
   """
@@ -84,6 +72,7 @@ class RunSettings:
   base_dtype: Any
   compute: Compute
   plan: PruningPlan | None
+  ladder: tuple[PruningPlan, ...]
   phases: tuple[Phase, ...]
   mesh_sizes: dict[str, int]
   devices: tuple[jax.Device, ...]
@@ -99,18 +88,39 @@ class RunSettings:
     return sum(phase.steps for phase in self.phases)
 
   @property
+  def until_cut(self) -> tuple[Phase, ...]:
+    """The phases up to the cut: those that prune, or the first one."""
+    pruning = tuple(phase for phase in self.phases if phase.pruning)
+    return pruning or self.phases[:1]
+
+  @property
+  def after_cut(self) -> tuple[Phase, ...]:
+    """The phases of what is left."""
+    return self.phases[len(self.until_cut) :]
+
+  @property
   def pruning(self) -> Pruning | None:
-    """What the first phase masks."""
-    return self.phases[0].pruning
+    """What the phase masks that ends in the cut."""
+    return self.until_cut[-1].pruning
+
+  @property
+  def cuts(self) -> list[int]:
+    """The steps of the run before which masked groups are cut out."""
+    pruning = self.pruning
+    return [pruning.first_step + cut for cut in pruning.cuts] if pruning else []
 
   @property
   def exported(self) -> list[ModelConfig]:
     """What may be exported: which layers go is chosen in the run."""
-    return exported_sizes(self.export, self.compute.config, self.plan)
+    return [
+      size
+      for plan in (*self.ladder, self.plan)
+      for size in exported_sizes(self.export, self.compute.config, plan)
+    ]
 
   def resolved(self) -> dict[str, Any]:
     """What the config leaves open, and a resumed run must find unchanged."""
-    plan, cuts = self.plan, self.pruning.cuts if self.pruning else ()
+    plan = self.plan
     return {
       'base_dtype': self.base_dtype.name,
       'compute_dtype': self.compute.dtype.name,
@@ -118,9 +128,10 @@ class RunSettings:
       'model': config_to_hf(self.compute.config),
       # With another mesh.tensor other counts may be the nearest.
       'keep': plan.keep if plan else {},
-      'cuts': cuts,
+      'cuts': self.cuts,
       # Sizes on the way follow from them.
-      'multiples': plan.multiples if cuts else {},
+      'multiples': plan.multiples if self.cuts else {},
+      'ladder': {str(rung.share): rung.keep for rung in self.ladder},
     }
 
 
@@ -156,7 +167,7 @@ def split_config(
   compute = _compute(planned, train, mesh, devices)
   check_lengths(data, train, compute, mesh, devices)
   check_teacher(train, planned)
-  pruning = _pruning(planned, train, data.train)
+  prunings = plan_prunings(planned, train, data.train)
   check_export(export, planned)
   return RunSettings(
     model=planned.settings,
@@ -168,7 +179,8 @@ def split_config(
     base_dtype=planned.base_dtype,
     compute=compute,
     plan=planned.plan,
-    phases=make_phases(planned.prune.order, pruning, train, recover, data),
+    ladder=planned.ladder,
+    phases=make_phases(planned.prune.order, prunings, train, recover, data),
     mesh_sizes=mesh,
     devices=devices,
   )
@@ -195,79 +207,3 @@ def _compute(
     distill=train.distill,
     compiler_options=resolve_compiler_options(train.compiler_options, devices),
   )
-
-
-def _event_batches(
-  pruning: Pruning, prune: PruneSettings, train: TrainSettings
-) -> int:
-  """The batches that a pruning event reads, where the config leaves it open.
-
-  So many that their passes together take EVENT_SHARE of the operations of the
-  steps, which are three forward passes each. With prune.order=none there are no
-  such steps, and all that were read before the event are taken. What solving
-  costs does not depend on the number, and is left out.
-  """
-  config, tokens = pruning.plan.config, train.batch_size * train.seq_len
-  step = 3 * forward_flops_per_token(config, train.seq_len)
-  each = pass_flops_per_token(config, train.seq_len)
-  share = EVENT_SHARE * train.steps * step / each
-  number = int(share / max(1, len(pruning.passes)))
-  if prune.order == 'none':
-    number = prune.calibration_steps
-  return max(2, min(number, EVENT_TOKENS // tokens))
-
-
-def _pruning(
-  planned: PlannedModel, train: TrainSettings, text: str
-) -> Pruning | None:
-  """What the first phase masks."""
-  prune, plan = planned.prune, planned.plan
-  criterion, schedule = prune.ranking(), prune.schedule(train.steps)
-  shares = parse_shrink(prune.shrink)
-  if planned.config.quantized and criterion.needs_base_grads:
-    raise UserError(
-      f'prune.criterion={criterion.name} needs gradients of the base, which '
-      'model.base_dtype=int8 has none of: use prune.criterion=lora'
-    )
-  tuned = train.steps - prune.calibration_steps
-  if prune.order == 'prune_then_tune' and tuned <= 0:
-    raise UserError(
-      f'prune.calibration_steps {prune.calibration_steps} leaves none of '
-      f'train.steps {train.steps} to tune: lower it, or use prune.order=none'
-    )
-  reason = None
-  if plan is None or prune.order != 'joint':
-    reason = 'there is no ramp: use prune.shrink=end, or prune.order=joint'
-  elif prune.criterion == 'random':
-    reason = 'scores are drawn for the sizes at the start: use prune.shrink=end'
-  if reason and isinstance(shares, tuple):
-    raise UserError(f'prune.shrink is {prune.shrink!r}, but {reason}')
-  if plan is None:
-    return None
-  own = prune.compensate_data
-  texts = tuple(spec.text for _, spec in parse_mixture(own or text))
-  # What a layer that goes adds to the stream is in nobody's inputs.
-  repairs = prune.repairs and plan.within_layers
-  pruning = Pruning(*(plan, schedule, criterion, repairs, 1, texts, own))
-  if own and not pruning.passes:
-    raise UserError(
-      f'prune.compensate_data is {own!r}, but with '
-      f'prune.compensate={prune.compensate} and '
-      f'prune.criterion={criterion.name} no text is measured or repaired on: '
-      'leave it empty'
-    )
-  batches = prune.compensate_batches or _event_batches(pruning, prune, train)
-  pruning = dataclasses.replace(pruning, batches=batches)
-  micro_batches = train.batch_size // train.micro_batch_size
-  fits = plan.within_layers and (pruning.repairs or criterion.name == OBS)
-  if fits and pruning.pass_batches * micro_batches < 2:
-    raise UserError(
-      'a pruning event keeps one micro-batch out of what it is fitted to, and '
-      'the first one has no other: raise prune.compensate_batches, '
-      'prune.calibration_steps or prune.warmup, or lower '
-      'train.micro_batch_size'
-    )
-  if reason:
-    return pruning
-  cuts = pruning.milestones.cuts(shares, train.seq_len)
-  return dataclasses.replace(pruning, cuts=cuts)

@@ -18,6 +18,7 @@ from lorapr_jax.data.templates import Template
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.hf.write import DTYPES as EXPORT_DTYPES
 from lorapr_jax.hf.write import GGUF_DTYPES
+from lorapr_jax.pruning.ladder import parse_ladder
 from lorapr_jax.runtime.sizes import parse_size
 
 LR_SCHEDULES = ('linear', 'cosine', 'constant')
@@ -173,11 +174,13 @@ class ExportSettings:
   dtype: str = 'auto'
   gguf_dtype: str = 'auto'
   max_shard_size: str = '5GB'
+  ladder: str = ''
 
   def __post_init__(self):
     choose('export.dtype', self.dtype, ('auto', *EXPORT_DTYPES))
     choose('export.gguf_dtype', self.gguf_dtype, ('auto', *GGUF_DTYPES))
     parse_size('export.max_shard_size', self.max_shard_size)
+    self.shares  # noqa: B018  It checks `ladder`.
     unknown = sorted(set(self.routes) - set(ROUTES))
     if unknown or 'hf' not in self.routes:
       raise UserError(
@@ -189,6 +192,11 @@ class ExportSettings:
   def routes(self) -> tuple[str, ...]:
     """Those in `format`."""
     return tuple(name.strip() for name in self.format.split(','))
+
+  @property
+  def shares(self) -> tuple[float, ...]:
+    """Those in `ladder`."""
+    return parse_ladder(self.ladder)
 
 
 @dataclasses.dataclass(frozen=True)

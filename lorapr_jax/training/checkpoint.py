@@ -282,6 +282,11 @@ class Checkpoints:
     with _writing(self._folder):
       self._manager.save(step, args=args)
 
+  def wait(self) -> None:
+    """Waits until everything is written."""
+    with _writing(self._folder):
+      self._manager.wait_until_finished()
+
   def __enter__(self) -> 'Checkpoints':
     self._loops.__enter__()
     return self

@@ -89,7 +89,7 @@ class PruningEvent(NamedTuple):
     donated.
     """
     pruning, config = self.pruning, base.compute.config
-    keep = pruning.plan.keep_at(pruning.schedule.progress(step))
+    keep = pruning.milestones.alive(step)
     keep = pruning.plan.counts_in(keep, len(config.layers))
     counts = by_stack(keep, config)
     if step in pruning.layer_events:

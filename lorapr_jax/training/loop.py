@@ -1,19 +1,20 @@
 """The paper's algorithm: the steps of one phase of a run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import optax
 
 from lorapr_jax.models.compute import Compute
+from lorapr_jax.pruning.ladder import Rung
 from lorapr_jax.settings.phases import Phase
 from lorapr_jax.training import steps
 from lorapr_jax.training.base import Base
 from lorapr_jax.training.batches import Batches
 from lorapr_jax.training.cut import cut_on_the_way
 from lorapr_jax.training.event import PruningEvent
-from lorapr_jax.training.resume import begin
+from lorapr_jax.training.resume import begin, restored
 from lorapr_jax.training.state import TrainState, init_state
 from lorapr_jax.training.watch import Watch
 
@@ -50,17 +51,27 @@ class Functions(NamedTuple):
 def train_phase(
   phase: Phase,
   base: Base,
-  lora: Any = None,
+  start: Mapping[str, Any],
   *,
   seed: int,
   batches: Batches,
   watch: Watch,
+  leave: Callable[[Rung, TrainState, Base], Base | None],
 ) -> tuple[TrainState, Base]:
   """Trains LoRA on the base and, if the phase prunes, masks groups.
 
-  It goes on from the adapters `lora`, or draws new ones; `seed` is for these
-  and for dropout. Arrays of the base that are cut or repaired are deleted. The
-  state and the base that come back have the last size.
+  Arrays of the base that are cut or repaired are deleted. The state and the
+  base that come back have the last size.
+
+  Args:
+    phase: what is done.
+    base: as loaded, or as the phase before left it.
+    start: fields of the first state that a phase before left; adapters that
+      are not among them are drawn.
+    seed: for these and for dropout.
+    batches: of all phases.
+    watch: what goes on around the steps.
+    leave: exports a rung; where it deleted the base, it gives it as loaded.
 
   Raises:
     Stopped: after SIGINT, SIGTERM or SIGHUP, once a checkpoint is written.
@@ -68,26 +79,30 @@ def train_phase(
   watch.display.start('compile')
   adamw = steps.make_optimizer(phase.learning_rate)
   init_key, step_key = jax.random.split(jax.random.key(seed))
-  groups, texts = (), 1
-  if phase.pruning:
-    groups, texts = tuple(phase.pruning.plan.keep), len(phase.pruning.texts)
+  pruning, groups, texts = phase.pruning, (), 1
+  if pruning:
+    groups, texts = tuple(pruning.plan.keep), len(pruning.texts)
 
   def new_state(compute: Compute) -> TrainState:
-    state = init_state(init_key, compute, groups, adamw, texts)
-    return state if lora is None else state.replace(lora=lora)
+    return init_state(init_key, compute, groups, adamw, texts)
 
   folder, warn = watch.workdir / phase.checkpoints, watch.display.warn
   state, base = begin(folder, phase, base, new_state, warn)
   if (first := int(state.step)) == phase.steps:
     return state, base
+  if not first:
+    state = state.replace(**start)
 
-  functions, pruning = Functions.of(phase, base, adamw), phase.pruning
+  functions = Functions.of(phase, base, adamw)
   compiling = phase.compiling(first)
   with (
     watch.over(phase, state, compiling) as watching,
     batches.of(phase, base.places.batch, first) as stream,
   ):
     for step, (batch, to_measure) in watching.steps(first, stream):
+      rung = pruning and pruning.rung_before.get(step)
+      if rung and (loaded := leave(rung, state, base)):
+        state, base = restored(folder, phase, loaded, new_state, step)
       if pruning and step in pruning.cuts:
         state, base = cut_on_the_way(state, base, pruning, step)
         functions = Functions.of(phase, base, adamw)

@@ -40,21 +40,37 @@ def begin(
   """
   damaged: list[tuple[int, Damaged]] = []
   for step in sorted(saved_steps(folder), reverse=True):
-    compute = _compute_at(phase, base.compute, step)
-    shapes = _stored_shapes(phase, base, compute, new_state)
     try:
-      state = restore(folder, step, shapes, base.places.state)
+      found = restored(folder, phase, base, new_state, step)
     except Damaged as error:
       damaged.append((step, error))
       continue
     for newer, _ in damaged:
       warn(set_aside(folder, newer, step))
-    return state.replace(repaired=()), as_saved(base, state)
+    return found
   if damaged:
     raise damaged[0][1]
   # device_put would find that NaN differs between processes.
   place = jax.jit(lambda state: state, out_shardings=base.places.state)
   return place(new_state(base.compute)), base
+
+
+def restored(
+  folder: Path,
+  phase: Phase,
+  base: Base,
+  new_state: Callable[[Compute], TrainState],
+  step: int,
+) -> tuple[TrainState, Base]:
+  """State and base of one checkpoint; the arguments are as of `begin`.
+
+  Raises:
+    Damaged: if it cannot be read; the base is as it was then.
+  """
+  compute = _compute_at(phase, base.compute, step)
+  shapes = _stored_shapes(phase, base, compute, new_state)
+  state = restore(folder, step, shapes, base.places.state)
+  return state.replace(repaired=()), as_saved(base, state)
 
 
 def _compute_at(phase: Phase, compute: Compute, step: int) -> Compute:

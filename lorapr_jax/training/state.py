@@ -50,6 +50,12 @@ class TrainState:
   error_left: Any = ()
 
 
+def carried(state: TrainState) -> dict[str, Any]:
+  """The fields with which the next phase that prunes goes on."""
+  names = 'lora', 'masks', 'importance', 'unrepaired', 'error_left'
+  return {name: getattr(state, name) for name in names}
+
+
 @functools.partial(
   jax.jit, static_argnames=('settings', 'groups', 'optimizer', 'texts')
 )

@@ -157,9 +157,13 @@ class PhaseWatch:
       interrupt.wait_for(state.step)
       self._write(state, results, self._evaluate(state, base, evaluates))
     self._stops = self._signals.stops()
-    if last or self._stops or done % run.train.checkpoint_every == 0:
+    rung = phase.pruning and step + 1 in phase.pruning.rung_before
+    saves = rung or done % run.train.checkpoint_every == 0
+    if last or self._stops or saves:
       interrupt.wait_for(state.step)
       self._save(state, base)
+    if rung:  # It is exported, and the run goes on from what was saved.
+      self._checkpoints.wait()
     if not last and not self._stops:
       self.before(step + 1, state)
 

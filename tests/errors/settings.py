@@ -174,6 +174,34 @@ CASES = [
     '`--config.prune.shrink=0.5 --config.prune.order=none`',
     with_argv(*train_tiny('prune.shrink=0.5', 'prune.order=none')),
   ),
+  tiny_override('export.ladder=0.8,0.9'),
+  tiny_override('export.ladder=0.9,0.5', 'of a model that keeps more'),
+  Case(
+    '`--config.export.ladder=0.9,0.89 --config.prune.channels_multiple_of=64`',
+    with_argv(
+      *train_tiny('export.ladder=0.9,0.89', 'prune.channels_multiple_of=64')
+    ),
+  ),
+  *(
+    Case(
+      f'`--config.export.ladder=0.9,0.8 --config.prune.{more}`',
+      with_argv(*train_tiny('export.ladder=0.9,0.8', f'prune.{more}')),
+    )
+    for more in ('every=30', 'order=none', 'rung_steps=9,9')
+  ),
+  *(
+    Case(
+      '`--config.export.ladder=0.9,0.8 --config.prune.order=prune_then_tune '
+      f'--config.prune.rung_steps={steps}`',
+      with_argv(
+        *train_tiny(
+          *('export.ladder=0.9,0.8', 'prune.order=prune_then_tune'),
+          f'prune.rung_steps={steps}',
+        )
+      ),
+    )
+    for steps in ('9,0', '9', '25,25')
+  ),
   tiny_override('prune.heads_multiple_of=0'),
   tiny_override('prune.heads_multiple_of=4', 'of a model with 4 KV heads'),
   tiny_override('lora.targets=gate_proj', 'while heads are pruned'),

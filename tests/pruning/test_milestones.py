@@ -16,7 +16,7 @@ from lorapr_jax.pruning.milestones import (
   parse_shrink,
 )
 from lorapr_jax.pruning.plan import plan_pruning
-from lorapr_jax.pruning.schedule import PruneSchedule
+from lorapr_jax.pruning.schedule import AtOnce, PruneSchedule
 from lorapr_jax.pruning.targets import Targets
 
 CONFIG = ModelConfig(
@@ -64,7 +64,7 @@ def test_a_masking_is_a_step_at_which_something_goes():
   # At step 4 the ramp begins, and from 28 on all is gone that will go.
   found = milestones()
   assert found.maskings == tuple(x - 1 for x in found.candidates())
-  once = milestones(PruneSchedule.once(3))
+  once = milestones(AtOnce(3, (2,)))
   assert once.maskings == (2,)
 
 

@@ -149,6 +149,37 @@ def test_what_others_wrote_is_shown_and_not_run(workdir):
     assert not [name for _, name, _ in page.attributes if name == 'onerror']
 
 
+def test_sizes_on_the_way_are_a_table_a_curve_and_samples(workdir):
+  def change(summary):
+    as_it_was = 'bytes', 'kv_cache_bytes_per_token', 'exports'
+    summary['rungs'] = [
+      {
+        **{'share': share, 'steps': 6, 'params_pruned': 123456 - i},
+        **{key: summary[key] for key in as_it_was},
+        'perplexity': {
+          'pruned': {**summary['perplexity']['pruned'], 'value': 321.5 + i}
+        },
+        'generations': [{'prompt': 'Once', 'pruned': f' at size {share}'}],
+      }
+      for i, share in enumerate((0.9, 0.8))
+    ]
+
+  assert 'Sizes on the way' not in render_report(workdir)
+  change_summary(workdir, change)
+  page = check_alone(render_report(workdir))
+  for piece in (
+    *('Sizes on the way', '123,456', '123,455', '321.50', '322.50'),
+    *('at size 0.9', 'at size 0.8', ' in a while'),
+  ):
+    assert piece in page.text, piece
+  assert ('svg', 'aria-label', 'Perplexity against parameters kept') in [
+    attribute for attribute in page.attributes if attribute[0] == 'svg'
+  ]
+  change_summary(workdir, lambda x: x['rungs'][1].update(perplexity={}))
+  with pytest.raises(UserError, match=r'rungs\.perplexity'):
+    render_report(workdir)
+
+
 def test_a_page_says_what_is_not_there(workdir):
   (workdir / 'importance.safetensors').unlink()
   (workdir / 'metrics.jsonl').write_text('')

@@ -6,8 +6,9 @@ from lorapr_jax.report import summary
 from lorapr_jax.settings.run import split_config
 
 
-def plan_of(**prune):
+def plan_of(ladder='', **prune):
   config = tiny.get_config()
+  config.export.ladder = ladder
   config.mesh.data, config.mesh.fsdp = -1, 1
   config.prune.update(prune)
   settings, lines = split_config(config), []
@@ -63,6 +64,7 @@ def test_the_table_has_no_negative_nothing(capsys):
       },
       'latency': both | {'batch_size': 1, 'seq_len': 128},
       'sparsity': {'heads': {'target': 0.5, 'achieved': 0.5}},
+      'rungs': [],
       'repair': {'unrepaired': 1, 'error_left': {'a': 0.705, 'b': None}},
       'seconds': {'data': 1.0},
       'tokens_per_second': 1000.0,
@@ -86,6 +88,21 @@ def test_the_table_has_no_negative_nothing(capsys):
   assert 'latency: prefill of 128 tokens, batch size 1\n' in out
   error = 'error left by repairs, on other tokens of'
   assert f'{error} a: 70%\n{error} b: not measured\n' in out
+
+
+def test_a_plan_says_what_is_exported_on_the_way():
+  ladder = '0.9,0.8'
+  lines = plan_of(ladder)
+  found = [line for line in lines if line.startswith('rung ')]
+  assert found[0] == (
+    'rung 0.9 of export.ladder: 147,712 parameters, exported before step 16'
+  )
+  once = plan_of(ladder, order='prune_then_tune', rung_steps='7,9')
+  found = [line for line in once if line.startswith('rung ')]
+  assert [line.rpartition(' ')[2] for line in found] == ['17', '26']
+  assert (
+    'masked groups are cut out before steps 10, 18, 27, and after the last step'
+  ) in once
 
 
 def test_a_plan_says_what_it_has_to_come_to(monkeypatch):

@@ -75,6 +75,33 @@ def test_the_passes_of_all_events_take_a_quarter_of_the_steps(steps, every):
   assert more or pruning.batches == 2**17 // (16 * 32)
 
 
+def test_a_ladder_at_once_prunes_while_it_tunes():
+  config = read_config('tiny')
+  config.export.ladder = '0.9,0.8'
+  config.prune.update({'order': 'prune_then_tune', 'rung_steps': '4,6'})
+  own = {'compensate_data': 'synthetic:7', 'compensate_batches': 3}
+  config.prune.update(own)
+  settings = split_config(config)
+  calibrate, tune = settings.until_cut
+  assert settings.phases == (calibrate, tune)
+  assert (calibrate.steps, tune.steps, tune.first_step) == (10, 50, 10)
+  first, then = calibrate.pruning, tune.pruning
+  assert then is settings.pruning and then.plan == settings.plan
+  assert first.plan == settings.ladder[0] and first.passes == (9,)
+  assert then.passes == (4, 10) and then.cuts == (0, 5, 11)
+  assert settings.cuts == [10, 15, 21]
+  # Text of their own goes on from event to event.
+  assert [*first.own_batches(9), *then.own_batches(4)] == [*range(6)]
+  assert tune.compiling(0) >= {0, 4, 5, 10, 11}
+  rates = [float(tune.learning_rate(step)) for step in range(50)]
+  assert rates[0] == rates[4] == rates[10] == max(rates)
+  assert rates[3] == pytest.approx(rates[0] / 4) and rates[49] < rates[10] / 30
+  # The newest batches are those of the calibration too.
+  config.prune.update({'compensate_data': '', 'compensate_batches': 12})
+  first, then = (p.pruning for p in split_config(config).until_cut)
+  assert (first.pass_batches, then.pass_batches) == (10, 12)
+
+
 @pytest.mark.parametrize('order', ['none', 'prune_then_tune'])
 def test_an_event_reads_no_more_tokens_than_its_most(order):
   config = read_config('tiny')
