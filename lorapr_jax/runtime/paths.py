@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from typing import Any
 
-from lorapr_jax.errors import UserError, first_line
+from lorapr_jax.errors import UserError, first_line, short
 from lorapr_jax.runtime.leftovers import delete, half, half_folder
 
 # The files of a Hugging Face folder that a tokenizer may need.
@@ -44,7 +44,9 @@ def path_of(name: str | os.PathLike[str]) -> Path:
   try:
     name.encode()
   except UnicodeEncodeError:
-    raise UserError(f'{name} is no name in UTF-8: rename it') from None
+    raise UserError(
+      f'{short(repr(name))} is no name in UTF-8: rename it'
+    ) from None
   if '://' not in name:
     return expanded(name)
   # Imported here because most paths are local.
