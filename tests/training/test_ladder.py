@@ -17,6 +17,7 @@ from tests.runs import assert_same_run, metrics, train
 RUN = [
   *('--config.train.steps=12', '--config.train.log_every=1'),
   *('--config.train.checkpoint_every=1', '--config.data.eval_windows=8'),
+  *('--config.train.batch_size=8', '--config.train.micro_batch_size=8'),
   '--config.train.checkpoints_kept=100',
   *('--config.prune.every=2', '--config.lora.targets=q_proj,gate_proj'),
   '--config.export.ladder=0.9,0.8',
