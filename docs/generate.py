@@ -24,7 +24,7 @@ from lorapr_jax.hf.layout import resolve_model_type
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.families import FAMILIES
 from lorapr_jax.pruning.groups import CHANNELS
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.files import write_text

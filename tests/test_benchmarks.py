@@ -18,7 +18,7 @@ from lorapr_jax.models import decoder
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import init_params, param_shapes
 from lorapr_jax.pruning.importance import CRITERIA
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.settings.model import ORDERS, PruneSettings
 from lorapr_jax.settings.sections import read_section
 from tests.xla_flags import environment

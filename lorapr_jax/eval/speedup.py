@@ -26,7 +26,8 @@ from lorapr_jax.models.compute import Compute, resolve_dtype
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.pruning.fit import nothing_smaller
-from lorapr_jax.pruning.plan import PruningPlan, plan_pruning
+from lorapr_jax.pruning.plan import PruningPlan
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.sizes import plan_sizes
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime import processes

@@ -2,7 +2,8 @@
 
 from lorapr_jax.models.config import ModelConfig
 from lorapr_jax.pruning.fit import largest_within
-from lorapr_jax.pruning.plan import PruningPlan, layers_plan
+from lorapr_jax.pruning.plan import PruningPlan
+from lorapr_jax.pruning.planner import layers_plan
 from lorapr_jax.pruning.targets import Targets
 
 

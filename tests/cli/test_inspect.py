@@ -11,7 +11,7 @@ from lorapr_jax.cli.main import main
 from lorapr_jax.eval import speedup
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, ModelConfig
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.settings.model import PruneSettings
 

@@ -21,7 +21,7 @@ from lorapr_jax.hf.write import export_model
 from lorapr_jax.models.compute import Compute
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.masks import by_stack, initial_masks, select_masks
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.shrink import kept_groups, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets
 

@@ -16,7 +16,7 @@ from lorapr_jax.errors import UserError
 from lorapr_jax.eval import speedup
 from lorapr_jax.eval.speedup import measured_speedup, plan_targets
 from lorapr_jax.models.config import LayerShape, ModelConfig
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.sizes import plan_sizes
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.runtime.files import write_json

@@ -19,7 +19,7 @@ from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, with_kept
 from lorapr_jax.pruning.importance import SUM, Criterion, update_importance
 from lorapr_jax.pruning.masks import alive_counts
 from lorapr_jax.pruning.milestones import Milestones
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.schedule import PruneSchedule
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.settings.checks import outcomes

@@ -18,7 +18,7 @@ from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.models.trees import param_shapes
 from lorapr_jax.pruning.fit import Room
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.sizes import plan_sizes
 from lorapr_jax.pruning.targets import Targets
 from tests.kinds import KINDS

@@ -21,7 +21,7 @@ from lorapr_jax.pruning.groups import (
   group_size,
   protected_layers,
 )
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.targets import Targets
 
 

@@ -14,7 +14,7 @@ from lorapr_jax.pruning.ladder import (
   plan_ladder,
 )
 from lorapr_jax.pruning.milestones import Milestones
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.schedule import AtOnce, PruneSchedule
 from lorapr_jax.pruning.targets import Targets
 

@@ -7,7 +7,7 @@ import pytest
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.groups import CHANNELS, KV_HEADS, QUERIES
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.profile import block_lengths, parse_profile, spread
 from lorapr_jax.pruning.targets import Targets
 

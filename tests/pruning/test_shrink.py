@@ -37,7 +37,7 @@ from lorapr_jax.pruning.masks import (
   with_layers,
   without_layers,
 )
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.shrink import kept_groups, pad, shrink, shrunk_config
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.training.steps import make_optimizer

@@ -11,7 +11,7 @@ from lorapr_jax.exporting.cards import pruning_report
 from lorapr_jax.hf.config import config_to_hf
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.groups import CHANNELS, QUERIES
-from lorapr_jax.pruning.plan import plan_pruning
+from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.shrink import shrunk_config
 from lorapr_jax.pruning.targets import Targets
 from lorapr_jax.report.pruning_file import read_pruning
