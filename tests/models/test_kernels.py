@@ -112,12 +112,16 @@ def _on_one_device(length, packed):
 @pytest.mark.parametrize(
   ('packed', 'kernel', 'sizes', 'length'),
   [
-    (True, _interpreted, {'data': 2, 'fsdp': 2, 'tensor': 2}, T),
-    # At least 128 queries on each device.
-    (False, _interpreted, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
-    (True, _interpreted, {'tensor': 2, 'sequence': 4}, 2 * T),
-    (True, causal_attention, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
-    (False, causal_attention, {'sequence': 8}, T),
+    pytest.param(packed, *case, marks=() if packed == now else pytest.mark.slow)
+    for now, *case in (
+      (True, _interpreted, {'data': 2, 'fsdp': 2, 'tensor': 2}, T),
+      # At least 128 queries on each device.
+      (False, _interpreted, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
+      (True, _interpreted, {'tensor': 2, 'sequence': 4}, 2 * T),
+      (True, causal_attention, {'fsdp': 2, 'sequence': 2, 'tensor': 2}, T),
+      (False, causal_attention, {'sequence': 8}, T),
+    )
+    for packed in (False, True)
   ],
 )
 def test_attention_on_a_mesh_is_that_of_one_device(
