@@ -24,11 +24,14 @@ RUN = [
   f'--config.train.steps={STEPS}',
   *('--config.prune.every=3', '--config.lora.dropout=0.0'),
   *('--config.train.log_every=1', '--config.data.eval='),
-  *('--config.train.batch_size=8', '--config.train.micro_batch_size=8'),
 ]
-# So that less is traced and compiled. The first is cut by its outputs, the
-# second by its inputs.
-FEW = '--config.lora.targets=q_proj,down_proj'
+# So that less is traced and compiled, and computed. The first projection is cut
+# by its outputs, the second by its inputs.
+LESS = (
+  'lora.targets=q_proj,down_proj',
+  *('train.batch_size=8', 'train.micro_batch_size=8'),
+)
+FEW = [f'--config.{setting}' for setting in LESS]
 # Settings of both runs, and the mesh of the one that is cut on the way.
 CASES = {
   # Of 4 KV heads an odd number cannot be split: a masked one stays a while.
@@ -44,7 +47,7 @@ CASES = {
   'int8': (
     (
       *('model.base_dtype=int8', 'prune.compensate=none'),
-      *('recover.steps=2', FEW.removeprefix('--config.')),
+      *('recover.steps=2', *LESS),
     ),
     ('mesh.data=2', 'mesh.tensor=2'),
   ),
@@ -162,7 +165,7 @@ def test_masks_and_model_do_not_depend_on_when_groups_are_cut(
 
 
 SHRINK = [
-  *(*RUN, FEW, '--config.prune.shrink=0.3,0.7'),
+  *(*RUN, *FEW, '--config.prune.shrink=0.3,0.7'),
   *('--config.train.checkpoint_every=1', '--config.train.checkpoints_kept=100'),
 ]
 # What is compiled: the step for each of three sizes, and the repair for the two
@@ -256,7 +259,7 @@ def test_the_cuts_of_auto_are_known_before_the_first_step(
   workdir = tmp_path / 'run'
   flags = [
     *RUN,
-    FEW,
+    *FEW,
     '--config.prune.every=6',
     '--config.prune.compensate=none',
   ]
