@@ -205,8 +205,15 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
       log=settings.log,
       check_lock=check_lock,
     )
+    go_on = functools.partial(
+      generations,
+      folder=folder,
+      prompts=settings.report.prompts,
+      max_new_tokens=settings.report.max_new_tokens,
+    )
     ladder = Ladder(
-      workdir, settings, describe, load, held_out, display, check_lock
+      *(workdir, compute, settings.pruning, settings.export, train.seq_len),
+      *(describe, load, go_on, held_out, display, check_lock),
     )
     run_phase = functools.partial(
       train_phase,
@@ -268,11 +275,10 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     display.start('evaluate')
     if held_out:
       measured['pruned'] = held_out.perplexity(*models['pruned'])
-    prompts, length = settings.report.prompts, settings.report.max_new_tokens
     comparison = {
       'perplexity': summary.perplexity_report(**measured),
       'latency': latencies(models),
-      'generations': generations(models, folder, prompts, length),
+      'generations': go_on(models),
     }
     del models
 
