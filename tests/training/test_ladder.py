@@ -13,6 +13,7 @@ from lorapr_jax.hf.load import load_config
 from lorapr_jax.pruning.masks import without_layers
 from lorapr_jax.report.pruning_file import read_pruning
 from tests.runs import assert_same_run, metrics, train
+from tests.training.test_shrinking import cut_short
 
 RUN = [
   *('--config.train.steps=12', '--config.train.log_every=1'),
@@ -138,18 +139,6 @@ def test_no_second_copy_is_there_while_a_rung_is_exported(measured):
   # Adapters, moments, scores and batches; with the base it would be twice that.
   for rung, found in zip(summary['rungs'], beside[:2], strict=True):
     assert found < 0.8 * rung['bytes']['pruned']
-
-
-def cut_short(workdir, copy, last):
-  """As a kill would have left it after `last` steps of its second phase."""
-  shutil.copytree(workdir, copy)
-  for step in (copy / 'checkpoints').iterdir():
-    if int(step.name) > last:
-      shutil.rmtree(step)
-  for name in ('summary.json', 'importance.safetensors', 'report.html'):
-    (copy / name).unlink()
-  shutil.rmtree(copy / 'export')
-  return copy
 
 
 @pytest.mark.parametrize(
