@@ -2,7 +2,8 @@
 
 Each is made once from the run's static settings and compiled once: the state
 comes out with the sharding it goes in with. The base is an argument: never
-differentiated, never donated, never in the state, but for what repair.py does.
+differentiated, never donated, never in the state, but for what a pruning event
+repairs.
 """
 
 from collections.abc import Callable
