@@ -99,7 +99,9 @@ def test_the_report_shows_the_layers_that_are_gone(shrunk):
   assert page.count('<svg') > 6
 
 
-@pytest.mark.parametrize('source', ['run', 'folder'])
+@pytest.mark.parametrize(
+  'source', [pytest.param('run', marks=pytest.mark.slow), 'folder']
+)
 def test_padded_layers_add_nothing(shrunk, source, tmp_path, capsys):
   export, out = shrunk / 'export', tmp_path / 'out'
   given = export if source == 'folder' else shrunk

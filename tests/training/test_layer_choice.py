@@ -182,10 +182,15 @@ def test_sums_need_no_tokens(model):
 @pytest.mark.parametrize(
   ('how', 'sizes'),
   [
-    (LOSS, (2, 2, 1, 2)),
-    (COSINE, (2, 1, 2, 2)),
-    pytest.param(LOSS, (2, 1, 2, 2), marks=pytest.mark.slow),
-    pytest.param(COSINE, (2, 2, 1, 2), marks=pytest.mark.slow),
+    (LOSS, (2, 1, 2, 2)),
+    *(
+      pytest.param(*case, marks=pytest.mark.slow)
+      for case in (
+        (LOSS, (2, 2, 1, 2)),
+        (COSINE, (2, 1, 2, 2)),
+        (COSINE, (2, 2, 1, 2)),
+      )
+    ),
   ],
 )
 def test_eight_devices_choose_as_one_does(model, how, sizes):

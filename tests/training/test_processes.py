@@ -26,8 +26,7 @@ SETTINGS = {
   'train.log_every': 1,
   'train.checkpoint_every': 5,
   'prune.every': 4,
-  # The slow tests repair too.
-  'prune.compensate': 'none',
+  'prune.compensate': 'ridge',
   'train.distill': 0.5,
   'train.distill_top_k': 8,
   # So that less is compiled, by every process anew, and less is sent.
@@ -36,7 +35,6 @@ SETTINGS = {
   'lora.targets': 'q_proj,gate_proj',
   'prune.protect': 'none',
 }
-REPAIRS = {'prune.compensate': 'ridge'}
 # As a user's, but that what was killed is missed sooner.
 COMMAND = (
   'import sys\n'
@@ -74,21 +72,20 @@ def free_address():
 class Run:
   """The processes of one start of a run."""
 
-  def __init__(self, workdir, count, devices, last=(), more=None, **mesh):
-    """`last` are flags of the last process; `more` are settings of all."""
+  def __init__(self, workdir, count, devices, last=(), **mesh):
+    """`last` are flags of the last process."""
     settings = SETTINGS | {f'mesh.{axis}': n for axis, n in mesh.items()}
-    settings |= more or {}
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
     self.metrics = workdir / 'metrics.jsonl'
     address = free_address()
     self._logs, self.processes = [], []
     for index in range(count):
-      own = []
+      more = []
       if count > 1:
-        own += [f'--coordinator_address={address}', f'--process_id={index}']
-        own += [f'--num_processes={count}']
+        more += [f'--coordinator_address={address}', f'--process_id={index}']
+        more += [f'--num_processes={count}']
       if index == count - 1:
-        own += last
+        more += last
       log = workdir.with_name(f'{workdir.name}-{index}.log')
       self._logs.append(log)
       with open(log, 'w') as file:
@@ -97,7 +94,7 @@ class Run:
             [
               *(sys.executable, '-c', COMMAND, 'train'),
               *('--config=configs/tiny.py', f'--workdir={workdir}'),
-              *(*flags, *own),
+              *(*flags, *more),
             ],
             cwd=ROOT,
             env=environment(devices, LORAPR_CACHE=f'{workdir}-cache'),
@@ -154,41 +151,30 @@ def _assert_same(workdir, expected):
 @pytest.fixture(scope='module')
 def alone(tmp_path_factory):
   """The workdir of one process with eight devices."""
-  return alone_with(tmp_path_factory, {})
-
-
-@pytest.fixture(scope='module')
-def repaired(tmp_path_factory):
-  """The same, where what stays is repaired."""
-  return alone_with(tmp_path_factory, REPAIRS)
-
-
-def alone_with(tmp_path_factory, more):
   workdir = tmp_path_factory.mktemp('alone') / 'run'
-  Run(workdir, 1, 8, more=more, fsdp=4, tensor=2).end(0)
+  Run(workdir, 1, 8, fsdp=4, tensor=2).end(0)
   return workdir
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('axis', ['fsdp', 'sequence'])
-def test_two_processes_end_as_one(repaired, tmp_path, axis):
-  mesh = {'fsdp': 1, axis: 4, 'tensor': 2}
-  run = Run(tmp_path / 'run', 2, 4, more=REPAIRS, **mesh)
+def test_two_processes_end_as_one(alone, tmp_path, axis):
+  run = Run(tmp_path / 'run', 2, 4, **{'fsdp': 1, axis: 4}, tensor=2)
   first, second = run.end(0, 0)
   # Collectives on CPUs print lines of their own.
   assert 'parameters' in first and 'parameters' not in second
-  _assert_same(tmp_path / 'run', repaired)
+  _assert_same(tmp_path / 'run', alone)
 
 
 @pytest.mark.slow
-def test_what_one_process_began_two_end(repaired, tmp_path):
+def test_what_one_process_began_two_end(alone, tmp_path):
   workdir = tmp_path / 'run'
-  run = Run(workdir, 1, 4, more=REPAIRS, fsdp=2, tensor=2)
+  run = Run(workdir, 1, 4, fsdp=2, tensor=2)
   run.until(6)
   run.processes[0].terminate()
   run.end(128 + signal.SIGTERM)
-  Run(workdir, 2, 4, more=REPAIRS, fsdp=2, data=2, tensor=2).end(0, 0)
-  _assert_same(workdir, repaired)
+  Run(workdir, 2, 4, fsdp=2, data=2, tensor=2).end(0, 0)
+  _assert_same(workdir, alone)
 
 
 def test_what_is_killed_or_moved_to_other_devices_ends_as_undisturbed(
