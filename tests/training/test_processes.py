@@ -7,12 +7,14 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from lorapr_jax.cli.main import main
 from lorapr_jax.errors import UserError
+from lorapr_jax.report.pruning_file import read_pruning
 from lorapr_jax.runtime import processes
 from tests.runs import ROOT, TIMING, metrics
 from tests.xla_flags import environment
@@ -34,6 +36,17 @@ SETTINGS = {
   'data.eval': '',
   'lora.targets': 'q_proj,gate_proj',
   'prune.protect': 'none',
+}
+# Whole layers go at each of two events, and each leaves a finished model.
+LADDER = SETTINGS | {
+  'model.sizes.num_hidden_layers': 6,
+  'prune.order': 'prune_then_tune',
+  'prune.calibration_steps': 4,
+  'prune.layers_target': 0.34,
+  # As two devices need it that share heads and channels.
+  'prune.heads_multiple_of': 2,
+  'prune.channels_multiple_of': 2,
+  'export.ladder': '0.6',
 }
 # As a user's, but that what was killed is missed sooner.
 COMMAND = (
@@ -72,9 +85,11 @@ def free_address():
 class Run:
   """The processes of one start of a run."""
 
-  def __init__(self, workdir, count, devices, last=(), **mesh):
+  def __init__(
+    self, workdir, count, devices, last=(), settings=SETTINGS, **mesh
+  ):
     """`last` are flags of the last process."""
-    settings = SETTINGS | {f'mesh.{axis}': n for axis, n in mesh.items()}
+    settings = settings | {f'mesh.{axis}': n for axis, n in mesh.items()}
     flags = [f'--config.{key}={value}' for key, value in settings.items()]
     self.metrics = workdir / 'metrics.jsonl'
     address = free_address()
@@ -175,6 +190,30 @@ def test_what_one_process_began_two_end(alone, tmp_path):
   run.end(128 + signal.SIGTERM)
   Run(workdir, 2, 4, fsdp=2, data=2, tensor=2).end(0, 0)
   _assert_same(workdir, alone)
+
+
+@pytest.mark.slow
+def test_meshes_and_processes_leave_the_same_sizes_without_whole_layers(
+  tmp_path,
+):
+  Run(tmp_path / 'alone', 1, 1, settings=LADDER).end(0)
+  mesh = {'settings': LADDER, 'fsdp': 4, 'tensor': 2}
+  Run(tmp_path / 'mesh', 1, 8, **mesh).end(0)
+  Run(tmp_path / 'processes', 2, 4, **mesh).end(0, 0)
+  for export, gone in ('rungs/0.6/export', 1), ('export', 2):
+    alone = tmp_path / 'alone' / export
+    layers = read_pruning(alone / 'pruning.json').kept
+    assert sum(not kept['mlp'].size for kept in layers) == gone
+    for name in 'mesh', 'processes':
+      folder = tmp_path / name / export
+      found = read_pruning(folder / 'pruning.json').kept
+      jax.tree.map(np.testing.assert_array_equal, found, layers)
+      ours, theirs = (
+        load_file(x / 'model.safetensors') for x in (folder, alone)
+      )
+      assert ours.keys() == theirs.keys()
+      for key, array in ours.items():
+        np.testing.assert_allclose(array, theirs[key], rtol=0, atol=1e-4)
 
 
 def test_what_is_killed_or_moved_to_other_devices_ends_as_undisturbed(
