@@ -149,6 +149,7 @@ def arguments(
     'prune.criterion': row.criterion,
     'prune.heads': 'kv_groups',
     'report.prompts': '()',
+    'export.ladder': '',
     **targets(row, dense),
   }
   config = 'configs/smollm2_135m.py'

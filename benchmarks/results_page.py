@@ -213,8 +213,8 @@ its own defaults:
 - `distillation`: `train.distill=0.5`, from the dense model's 64 most
   probable tokens
 - `recovery`: the first 60 steps prune, the other 40 train what is left
-- `everything`: the demo's config, with 24 steps that only measure, or 32 where
-  it is untrained
+- `everything`: the demo's config for one size, with 24 steps that only measure,
+  or 32 where it is untrained
 
 {table(dense, results, texts)}
 

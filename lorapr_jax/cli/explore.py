@@ -21,8 +21,9 @@ from lorapr_jax.runtime.terminal import say
 _SHORT = {'model': 'model.path', 'data': 'data.train', 'eval': 'data.eval'}
 # What the command that prunes sets itself.
 _OWN = (
-  *('target', 'heads_target', 'channels_target', 'layers_target'),
-  *('unit', 'fit', 'speedup'),
+  *('prune.target', 'prune.heads_target', 'prune.channels_target'),
+  *('prune.layers_target', 'prune.unit', 'prune.fit', 'prune.speedup'),
+  *('prune.rung_steps', 'export.ladder'),
 )
 
 
@@ -105,8 +106,8 @@ def _shares(text: str) -> list[float]:
 
 
 def command(flags: list[str], config: Any, folder: Any) -> list[str]:
-  """A command that prunes as these flags say, without its target."""
-  own = tuple(f'--config.prune.{key}=' for key in _OWN)
+  """A command that prunes as these flags say, without its sizes."""
+  own = tuple(f'--config.{key}=' for key in _OWN)
   kept = [flag for flag in flags if not flag.startswith(own)]
   unset = [
     f'--config.prune.{key}=None'
@@ -116,6 +117,8 @@ def command(flags: list[str], config: Any, folder: Any) -> list[str]:
   unset += ['--config.prune.fit='] if config.prune.fit else []
   if config.prune.layers_target:
     unset.append('--config.prune.layers_target=0')
+  if config.export.ladder:
+    unset += ['--config.export.ladder=', '--config.prune.rung_steps=']
   name = folder.name if folder else 'random'
   return ['python', 'train.py', *kept, f'--workdir=runs/{name}-pruned', *unset]
 

@@ -444,10 +444,11 @@ def test_settings_take_the_place_of_those_that_a_command_has():
   ]
 
 
-def test_a_target_of_the_config_is_unset_in_the_command():
+def test_sizes_of_the_config_are_unset_in_the_command():
   flags = ['--config=smollm2_135m', '--config.prune.target=0.5', '--config.a=b']
   config = read_config('smollm2_135m')
   assert command(flags, config, None) == [
     *('python', 'train.py', '--config=smollm2_135m', '--config.a=b'),
     *('--workdir=runs/random-pruned', '--config.prune.heads_target=None'),
+    *('--config.export.ladder=', '--config.prune.rung_steps='),
   ]
