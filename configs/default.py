@@ -166,7 +166,8 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.unit = 'groups'
   # In place of target: the largest model is kept whose weights and KV cache
   # take no more than this, in all: a number and B, KB, MB, GB, KiB, MiB or GiB,
-  # such as 8GB. Heads and channels share the cut as with unit=params.
+  # such as 8GB. Heads and channels share the cut as with unit=params; where
+  # neither is pruned, the fewest layers go with which it fits.
   config.prune.fit = ''
   # With fit: the tokens of a text in the KV cache; 0: as many as the model has
   # positions. A layer with a window keeps no more than its window.

@@ -18,7 +18,13 @@ from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.terminal import say
 
 # What stands for a flag of the config.
-_SHORT = {'model': 'model.path', 'data': 'data.train', 'eval': 'data.eval'}
+_SHORT = {
+  'model': 'model.path',
+  'data': 'data.train',
+  'eval': 'data.eval',
+  'fit': 'prune.fit',
+  'speedup': 'prune.speedup',
+}
 # What the command that prunes sets itself.
 _OWN = (
   *('prune.target', 'prune.heads_target', 'prune.channels_target'),
@@ -36,13 +42,19 @@ def main(argv: list[str]) -> None:
     allow_abbrev=False,
   )
   parser.add_argument('--config', default='default', help='as of train')
-  parser.add_argument('--model', help='for --config.model.path')
-  parser.add_argument('--data', help='for --config.data.train')
-  parser.add_argument('--eval', help='for --config.data.eval')
+  for name in 'model', 'data', 'eval':
+    parser.add_argument(f'--{name}', help=f'for --config.{_SHORT[name]}')
   parser.add_argument(
     '--sizes',
     default='0.9,0.8,0.7,0.6,0.5',
-    help='shares of the parameters that stay (default: %(default)s)',
+    help='shares of the parameters that stay (default: %(default)s); with '
+    '--fit or --speedup it may be empty',
+  )
+  parser.add_argument(
+    '--fit', help='one size more: for --config.prune.fit, such as 8GB'
+  )
+  parser.add_argument(
+    '--speedup', help='one size more: for --config.prune.speedup, such as 1.5'
   )
   parser.add_argument(
     '--ways',
@@ -98,7 +110,7 @@ def main(argv: list[str]) -> None:
 
 def _shares(text: str) -> list[float]:
   try:
-    return [float(share) for share in text.split(',')]
+    return [float(share) for share in text.split(',') if text]
   except ValueError:
     raise UserError(
       f'--sizes is {text!r}: it must be shares such as 0.9,0.7'

@@ -11,8 +11,17 @@ from ml_collections import config_dict
 from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError, choose
 from lorapr_jax.eval.benchmark import NEW_TOKENS, PROMPT_TOKENS
-from lorapr_jax.exploring.ways import WAYS, Dense, Settings, Size, split_sizes
+from lorapr_jax.exploring.ways import (
+  WAYS,
+  Dense,
+  Settings,
+  Size,
+  asked_as,
+  split_amount,
+  split_sizes,
+)
 from lorapr_jax.models.config import ModelConfig
+from lorapr_jax.pruning.fit import check_amount
 from lorapr_jax.pruning.groups import group_size, with_kept
 from lorapr_jax.pruning.importance import OBS
 from lorapr_jax.pruning.plan import PruningPlan
@@ -54,6 +63,7 @@ class Asked:
     settings: what follows from them, at one of the sizes: one that repairs, if
       any does.
     plans: what each size leaves, by way and from the largest down.
+    asks: the `prune.*` settings of each size.
     left_out: the names of sizes that one way has and another has not.
     context: tokens of the KV cache that is shown.
     latency: whether the sizes are timed.
@@ -62,6 +72,7 @@ class Asked:
   config: dict[str, Any]
   settings: RunSettings
   plans: dict[Size, PruningPlan]
+  asks: dict[Size, Settings]
   left_out: tuple[str, ...]
   context: int
   latency: bool
@@ -118,11 +129,6 @@ class Asked:
       for group in self.groups
     }
 
-  def asks(self, size: Size) -> Settings:
-    """The `prune.*` settings of a size."""
-    dense = Dense.of(self.dense, self.config['prune']['protect'])
-    return WAYS[size.way](dense, size.share)
-
   def left(self, size: Size, gone: Sequence[int]) -> ModelConfig:
     """The sizes of what is left of a size, whose layers that go are known."""
     if size not in self.plans:
@@ -146,7 +152,8 @@ def ask(
   """Checks what is to be explored.
 
   Args:
-    config: as of a run. Its own target and order do not count.
+    config: as of a run. Its own order does not count, nor does a target. What
+      prune.fit or prune.speedup come to is one more size.
     ways: of WAYS.
     shares: of the parameters that stay.
     tokens: to measure and repair on, rounded down to micro-batches; None: those
@@ -159,7 +166,8 @@ def ask(
   """
   for way in ways:
     choose('--ways', way, WAYS)
-  if not shares or not all(0 < share < 1 for share in shares):
+  amount = _amount(config.prune)
+  if not (shares or amount) or not all(0 < share < 1 for share in shares):
     raise UserError(
       f'--sizes is {",".join(map(str, shares))}: shares of the parameters that '
       'stay, each between 0 and 1, such as 0.9,0.7'
@@ -184,7 +192,12 @@ def ask(
   dense = Dense.of(model, config.prune.protect)
   ways = [way for way in WAYS if way in ways]
   found = split_sizes(config, dense, ways, shares)
-  settings = max(found.values(), key=lambda x: x.plan.within_layers)
+  names = [Size(*x).name for x in itertools.product(ways, shares)]
+  if amount:
+    found |= split_amount(config, dense, ways, amount)
+    names += [Size(way, asked=asked_as(amount)).name for way in ways]
+  runs = [run.settings for run in found.values()]
+  settings = max(runs, key=lambda x: x.plan.within_layers)
   longest = settings.compute.config.longest
   context = min(4096, longest) if context is None else context
   if not 1 <= context <= longest:
@@ -194,10 +207,28 @@ def ask(
     )
   if latency:
     _check_timing(settings, longest)
-  plans = {size: x.plan for size, x in found.items()}
-  asked = itertools.starmap(Size, itertools.product(ways, shares))
-  left_out = tuple(size.name for size in asked if size not in plans)
-  return Asked(config.to_dict(), settings, plans, left_out, context, latency)
+  order = sorted(found, key=lambda size: (ways.index(size.way), -size.share))
+  there = {size.name for size in order}
+  return Asked(
+    config.to_dict(),
+    settings,
+    {size: found[size].settings.plan for size in order},
+    {size: found[size].asks for size in order},
+    tuple(name for name in names if name not in there),
+    context,
+    latency,
+  )
+
+
+def _amount(prune: config_dict.ConfigDict) -> Settings:
+  """prune.fit or prune.speedup, where one is set.
+
+  Raises:
+    UserError: if both are.
+  """
+  check_amount({}, prune.fit, prune.speedup)
+  keys = ('fit', 'speedup')
+  return {key: prune[key] for key in keys if prune[key] not in ('', None)}
 
 
 def _check_profile(profile: str, ways: Sequence[str]) -> None:

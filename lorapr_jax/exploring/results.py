@@ -23,6 +23,7 @@ _TIME = {'seconds': POSITIVE, 'dense': POSITIVE, 'speedup': POSITIVE}
 _LINE = {
   'way': TEXT,
   'share': SHARE,
+  'asked': TEXT,
   'perplexity': PERPLEXITY,
   'repair': {},
   'latency': Maybe({'prefill': _TIME, 'decode': _TIME}),
@@ -40,7 +41,7 @@ def read_results(folder: Path) -> Results:
     UserError: if a line is damaged.
   """
   lines = read_lines(folder / SIZES_FILE, _LINE)
-  return {Size(line['way'], line['share']): line for line in lines}
+  return {Size(*(line[key] for key in Size._fields)): line for line in lines}
 
 
 def write_results(folder: Path, results: Results) -> None:

@@ -56,7 +56,7 @@ def row(asked: Asked, size: Size, line: Mapping[str, Any]) -> dict[str, Any]:
   return {
     'name': size.name,
     **size._asdict(),
-    'settings': asked.asks(size) if plan else None,
+    'settings': asked.asks.get(size),
     'kept_by_depth': plan.kept_by_depth if plan else None,
     'parameters': config.num_parameters,
     'bytes': stored_bytes(config, asked.dtype, QUANTIZED.get(size.way)),
@@ -86,13 +86,17 @@ def _bits(dtype: Any) -> int:
 
 
 def choose(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
-  """The smallest size that training can be hoped to make up for.
+  """What is asked for, or the smallest size that training may make up for.
 
-  It is the smallest whose perplexity is at most twice the dense model's, and of
-  the ways to it the best. Where there is none, it is the one of the least
+  Where fit or speedup is asked for, it is the best way to it. Else it is the
+  smallest size whose perplexity is at most twice the dense model's, and of the
+  ways to it the best. Where there is none, it is the one of the least
   perplexity.
   """
   sizes = [row for row in rows if row['way'] in WAYS]
+  asked = [row for row in sizes if row['asked']]
+  if asked:
+    return min(asked, key=lambda row: row['perplexity']['value'])
   most = _AFFORDABLE * rows[0]['perplexity']['value']
   affordable = [row for row in sizes if row['perplexity']['value'] <= most]
   if affordable:

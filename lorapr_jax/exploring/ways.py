@@ -1,4 +1,7 @@
-"""The ways to a size: by width, by depth, or by both."""
+"""The ways to a size: by width, by depth, or by both.
+
+A size is a share of the parameters, or what prune.fit or prune.speedup say.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 import contextlib
@@ -16,6 +19,8 @@ from lorapr_jax.settings.run import RunSettings, split_config
 
 # The `prune.*` settings of a way.
 Settings = Mapping[str, Any]
+# By which nothing goes within layers.
+_DEPTH: Settings = {'heads': 'none', 'channels': False}
 
 
 class Dense(NamedTuple):
@@ -70,13 +75,8 @@ def depth(dense: Dense, share: float) -> Settings:
   if gone > most:
     nearest = math.floor(dense.share(max(0, most)) * 1e6) / 1e6
     raise TargetError(f'{gone} of {dense.layers} layers would go', nearest)
-  return {
-    'unit': 'groups',
-    'target': 0.0,
-    'heads': 'none',
-    'channels': False,
-    'layers_target': dense.layers_target(gone),
-  }
+  layers = dense.layers_target(gone)
+  return {'unit': 'groups', 'target': 0.0, **_DEPTH, 'layers_target': layers}
 
 
 def both(dense: Dense, share: float) -> Settings:
@@ -112,15 +112,34 @@ class Size(NamedTuple):
   Attributes:
     way: of WAYS, or another form of the dense model, such as int8.
     share: of the dense model's parameters.
+    asked: what it was to come to, if that was no share, such as fit=8GB.
   """
 
   way: str
   share: float = 1.0
+  asked: str = ''
 
   @property
   def name(self) -> str:
-    """As people see it: width 0.7, or int8."""
-    return f'{self.way} {self.share:g}' if self.way in WAYS else self.way
+    """As people see it: width 0.7, depth fit=8GB, or int8."""
+    if self.way not in WAYS:
+      return self.way
+    return f'{self.way} {self.asked or format(self.share, "g")}'
+
+
+class Planned(NamedTuple):
+  """A run to a size.
+
+  Attributes:
+    asks: the `prune.*` settings by which it comes to it.
+    settings: all of them.
+  """
+
+  asks: Settings
+  settings: RunSettings
+
+
+Sizes = dict[Size, Planned]
 
 
 def split_sizes(
@@ -128,21 +147,18 @@ def split_sizes(
   dense: Dense,
   ways: Sequence[str],
   shares: Sequence[float],
-) -> dict[Size, RunSettings]:
-  """The settings of a run to each size, by way and from the largest down.
+) -> Sizes:
+  """The settings of a run to each size, by way and share.
 
   A size that a way cannot come to is left out.
 
   Raises:
     UserError: if none can come to a size, or what is common to all is wrong.
   """
-  sizes = itertools.starmap(
-    Size, itertools.product(ways, sorted(set(shares), reverse=True))
-  )
-  found = {}
-  for size in sizes:
+  found: Sizes = {}
+  for size in itertools.starmap(Size, itertools.product(ways, shares)):
     with contextlib.suppress(TargetError):
-      found[size] = _split(config, dense, size)
+      found[size] = _split(config, WAYS[size.way](dense, size.share))
   for share in shares:
     those = [Size(way, share) for way in ways]
     if found.keys().isdisjoint(those):
@@ -156,17 +172,59 @@ def split_sizes(
   return found
 
 
-def _split(
-  config: config_dict.ConfigDict, dense: Dense, size: Size
-) -> RunSettings:
-  """The settings of a run to a size.
+def split_amount(
+  config: config_dict.ConfigDict,
+  dense: Dense,
+  ways: Sequence[str],
+  amount: Settings,
+) -> Sizes:
+  """The same, of the size that prune.fit or prune.speedup come to.
+
+  Of `both`, the layers are half of what goes by width alone.
 
   Raises:
-    TargetError: if its way cannot come to it.
+    UserError: if no way comes to it.
+  """
+  found: Sizes = {}
+  errors: list[UserError] = []
+  by_width = {'target': None, **amount}
+
+  def share_of(run: Planned) -> float:
+    return run.settings.plan.pruned_config.num_parameters / dense.parameters
+
+  for way in ways:
+    try:
+      settings = by_width
+      if way == 'depth':
+        settings = {**by_width, **_DEPTH}
+      elif way == 'both':
+        share = share_of(_split(config, by_width))
+        layers = both(dense, share)['layers_target']
+        settings = {**by_width, 'layers_target': layers}
+      split = _split(config, settings)
+      found[Size(way, share_of(split), asked_as(amount))] = split
+    except UserError as error:
+      errors.append(error)
+  if not found:
+    raise errors[0]
+  return found
+
+
+def asked_as(amount: Settings) -> str:
+  """The setting that says what a size is to come to, such as fit=8GB."""
+  [(key, value)] = amount.items()
+  return f'{key}={value}'
+
+
+def _split(config: config_dict.ConfigDict, asks: Settings) -> Planned:
+  """A run with these settings.
+
+  Raises:
+    TargetError: if they are a share of the parameters that no counts come to.
   """
   config = config.copy_and_resolve_references()
-  config.prune.update(WAYS[size.way](dense, size.share))
-  return split_config(config)
+  config.prune.update(asks)
+  return Planned(asks, split_config(config))
 
 
 def _nearest(config: config_dict.ConfigDict, dense: Dense, size: Size) -> Size:
@@ -175,7 +233,7 @@ def _nearest(config: config_dict.ConfigDict, dense: Dense, size: Size) -> Size:
   # the size: a few steps lead there.
   for _ in range(20):
     try:
-      _split(config, dense, size)
+      _split(config, WAYS[size.way](dense, size.share))
       break
     except TargetError as error:
       size = size._replace(share=round(1 - error.nearest, 6))

@@ -8,9 +8,7 @@ import math
 from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError
 from lorapr_jax.models.config import ModelConfig
-from lorapr_jax.pruning.counts import (
-  Choice,
-)
+from lorapr_jax.pruning.counts import Choice
 from lorapr_jax.pruning.groups import (
   group_size,
   kind,
@@ -89,7 +87,9 @@ class PruningPlan:
     """
     layers = frozenset(self.prunable_layers)
     keep = {
-      group: tuple(
+      group: self.staying(count)
+      if group == LAYERS
+      else tuple(
         count if i in layers else size
         for i, size in enumerate(self.sizes(group))
       )
@@ -97,11 +97,24 @@ class PruningPlan:
     }
     return with_kept(self.config, {**self.keep, **keep})
 
+  def staying(self, count: int) -> tuple[int, ...]:
+    """By layer, 1 if it stays where so many of those not protected do.
+
+    Those with the shortest windows go first: whichever go in the run, what is
+    left caches no more.
+    """
+    windows, layers = self.config.layer_windows, self.prunable_layers
+    order = sorted(reversed(layers), key=lambda i: windows[i] or math.inf)
+    gone = order[: len(layers) - count]
+    return tuple(int(i not in gone) for i in range(len(windows)))
+
   def by_layer(self, choice: Choice, kept: int) -> tuple[int, ...] | None:
     """What each layer keeps, where `kept` is the mean of those not protected.
 
     None where the profile takes more of a layer than it can lose.
     """
+    if choice.group == LAYERS:
+      return self.staying(kept)
     layers = self.prunable_layers
     counts = spread(choice.counts, kept, len(layers), self.targets.profile)
     if counts is None:
@@ -226,8 +239,8 @@ class PruningPlan:
         'params': round(1 - self.share, 9),
       }
       return asked | {kind(g): None for g in self.keep if g == LAYERS}
-    layers = self.targets.layers_target
-    own = {LAYERS: layers} if layers else {}
+    layers = self.targets.layers_target or None
+    own = {LAYERS: layers} if LAYERS in self.targets.groups else {}
     if self.targets.by_size or self.targets.unit == 'params':
       share = None if self.targets.by_size else self.targets.share
       return {'heads': None, 'channels': None, 'params': share} | own

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 import dataclasses
-import math
 
 from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError
@@ -53,7 +52,7 @@ def plan_pruning(config: ModelConfig, targets: Targets) -> PruningPlan:
 def layers_plan(
   config: ModelConfig, targets: Targets
 ) -> tuple[PruningPlan, list[Choice]]:
-  """A plan of whole layers alone, and the counts that other groups may have.
+  """A plan of the layers that go in any case, and the counts to choose from.
 
   Raises:
     UserError: for a model of which nothing can be pruned, or no such share of
@@ -76,14 +75,10 @@ def layers_plan(
       'are pruned: give at most one for each'
     )
   if targets.layers_target:
-    gone = layers - layers_left(layers, targets.layers_target)
-    # With the shortest windows: whichever go, what is left caches no more.
-    windows = config.layer_windows
-    order = sorted(
-      reversed(plan.prunable_layers), key=lambda i: windows[i] or math.inf
-    )
-    stay = tuple(int(i not in order[:gone]) for i in range(len(windows)))
-    plan = dataclasses.replace(plan, keep={LAYERS: stay})
+    left = layers_left(layers, targets.layers_target)
+    plan = dataclasses.replace(plan, keep={LAYERS: plan.staying(left)})
+  elif LAYERS in targets.groups:
+    return plan, [Choice(LAYERS, layers, 1)]
   groups = [group for group in targets.groups if group != LAYERS]
   return plan, [choice_of(config, targets, group) for group in groups]
 

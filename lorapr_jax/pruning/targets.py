@@ -75,7 +75,7 @@ class Targets:
         'prune.heads is none and prune.channels is false: there is nothing '
         'to prune; for tuning alone use prune.target=0'
       )
-    if self.layers_target:
+    if LAYERS in self.groups:
       self._check_layers()
     own = {self.heads_target, self.channels_target}
     if self.unit == 'params' and own != {None}:
@@ -85,18 +85,18 @@ class Targets:
       )
 
   def _check_layers(self) -> None:
-    if self.by_size and self.groups == (LAYERS,):
+    alone = self.groups == (LAYERS,)
+    if alone and self.by_size and self.layers_target:
       raise UserError(
-        'prune.fit and prune.speedup take from heads or channels what '
-        'prune.layers_target leaves, and neither is pruned: leave them out'
+        'prune.layers_target says how many layers go, and without heads and '
+        'channels prune.fit and prune.speedup find how many: leave one out'
       )
     if len({*self.profile}) > 1:
       raise UserError(
-        f'prune.layer_profile={self.layer_profile} does not go with '
-        f'prune.layers_target={self.layers_target}, under which it is not '
-        'known which layers stay: leave the profile out'
+        f'prune.layer_profile={self.layer_profile} does not go with whole '
+        'layers, of which it is not known which stay: leave the profile out'
       )
-    if self.unit == 'params' and self.groups == (LAYERS,):
+    if alone and self.unit == 'params' and not self.by_size:
       raise UserError(
         'prune.unit=params takes from heads or channels what '
         'prune.layers_target leaves of prune.target, and neither is pruned: '
@@ -130,9 +130,14 @@ class Targets:
 
   @property
   def groups(self) -> tuple[str, ...]:
-    """The groups that are to be pruned."""
+    """The groups that are to be pruned.
+
+    Where a size is asked for, and nothing is to go within layers, layers go.
+    """
     heads = HEAD_GROUPS[self.heads]
-    pruned = {LAYERS: self.layers_target, heads: heads, CHANNELS: self.channels}
+    alone = self.by_size and not (heads or self.channels)
+    layers = self.layers_target or alone
+    pruned = {LAYERS: layers, heads: heads, CHANNELS: self.channels}
     return tuple(group for group, is_pruned in pruned.items() if is_pruned)
 
 

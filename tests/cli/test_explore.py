@@ -200,29 +200,42 @@ def test_it_goes_on_and_takes_sizes_that_are_added(
     *('both', 'both'),
   ]
   # As a process that was killed leaves it, which had measured other sizes.
-  del lines[6], lines[4]
   text = '\n'.join(lines[:-1]) + '\n{"way": "b'
   (folder / 'explored.jsonl').write_text(text)
+  # What is to fit is in bfloat16, and what is shown in float32.
+  old = by_name(result)
+  most = old['width 0.6']['bytes'] + old['width 0.6']['kv_cache_bytes']
+  fit = f'fit={most // 2}B'
   flags = [
-    '--sizes=0.8,0.6',
-    ALL_WAYS,
-    '--latency',
-    f'--workdir={folder}',
-    '--json',
+    *('--sizes=0.8', f'--{fit}', ALL_WAYS, '--latency'),
+    *(f'--workdir={folder}', '--json'),
   ]
   status, out, err = explore(capsys, *flags)
   assert status == 0
-  measured = ['width 0.6', 'depth 0.6', 'both 0.6']
-  assert [line.partition(':')[0] for line in err.splitlines()] == measured
+  measured = [f'{way} {fit}' for way in WAYS]
+  assert [line.partition(': ')[0] for line in err.splitlines()] == measured
   again = json.loads(out)
-  old, new = by_name(result), by_name(again)
-  assert old.keys() == new.keys()
-  for name, row in old.items():
-    if name in ('dense', *measured):  # Which were timed once more.
-      assert row['perplexity'] == new[name]['perplexity']
-      assert row['gone'] == new[name]['gone']
-    else:
-      assert row == new[name]
+  new = by_name(again)
+  assert list(new) == [
+    *('dense', 'int8', 'int4'),
+    *(f'{way} {size}' for way in WAYS for size in ('0.8', fit)),
+  ]
+  for name, row in new.items():
+    if name in measured:
+      assert row['bytes'] + row['kv_cache_bytes'] <= most
+      same = old[f'{row["way"]} 0.6']
+      assert row['gone'] == same['gone']
+      if row['way'] == 'both':  # Layers that are gone leave room in the cache.
+        assert row['parameters'] > same['parameters']
+      else:
+        assert row['perplexity'] == same['perplexity']
+    elif name != 'dense':  # Which was timed once more.
+      assert row == old[name]
+  assert again['chosen'] in measured
+  config, _ = parse_flags(shlex.split(again['command'])[2:])
+  plan = split_config(config, jax.devices()[:1]).plan
+  chosen = new[again['chosen']]
+  assert plan.pruned_config.num_parameters == chosen['parameters']
   assert json.loads((folder / 'explored.json').read_text()) == again
   # Nothing is left to measure: the weights are not even loaded.
   status, out, err = explore(capsys, *flags)
@@ -362,6 +375,10 @@ def test_the_smallest_that_training_can_make_up_for_is_chosen():
     ),
     (['--sizes=0.9999', '--ways=width'], 'is 0.99'),
     (['--sizes=0.9', '--ways=both'], 'is 0.84'),
+    (['--sizes='], '--sizes is : shares of the parameters'),
+    (['--sizes=', '--fit=9GB'], 'prune.fit=9GB: the model fits as it is'),
+    (['--fit=5KB'], 'prune.fit=5KB: the embeddings alone take'),
+    (['--fit=1GB', '--speedup=2'], 'prune.fit and prune.speedup are set'),
     (['--ways=wide'], "--ways is 'wide': choose from width, depth, both"),
     (['--ways='], "--ways is ''"),
     (

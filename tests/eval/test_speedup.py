@@ -11,10 +11,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.errors import UserError
 from lorapr_jax.eval import speedup
 from lorapr_jax.eval.speedup import measured_speedup, plan_targets
+from lorapr_jax.exploring.asked import ask
+from lorapr_jax.exploring.ways import WAYS
 from lorapr_jax.models.config import LayerShape, ModelConfig
 from lorapr_jax.pruning.planner import plan_pruning
 from lorapr_jax.pruning.sizes import plan_sizes
@@ -88,6 +91,37 @@ def test_the_largest_size_that_is_fast_enough_is_found(timed, phase, goal):
   ]
   assert plan == fast[0]
   assert len(timed) == len({size for size, *_ in timed}) <= 6
+
+
+def test_the_fewest_layers_go_with_which_it_is_fast_enough(timed):
+  alone = {'heads': 'none', 'channels': False, 'protect': 'none'}
+  layer = CONFIG.layer_parameters(CONFIG.layers[0])
+  dense = CONFIG.num_parameters
+  for gone in (1, 2, 3):
+    goal = dense / (dense - gone * layer) - 1e-6
+    plan = plan_targets(CONFIG, Targets(speedup=goal, **alone))
+    assert plan.keep == {LAYERS: (1,) * (4 - gone) + (0,) * gone}
+
+
+def test_explore_has_the_size_that_each_way_is_so_fast_by(timed):
+  flags = ['--config=tiny', '--workdir=none', '--config.prune.speedup=1.5']
+  config, _ = parse_flags(flags)
+  asked = ask(config, list(WAYS), [0.8])
+  dense = asked.dense.num_parameters
+  found = [size for size in asked.plans if size.asked]
+  assert [size.name for size in found] == [f'{way} speedup=1.5' for way in WAYS]
+  for size in found:
+    plan = asked.plans[size]
+    assert 1.5 * plan.pruned_config.num_parameters <= dense
+    # Which a run comes to by the settings that are given for it.
+    config.prune.update(asked.asks[size])
+    run = split_config(config, jax.devices()[:1]).plan
+    assert run.keep == plan.keep
+    config, _ = parse_flags(flags)
+  deep = next(size for size in found if size.way == 'depth')
+  left = asked.plans[deep].pruned_config.num_parameters
+  layer = asked.dense.layer_parameters(asked.dense.layers[0])
+  assert 1.5 * (left + layer) > dense
 
 
 def test_what_is_too_fast_says_what_was_measured(timed, capsys):

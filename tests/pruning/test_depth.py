@@ -136,7 +136,7 @@ def test_counts_of_arrays_without_some_layers():
     ({'layers_target': -0.1}, r'must be in \[0, 1\)'),
     (
       {'layers_target': 0.5, 'layer_profile': '1,2'},
-      'prune.layer_profile=1,2 does not go with prune.layers_target=0.5',
+      'prune.layer_profile=1,2 does not go with whole layers',
     ),
     (
       {'layers_target': 0.5, 'unit': 'params', **ALONE},

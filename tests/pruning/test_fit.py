@@ -245,6 +245,38 @@ def test_where_layers_alone_are_enough_the_width_stays():
   }
 
 
+ALONE = {'heads': 'none', 'channels': False}
+
+
+@pytest.mark.parametrize('protect', ['reference', 'none'])
+@pytest.mark.parametrize('windows', [(), (None, 6, None, 6, 6)])
+def test_the_fewest_layers_go_with_which_it_fits(windows, protect):
+  config = model(5, 4, 2, 24, windows=windows)
+  room, free = Room('1B', 48), range(4 if protect == 'reference' else 5)
+  dense, plans = room.footprint(config).total, {}
+  for most in range(dense // 5, dense, dense // 50):
+    amount = {'fit': f'{most}B', 'fit_context': 48, 'protect': protect}
+    try:
+      plan = plan_pruning(config, Targets(**amount, **ALONE))
+    except UserError as error:
+      assert 'beyond what can be pruned' in str(error)
+      continue
+    plans[most] = plan
+    assert plan.keep.keys() == {LAYERS}
+    # Which go is not known before the run: whichever do, it fits.
+    left = {
+      gone: max(
+        room.footprint(
+          config.of_layers([i for i in range(5) if i not in x])
+        ).total
+        for x in itertools.combinations(free, gone)
+      )
+      for gone in range(1, len(free))
+    }
+    assert len(plan.going) == min(gone for gone in left if left[gone] <= most)
+  assert len({len(plan.going) for plan in plans.values()}) > 2
+
+
 # --- What cannot be.
 
 
@@ -292,7 +324,7 @@ def test_multiples_that_leave_no_smaller_size_are_named():
     ({'speedup': 1.0}, 'prune.speedup is 1.0: it must be above 1'),
     (
       {'fit': '8GB', 'layers_target': 0.5, 'heads': 'none', 'channels': False},
-      'prune.fit and prune.speedup take from heads or channels what',
+      'prune.fit and prune.speedup find how many: leave one out',
     ),
     ({'speedup': math.inf}, 'prune.speedup is inf'),
     ({'speedup': math.nan}, 'prune.speedup is nan'),
@@ -351,6 +383,12 @@ def test_sizes_where_layers_go_begin_with_the_model_without_them(heads):
     share = 1 - size / config.num_parameters
     share = Targets(target=share, unit='params', **asked)
     assert plan_pruning(config, share).keep == plan.keep
+
+
+def test_sizes_of_layers_alone_are_those_of_each_number_of_layers():
+  plans = plan_sizes(model(5, 6, 3, 48), Targets(speedup=1.5, **ALONE), 32)
+  assert [len(plan.going) for plan in plans] == [1, 2, 3]
+  assert all(plan.keep.keys() == {LAYERS} for plan in plans)
 
 
 def test_a_profile_leaves_out_the_sizes_that_it_cannot_have():
