@@ -44,9 +44,6 @@ from lorapr_jax.training.base import Base, cut_params, kept_of
 from lorapr_jax.training.event import Pruned, make_prune_layers, repair_of
 from lorapr_jax.training.layer_choice import make_choose_layers
 
-# The most tokens whose losses are compared where layers are chosen. A run takes
-# more, but goes no further than to one size.
-LAYER_TOKENS = 2**10
 # What is known of a model of which nothing is pruned.
 _NOTHING: Mapping[str, Any] = {'repair': {}, 'latency': None, 'gone': []}
 
@@ -105,9 +102,7 @@ class Measurer:
     """The choice of whole layers, as a run makes it."""
     plan, how = self._asked.settings.plan, self._layers_criterion
     protected = plan.protected_in(len(plan.config.layers))
-    return make_choose_layers(
-      self._compute, how, protected, self._places, LAYER_TOKENS
-    )
+    return make_choose_layers(self._compute, how, protected, self._places)
 
   @property
   def _layers_criterion(self) -> str:

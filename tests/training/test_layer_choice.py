@@ -16,8 +16,9 @@ from lorapr_jax.pruning.groups import CHANNELS
 from lorapr_jax.pruning.importance import COSINE, LOSS, SUM
 from lorapr_jax.pruning.masks import initial_masks, of_layers, with_layers
 from lorapr_jax.runtime import sharding
+from lorapr_jax.training import layer_choice
 from lorapr_jax.training.base import Places
-from lorapr_jax.training.layer_choice import LOSS_TOKENS, make_choose_layers
+from lorapr_jax.training.layer_choice import make_choose_layers
 from tests.training.test_layer_pass import (
   LORA,
   OTHER,
@@ -50,15 +51,15 @@ def model(random_params, random_lora):
 
 
 @functools.cache
-def chooser(how, mesh, most=LOSS_TOKENS):
+def chooser(how, mesh):
   """What chooses, compiled once."""
   state, base = places_of(CONFIG, mesh)
   return make_choose_layers(
-    Compute(CONFIG, LORA), how, PROTECTED, Places(base, None, state), most
+    Compute(CONFIG, LORA), how, PROTECTED, Places(base, None, state)
   )
 
 
-def choose(model, how, keep, tokens, mesh=None, old=0.5, most=LOSS_TOKENS):
+def choose(model, how, keep, tokens, mesh=None, old=0.5):
   params, lora, masks = model
   state, base = places_of(CONFIG, mesh)
   params, (lora, masks) = jax.device_put((params, (lora, masks)), (base, state))
@@ -66,7 +67,7 @@ def choose(model, how, keep, tokens, mesh=None, old=0.5, most=LOSS_TOKENS):
     rows = sharding.sharding(mesh, ('accumulation', 'batch', 'length'))
     tokens = jax.device_put(tokens, rows)
   importance = jax.tree.map(lambda x: jnp.full(x.shape, old), masks)
-  masks, importance = chooser(how, mesh, most)(
+  masks, importance = chooser(how, mesh)(
     params, lora, masks, importance, np.int32(keep), tokens
   )
   return np.asarray(of_layers(masks)), np.asarray(of_layers(importance))
@@ -121,11 +122,14 @@ def test_the_layer_goes_without_which_the_loss_is_least(model, packed):
   assert len(set(order)) == 3 and np.std(first) > 0.01
 
 
-def test_losses_are_of_few_tokens(model):
+def test_losses_are_of_few_tokens(model, monkeypatch):
   tokens = batches(2, B=2)
   # Of four micro-batches of 24 tokens, two.
   few = [{name: x[:1] for name, x in batch.items()} for batch in tokens]
-  _, scores = choose(model, LOSS, 4, tokens, most=50)
+  monkeypatch.setattr(layer_choice, 'LOSS_TOKENS', 50)
+  chooser.cache_clear()
+  _, scores = choose(model, LOSS, 4, tokens)
+  chooser.cache_clear()
   without = [1, 0, 1, 0, 1, 1]
   np.testing.assert_allclose(
     scores[1], mean_loss(model, without, few), rtol=1e-4
