@@ -9,12 +9,12 @@ Prunes SmolLM2-135M-Instruct with its KV heads repeated (benchmarks/make_mha.py;
 as many KV heads as heads, so that 20% and 50% of them can go) by every
 criterion, order and addition of the list below, 100 steps of 8 x 128 tokens of
 news in file order: the setting in which the reference implementation was run
-(docs/method.md). After each run docs/results.md, its figure and results.json
-have what is known so far. What --out holds already is not run again, nor what
---known does, and a run that was cut short goes on. What is pruned by width, by
-depth and by both is timed beside the dense model too. With --tasks the dense
-model and the first seeds of the paper's method and of the best are scored in
-tasks of lm_eval too.
+(docs/method.md). Three runs have 1,000 steps. After each run docs/results.md,
+its figure and results.json have what is known so far. What --out holds already
+is not run again, nor what --known does, and a run that was cut short goes on.
+What is pruned by width, by depth and by both is timed beside the dense model
+too. With --tasks the dense model and the first seeds of the paper's method and
+of the best are scored in tasks of lm_eval too.
 """
 
 import argparse
@@ -36,6 +36,7 @@ from benchmarks.results_page import page
 from benchmarks.results_rows import (
   ADDITIONS,
   EVERYTHING,
+  MORE_STEPS,
   NEWS,
   TOGETHER,
   Row,
@@ -93,6 +94,9 @@ ROWS = (
     Row(percent, 'prune_then_tune', 'obs', (0,), EVERYTHING, way)
     for percent, way in itertools.product((20, 34), WAYS)
   ),
+  Row(50, 'joint', 'lora', steps=MORE_STEPS),
+  Row(50, 'prune_then_tune', 'fluctuation', steps=MORE_STEPS),
+  Row(50, 'prune_then_tune', 'obs', added=EVERYTHING, steps=MORE_STEPS),
 )
 FULL = tuple(
   Row(percent, order, criterion, (0, 1, 2))
@@ -143,7 +147,7 @@ def arguments(
     'data.train': f'file:{train}',
     'data.shuffle': 'false',
     'data.eval': '',
-    'train.steps': 100,
+    'train.steps': row.steps,
     'train.seed': seed,
     'prune.order': row.order,
     'prune.criterion': row.criterion,

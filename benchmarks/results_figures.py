@@ -11,6 +11,7 @@ from benchmarks.results_rows import (
   NEWS,
   OURS,
   PAPER,
+  STEPS,
   TOGETHER,
   Results,
 )
@@ -25,7 +26,7 @@ COLORS = dict(
   )
 )
 MARKERS = dict(zip(ORDERS, 'osx', strict=True))
-ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pd<>*hX', strict=True))
+ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pd<*hX', strict=True))
 
 
 def draw(dense: dict[str, float], results: Results) -> Figure:
@@ -34,7 +35,7 @@ def draw(dense: dict[str, float], results: Results) -> Figure:
   axes = figure.add_subplot()
   axes.plot([1.0], [dense[NEWS]], 'D', color='black', label='dense')
   for row, runs in results.items():
-    if row.way:
+    if row.way or row.steps != STEPS:
       continue
     kept, values = runs[0]['kept'], [run['perplexity'][NEWS] for run in runs]
     mean = statistics.mean(values)

@@ -5,9 +5,11 @@ import statistics
 
 from benchmarks.peers import PEERS
 from benchmarks.results_rows import (
+  MORE_STEPS,
   OURS,
   PAPER,
   SEQ_LEN,
+  STEPS,
   WINDOWS,
   Results,
   Row,
@@ -146,6 +148,32 @@ def leaders(results: Results, texts: Iterable[str]) -> str:
   return '\n'.join(lines)
 
 
+def of_steps(
+  dense: dict[str, float], results: Results, texts: Sequence[str]
+) -> str:
+  """The part with rows of more steps; nothing where none is made."""
+  if not results:
+    return ''
+  scores = (f'{dense[text]:.1f}' for text in texts)
+  lines = [
+    ('parameters', 'order', 'criterion', *texts),
+    ('---',) * (3 + len(texts)),
+    ('100%', 'dense', '', *scores),
+  ]
+  for row, runs in results.items():
+    scores = (f'{runs[0]["perplexity"][text]:.1f}' for text in texts)
+    lines.append((f'{runs[0]["kept"]:.1%}', row.order, row.method, *scores))
+  return f"""
+## After {MORE_STEPS:,} steps
+
+The same groups, one seed, ten times the steps and the text. `lora` is the
+paper's method. `fluctuation` is FLAP's choice at once, without a repair, and
+then LoRA alone.
+
+{markdown(lines)}
+"""
+
+
 def page(
   dense: dict[str, float],
   results: Results,
@@ -168,7 +196,14 @@ def page(
   )
   rest = ', '.join(missing) or 'none'
   ways = {row: found for row, found in results.items() if row.way}
-  results = {row: found for row, found in results.items() if not row.way}
+  longer = {row: x for row, x in results.items() if row.steps != STEPS}
+  apart_from = ways.keys() | longer.keys()
+  results = {row: x for row, x in results.items() if row not in apart_from}
+  parts = (
+    section(answers, results),
+    of_ways(dense, ways, list(texts)),
+    of_steps(dense, longer, list(texts)),
+  )
   return f"""# LoRAPrune beside the alternatives
 
 SmolLM2-135M-Instruct after 100 steps of 1,024 tokens of news. Perplexity is at
@@ -195,7 +230,7 @@ The texts:
 ```sh
 PYTHONPATH=. {command}
 ```
-{section(answers, results)}{of_ways(dense, ways, list(texts))}
+{''.join(parts)}
 ## All runs
 
 The model has its three KV heads repeated to nine. LoRA has rank 8; its learning
@@ -209,7 +244,6 @@ prunes after 10 steps that only measure, and then trains LoRA for the other 90.
 its own defaults:
 
 - `own`: `prune.lora_gradient=own`
-- `compensation`: `prune.compensate=ridge`
 - `distillation`: `train.distill=0.5`, from the dense model's 64 most
   probable tokens
 - `recovery`: the first 60 steps prune, the other 40 train what is left

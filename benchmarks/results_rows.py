@@ -7,10 +7,11 @@ from typing import Any
 NEWS = 'held-out news'
 PAPER, OURS = "the paper's method", 'lorapr_jax'
 SEQ_LEN, WINDOWS = 128, 80
+# Of a run, in all; and of the few that show what more of them change.
+STEPS, MORE_STEPS = 100, 1000
 # What may be added to the paper's method, one at a time, and its settings.
 ADDITIONS: dict[str, dict[str, Any]] = {
   'own': {'prune.lora_gradient': 'own'},
-  'compensation': {'prune.compensate': 'ridge'},
   'distillation': {'train.distill': 0.5, 'train.distill_top_k': 64},
   'recovery': {'train.steps': 60, 'recover.steps': 40},
 }
@@ -42,6 +43,7 @@ class Row:
     added: a key of ADDITIONS or TOGETHER; nothing is the paper's method.
     way: as of exploring.ways: what goes; nothing is heads and channels, equal
       shares of the groups.
+    steps: in all, those that only measure included.
   """
 
   percent: int
@@ -50,6 +52,7 @@ class Row:
   seeds: tuple[int, ...] = (0,)
   added: str = ''
   way: str = ''
+  steps: int = STEPS
 
   @property
   def method(self) -> str:
@@ -60,12 +63,12 @@ class Row:
   def is_plain(self) -> bool:
     """Whether it is what the others are compared with: LoRAPrune."""
     plain = (self.order, self.method) == ('joint', 'lora')
-    return plain and self.percent > 0
+    return plain and self.percent > 0 and self.steps == STEPS
 
   @property
   def is_best(self) -> bool:
     """Whether it is the demo's config as it is."""
-    return self.added == EVERYTHING and not self.way
+    return self.added == EVERYTHING and not self.way and self.steps == STEPS
 
   @property
   def leads(self) -> bool:
@@ -76,8 +79,9 @@ class Row:
     """Of a run's workdir."""
     method = self.method.replace(' + ', '+').replace(', ', '-')
     method = method.replace(' ', '-')
-    parts = self.order, method, self.way, str(self.percent), f'seed{seed}'
-    return '-'.join(filter(None, parts))
+    more = f'{self.steps}steps' if self.steps != STEPS else ''
+    parts = self.order, method, self.way, str(self.percent), more
+    return '-'.join([*filter(None, parts), f'seed{seed}'])
 
 
 Results = dict[Row, list[dict[str, Any]]]
