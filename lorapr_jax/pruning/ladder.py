@@ -77,8 +77,8 @@ def plan_ladder(
     if share * dense <= last:
       raise UserError(
         f'export.ladder: {share} is not above the {last / dense:.4f} of the '
-        'parameters that the target leaves, which is the last size: leave it '
-        'out, or prune more'
+        'parameters that the target leaves, which is the last size: prune '
+        'more, or leave it out (--config.export.ladder= for none)'
       )
     gone = way.within(share * dense, gone)
     rung = dataclasses.replace(plan, keep=way.keep_at(gone), share=share)

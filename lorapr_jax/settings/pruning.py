@@ -88,7 +88,7 @@ def _check_steps(planned: PlannedModel, train: TrainSettings) -> None:
     raise UserError(
       'export.ladder has sizes that are trained one after the other, and under '
       'prune.order=none nothing is trained: use prune.order=prune_then_tune, '
-      'or the command explore'
+      'the command explore, or --config.export.ladder= for none'
     )
   if prune.rung_steps and not (planned.ladder and prune.order != 'joint'):
     raise UserError(
