@@ -47,11 +47,13 @@ def section(
 ## Width, depth, or both
 
 The same shares of all parameters go as heads and channels (`width`), as whole
-layers (`depth`), or half of them as layers and the rest as heads and channels
-(`both`); [explore.md](explore.md) has the rule. All else is `everything` of the
-list below, one seed. Times are those of our `benchmark`: one sequence, a prompt
-of {PROMPT_TOKENS} tokens and {NEW_TOKENS} that follow, the median of {REPEATS}
-turns with the dense model. Beside each is how many times as fast the model is.
+layers (`depth`, the fewest with which no more stays), or half of them as layers
+and the rest as heads and channels (`both`); [explore.md](explore.md) has the
+rule. All else is `everything` of the list below, one seed. Times are those of
+our `benchmark`: one sequence, a prompt of {PROMPT_TOKENS} tokens and
+{NEW_TOKENS} that follow, the median of {REPEATS} turns with the dense model.
+Beside each is how many times as fast the model is as the dense one in these
+turns. Compare these: the machine was not as fast at all times.
 
 {ways(dense, results, texts)}
 """

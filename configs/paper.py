@@ -21,6 +21,8 @@ def get_config(name: str = 'default') -> config_dict.ConfigDict:
   config.prune.order = 'joint'
   config.prune.compensate = 'none'
   config.prune.layer_profile = '1'
+  config.prune.rung_steps = ''
+  config.export.ladder = ''
   config.train.distill = 0.0
   config.recover.steps = 0
   return config

@@ -16,6 +16,7 @@ from lorapr_jax.exploring.run import explore
 from lorapr_jax.report import units
 from lorapr_jax.runtime.paths import path_of
 from lorapr_jax.runtime.terminal import say
+from lorapr_jax.settings.files import read_config
 
 # What stands for a flag of the config.
 _SHORT = {
@@ -97,7 +98,7 @@ def main(argv: list[str]) -> None:
   result = explore(
     asked,
     workdir,
-    command(flags, config, asked.settings.model.folder),
+    command(flags, read_config(args.config), asked.settings.model.folder),
     lambda line: say(line, error=True),
   )
   if args.json:
@@ -118,7 +119,10 @@ def _shares(text: str) -> list[float]:
 
 
 def command(flags: list[str], config: Any, folder: Any) -> list[str]:
-  """A command that prunes as these flags say, without its sizes."""
+  """A command that prunes as these flags say, without its sizes.
+
+  What their config's file itself says of sizes is unset.
+  """
   own = tuple(f'--config.{key}=' for key in _OWN)
   kept = [flag for flag in flags if not flag.startswith(own)]
   unset = [

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
+from lorapr_jax.axes import LAYERS
 from lorapr_jax.errors import UserError, first_line
 from lorapr_jax.eval.benchmark import (
   NEW_TOKENS,
@@ -36,7 +37,8 @@ from lorapr_jax.runtime.terminal import say
 
 # Part of the key. Raise it when a change of code changes what is measured.
 _FORMAT = 1
-# Sizes to choose from: six of them are measured at most.
+# Sizes to choose from, but of whole layers alone, of which there are so many:
+# six of them are measured at most.
 _SIZES = 32
 # Sequences at a time.
 _BATCH = 1
@@ -64,7 +66,9 @@ def plan_targets(
   """
   if targets.speedup is None:
     return plan_pruning(config, targets)
-  plans = plan_sizes(config, targets, _SIZES)
+  alone = targets.groups == (LAYERS,)
+  number = len(config.layers) if alone else _SIZES
+  plans = plan_sizes(config, targets, number)
   if not plans:
     raise nothing_smaller(f'prune.speedup={targets.speedup}')
   if measured is not None:

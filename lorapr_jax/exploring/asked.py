@@ -64,7 +64,8 @@ class Asked:
       any does.
     plans: what each size leaves, by way and from the largest down.
     asks: the `prune.*` settings of each size.
-    left_out: the names of sizes that one way has and another has not.
+    left_out: the names of sizes that one way has and another has not; of what
+      is to fit or to be so fast with the reason.
     context: tokens of the KV cache that is shown.
     latency: whether the sizes are timed.
   """
@@ -192,10 +193,14 @@ def ask(
   dense = Dense.of(model, config.prune.protect)
   ways = [way for way in WAYS if way in ways]
   found = split_sizes(config, dense, ways, shares)
-  names = [Size(*x).name for x in itertools.product(ways, shares)]
+  sizes = itertools.starmap(Size, itertools.product(ways, shares))
+  left_out = [size.name for size in sizes if size not in found]
   if amount:
-    found |= split_amount(config, dense, ways, amount)
-    names += [Size(way, asked=asked_as(amount)).name for way in ways]
+    its, reasons = split_amount(config, dense, ways, amount)
+    found |= its
+    for way, reason in reasons.items():
+      name = Size(way, asked=asked_as(amount)).name
+      left_out.append(f'{name} ({reason})')
   runs = [run.settings for run in found.values()]
   settings = max(runs, key=lambda x: x.plan.within_layers)
   longest = settings.compute.config.longest
@@ -208,13 +213,12 @@ def ask(
   if latency:
     _check_timing(settings, longest)
   order = sorted(found, key=lambda size: (ways.index(size.way), -size.share))
-  there = {size.name for size in order}
   return Asked(
     config.to_dict(),
     settings,
     {size: found[size].settings.plan for size in order},
     {size: found[size].asks for size in order},
-    tuple(name for name in names if name not in there),
+    tuple(left_out),
     context,
     latency,
   )

@@ -177,16 +177,19 @@ def split_amount(
   dense: Dense,
   ways: Sequence[str],
   amount: Settings,
-) -> Sizes:
+) -> tuple[Sizes, dict[str, str]]:
   """The same, of the size that prune.fit or prune.speedup come to.
 
   Of `both`, the layers are half of what goes by width alone.
+
+  Returns:
+    It, by each way that comes to it, and why others do not, by name.
 
   Raises:
     UserError: if no way comes to it.
   """
   found: Sizes = {}
-  errors: list[UserError] = []
+  reasons: dict[str, str] = {}
   by_width = {'target': None, **amount}
 
   def share_of(run: Planned) -> float:
@@ -194,20 +197,25 @@ def split_amount(
 
   for way in ways:
     try:
-      settings = by_width
       if way == 'depth':
         settings = {**by_width, **_DEPTH}
+      elif config.prune.heads == 'none' and not config.prune.channels:
+        raise UserError('neither heads nor channels are pruned')
       elif way == 'both':
         share = share_of(_split(config, by_width))
         layers = both(dense, share)['layers_target']
         settings = {**by_width, 'layers_target': layers}
+      else:
+        settings = by_width
       split = _split(config, settings)
       found[Size(way, share_of(split), asked_as(amount))] = split
     except UserError as error:
-      errors.append(error)
+      reasons[way] = str(error)
   if not found:
-    raise errors[0]
-  return found
+    own = (f'by {way}: {reason}' for way, reason in reasons.items())
+    alike = len({*reasons.values()}) == 1
+    raise UserError(reasons[ways[0]] if alike else '; '.join(own))
+  return found, reasons
 
 
 def asked_as(amount: Settings) -> str:

@@ -87,7 +87,8 @@ def plan_ladder(
       raise UserError(
         f'export.ladder: {share} comes to the counts of the size '
         f'{"above" if size == before else "of the target below"} it, '
-        f'{size / dense:.4f} of the parameters: leave it out'
+        f'{size / dense:.4f} of the parameters: leave it out '
+        '(--config.export.ladder= for none)'
       )
     found.append(rung)
     before = size
@@ -239,6 +240,7 @@ def parse_rung_steps(text: str, rungs: int, steps: int) -> tuple[int, ...]:
     raise UserError(
       f'of the {steps} steps after prune.calibration_steps, the {rungs} rungs '
       f'of export.ladder take {sum(found)} (prune.rung_steps): each of them '
-      'needs at least one, and so does the last size'
+      'needs at least one, and so does the last size '
+      '(--config.export.ladder= for no rungs)'
     )
   return found

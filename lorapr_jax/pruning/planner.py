@@ -78,6 +78,11 @@ def layers_plan(
     left = layers_left(layers, targets.layers_target)
     plan = dataclasses.replace(plan, keep={LAYERS: plan.staying(left)})
   elif LAYERS in targets.groups:
+    if layers < 2:
+      raise UserError(
+        'the one layer that is not protected stays, and neither heads nor '
+        'channels are pruned: set prune.heads or prune.channels'
+      )
     return plan, [Choice(LAYERS, layers, 1)]
   groups = [group for group in targets.groups if group != LAYERS]
   return plan, [choice_of(config, targets, group) for group in groups]

@@ -439,6 +439,29 @@ def test_a_size_that_a_way_cannot_have_is_left_out():
   ]
 
 
+def test_a_way_that_does_not_come_to_what_is_asked_says_why(capsys):
+  tiny = ['--config=tiny', '--workdir=none']
+  config, _ = parse_flags([*tiny, '--config.prune.fit=200KB'])
+  asked = ask(config, list(WAYS), [])
+  assert [size.way for size in asked.plans] == ['width', 'both']
+  [left_out] = asked.left_out
+  assert left_out.startswith('depth fit=200KB (prune.fit=200KB: that is beyond')
+  # By the one way that can.
+  off = ['--config.prune.heads=none', '--config.prune.channels=False']
+  config, _ = parse_flags([*tiny, *off, '--config.prune.fit=300KB'])
+  asked = ask(config, list(WAYS), [])
+  assert [size.way for size in asked.plans] == ['depth']
+  assert asked.left_out == tuple(
+    f'{way} fit=300KB (neither heads nor channels are pruned)'
+    for way in ('width', 'both')
+  )
+  _, _, err = explore(capsys, '--sizes=', '--fit=100KB')
+  assert 'by width: prune.fit=100KB: ' in err and '; by depth: ' in err
+  one = [*off, '--config.model.sizes.num_hidden_layers=1', '--fit=70KB']
+  _, _, err = explore(capsys, *one, '--config.prune.protect=none', '--sizes=')
+  assert 'the one layer that is not protected stays' in err
+
+
 def test_the_layers_of_a_model_without_protected_ones():
   # Each layer has a tenth of the parameters, and all may go.
   dense = Dense(parameters=1000, layer=100, layers=9)
@@ -463,6 +486,7 @@ def test_settings_take_the_place_of_those_that_a_command_has():
 
 def test_sizes_of_the_config_are_unset_in_the_command():
   flags = ['--config=smollm2_135m', '--config.prune.target=0.5', '--config.a=b']
+  flags += ['--config.export.ladder=', '--config.prune.heads_target=None']
   config = read_config('smollm2_135m')
   assert command(flags, config, None) == [
     *('python', 'train.py', '--config=smollm2_135m', '--config.a=b'),
