@@ -21,7 +21,7 @@ RUN = [
   *('--config.train.batch_size=8', '--config.train.micro_batch_size=8'),
   '--config.train.checkpoints_kept=100',
   *('--config.prune.every=2', '--config.lora.targets=q_proj,gate_proj'),
-  '--config.export.ladder=0.9,0.8',
+  *('--config.export.ladder=0.9,0.8', '--config.prune.protect=none'),
 ]
 ONCE = [
   *(*RUN, '--config.prune.order=prune_then_tune'),

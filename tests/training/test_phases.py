@@ -26,9 +26,10 @@ WAYS = {
   'prune.heads=queries prune.protect=none prune.criterion=gradient': (
     *[LayerShape(4, 1, 64)] * 4,
   ),
-  'prune.layer_profile=0.5,1,1.5 prune.order=prune_then_tune '
+  'prune.layer_profile=0.5,1.5 prune.protect=none prune.order=prune_then_tune '
   'prune.criterion=obs train.distill=1 prune.compensate_data=synthetic:7': (
-    *(LayerShape(3, 2, 96), SMALL, LayerShape(1, 2, 32), FULL),
+    *[LayerShape(3, 2, 96)] * 2,
+    *[LayerShape(1, 2, 32)] * 2,
   ),
 }
 
