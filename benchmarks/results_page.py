@@ -128,7 +128,7 @@ def findings(results: Results, texts: Iterable[str]) -> str:
 def leaders(results: Results, texts: Iterable[str]) -> str:
   """The lowest row on each text, in words."""
   texts, lines = list(texts), []
-  for percent in dict.fromkeys(row.percent for row in results):
+  for percent in dict.fromkeys(row.percent for row in results if row.percent):
     means = {
       text: {
         row: statistics.mean(run['perplexity'][text] for run in runs)

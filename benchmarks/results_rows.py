@@ -68,7 +68,8 @@ class Row:
   @property
   def is_best(self) -> bool:
     """Whether it is the demo's config as it is."""
-    return self.added == EVERYTHING and not self.way and self.steps == STEPS
+    is_demo = (self.criterion, self.added) == ('obs', EVERYTHING)
+    return is_demo and not self.way and self.steps == STEPS
 
   @property
   def leads(self) -> bool:

@@ -227,6 +227,14 @@ def test_ways_are_compared_in_perplexity_and_time(compare):
   assert len(axes.get_legend_handles_labels()[1]) == 7
 
 
+def test_what_is_best_is_the_demos_config_alone(compare):
+  best = [row for row in compare.ROWS if row.is_best]
+  assert [row.percent for row in best] == [50, 35, 20]
+  assert {(row.order, row.criterion) for row in best} == {
+    ('prune_then_tune', 'obs')
+  }
+
+
 def test_runs_of_more_steps_are_apart(compare):
   name = 'prune_then_tune-fluctuation-50-1000steps-seed0'
   results = compare.collect({**RECORD, name: a_run(50.0)}, compare.ROWS)
