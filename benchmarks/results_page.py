@@ -197,8 +197,9 @@ def page(
   rest = ', '.join(missing) or 'none'
   ways = {row: found for row, found in results.items() if row.way}
   longer = {row: x for row, x in results.items() if row.steps != STEPS}
-  apart_from = ways.keys() | longer.keys()
-  results = {row: x for row, x in results.items() if row not in apart_from}
+  results = {
+    row: x for row, x in results.items() if not row.way and row.steps == STEPS
+  }
   parts = (
     section(answers, results),
     of_ways(dense, ways, list(texts)),
