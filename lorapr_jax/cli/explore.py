@@ -34,8 +34,7 @@ _OWN = (
 )
 
 
-def main(argv: list[str]) -> None:
-  """Measures each size without training, and prints them beside each other."""
+def _parser() -> Parser:
   parser = Parser(
     'explore',
     'Measures every size of a model, untrained, before it is pruned to one. '
@@ -78,7 +77,12 @@ def main(argv: list[str]) -> None:
     '--workdir', help='a folder to go on in, and for the page'
   )
   parser.add_json()
-  args, rest = parser.parse_known_args(argv)
+  return parser
+
+
+def main(argv: list[str]) -> None:
+  """Measures each size without training, and prints them beside each other."""
+  args, rest = _parser().parse_known_args(argv)
   given = [
     f'--config.{key}={value}'
     for name, key in _SHORT.items()
@@ -125,16 +129,11 @@ def command(flags: list[str], config: Any, folder: Any) -> list[str]:
   """
   own = tuple(f'--config.{key}=' for key in _OWN)
   kept = [flag for flag in flags if not flag.startswith(own)]
-  unset = [
-    f'--config.prune.{key}=None'
-    for key in ('heads_target', 'channels_target', 'speedup')
-    if config.prune[key] is not None
-  ]
-  unset += ['--config.prune.fit='] if config.prune.fit else []
-  if config.prune.layers_target:
-    unset.append('--config.prune.layers_target=0')
-  if config.export.ladder:
-    unset += ['--config.export.ladder=', '--config.prune.rung_steps=']
+  default, unset = read_config('default'), []
+  for section, key in (own.split('.') for own in _OWN):
+    value = default[section][key]
+    if config[section][key] != value:
+      unset.append(f'--config.{section}.{key}={value}')
   name = folder.name if folder else 'random'
   return ['python', 'train.py', *kept, f'--workdir=runs/{name}-pruned', *unset]
 

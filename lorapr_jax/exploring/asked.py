@@ -16,6 +16,7 @@ from lorapr_jax.exploring.ways import (
   Dense,
   Settings,
   Size,
+  Sizes,
   asked_as,
   split_amount,
   split_sizes,
@@ -165,42 +166,17 @@ def ask(
   Raises:
     UserError: naming the flag or key whose value is impossible.
   """
-  for way in ways:
-    choose('--ways', way, WAYS)
   amount = _amount(config.prune)
-  if not (shares or amount) or not all(0 < share < 1 for share in shares):
-    raise UserError(
-      f'--sizes is {",".join(map(str, shares))}: shares of the parameters that '
-      'stay, each between 0 and 1, such as 0.9,0.7'
-    )
-  if not config.data.eval:
-    raise UserError(
-      'data.eval is empty: give --eval, the text that sizes are measured on'
-    )
-  if config.model.base_dtype == INT8:
-    raise UserError(
-      'model.base_dtype is int8: the dense model is measured in int8 beside '
-      'the sizes, which are of the model as it is: use model.base_dtype=auto'
-    )
-  _check_profile(config.prune.layer_profile, ways)
+  _check_sizes(ways, shares, amount)
+  _check_config(config, ways)
   config = config.copy_and_resolve_references()
   for section, keys in _SETTINGS.items():
     for key, value in keys.items():
       config[section][key] = value
   if tokens is not None:
     _set_tokens(config, tokens)
-  model = read_section(ModelSettings, config.model).read_sizes()
-  dense = Dense.of(model, config.prune.protect)
   ways = [way for way in WAYS if way in ways]
-  found = split_sizes(config, dense, ways, shares)
-  sizes = itertools.starmap(Size, itertools.product(ways, shares))
-  left_out = [size.name for size in sizes if size not in found]
-  if amount:
-    its, reasons = split_amount(config, dense, ways, amount)
-    found |= its
-    for way, reason in reasons.items():
-      name = Size(way, asked=asked_as(amount)).name
-      left_out.append(f'{name} ({reason})')
+  found, left_out = _split(config, ways, shares, amount)
   runs = [run.settings for run in found.values()]
   settings = max(runs, key=lambda x: x.plan.within_layers)
   longest = settings.compute.config.longest
@@ -218,7 +194,7 @@ def ask(
     settings,
     {size: found[size].settings.plan for size in order},
     {size: found[size].asks for size in order},
-    tuple(left_out),
+    left_out,
     context,
     latency,
   )
@@ -235,7 +211,50 @@ def _amount(prune: config_dict.ConfigDict) -> Settings:
   return {key: prune[key] for key in keys if prune[key] not in ('', None)}
 
 
-def _check_profile(profile: str, ways: Sequence[str]) -> None:
+def _check_sizes(
+  ways: Sequence[str], shares: Sequence[float], amount: Settings
+) -> None:
+  for way in ways:
+    choose('--ways', way, WAYS)
+  if not (shares or amount) or not all(0 < share < 1 for share in shares):
+    raise UserError(
+      f'--sizes is {",".join(map(str, shares))}: shares of the parameters that '
+      'stay, each between 0 and 1, such as 0.9,0.7'
+    )
+
+
+def _split(
+  config: config_dict.ConfigDict,
+  ways: Sequence[str],
+  shares: Sequence[float],
+  amount: Settings,
+) -> tuple[Sizes, tuple[str, ...]]:
+  """The runs to all sizes, and which sizes are left out."""
+  model = read_section(ModelSettings, config.model).read_sizes()
+  dense = Dense.of(model, config.prune.protect)
+  found = split_sizes(config, dense, ways, shares)
+  sizes = itertools.starmap(Size, itertools.product(ways, shares))
+  left_out = [size.name for size in sizes if size not in found]
+  if amount:
+    more, reasons = split_amount(config, dense, ways, amount)
+    found |= more
+    for way, reason in reasons.items():
+      name = Size(way, asked=asked_as(amount)).name
+      left_out.append(f'{name} ({reason})')
+  return found, tuple(left_out)
+
+
+def _check_config(config: config_dict.ConfigDict, ways: Sequence[str]) -> None:
+  if not config.data.eval:
+    raise UserError(
+      'data.eval is empty: give --eval, the text that sizes are measured on'
+    )
+  if config.model.base_dtype == INT8:
+    raise UserError(
+      'model.base_dtype is int8: the dense model is measured in int8 beside '
+      'the sizes, which are of the model as it is: use model.base_dtype=auto'
+    )
+  profile = config.prune.layer_profile
   if len({*parse_profile(profile)}) > 1 and {*ways} != {'width'}:
     raise UserError(
       f'prune.layer_profile is {profile}, which is of widths, and where layers '
