@@ -204,7 +204,10 @@ def test_the_first_rung_is_what_a_run_to_its_size_gives(once, tmp_path):
 @pytest.mark.parametrize(
   'settings',
   [
-    ('prune.shrink=0.5', 'train.distill=0.5', 'export.format=hf,peft'),
+    (
+      *('prune.shrink=0.5', 'train.distill=0.5', 'export.format=hf,peft'),
+      'prune.protect=reference',
+    ),
     (
       *('model.base_dtype=int8', 'prune.layers_target=0.34'),
       *('model.sizes.num_hidden_layers=7', 'prune.heads=none'),
@@ -215,6 +218,7 @@ def test_the_first_rung_is_what_a_run_to_its_size_gives(once, tmp_path):
       *('prune.order=prune_then_tune', 'prune.calibration_steps=3'),
       *('prune.layers_target=0.34', 'model.sizes.num_hidden_layers=7'),
       *('model.base_dtype=int8', 'train.distill=0.5', 'prune.target=0.3'),
+      'prune.protect=reference',
       'prune.compensate_data=synthetic:7',
     ),
   ],

@@ -31,10 +31,20 @@ WAYS = {
     *[LayerShape(3, 2, 96)] * 2,
     *[LayerShape(1, 2, 32)] * 2,
   ),
+  # Four shapes, and one of them of a layer that is protected.
+  'prune.layer_profile=0.5,1,1.5 prune.order=prune_then_tune '
+  'prune.criterion=obs train.distill=1 prune.compensate_data=synthetic:7': (
+    *(LayerShape(3, 2, 96), SMALL, LayerShape(1, 2, 32), FULL),
+  ),
 }
 
 
-@pytest.mark.parametrize('way', WAYS)
+*_FEW_SHAPES, _MANY_SHAPES = WAYS
+
+
+@pytest.mark.parametrize(
+  'way', [*_FEW_SHAPES, pytest.param(_MANY_SHAPES, marks=pytest.mark.slow)]
+)
 def test_other_ways_to_prune_run_to_the_end(way, tmp_path):
   workdir = tmp_path / 'run'
   settings = ['--config.train.steps=12', '--config.prune.every=3', *LESS]
