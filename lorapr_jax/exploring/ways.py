@@ -106,6 +106,20 @@ WAYS: Mapping[str, Callable[[Dense, float], Settings]] = {
 }
 
 
+def layers_of_both(dense: Dense, by_width: Callable[[], float]) -> Settings:
+  """The layers of `both` where width alone would leave a share."""
+  return {'layers_target': both(dense, by_width())['layers_target']}
+
+
+# By name; what each takes beside prune.fit or prune.speedup, of the dense model
+# and of the share that width alone would leave.
+BESIDE: Mapping[str, Callable[[Dense, Callable[[], float]], Settings]] = {
+  'width': lambda *_: {},
+  'depth': lambda *_: _DEPTH,
+  'both': layers_of_both,
+}
+
+
 class Size(NamedTuple):
   """One model that is measured.
 
@@ -180,8 +194,6 @@ def split_amount(
 ) -> tuple[Sizes, dict[str, str]]:
   """The same, of the size that prune.fit or prune.speedup come to.
 
-  Of `both`, the layers are half of what goes by width alone.
-
   Returns:
     It, by each way that comes to it, and why others do not, by name.
 
@@ -190,25 +202,19 @@ def split_amount(
   """
   found: Sizes = {}
   reasons: dict[str, str] = {}
-  by_width = {'target': None, **amount}
+  asks = {'target': None, **amount}
+  nothing_within = config.prune.heads == 'none' and not config.prune.channels
 
   def share_of(run: Planned) -> float:
     return run.settings.plan.pruned_config.num_parameters / dense.parameters
 
   for way in ways:
     try:
-      if way == 'depth':
-        settings = {**by_width, **_DEPTH}
-      elif config.prune.heads == 'none' and not config.prune.channels:
+      own = BESIDE[way](dense, lambda: share_of(_split(config, asks)))
+      if nothing_within and own != _DEPTH:
         raise UserError('neither heads nor channels are pruned')
-      elif way == 'both':
-        share = share_of(_split(config, by_width))
-        layers = both(dense, share)['layers_target']
-        settings = {**by_width, 'layers_target': layers}
-      else:
-        settings = by_width
-      split = _split(config, settings)
-      found[Size(way, share_of(split), asked_as(amount))] = split
+      run = _split(config, {**asks, **own})
+      found[Size(way, share_of(run), asked_as(amount))] = run
     except UserError as error:
       reasons[way] = str(error)
   if not found:
