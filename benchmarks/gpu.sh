@@ -84,6 +84,8 @@ flags = {
   'train.micro_batch_size': '16',
   'train.seq_len': '1024',
   'model.remat': 'dots',
+  'prune.criterion': 'lora',
+  'prune.order': 'joint',
   'prune.shrink': shrink,
   'report.prompts': '()',
 }

@@ -116,7 +116,9 @@ def configured(
   flags: list[str],
 ) -> RunSettings:
   """A run's settings, for random weights."""
-  config, _ = parse_flags(['--config=default', '--workdir=none', *flags])
+  # LoRAPrune's own step: it has all parts, the importance too.
+  own = ['--config.prune.criterion=lora', '--config.prune.order=joint']
+  config, _ = parse_flags(['--config=default', '--workdir=none', *own, *flags])
   config.model.sizes = config_dict.ConfigDict(sizes)
   config.data.train = 'synthetic:1'
   config.train.seq_len = tokens

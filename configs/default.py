@@ -7,9 +7,10 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The paper's values where it has any, but for lora_gradient and compensate.
+  """The paper's values, but for how groups are chosen, when, and repaired.
 
-  configs/paper.py has the paper's for these two as well (docs/method.md).
+  In these the ones that won are set (docs/alternatives.md). configs/paper.py
+  has the paper's for these as well (docs/method.md).
   """
   config = config_dict.ConfigDict()
 
@@ -129,15 +130,15 @@ def get_config() -> config_dict.ConfigDict:
   config.train.checkpoints_kept = 2
 
   config.prune = config_dict.ConfigDict()
-  # What scores the groups: lora (LoRAPrune), gradient (the gradient of the
-  # base, which takes as much memory as a second copy of its weights),
-  # obs (what is lost when they go and the rest is repaired), activation
-  # (Wanda-sp), fluctuation (FLAP), magnitude or random.
-  config.prune.criterion = 'lora'
-  # When groups are pruned: joint (while LoRA trains), prune_then_tune (all at
-  # once, then LoRA trains on what is left, for as many steps in all) or none
-  # (all at once, and LoRA does not train).
-  config.prune.order = 'joint'
+  # What scores the groups: obs (what is lost when they go and the rest is
+  # repaired), lora (LoRAPrune), gradient (the gradient of the base, which takes
+  # as much memory as a second copy of its weights), activation (Wanda-sp),
+  # fluctuation (FLAP), magnitude or random.
+  config.prune.criterion = 'obs'
+  # When groups are pruned: prune_then_tune (all at once, then LoRA trains on
+  # what is left, for as many steps in all), joint (on a ramp, while LoRA
+  # trains) or none (all at once, and LoRA does not train).
+  config.prune.order = 'prune_then_tune'
   # Under prune_then_tune and none, the first N steps only measure importance.
   config.prune.calibration_steps = 10
   # Under prune_then_tune, with export.ladder: the steps that each of its sizes
@@ -191,11 +192,12 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.heads = 'kv_groups'
   # Whether channels of the feed-forward networks are pruned.
   config.prune.channels = True
-  # Steps between maskings.
+  # Under joint: steps between maskings.
   config.prune.every = 10
-  # The share of the steps that comes before the ramp; nothing is masked in it.
+  # Under joint: the share of the steps that comes before the ramp; nothing is
+  # masked in it.
   config.prune.warmup = 0.1
-  # The share of the steps that comes after the ramp.
+  # Under joint: the share of the steps that comes after the ramp.
   config.prune.cooldown = 0.1
   # What makes up for groups each time they are masked: ridge (the weights of
   # o_proj and down_proj that survive, by ridge regression) or none (LoRAPrune).

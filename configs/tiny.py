@@ -40,5 +40,9 @@ def get_config() -> config_dict.ConfigDict:
   config.train.learning_rate = 1e-2
   config.train.log_every = 5
   config.train.checkpoint_every = 20
+  # LoRAPrune's own way shows most of what a run can do: a ramp, with an event
+  # every few steps, led by LoRA's gradients.
+  config.prune.criterion = 'lora'
+  config.prune.order = 'joint'
   config.prune.every = 5
   return config

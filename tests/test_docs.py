@@ -35,7 +35,7 @@ SHORT = (
   '--config.report.max_new_tokens=4'
 )
 SHORT_IN_PYTHON = (
-  "train={'steps': 4, 'batch_size': 4, 'micro_batch_size': 4, 'seq_len': 16}, "
+  "train={'steps': 12, 'batch_size': 4, 'micro_batch_size': 4, 'seq_len': 16}, "
   "report={'max_new_tokens': 4},"
 )
 # How a command starts, and what main takes for it.

@@ -75,7 +75,7 @@ class Criterion:
     layers: of whole layers: LOSS, COSINE or SUM.
   """
 
-  name: str = 'lora'
+  name: str
   score: str = 'abs'
   lora_gradient: str = OWN
   norm: bool = True

@@ -25,7 +25,7 @@ from lorapr_jax.models.lora import INPUTS, terms_of
 from lorapr_jax.models.trees import block_axes
 from lorapr_jax.pruning.compensation import NONE, REPAIRED, RIDGE
 from lorapr_jax.pruning.groups import couplings, kind
-from lorapr_jax.pruning.importance import SUM, Criterion
+from lorapr_jax.pruning.importance import OBS, SUM, Criterion
 from lorapr_jax.pruning.ladder import plan_ladder
 from lorapr_jax.pruning.plan import PruningPlan
 from lorapr_jax.pruning.schedule import AtOnce, PruneSchedule, Schedule
@@ -109,8 +109,8 @@ class LoraSettings:
 class PruneSettings:
   """The `prune.*` keys."""
 
-  criterion: str = Criterion.name
-  order: str = 'joint'
+  criterion: str = OBS
+  order: str = 'prune_then_tune'
   calibration_steps: int = 10
   rung_steps: str = ''
   target: float | None = Targets.target
@@ -282,11 +282,10 @@ def _check_plan(
   plan: PruningPlan, prune: PruneSettings, lora: LoraConfig
 ) -> None:
   """Refuses what could not be pruned, or not be ranked."""
-  if not plan.keep and prune.order != 'joint':
+  if not plan.keep and prune.order == 'none':
     raise UserError(
-      f'prune.target is 0: nothing would be pruned by '
-      f'prune.order={prune.order}; LoRA alone is trained by '
-      'prune.order=joint'
+      'prune.target is 0: by prune.order=none nothing would be pruned and '
+      'nothing trained; with another order LoRA is trained alone'
     )
   if prune.criterion != 'lora':
     return

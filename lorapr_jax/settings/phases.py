@@ -194,8 +194,9 @@ def make_phases(
     and, with any of them, recover (recover.steps) on what is left.
 
   After the last one that prunes comes the cut. With a ladder, tune prunes too.
-  All take one batch a step, so that joint and prune_then_tune see the same
-  tokens. `order` is prune.order; `prunings` are what the first phases mask.
+  Where nothing is pruned they are those of joint. All take one batch a step, so
+  that joint and prune_then_tune see the same tokens. `order` is prune.order;
+  `prunings` are what the first phases mask.
   """
   tune, recovery = CHECKPOINTS_AFTER_CUT
   rate, result = train.learning_rate, []
@@ -209,7 +210,7 @@ def make_phases(
     args = (name, folder, first, steps, spec, start, rate, train.lr_schedule)
     result.append(Phase(*args, pruning, restarts))
 
-  if order == 'joint':
+  if order == 'joint' or not prunings:
     add('prune', CHECKPOINTS, train.steps, rate, *prunings)
   else:
     first, *rungs = prunings

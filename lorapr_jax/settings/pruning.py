@@ -78,8 +78,8 @@ def _check_steps(planned: PlannedModel, train: TrainSettings) -> None:
       f'prune.criterion={criterion.name} needs gradients of the base, which '
       'model.base_dtype=int8 has none of: use prune.criterion=lora'
     )
-  tuned = train.steps - prune.calibration_steps
-  if prune.order == 'prune_then_tune' and tuned <= 0:
+  tunes = planned.plan and prune.order == 'prune_then_tune'
+  if tunes and train.steps <= prune.calibration_steps:
     raise UserError(
       f'prune.calibration_steps {prune.calibration_steps} leaves none of '
       f'train.steps {train.steps} to tune: lower it, or use prune.order=none'

@@ -251,7 +251,7 @@ def test_importance_holds_no_array_of_a_projections_size():
   whole = _whole(mesh)
   params, state = _abstract(config, mesh)
   settings = Compute(config, LORA)
-  update = steps.make_update_importance(settings, Criterion(), whole)
+  update = steps.make_update_importance(settings, Criterion('lora'), whole)
   norm = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
   memory = (
     update.lower(
@@ -352,11 +352,11 @@ def test_the_loss_gathers_no_vocabulary():
 
 
 MODELS = Path(__file__).parents[2] / 'configs' / 'models.py'
-LLAMA = f'--config={MODELS}:llama-7b'
+LLAMA = (f'--config={MODELS}:llama-7b', '--config.prune.criterion=lora')
 
 
 def _planned(topology: str, *flags: str):
-  config, _ = parse_flags([LLAMA, *flags, '--workdir=none'])
+  config, _ = parse_flags([*LLAMA, *flags, '--workdir=none'])
   return plan_run(config, Topology.of(topology))
 
 
@@ -381,7 +381,7 @@ def test_llama_7b_is_planned_for_eight_chips():
   assert weights / 8 < own.arguments < weights / 8 + 0.2e9
   assert own.temporaries < 2e9
   # Each block is computed a second time: three passes where two would do.
-  config, _ = parse_flags([LLAMA, '--workdir=none'])
+  config, _ = parse_flags([*LLAMA, '--workdir=none'])
   sizes, tokens = config_from_hf(dict(config.model.sizes)), 128 * 512 / 8
   least = 2 * forward_flops_per_token(sizes, 512)
   least += attention_flops_per_token(sizes, 512)
@@ -429,7 +429,7 @@ def test_a_search_ends_with_the_smallest_slice_that_fits():
   flags += ['--config.train.micro_batch_size=128', '--config.model.remat=none']
   flags += ['--config.lora.dropout=0.0', '--config.train.batch_size=128']
   flags += ['--config.prune.compensate=none']
-  config, _ = parse_flags([LLAMA, *flags, '--workdir=none'])
+  config, _ = parse_flags([*LLAMA, *flags, '--workdir=none'])
   small, large = search(config, 'v5e')
   assert small.topology.name == 'v5e:1x1' and not small.fits
   assert small.needs[0].total > small.topology.chip.hbm

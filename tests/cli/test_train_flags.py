@@ -161,10 +161,18 @@ def test_tuning_alone_has_no_plan():
     settings('--config.prune.target=0', '--config.prune.compensate=bias')
 
 
-@pytest.mark.parametrize('order', ['prune_then_tune', 'none'])
-def test_pruning_at_once_needs_something_to_prune(order):
-  with pytest.raises(UserError, match=f'prune.target is 0.*{order}'):
-    settings('--config.prune.target=0', f'--config.prune.order={order}')
+def test_without_pruning_and_training_nothing_is_left_to_do():
+  with pytest.raises(UserError, match='prune.target is 0.*order=none'):
+    settings('--config.prune.target=0', '--config.prune.order=none')
+
+
+@pytest.mark.parametrize('order', ['joint', 'prune_then_tune'])
+def test_without_pruning_lora_trains_from_the_first_step(order):
+  (phase,) = settings(
+    '--config.prune.target=0', f'--config.prune.order={order}'
+  ).phases
+  assert phase.pruning is None
+  assert (phase.first_step, phase.steps, phase.peak) == (0, 60, 1e-2)
 
 
 def test_calibration_leaves_steps_to_tune():

@@ -42,6 +42,8 @@ def test_glm4_is_pruned_from_folder_to_folder(base, tmp_path, capsys):
     'train.micro_batch_size': 4,
     'train.seq_len': LENGTH,
     'train.learning_rate': 1e-2,
+    'prune.criterion': 'lora',
+    'prune.order': 'joint',
     'prune.every': 3,
     'prune.protect': 'none',
     'report.max_new_tokens': 4,

@@ -93,7 +93,9 @@ def test_the_step_runs_cudnns_attention_and_holds_no_scores():
   assert not re.search(rf'\[(\d+,)*{tokens},{tokens}\]', text)
 
 
-@pytest.mark.parametrize('criterion', [Criterion(), Criterion(score='square')])
+@pytest.mark.parametrize(
+  'criterion', [Criterion('lora'), Criterion('lora', score='square')]
+)
 def test_the_importance_holds_nothing_dense_and_is_xlas(criterion, monkeypatch):
   settings = _settings(512, 2)
   step = compiled_step(settings)

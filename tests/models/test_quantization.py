@@ -277,7 +277,7 @@ def test_step_and_importance_are_those_of_the_weights_dequantised(
     metrics, grads, more = steps.make_lora_gradients(own, place)(
       params, lora, masks, batch, jax.random.key(0)
     )
-    update = steps.make_update_importance(own, Criterion(), place)
+    update = steps.make_update_importance(own, Criterion('lora'), place)
     zeros = jax.tree.map(jnp.zeros_like, masks)
     norm = metrics['grad_norm']
     importance, ok = update(zeros, params, lora, grads, more, masks, norm)

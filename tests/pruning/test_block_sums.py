@@ -103,9 +103,9 @@ def _assert_sums(sums, trees, criterion):
 @pytest.mark.parametrize(
   'criterion',
   [
-    Criterion(),
-    Criterion(lora_gradient='full'),
-    Criterion(score='square', lora_gradient='full'),
+    Criterion('lora'),
+    Criterion('lora', lora_gradient='full'),
+    Criterion('lora', score='square', lora_gradient='full'),
   ],
   ids=['own', 'full', 'full_square'],
 )
@@ -126,9 +126,9 @@ def test_a_mesh_has_the_same_sums(sizes):
     mesh, logical_axes(config)['params'], param_shapes(config, jnp.float32)
   )
   params = jax.device_put(trees[0], places['stacks'][0])
-  run = jax.jit(lambda *trees: _sums(trees, Criterion(), mesh=mesh))
+  run = jax.jit(lambda *trees: _sums(trees, Criterion('lora'), mesh=mesh))
   sums = run(params, *trees[1:])
-  _assert_sums(sums, trees, Criterion())
+  _assert_sums(sums, trees, Criterion('lora'))
   # Every device sums what it has: no weights travel.
   text = run.lower(params, *trees[1:]).compile().as_text()
   for collective in ('all-gather', 'all-to-all', 'permute', 'all-reduce'):

@@ -166,11 +166,11 @@ def test_the_nearest_that_is_named_works():
 
 
 def test_sum_goes_with_scores_that_are_averaged():
-  assert Criterion(layers=SUM).averaged
+  assert Criterion('lora', layers=SUM).averaged
   with pytest.raises(UserError, match='magnitude does not: use loss or cosine'):
     Criterion('magnitude', layers=SUM)
   with pytest.raises(UserError, match='prune.layers_criterion'):
-    Criterion(layers='depth')
+    Criterion('lora', layers='depth')
 
 
 def _average(layers, criterion):
@@ -205,7 +205,7 @@ def _average(layers, criterion):
 
 @pytest.mark.parametrize('norm', [False, True])
 def test_a_layers_sum_is_of_all_that_is_alive_in_it(norm):
-  criterion = Criterion(layers=SUM, norm=norm, decay=0.9)
+  criterion = Criterion('lora', layers=SUM, norm=norm, decay=0.9)
   _, new, scores = _average(1.0, criterion)
   q, o = (scores['self_attn'][n]['weight'] for n in ('q_proj', 'o_proj'))
   up, down = (scores['mlp'][n]['weight'] for n in ('up_proj', 'down_proj'))
@@ -215,9 +215,9 @@ def test_a_layers_sum_is_of_all_that_is_alive_in_it(norm):
 
 
 def test_a_layer_that_is_gone_keeps_its_averages():
-  old, new, _ = _average(0.0, Criterion(layers=SUM))
+  old, new, _ = _average(0.0, Criterion('lora', layers=SUM))
   jax.tree.map(np.testing.assert_array_equal, new, old)
-  old, new, _ = _average(1.0, Criterion())
+  old, new, _ = _average(1.0, Criterion('lora'))
   assert new[LAYERS] == old[LAYERS]
   assert float(new[CHANNELS][0]) != 4.0 == float(new[CHANNELS][1])
 

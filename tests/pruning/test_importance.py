@@ -121,7 +121,7 @@ def mask_one(mask, step):
 
 
 OPTIONS = [
-  Criterion(score=score, norm=norm, lora_gradient=terms)
+  Criterion('lora', score=score, norm=norm, lora_gradient=terms)
   for score, norm, terms in itertools.product(
     ('abs', 'square'), (True, False), ('own', 'full')
   )
@@ -182,7 +182,7 @@ def test_every_option_makes_a_difference(group):
   ],
 )
 def test_projections_without_an_adapter_do_not_count(group, targets):
-  for ours, truth in run_steps(group, Criterion(), targets=targets):
+  for ours, truth in run_steps(group, Criterion('lora'), targets=targets):
     assert truth.min() >= 0 and truth.max() > 0
     np.testing.assert_allclose(ours, truth, rtol=2e-5)
 
@@ -389,7 +389,7 @@ def test_random_scores_differ_by_layer_and_have_no_ties():
 )
 def test_what_is_not_finite_keeps_the_old_average(bad):
   config = model(SHAPE, SHAPE)
-  step = make_step(config, Criterion(score='square'))
+  step = make_step(config, Criterion('lora', score='square'))
   masks = stack_masks(config, ('kv_heads', 'mlp'))
   old = randomise(masks, 3)
   params, lora, grads = random_model(config, LORA, 0)
@@ -421,4 +421,4 @@ def test_what_is_not_finite_keeps_the_old_average(bad):
 )
 def test_what_is_not_a_criterion_is_refused(options, message):
   with pytest.raises(UserError, match=message):
-    Criterion(**options)
+    Criterion(**{'name': 'lora'} | options)

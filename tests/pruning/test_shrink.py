@@ -347,10 +347,10 @@ def test_importance_goes_on_after_a_cut_as_if_only_masked(heads, make_model):
     def layer(inputs):
       params, lora, grads, old, mask = inputs
       scores = element_scores(
-        Signals(params, lora, grads, 0), Options(Criterion(), LORA.scale)
+        Signals(params, lora, grads, 0), Options(Criterion('lora'), LORA.scale)
       )
       return update_importance(
-        old, scores, mask, AXES['params'], Criterion(decay=0.9)
+        old, scores, mask, AXES['params'], Criterion('lora', decay=0.9)
       )
 
     trees = (stacks[0], lora[0], grads[0], importance[0], masks[0])

@@ -20,7 +20,12 @@ from lorapr_jax.cli.main import main as lorapr
 
 ROOT = Path(__file__).resolve().parents[2]
 # Rows of 32 weights are what llama.cpp's Q8_0 rounds together.
-_COMMON = ('prune.channels_multiple_of=32', 'lora.dropout=0')
+_COMMON = (
+  'prune.channels_multiple_of=32',
+  'prune.criterion=lora',
+  'prune.order=joint',
+  'lora.dropout=0',
+)
 _TINY = (
   'train.steps=20',
   'train.batch_size=8',

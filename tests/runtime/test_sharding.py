@@ -182,7 +182,7 @@ def _prune(config, mesh, params, names, packed):
   optimizer = make_optimizer(optax.constant_schedule(1e-2))
   lora_gradients = steps.make_lora_gradients(settings, everywhere)
   update_importance = steps.make_update_importance(
-    settings, Criterion(), everywhere
+    settings, Criterion('lora'), everywhere
   )
   apply_update = steps.make_apply_update(optimizer, everywhere)
   select = jax.jit(select_masks, out_shardings=everywhere)

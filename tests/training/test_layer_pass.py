@@ -51,7 +51,7 @@ from lorapr_jax.training.base import Places
 from lorapr_jax.training.event import make_prune_layers, repair_of
 from tests.families.cover import few
 
-LORA_CRITERION = Criterion()
+LORA_CRITERION = Criterion('lora')
 LORA = LoraConfig(rank=2, alpha=4.0, dropout=0.0)
 CONFIG = ModelConfig(
   vocab_size=48,

@@ -88,6 +88,7 @@ def test_a_bases_own_biases_are_cut_and_exported(
     *(f'--workdir={workdir}', f'--config.data.train=file:{text}'),
     *('--config.train.steps=6', '--config.train.batch_size=8'),
     *('--config.train.micro_batch_size=8', '--config.train.seq_len=32'),
+    *('--config.prune.criterion=lora', '--config.prune.order=joint'),
     *('--config.prune.every=2', '--config.prune.protect=none', *LESS),
     *('--config.export.format=hf,gguf,peft', '--config.report.prompts=()'),
     *(f'--config.{setting}' for setting in settings),

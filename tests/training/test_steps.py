@@ -324,7 +324,7 @@ def functions():
   """lora_gradients, update_importance and apply_update, not compiled yet."""
   return (
     steps.make_lora_gradients(SETTINGS, _device()),
-    steps.make_update_importance(SETTINGS, Criterion(), _device()),
+    steps.make_update_importance(SETTINGS, Criterion('lora'), _device()),
     steps.make_apply_update(OPTIMIZER, _device()),
   )
 
@@ -500,7 +500,7 @@ def test_the_true_gradient_costs_a_copy_of_the_projections():
 def test_importance_of_smollm2_needs_the_scores_of_one_layer(dtype):
   settings = Compute(SMOLLM2, RANK_8)
   params, lora, masks, _, _ = _abstract_smollm2(settings.lora, jnp.dtype(dtype))
-  update = steps.make_update_importance(settings, Criterion(), _device())
+  update = steps.make_update_importance(settings, Criterion('lora'), _device())
   norm = jax.ShapeDtypeStruct((), jnp.float32)
   lowered = update.lower(masks, params, lora, lora, {}, masks, norm)
   memory = lowered.compile().memory_analysis()
