@@ -176,7 +176,8 @@ def run(config: config_dict.ConfigDict, workdir: str | Path) -> dict[str, Any]:
     if train.distill:
       display.start('teacher')
       teacher = remember_teacher(
-        base, settings.phases, batches, train.distill_top_k, workdir
+        *(base, settings.phases, batches, train.distill_top_k, workdir),
+        show=display.show_batches,
       )
       batches = dataclasses.replace(batches, teacher=teacher)
 

@@ -42,6 +42,7 @@ class Display(contextlib.AbstractContextManager):
     self._compiled = False
     self._phase: str | None = None
     self._begin = 0.0
+    self._batches = ''
     self._step: int | None = None
     self._lines: list[str] = []
     self._notice: str | None = None
@@ -78,7 +79,20 @@ class Display(contextlib.AbstractContextManager):
 
   def stop(self) -> None:
     """Ends the phase."""
-    self.seconds, self._phase = self._times(), None
+    self.seconds, self._phase, self._batches = self._times(), None, ''
+
+  def show_batches(self, done: int, total: int) -> None:
+    """Shows how many batches of this phase are done.
+
+    Elsewhere than on a terminal it is a line each time a tenth is done, where
+    all of them take more than a minute.
+    """
+    each = (time.perf_counter() - self._begin) / done
+    left = units.duration(each * (total - done))
+    self._batches = f'batch {done} of {total}  {left} left'
+    is_tenth = done * 10 // total > (done - 1) * 10 // total
+    if not self._live and is_tenth and done < total and each * total > 60:
+      self.print(self._batches)
 
   def show(self, record: Mapping[str, float], memory_bytes: int) -> None:
     """Shows a logged step: a line of metrics.jsonl, and the peak of memory."""
@@ -145,6 +159,8 @@ class Display(contextlib.AbstractContextManager):
         for name, seconds in self._times().items()
       )
     ]
+    if self._batches:
+      parts.append(Text(self._batches))
     if self._step is not None:
       progress = Table.grid(padding=(0, 1), expand=True)
       progress.add_column(no_wrap=True)

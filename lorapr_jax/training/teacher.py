@@ -31,25 +31,31 @@ def remember_teacher(
   batches: Batches,
   top_k: int,
   workdir: Path,
+  show: Callable[[int, int], None],
 ) -> Callable[[Phase, int], dict[str, Array]]:
   """Asks the dense model about every batch that is still to be learned from.
 
-  Checkpoints in the workdir say which steps are done.
+  Checkpoints in the workdir say which steps are done. After each batch `show`
+  is told how many are done, and of how many.
 
   Returns:
     (phase, step) -> a batch's 'teacher': {'ids', 'log_probs'}, (M, B, T, K).
     Each is given once, and then forgotten.
   """
   top, known = make_top_tokens(base, top_k), {}
-  for phase in phases:
-    if not phase.learns:
-      continue
-    # The newest checkpoint may be damaged, and the one before it is used.
-    first = min(saved_steps(workdir / phase.checkpoints), default=0)
+  # The newest checkpoint may be damaged, and the one before it is used.
+  starts = [
+    (phase, min(saved_steps(workdir / phase.checkpoints), default=0))
+    for phase in phases
+    if phase.learns
+  ]
+  total = sum(phase.steps - first for phase, first in starts)
+  for phase, first in starts:
     with batches.plain(phase, base.places.batch, first) as stream:
       for step, batch in enumerate(stream, first):
         found = top(base.params, batch)
         known[phase.name, step] = jax.tree.map(_Parts.of, found)
+        show(len(known), total)
   place = base.places.batch
 
   def teacher(phase: Phase, step: int) -> dict[str, Array]:

@@ -1,12 +1,14 @@
 """What people see: a panel on a terminal, lines elsewhere."""
 
 import io
+import itertools
 import logging
 import time
 
 import pytest
 from rich.text import Text
 
+from lorapr_jax.report import units
 from lorapr_jax.report.display import Display
 from lorapr_jax.runtime.terminal import PlainConsole
 
@@ -55,6 +57,37 @@ def test_a_perplexity_is_shown_where_there_is_one(display):
   with shown:
     shown.show(RECORD | {'perplexity': 41.5}, 0)
   assert 'of 60  loss 3.210  perplexity 41.50  pruned' in out.getvalue()
+
+
+@pytest.mark.parametrize('seconds, lines', [(3.0, 9), (2.0, 0)])
+def test_batches_that_take_long_are_a_line_a_tenth(
+  display, monkeypatch, seconds, lines
+):
+  clock = itertools.count(0.0, seconds)
+  monkeypatch.setattr(time, 'perf_counter', lambda: next(clock))
+  shown, out = display(terminal=False)
+  with shown:
+    shown.start('teacher')
+    for done in range(1, 26):
+      shown.show_batches(done, 25)
+  expected = [
+    f'batch {done} of 25  {units.duration(seconds * (25 - done))} left'
+    for done in (3, 5, 8, 10, 13, 15, 18, 20, 23)[:lines]
+  ]
+  assert out.getvalue().splitlines() == ['teacher', *expected]
+
+
+def test_a_panel_shows_the_batches_of_its_phase_alone(display):
+  shown, out = display(terminal=True)
+  with shown:
+    shown.start('teacher')
+    shown.show_batches(2, 3)
+    deadline = time.monotonic() + 60
+    while 'batch 2 of 3' not in out.getvalue():  # It is drawn now and then.
+      assert time.monotonic() < deadline
+      time.sleep(0.05)
+    shown.start('prune')
+  assert 'batch' not in out.getvalue().rpartition('\x1b[2K')[2]
 
 
 def test_a_share_of_nothing_has_no_sign(display):
