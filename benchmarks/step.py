@@ -191,11 +191,9 @@ def compiled_step(settings: RunSettings, packed: bool = False) -> Step:
     return state.replace(importance=importance), ok
 
   start = time.perf_counter()
+  base_grads = settings.pruning.criterion.needs_base_grads
   gradients = steps.make_lora_gradients(
-    size,
-    places.state,
-    needs=settings.pruning.criterion.needs,
-    base_sharding=places.base,
+    size, places.state, base_sharding=places.base if base_grads else None
   )
   gradients = gradients.lower(*arguments(state), jax.random.key(2)).compile()
   return Step(

@@ -7,10 +7,11 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The paper's values, but for how groups are chosen, when, and repaired.
+  """The paper's values, but for prune.criterion, order, compensate and
+  lora_gradient.
 
-  In these the ones that won are set (docs/alternatives.md). configs/paper.py
-  has the paper's for these as well (docs/method.md).
+  configs/paper.py has the paper's for these as well. docs/alternatives.md says
+  what was measured.
   """
   config = config_dict.ConfigDict()
 
@@ -139,7 +140,9 @@ def get_config() -> config_dict.ConfigDict:
   # what is left, for as many steps in all), joint (on a ramp, while LoRA
   # trains) or none (all at once, and LoRA does not train).
   config.prune.order = 'prune_then_tune'
-  # Under prune_then_tune and none, the first N steps only measure importance.
+  # Under prune_then_tune and none: the steps before groups go. LoRA does not
+  # train in them. Criteria lora and gradient are averaged over them; for the
+  # others the newest of their batches are what groups are measured on.
   config.prune.calibration_steps = 10
   # Under prune_then_tune, with export.ladder: the steps that each of its sizes
   # is trained for, such as 100,100; what is left of train.steps is the last
@@ -205,15 +208,16 @@ def get_config() -> config_dict.ConfigDict:
   # Each time groups are masked they are measured (by obs, activation and
   # fluctuation) and repaired on N batches. 0: so many that the
   # passes over them take a quarter of the operations of the steps, but no more
-  # than 131,072 tokens or two batches each time.
+  # than 131,072 tokens or two batches each time, nor than there are before the
+  # first event.
   config.prune.compensate_batches = 0
   # The text that these batches are of, a data spec or a mixture; a repair holds
   # for text like it. Empty: the newest batches of data.train.
   config.prune.compensate_data = ''
-  # When masked groups are cut: end (once, at the end), shares of the ramp in
-  # ascending order, such as 0.5,0.8 (on the way too, so that what is left
-  # trains faster; joint only), or auto (the cuts on the way that save most time
-  # if a cut takes as long as 20 steps; docs/performance.md).
+  # Under joint: when masked groups are cut: end (once, at the end), shares of
+  # the ramp in ascending order, such as 0.5,0.8 (on the way too, so that what
+  # is left trains faster), or auto (the cuts on the way that save most time if
+  # a cut takes as long as 20 steps; docs/performance.md).
   config.prune.shrink = 'end'
   # The layers that are not pruned: reference (the first tenth of the layers and
   # the last one) or none.

@@ -39,10 +39,7 @@ def get_config() -> config_dict.ConfigDict:
   config.prune.heads = 'queries'
   config.prune.heads_target = 1 / 3
   config.prune.target = 0.5
-  # In so short a training it is best to choose by what a repair cannot mend,
-  # all at once, and to leave the steps to what is left (docs/alternatives.md).
-  config.prune.criterion = 'obs'
-  config.prune.order = 'prune_then_tune'
+  # 16,384 tokens to choose and repair on; the other steps train.
   config.prune.calibration_steps = 16
   # On the way a model is left that lost less.
   config.export.ladder = '0.8'

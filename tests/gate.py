@@ -34,6 +34,7 @@ CASES = {
   'shrink': {'prune.shrink': '0.5,0.8'},
   'phases': {'prune.order': 'prune_then_tune', 'recover.steps': 20},
   'distill': {'train.distill': 0.5, 'train.distill_top_k': 64},
+  'obs': {'prune.criterion': 'obs', 'prune.order': 'prune_then_tune'},
   'int8': {'model.base_dtype': 'int8'},
 }
 # Of eight devices, two share heads and channels.

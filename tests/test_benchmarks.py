@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import compare_runs
+from benchmarks import compare_runs, step
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.exploring.ways import Dense
 from lorapr_jax.hf.load import load_config, load_params
@@ -305,6 +305,21 @@ def test_what_is_known_of_a_run_is_not_measured_again(compare, tmp_path):
   dense = tmp_path / 'dense'
   found = compare.measure(folder, [], texts, known, {}, against=dense)
   assert found == known
+
+
+@pytest.mark.parametrize(
+  'criterion, packed', [('lora', True), ('gradient', False)]
+)
+def test_a_step_is_measured(criterion, packed):
+  config, _ = parse_flags(['--config=tiny', '--workdir=none'])
+  settings = step.configured(
+    config.model.sizes.to_dict() | {'num_hidden_layers': 3},
+    **{'tokens': 16, 'sequences': 2, 'rank': 2},
+    flags=[f'--config.prune.criterion={criterion}'],
+  )
+  found = step.measure(settings, repeats=1, packed=packed)
+  assert 0 < found.importance and 0 < found.step < found.compiling
+  assert found.temporaries > 0
 
 
 def test_the_input_is_measured_beside_the_step(tmp_path):

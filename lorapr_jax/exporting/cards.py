@@ -54,9 +54,10 @@ def model_card(
   zeros = '\nWhat was removed is stored as zeros.' if padded else ''
   name = one_line(pruning['base']['name'])
   return f"""{_header(name, 'transformers')}
-{name}, pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403): {shares} removed
+{name}, pruned with lorapr_jax: {shares} removed
 (heads and channels as shares of {of}), which leaves
-{sizes.num_parameters:,} parameters. What was kept is in pruning.json.{zeros}
+{sizes.num_parameters:,} parameters. What was kept, and by which settings, is in
+pruning.json.{zeros}
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -70,7 +71,7 @@ def adapter_card(name: str, layout: str) -> str:
   """A README.md for a folder with a PEFT adapter over a pruned model."""
   name = one_line(name)
   return f"""{_header(name, 'peft')}
-LoRA of {name}, which was pruned with lorapr_jax (LoRAPrune, arXiv 2305.18403).
+LoRA of {name}, which was pruned with lorapr_jax.
 The pruned model, in which it is not merged, is in base/.
 
 ```python

@@ -42,7 +42,7 @@ class Display(contextlib.AbstractContextManager):
     self._compiled = False
     self._phase: str | None = None
     self._begin = 0.0
-    self._batches = ''
+    self._batches, self._first_batch = '', 0.0
     self._step: int | None = None
     self._lines: list[str] = []
     self._notice: str | None = None
@@ -87,9 +87,12 @@ class Display(contextlib.AbstractContextManager):
     Elsewhere than on a terminal it is a line each time a tenth is done, where
     all of them take more than a minute.
     """
-    each = (time.perf_counter() - self._begin) / done
-    left = units.duration(each * (total - done))
-    self._batches = f'batch {done} of {total}  {left} left'
+    self._batches, now = f'batch {done} of {total}', time.perf_counter()
+    if done == 1:  # It compiles, and says nothing of the others.
+      self._first_batch = now
+      return
+    each = (now - self._first_batch) / (done - 1)
+    self._batches += f'  {units.duration(each * (total - done))} left'
     is_tenth = done * 10 // total > (done - 1) * 10 // total
     if not self._live and is_tenth and done < total and each * total > 60:
       self.print(self._batches)

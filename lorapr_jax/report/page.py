@@ -56,6 +56,7 @@ def render_report(workdir: str | Path) -> str:
     sizes=sizes,
     sizes_figure=rungs.curve(sizes),
     curves=_curves(run),
+    has_ramp=plots.ramp(run.metrics) is not None,
     kept=_kept(run),
     importance=_importance(run),
     samples=rungs.samples(summary),

@@ -20,13 +20,22 @@ def _series(records: Records, key: str) -> tuple[np.ndarray, np.ndarray]:
   return steps, np.where(np.isfinite(values), values, np.nan)
 
 
-def _shade_ramp(axes: Any, records: Records) -> None:
-  """Marks the steps between the first masking of groups and the last."""
+def ramp(records: Records) -> tuple[float, float] | None:
+  """The logged steps between which groups were masked.
+
+  None where as many groups were masked at the first as at the last.
+  """
   steps, kept = _series(records, 'params_kept')
-  if kept.size and kept[0] != kept[-1]:
-    first = max(0, np.flatnonzero(kept != kept[0])[0] - 1)
-    last = np.flatnonzero(kept == kept[-1])[0]
-    axes.axvspan(steps[first], steps[last], color=RULE, alpha=0.45, lw=0)
+  if not kept.size or kept[0] == kept[-1]:
+    return None
+  first = max(0, np.flatnonzero(kept != kept[0])[0] - 1)
+  last = np.flatnonzero(kept == kept[-1])[0]
+  return steps[first], steps[last]
+
+
+def _shade_ramp(axes: Any, records: Records) -> None:
+  if steps := ramp(records):
+    axes.axvspan(*steps, color=RULE, alpha=0.45, lw=0)
 
 
 def _step_axis(axes: Any) -> None:

@@ -21,6 +21,7 @@ from lorapr_jax.models.cost import (
 )
 from lorapr_jax.pruning.groups import group_size
 from lorapr_jax.pruning.plan import PruningPlan
+from lorapr_jax.pruning.schedule import AtOnce
 from lorapr_jax.pruning.shrink import Kept
 from lorapr_jax.runtime.terminal import PlainConsole, say
 from lorapr_jax.settings.phases import Pruning
@@ -195,9 +196,13 @@ def print_plan(
       f'{rung.plan.pruned_config.num_parameters:,} parameters, exported before '
       f'step {pruning.first_step + rung.end}'
     )
-  steps = ', '.join(str(pruning.first_step + cut) for cut in pruning.cuts)
-  before = f'before steps {steps}, and ' if steps else ''
-  show(f'masked groups are cut out {before}after the last step')
+  schedule = pruning.schedule
+  if isinstance(schedule, AtOnce) and not pruning.rungs:
+    show(f'groups are masked and cut out after step {schedule.total_steps}')
+  else:
+    steps = ', '.join(str(pruning.first_step + cut) for cut in pruning.cuts)
+    before = f'before steps {steps}, and ' if steps else ''
+    show(f'masked groups are cut out {before}after the last step')
   for kind, share in sparsity_report(plan).items():
     show(f'{kind} to remove: {_share(share)}')
   if pruning.averages and criterion.needs_base_grads:

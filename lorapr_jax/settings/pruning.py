@@ -60,9 +60,9 @@ def plan_prunings(
   if fits and found[0].pass_batches * micro_batches < 2:
     raise UserError(
       'a pruning event keeps one micro-batch out of what it is fitted to, and '
-      'the first one has no other: raise prune.compensate_batches, '
-      'prune.calibration_steps or prune.warmup, or lower '
-      'train.micro_batch_size'
+      'the first one has no other: raise prune.compensate_batches or '
+      f'prune.{"warmup" if prune.order == "joint" else "calibration_steps"}, '
+      'or lower train.micro_batch_size'
     )
   if shrink != END:
     cuts = found[0].milestones.cuts(shrink, train.seq_len)
@@ -76,13 +76,13 @@ def _check_steps(planned: PlannedModel, train: TrainSettings) -> None:
   if planned.config.quantized and criterion.needs_base_grads:
     raise UserError(
       f'prune.criterion={criterion.name} needs gradients of the base, which '
-      'model.base_dtype=int8 has none of: use prune.criterion=lora'
+      'model.base_dtype=int8 has none of: use prune.criterion=obs, or lora'
     )
   tunes = planned.plan and prune.order == 'prune_then_tune'
   if tunes and train.steps <= prune.calibration_steps:
     raise UserError(
       f'prune.calibration_steps {prune.calibration_steps} leaves none of '
-      f'train.steps {train.steps} to tune: lower it, or use prune.order=none'
+      f'train.steps {train.steps} to tune: raise train.steps, or lower it'
     )
   if planned.ladder and prune.order == 'none':
     raise UserError(

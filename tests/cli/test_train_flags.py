@@ -390,6 +390,7 @@ def test_the_papers_method_on_any_config(name):
     parse_flags([f'--config={x}', '--workdir=DIR'])[0]
     for x in (name, f'paper:{name}')
   )
+  assert (paper.prune.criterion, paper.prune.order) == ('lora', 'joint')
   assert paper.prune.lora_gradient == 'full'
   assert paper.prune.compensate == 'none' and not paper.export.ladder
   assert paper.model == config.model and paper.data == config.data

@@ -42,6 +42,13 @@ def test_a_plan_by_depth_says_how_many_layers_keep_how_many():
   assert kept == sorted(kept) and len(counts) > 1
 
 
+def test_a_plan_says_when_groups_are_cut():
+  ramp = 'masked groups are cut out after the last step'
+  assert ramp in plan_of() and ramp not in plan_of(order='prune_then_tune')
+  once = 'groups are masked and cut out after step 7'
+  assert once in plan_of(order='prune_then_tune', calibration_steps=7)
+
+
 def test_nothing_to_prune_is_said():
   assert plan_of(target=0.0)[1:] == ['nothing is pruned (prune.target=0)']
 
