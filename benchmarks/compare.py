@@ -68,7 +68,7 @@ TARGETS = {
   35: (3 / 9, 538 / 1536),
   50: (4 / 9, 768 / 1536),
 }
-_, NO_LAYER_PROTECTED, UNTRAINED = TOGETHER
+_, NOT_DISTILLED, NO_LAYER_PROTECTED, UNTRAINED = TOGETHER
 ROWS = (
   Row(0, 'joint', 'lora'),
   Row(50, 'joint', 'lora', (0, 1, 2)),
@@ -81,6 +81,7 @@ ROWS = (
   Row(20, 'joint', 'lora', (0, 1, 2)),
   *(Row(20, 'joint', criterion) for criterion in ('gradient', 'magnitude')),
   Row(50, 'prune_then_tune', 'obs', (0, 1, 2), EVERYTHING),
+  Row(50, 'prune_then_tune', 'obs', (0,), NOT_DISTILLED),
   Row(50, 'prune_then_tune', 'obs', (0,), NO_LAYER_PROTECTED),
   Row(50, 'prune_then_tune', 'fluctuation', (0,), EVERYTHING),
   Row(50, 'none', 'obs', (0,), UNTRAINED),

@@ -20,6 +20,10 @@ ADDITIONS: dict[str, dict[str, Any]] = {
 EVERYTHING = 'everything'
 TOGETHER: dict[str, dict[str, Any]] = {
   EVERYTHING: {'prune.calibration_steps': 24},
+  'everything, not distilled': {
+    'prune.calibration_steps': 24,
+    'train.distill': 0.0,
+  },
   'everything, no layer protected': {
     'prune.calibration_steps': 24,
     'prune.protect': 'none',
