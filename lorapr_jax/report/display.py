@@ -42,7 +42,8 @@ class Display(contextlib.AbstractContextManager):
     self._compiled = False
     self._phase: str | None = None
     self._begin = 0.0
-    self._batches, self._first_batch = '', 0.0
+    self._batches, self._last_batch = '', 0.0
+    self._batches_left = TimeLeft(0)
     self._step: int | None = None
     self._lines: list[str] = []
     self._notice: str | None = None
@@ -88,13 +89,16 @@ class Display(contextlib.AbstractContextManager):
     all of them take more than a minute.
     """
     self._batches, now = f'batch {done} of {total}', time.perf_counter()
-    if done == 1:  # It compiles, and says nothing of the others.
-      self._first_batch = now
+    if done == 1:
+      self._batches_left = TimeLeft(total)
+    seconds, self._last_batch = now - self._last_batch, now
+    self._batches_left.add(done, seconds, compiled=done == 1)
+    if not (left := self._batches_left.seconds()):
       return
-    each = (now - self._first_batch) / (done - 1)
-    self._batches += f'  {units.duration(each * (total - done))} left'
+    self._batches += f'  {units.duration(left)} left'
     is_tenth = done * 10 // total > (done - 1) * 10 // total
-    if not self._live and is_tenth and done < total and each * total > 60:
+    is_long = left * total > 60 * (total - done)
+    if not self._live and is_tenth and is_long:
       self.print(self._batches)
 
   def show(self, record: Mapping[str, float], memory_bytes: int) -> None:
