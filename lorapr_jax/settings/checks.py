@@ -98,7 +98,7 @@ def check_teacher(train: TrainSettings, planned: PlannedModel) -> None:
       f'train.distill_top_k is {train.distill_top_k}, and the model has '
       f'{vocab_size} tokens: choose fewer, such as 64'
     )
-  averaged = planned.prune.ranking().averaged
+  averaged = planned.plan and planned.prune.ranking().averaged
   if train.distill == 1 and order != 'joint' and averaged:
     raise UserError(
       f'train.distill=1 with prune.order={order}: while importance is '

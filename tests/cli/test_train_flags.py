@@ -168,8 +168,10 @@ def test_without_pruning_and_training_nothing_is_left_to_do():
 
 @pytest.mark.parametrize('order', ['joint', 'prune_then_tune'])
 def test_without_pruning_lora_trains_from_the_first_step(order):
+  # No importance is measured, to which a teacher could be a hindrance.
   (phase,) = settings(
-    '--config.prune.target=0', f'--config.prune.order={order}'
+    *('--config.prune.target=0', f'--config.prune.order={order}'),
+    '--config.train.distill=1',
   ).phases
   assert phase.pruning is None
   assert (phase.first_step, phase.steps, phase.peak) == (0, 60, 1e-2)
