@@ -249,8 +249,8 @@ its own defaults:
   probable tokens
 - `recovery`: the first 60 steps prune, the other 40 train what is left
 - `everything`: the demo's config for one size, with 24 steps that only measure,
-  or 32 where it is untrained. Not distilled, it is what `configs/default.py`
-  does, but for the learning rate and these steps
+  or 32 where it is untrained. Not distilled, it prunes and repairs as
+  `configs/default.py` does, on more tokens
 
 {table(dense, results, texts)}
 

@@ -7,11 +7,10 @@ from ml_collections import config_dict
 
 
 def get_config() -> config_dict.ConfigDict:
-  """The paper's values, but for prune.criterion, order, compensate and
-  lora_gradient.
+  """The paper's values, but for four keys of prune.
 
-  configs/paper.py has the paper's for these as well. docs/alternatives.md says
-  what was measured.
+  They are criterion, order, compensate and lora_gradient: docs/alternatives.md
+  has what was measured, and configs/paper.py the paper's values of these too.
   """
   config = config_dict.ConfigDict()
 
