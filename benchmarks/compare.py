@@ -68,7 +68,7 @@ TARGETS = {
   35: (3 / 9, 538 / 1536),
   50: (4 / 9, 768 / 1536),
 }
-_, NOT_DISTILLED, NO_LAYER_PROTECTED, UNTRAINED = TOGETHER
+_, NOT_DISTILLED, NO_LAYER_PROTECTED, UNTRAINED, SHORT_RAMP = TOGETHER
 ROWS = (
   Row(0, 'joint', 'lora'),
   Row(50, 'joint', 'lora', (0, 1, 2)),
@@ -83,7 +83,15 @@ ROWS = (
   Row(50, 'prune_then_tune', 'obs', (0, 1, 2), EVERYTHING),
   Row(50, 'prune_then_tune', 'obs', (0,), NOT_DISTILLED),
   Row(50, 'prune_then_tune', 'obs', (0,), NO_LAYER_PROTECTED),
-  Row(50, 'prune_then_tune', 'fluctuation', (0,), EVERYTHING),
+  *(
+    Row(50, order, criterion, added=added)
+    for criterion in ('fluctuation', 'lora', 'gradient')
+    for order, added in (
+      ('prune_then_tune', EVERYTHING),
+      ('joint', SHORT_RAMP),
+      ('joint', EVERYTHING),
+    )
+  ),
   Row(50, 'none', 'obs', (0,), UNTRAINED),
   Row(35, 'prune_then_tune', 'obs', (0,), EVERYTHING),
   Row(20, 'prune_then_tune', 'obs', (0, 1, 2), EVERYTHING),

@@ -26,7 +26,7 @@ COLORS = dict(
   )
 )
 MARKERS = dict(zip(ORDERS, 'osx', strict=True))
-ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pd<*8hX', strict=True))
+ADDED = dict(zip((*ADDITIONS, *TOGETHER), 'pd<*8hX>', strict=True))
 
 
 def draw(dense: dict[str, float], results: Results) -> Figure:

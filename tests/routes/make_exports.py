@@ -47,13 +47,18 @@ _REAL = (
   'prune.heads_target=0.34',
   'prune.channels_target=0.2',
 )
+# As by default.
+_AT_ONCE = ('prune.criterion=obs', 'prune.order=prune_then_tune')
 _ALL_FORMATS = ('export.format=hf,gguf,peft', 'export.gguf_dtype=f32')
 # Workdir -> base and settings. The tiny ones: 4 of 8 heads; 6 of 8, which do
 # not divide the hidden size of 128; and, in the layers that are not protected,
 # one query head of two under every KV head, or 4 of 8 of a base with biases.
 _TINY_RUNS = {
   'uniform': ('base', ('prune.protect=none',)),
-  'odd': ('base', ('prune.protect=none', 'prune.heads_target=0.25')),
+  'odd': (
+    'base',
+    ('prune.protect=none', 'prune.heads_target=0.25', *_AT_ONCE),
+  ),
   'two_shape': ('second', ('prune.heads=queries', *_ALL_FORMATS)),
   'biases': ('biased', _ALL_FORMATS),
 }
