@@ -226,6 +226,8 @@ def command(args: argparse.Namespace, texts: Mapping[str, Any]) -> str:
     if name != NEWS:
       parts += ['--text', f'{name}={text["spec"]}']
   parts += ['--tasks', ','.join(args.tasks)] if args.tasks else []
+  if args.include_path:
+    parts += ['--include_path', args.include_path.name]
   return shlex.join(parts)
 
 

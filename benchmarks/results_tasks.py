@@ -62,7 +62,7 @@ def zero_shot(dense: Answers, results: Results) -> str:
     for row, runs in results.items()
     if row.is_plain and runs[0].get('tasks')
   }
-  for row, runs in results.items():
+  for row, runs in sorted(results.items(), key=lambda item: item[0].percent):
     if row.leads and (answers := runs[0].get('tasks')):
       name = PAPER if row.is_plain else OURS
       paper = {} if row.is_plain else papers.get(row.percent, {})
@@ -74,13 +74,14 @@ def section(dense: Answers, results: Results) -> str:
   """Of docs/results.md; nothing where no task was asked for."""
   if not dense:
     return ''
-  count = len(next(iter(dense.values())))
+  counts = sorted({len(x) for x in dense.values()})
+  count = ' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))
   return f"""
 ## Zero-shot tasks
 
-Accuracy (lm_eval's `acc`) in {len(dense)} tasks of up to {count} questions, of
-the first seed. `of dense` is the mean accuracy as a share of the dense model's.
-The last two columns are mean differences, question by question, with their 95%
+Accuracy (lm_eval's `acc`) in {len(dense)} tasks of {count} questions, of the
+first seed. `of dense` is the mean accuracy as a share of the dense model's. The
+last two columns are mean differences, question by question, with their 95%
 intervals.
 
 {zero_shot(dense, results)}

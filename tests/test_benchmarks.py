@@ -81,7 +81,7 @@ def compare():
 
 def test_the_comparison_has_the_runs_that_it_should(compare):
   runs = [(row, seed) for row in compare.ROWS for seed in row.seeds]
-  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 48
+  assert len({row.name(seed) for row, seed in runs}) == len(runs) == 56
   assert sum(len(row.seeds) for row in compare.FULL) == 126
   for row, seed in runs:
     flags = compare.arguments(row, seed, 'MODEL', 'TRAIN', DENSE)
@@ -196,7 +196,7 @@ def test_the_comparison_says_where_lora_wins_and_where_not(compare):
 
 def test_the_comparison_says_what_it_has_not_run(compare):
   dense, results, missing = compare.collect(RECORD, compare.ROWS)
-  assert len(missing) == 48 - 7
+  assert len(missing) == 56 - 7
   assert (
     'joint-lora-50-seed2' in missing and 'none-lora-50-seed0' not in missing
   )
@@ -205,7 +205,7 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   # A run that is not measured on every text is missing too.
   record = {**RECORD, 'texts': {**TEXTS, 'PTB': TEXTS['held-out news']}}
   more = compare.collect(record, compare.ROWS)
-  assert not more[1] and len(more[2]) == 48
+  assert not more[1] and len(more[2]) == 56
 
 
 def test_ways_are_compared_in_perplexity_and_time(compare):
@@ -280,6 +280,16 @@ def test_models_are_compared_question_by_question(compare):
   assert f'{row} -50.0% ± 56.6% |  |' in page
   # Variances of 1/4 and 1/2, and of 1/4 and 2.
   assert '-37.5% ± 54.8% | +12.5% ± 101.0% |' in page
+
+
+def test_the_page_says_how_it_is_measured_again(compare, monkeypatch):
+  flags = ['--jobs', '2', '--tasks', 'a,b', '--include_path', 'folder/tasks']
+  monkeypatch.setattr(sys, 'argv', ['compare.py', *flags, '--out', 'folder'])
+  texts = {**TEXTS, 'PTB': {'spec': 'file:a.txt?lines'}}
+  assert compare.command(compare.parse_arguments(), texts) == (
+    'python benchmarks/compare.py --jobs 2 --text '
+    "'PTB=file:a.txt?lines' --tasks a,b --include_path tasks"
+  )
 
 
 def test_another_text_needs_another_name(compare, tmp_path):
