@@ -13,8 +13,8 @@ news in file order: the setting in which the reference implementation was run
 its figure and results.json have what is known so far. What --out holds already
 is not run again, nor what --known does, and a run that was cut short goes on.
 What is pruned by width, by depth and by both is timed beside the dense model
-too. With --tasks the dense model and the first seeds of the paper's method and
-of the best are scored in tasks of lm_eval too.
+too. With --tasks the dense model and the first seeds of LoRA alone, of the
+paper's method and of the best are scored in tasks of lm_eval too.
 """
 
 import argparse
@@ -297,7 +297,7 @@ def compare(args: argparse.Namespace) -> None:
         texts,
         record.get(row.name(seed), {}),
         environment,
-        *(tasks if row.leads and seed == row.seeds[0] else ((), None)),
+        *(tasks if row.leader and seed == row.seeds[0] else ((), None)),
         model if row.way else None,
       ): row.name(seed)
       for row in rows

@@ -5,6 +5,7 @@ import statistics
 
 from benchmarks.peers import PEERS
 from benchmarks.results_rows import (
+  ALONE,
   MORE_STEPS,
   OURS,
   PAPER,
@@ -45,7 +46,7 @@ def lead(
         kept = f'{runs[0]["kept"]:.1%}'
         lines.append((name + seeds, kept, *map(spread, scores)))
 
-  add('LoRA alone, nothing pruned', lambda row: row.percent == 0)
+  add(ALONE, lambda row: row.leader == ALONE)
   for percent in sorted({row.percent for row in results} - {0}):
 
     def here(row: Row, percent: int = percent) -> bool:

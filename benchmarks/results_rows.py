@@ -6,6 +6,7 @@ from typing import Any
 
 NEWS = 'held-out news'
 PAPER, OURS = "the paper's method", 'lorapr_jax'
+ALONE = 'LoRA alone, nothing pruned'
 SEQ_LEN, WINDOWS = 128, 80
 # Of a run, in all; and of the few that show what more of them change.
 STEPS, MORE_STEPS = 100, 1000
@@ -82,9 +83,11 @@ class Row:
     return is_demo and not self.way and self.steps == STEPS
 
   @property
-  def leads(self) -> bool:
-    """Whether it is compared in tasks too."""
-    return self.is_plain or self.is_best
+  def leader(self) -> str:
+    """Its name, if it is compared in tasks too."""
+    if self.percent == 0:
+      return ALONE
+    return PAPER if self.is_plain else OURS if self.is_best else ''
 
   def name(self, seed: int) -> str:
     """Of a run's workdir."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 import statistics
 
-from benchmarks.results_rows import OURS, PAPER, Results, markdown
+from benchmarks.results_rows import Results, markdown
 
 # By task, a 1 for each question that a model answers right, else a 0.
 Answers = Mapping[str, str]
@@ -63,10 +63,9 @@ def zero_shot(dense: Answers, results: Results) -> str:
     if row.is_plain and runs[0].get('tasks')
   }
   for row, runs in sorted(results.items(), key=lambda item: item[0].percent):
-    if row.leads and (answers := runs[0].get('tasks')):
-      name = PAPER if row.is_plain else OURS
+    if row.leader and (answers := runs[0].get('tasks')):
       paper = {} if row.is_plain else papers.get(row.percent, {})
-      add(name, runs[0]['kept'], answers, paper)
+      add(row.leader, runs[0]['kept'], answers, paper)
   return markdown(lines)
 
 
