@@ -35,6 +35,7 @@ import numpy as np
 from benchmarks.compare import Row, arguments, make_model, write_data
 from benchmarks.input import batches_of
 from benchmarks.step import matmul_peak
+from benchmarks.svg import write_svg
 from lorapr_jax.cli.flags import parse_flags
 from lorapr_jax.hf.load import load_config
 from lorapr_jax.models.config import ModelConfig
@@ -243,9 +244,7 @@ def main() -> None:
       results[name]['seconds'] += torch(program)['seconds']
   flops = training_flops(load_config(model))
   write_text(PAGE, page(results, peaks, flops, args.steps))
-  draw(results).savefig(
-    FIGURE, facecolor='white', metadata={'Date': None, 'Creator': None}
-  )
+  write_svg(draw(results), FIGURE)
   print(json.dumps(results, indent=2))
 
 

@@ -42,6 +42,7 @@ from benchmarks.results_rows import (
   Row,
   collect,
 )
+from benchmarks.svg import write_svg
 from lorapr_jax.data.demo import all_news_texts
 from lorapr_jax.data.sources import identity, parse_spec
 from lorapr_jax.errors import UserError
@@ -211,11 +212,7 @@ def publish(
   about = record['texts'], missing, command, record.get('dense_tasks', {})
   write_text(PAGE, page(dense, results, *about))
   for name, make in (('compare', draw), ('best', draw_best)):
-    make(dense, results).savefig(
-      FIGURES / f'{name}.svg',
-      facecolor='white',
-      metadata={'Date': None, 'Creator': None},
-    )
+    write_svg(make(dense, results), FIGURES / f'{name}.svg')
 
 
 def command(args: argparse.Namespace, texts: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 import pdoc
 
+from benchmarks.svg import write_svg
 from configs import default, models
 import lorapr_jax
 from lorapr_jax.errors import UserError
@@ -334,11 +335,7 @@ def write_figures(folder: Path) -> None:
   """The figures of how-it-works.md."""
   folder.mkdir(exist_ok=True)
   for name, figure in (('ramp', ramp_figure()), ('groups', group_figure())):
-    figure.savefig(
-      folder / f'{name}.svg',
-      facecolor='white',
-      metadata={'Date': None, 'Creator': None},
-    )
+    write_svg(figure, folder / f'{name}.svg')
 
 
 def write_reference(folder: Path) -> None:

@@ -208,6 +208,16 @@ def test_the_comparison_says_what_it_has_not_run(compare):
   assert not more[1] and len(more[2]) == 56
 
 
+def test_equal_figures_are_equal_files(compare, tmp_path):
+  results = compare.collect(RECORD, compare.ROWS)[:2]
+  paths = [tmp_path / folder / 'compare.svg' for folder in 'ab']
+  for path in paths:
+    path.parent.mkdir()
+    compare.write_svg(compare.draw(*results), path)
+  first, second = (path.read_bytes() for path in paths)
+  assert b'<svg' in first and first == second
+
+
 def test_ways_are_compared_in_perplexity_and_time(compare):
   times = {'model': 0.02, 'against': 0.05, 'speedup': 2.5}
   depth = a_run(70.0) | {'kept': 0.797}
