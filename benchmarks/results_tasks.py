@@ -73,14 +73,13 @@ def section(dense: Answers, results: Results) -> str:
   """Of docs/results.md; nothing where no task was asked for."""
   if not dense:
     return ''
-  counts = sorted({len(x) for x in dense.values()})
-  count = ' to '.join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+  count = max(map(len, dense.values()))
   return f"""
 ## Zero-shot tasks
 
-Accuracy (lm_eval's `acc`) in {len(dense)} tasks of {count} questions, of the
-first seed. `of dense` is the mean accuracy as a share of the dense model's. The
-last two columns are mean differences, question by question, with their 95%
+Accuracy (lm_eval's `acc`) in {len(dense)} tasks of up to {count} questions, of
+the first seed. `of dense` is the mean accuracy as a share of the dense model's.
+The last two columns are mean differences, question by question, with their 95%
 intervals.
 
 {zero_shot(dense, results)}
